@@ -1,0 +1,33 @@
+"""CLCA: a ViT with token reduction, cross-layer cache and cross-layer aggregation (https://huggingface.co/papers/2501.00243).
+
+Importing this package registers the model with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_clca import CLCAViTConfig, __version__
+from .modeling_clca import CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
+from .reduction_base import TokenReduction
+from .reductions_clca import REDUCTIONS, register_reduction, token_schedule
+
+
+AutoConfig.register("clca_vit", CLCAViTConfig, exist_ok=True)
+AutoModel.register(CLCAViTConfig, CLCAViTModel, exist_ok=True)
+AutoModelForImageClassification.register(CLCAViTConfig, CLCAViTForImageClassification, exist_ok=True)
+
+# What save_pretrained and push_to_hub write next to the weights: this code, and where to find the classes in it.
+CLCAViTConfig.register_for_auto_class()
+CLCAViTModel.register_for_auto_class("AutoModel")
+CLCAViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = [
+    "REDUCTIONS",
+    "CLCAViTConfig",
+    "CLCAViTForImageClassification",
+    "CLCAViTModel",
+    "CLCAViTPreTrainedModel",
+    "TokenReduction",
+    "__version__",
+    "register_reduction",
+    "token_schedule",
+]

@@ -1,0 +1,351 @@
+"""The configuration of a CLCA ViT: every field of transformers' `ViTConfig`, and what token reduction, the cross-layer
+cache (CLC), the aggregation head (CLA) and the backbones of the paper need (https://huggingface.co/papers/2501.00243).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.vit.configuration_vit import ViTConfig
+
+
+__version__ = "0.1.0"
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("linear", "cla", "ifa", "h2t", "vqt")
+AGGREGATING_HEADS = ("cla", "ifa")  # they read CLS after several layers
+POOLINGS = ("cls", "mean", "map")
+
+# Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
+_TRANSFORMERS_KEYS = frozenset(
+    "_attn_implementation _commit_hash _name_or_path _output_attentions _experts_implementation attn_implementation "
+    "auto_map base_model_name_or_path custom_pipelines experts_implementation hub_revision model_type name_or_path "
+    "num_labels output_attentions per_layer_config quantization_config tie_last_hidden_states torch_dtype "
+    "trust_remote_code".split()
+)
+# Keys of configs that older transformers wrote. They mean nothing today, so they are dropped without a word.
+_LEGACY_KEYS = frozenset(
+    "_num_labels add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size "
+    "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id "
+    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder "
+    "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
+    "output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty "
+    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
+    "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
+    "use_cache".split()
+)
+
+
+def _with_value_errors(cls: type) -> type:
+    """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
+    strict_setattr = cls.__setattr__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            strict_setattr(self, name, value)
+        except StrictDataclassError as error:
+            expected = {f.name: f.type for f in fields(self)}[name]
+            expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
+            raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from error
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
+@_with_value_errors
+@strict
+class CLCAViTConfig(ViTConfig):
+    r"""Configuration of `CLCAViTModel` and `CLCAViTForImageClassification`.
+
+    Args (beside those of `ViTConfig`):
+        reduction (`str`, *optional*):
+            Token reduction method: `None` or a name of `clca.REDUCTIONS`.
+        reduction_layers (`list[int]`, defaults to `[3, 6, 9]`):
+            0-based layers at which tokens are reduced, strictly increasing. The cache is recalled after them, and the
+            CLA and IFA heads read CLS after them, without a reduction as well.
+        keep_rate (`float` or `list[float]`, defaults to `1.0`):
+            Share of tokens a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
+            as a list.
+        keep_tokens (`list[int]`, *optional*):
+            Tokens each stage keeps, one count per stage, instead of `keep_rate`.
+        reduction_kwargs (`dict`, *optional*):
+            Options of the method, checked against its signature.
+        cross_layer_cache (`bool`, defaults to `False`):
+            Cache a summary of each layer and append what was cached to the tokens after every reduction (CLC).
+        num_clr_tokens (`int`, defaults to 0):
+            Cross-layer registers (CLR): learnt tokens at the end of the sequence, cached with each layer.
+        cache_gap (`bool`, defaults to `True`): Cache the mean of the tokens (GAP).
+        cache_pool_cls (`bool`, defaults to `False`): CLS enters the GAP.
+        cache_pool_clr (`bool`, defaults to `False`): CLR enter the GAP also before the first recall.
+        cache_recover_at_last (`bool`, defaults to `True`): Recall what is left before the last layer.
+        head (`str`, defaults to `"linear"`): `linear`, `cla`, `ifa`, `h2t` or `vqt`.
+        cla_multiplier (`int`, defaults to 2): Channels of the CLA head's depth-wise convolution per input channel.
+        num_query_tokens (`int`, defaults to 5): Queries per layer of the VQT head.
+        layerscale_value (`float`, *optional*): Initial LayerScale; `None` for no LayerScale.
+        pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer; the patch projection has no bias (CLIP).
+        num_register_tokens (`int`, defaults to 0): Register tokens after CLS.
+        prefix_position_embeddings (`bool`, defaults to `True`): CLS, registers and CLR have position embeddings.
+        use_class_token (`bool`, defaults to `True`): The sequence begins with a CLS token.
+        pooling (`str`, defaults to `"cls"`): What a linear head reads: `cls`, `mean` of the other tokens or `map`
+            (attention pooling with a learnt query).
+        use_qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys.
+        use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
+        drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer; grows linearly from 0.
+        clca_version (`str`): Version of this code that made the config.
+
+    Raises:
+        ValueError: unknown names, values outside their range, or options that exclude each other.
+
+    Example:
+
+    ```python
+    >>> from clca import CLCAViTConfig
+    >>> config = CLCAViTConfig(reduction="evit", keep_rate=0.1, cross_layer_cache=True, num_clr_tokens=1, head="cla")
+    >>> config.keep_rate
+    [0.1]
+
+    ```
+    """
+
+    model_type: ClassVar[str] = "clca_vit"
+    # Trainer must not gather outputs whose length differs from batch to batch.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "loss_terms",
+        "token_counts",
+        "assignments",
+        "hidden_states",
+        "attentions",
+    ]
+
+    reduction: str | None = None
+    reduction_layers: list[int] | tuple[int, ...] = field(default_factory=lambda: [3, 6, 9])
+    keep_rate: float | int | list[float | int] | tuple[float | int, ...] = field(default_factory=lambda: [1.0])
+    keep_tokens: int | list[int] | tuple[int, ...] | None = None
+    reduction_kwargs: dict[str, Any] | None = None
+
+    cross_layer_cache: bool = False
+    num_clr_tokens: int = 0
+    cache_gap: bool = True
+    cache_pool_cls: bool = False
+    cache_pool_clr: bool = False
+    cache_recover_at_last: bool = True
+
+    head: str = "linear"
+    cla_multiplier: int = 2
+    num_query_tokens: int = 5
+
+    layerscale_value: float | int | None = None
+    pre_norm: bool = False
+    num_register_tokens: int = 0
+    prefix_position_embeddings: bool = True
+    use_class_token: bool = True
+    pooling: str = "cls"
+    use_qk_norm: bool = False
+    use_swiglu_ffn: bool = False
+    drop_path_rate: float | int = 0.0
+
+    clca_version: str = __version__
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS - _LEGACY_KEYS)
+        if unknown:
+            raise ValueError(_unknown_names(unknown, [f.name for f in fields(self)]))
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in _LEGACY_KEYS})
+        check_config(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
+        a file written by a newer or another code must load, a typing error in a constructor call must not."""
+        known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS | _LEGACY_KEYS
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            logger.warning("Ignored unknown keys of the configuration file: %s.", ", ".join(unknown))
+        return super().from_dict({k: v for k, v in config_dict.items() if k in known}, **kwargs)
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Patches per column and per row: (height, width)."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image at `image_size`."""
+        return math.prod(self.image_grid)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Rows before the patches: CLS and registers."""
+        return int(self.use_class_token) + self.num_register_tokens
+
+    @property
+    def aggregation_layers(self) -> list[int]:
+        """Layers after which the CLA and IFA heads read CLS: the reduction layers and the last one."""
+        return sorted({*self.reduction_layers, self.num_hidden_layers - 1})
+
+    @property
+    def uses_reduction_layers(self) -> bool:
+        """Whether `reduction_layers` means anything to this model."""
+        return self.reduction is not None or self.cross_layer_cache or self.head in AGGREGATING_HEADS
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_config(config: CLCAViTConfig) -> None:
+    """Check every value and store sequences as lists. Called when a config is made, and again when a model is built
+    from it, since transformers does not validate what `from_pretrained` overrides.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    for name in ("reduction_layers", "keep_rate", "keep_tokens"):
+        value = getattr(config, name)
+        if isinstance(value, int | float):
+            setattr(config, name, [value])
+        elif value is not None:
+            setattr(config, name, list(value))
+    _check_sizes(config)
+    _check_reduction(config)
+    _check_cache(config)
+    _check_head(config)
+    _check_without_class_token(config)
+
+
+def _check_sizes(config: CLCAViTConfig) -> None:
+    for name in ("image_size", "patch_size"):
+        value = as_pair(getattr(config, name))
+        if len(value) != 2 or min(value) < 1:
+            raise ValueError(f"`{name}` must be a positive integer or two of them, got {getattr(config, name)}.")
+    for side, patch in zip(as_pair(config.image_size), as_pair(config.patch_size), strict=True):
+        if side % patch:
+            raise ValueError(
+                f"`image_size` must be a multiple of `patch_size`, got {config.image_size} and {config.patch_size}. "
+                f"The nearest sizes are {max(side // patch, 1) * patch} and {(side // patch + 1) * patch}."
+            )
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
+        _check_minimum(config, name, 1)
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"`hidden_size` must be a multiple of `num_attention_heads`, got {config.hidden_size} and "
+            f"{config.num_attention_heads}."
+        )
+    for name in ("num_clr_tokens", "num_register_tokens"):
+        _check_minimum(config, name, 0)
+    for name in ("cla_multiplier", "num_query_tokens"):
+        _check_minimum(config, name, 1)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {getattr(config, name)}.")
+
+
+def _check_reduction(config: CLCAViTConfig) -> None:
+    _check_rates(config.keep_rate)
+    layers = config.reduction_layers
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
+        raise ValueError(f"`reduction_layers` must be integers, got {layers}.")
+    if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"`reduction_layers` must be strictly increasing, got {layers}.")
+    if config.uses_reduction_layers and any(not 0 <= i < config.num_hidden_layers for i in layers):
+        raise ValueError(
+            f"`reduction_layers` must lie in 0 .. {config.num_hidden_layers - 1} for a network of "
+            f"`num_hidden_layers`={config.num_hidden_layers} layers, got {layers}."
+        )
+    if config.keep_tokens is not None:
+        _check_keep_tokens(config)
+    if config.reduction is None:
+        if config.reduction_kwargs:
+            raise ValueError(
+                f"`reduction_kwargs` {config.reduction_kwargs} has no method to go to: `reduction` is None. "
+                "Choose a method, or leave the options out."
+            )
+        return
+    from .reductions_clca import get_reduction  # here, because the methods import this module
+
+    if not layers:
+        raise ValueError("`reduction_layers` must name at least one layer when `reduction` is set, got [].")
+    for name in ("keep_rate", "keep_tokens"):
+        value = getattr(config, name)
+        if value is not None and len(value) not in (1, len(layers)):
+            raise ValueError(
+                f"`{name}` must hold one value for all stages or one per stage; `reduction_layers` {layers} makes "
+                f"{len(layers)} stages, got {value}."
+            )
+    get_reduction(config.reduction).check(config)
+
+
+def _check_rates(rates: list[float]) -> None:
+    for rate in rates:
+        if isinstance(rate, bool) or not 0 < rate <= 1:  # NaN fails the comparison, too
+            raise ValueError(f"`keep_rate` must be in (0, 1], got {rate}.")
+    if not rates:
+        raise ValueError("`keep_rate` must hold at least one rate, got [].")
+
+
+def _check_keep_tokens(config: CLCAViTConfig) -> None:
+    if config.keep_rate != [1.0]:
+        raise ValueError(
+            f"`keep_tokens` {config.keep_tokens} and `keep_rate` {config.keep_rate} exclude each other: give one."
+        )
+    for count in config.keep_tokens:
+        if isinstance(count, bool) or not 1 <= count <= config.num_patches:
+            raise ValueError(
+                f"`keep_tokens` must be integers in 1 .. {config.num_patches}, the patches of an image, got "
+                f"{config.keep_tokens}."
+            )
+
+
+def _check_cache(config: CLCAViTConfig) -> None:
+    if config.cross_layer_cache and not config.cache_gap and config.num_clr_tokens == 0:
+        raise ValueError(
+            "`cross_layer_cache` has nothing to cache: `cache_gap` is False and `num_clr_tokens` is 0. Set one of them."
+        )
+
+
+def _check_head(config: CLCAViTConfig) -> None:
+    if config.head not in HEADS:
+        raise ValueError(f"`head` must be one of {', '.join(HEADS)}, got {config.head!r}.")
+    if config.pooling not in POOLINGS:
+        raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {config.pooling!r}.")
+    if config.head in ("h2t", "vqt"):
+        raise ValueError(f"`head` {config.head!r} is not available yet: use linear, cla or ifa.")
+
+
+def _check_without_class_token(config: CLCAViTConfig) -> None:
+    if config.use_class_token:
+        return
+    for name, needs_cls in (
+        ("head", config.head in AGGREGATING_HEADS),
+        ("num_clr_tokens", config.num_clr_tokens > 0),
+        ("pooling", config.pooling == "cls"),
+    ):
+        if needs_cls:
+            raise ValueError(
+                f"`{name}`={getattr(config, name)!r} needs a CLS token, and `use_class_token` is False. "
+                'Use `pooling="mean"` or `pooling="map"` with a linear head and no CLR.'
+            )
+
+
+def _check_minimum(config: CLCAViTConfig, name: str, minimum: int) -> None:
+    if getattr(config, name) < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(config, name)}.")
+
+
+def _unknown_names(names: list[str], known: list[str]) -> str:
+    hints = []
+    for name in names:
+        close = get_close_matches(name, known, n=1)
+        hints.append(f"`{name}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
+    return f"CLCAViTConfig has no argument {', '.join(hints)}."
+
+
+__all__ = ["CLCAViTConfig"]

@@ -1,0 +1,358 @@
+"""The contract between the ViT and a token reduction method.
+
+Shapes, here and in every file of a method: B batch, N tokens in, M tokens out, D width, H heads, d head width.
+
+A layer takes `hidden_states` (B, N, D) and a `TokenState`, and returns both. Rows of the sequence are `[CLS | registers |
+patches | CLR, recalled]` until the first reduction; what holds always is that row 0 is CLS (the first patch in a model
+without one) and that, right after a recall, the last rows are the recalled ones.
+
+A method is a subclass of `TokenReduction`: one instance for each layer in which it acts (a *stage*), which owns the stage's
+parameters, and a few class methods that every layer of the model calls. It overrides the shallowest hook that fits:
+
+| hook | called | serves |
+| --- | --- | --- |
+| `start` | once, before the first layer | ats (validity), dyvit in training (policy) |
+| `before_layer` | first thing in a stage's layer | dyvit, dpcknn, kmedoids, sit, patchmerger, sinkhorn, heuristic |
+| `attention_mask` | in every layer's attention | ats (pads), heuristic (a boolean mask); tome (log size, a bias) |
+| `attend` | in every layer, instead of softmax attention | dyvit in training (masked, smoothed softmax) |
+| `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
+| `before_mlp` | in a stage's layer, between attention and MLP | topk, evit, tome |
+| `observe` | after every layer's attention | kmedoids (what each token received in the layer before its stage) |
+| `recalled_value` | when the cache appends rows | what those rows get in each track |
+| `poolable` | when the cache or mean pooling averages rows | ats (pads are not averaged) |
+
+`ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation).
+
+Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToMe's `size`, ATS' `valid`, DynamicViT's
+`decision`. A stage that reorders or drops rows calls `state.select`, a stage that makes new rows replaces its tracks.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from .configuration_clca import CLCAViTConfig
+
+
+class TokenState(NamedTuple):
+    """What travels with the hidden states (B, N, D) from layer to layer. Only the model's forward owns one."""
+
+    num_patches: int  # patches of the image: what cumulative keep rates refer to
+    prefix: int  # CLS and registers, as embedded
+    suffix: int  # CLR and every row recalled so far
+    pool_len: int  # rows that enter the cache's GAP; set just before each recall
+    tracks: dict[str, torch.Tensor] = {}  # name -> (B, N, ...); replaced, never changed in place
+    record_assignments: bool = False
+    report: dict[str, torch.Tensor] = {}  # what this layer tells the model's forward, which empties it
+
+    def select(self, rows: torch.Tensor) -> "TokenState":
+        """The state after keeping `rows` (B, M) of the sequence."""
+        return self._replace(tracks={name: gather_rows(track, rows) for name, track in self.tracks.items()})
+
+    def with_tracks(self, **tracks: torch.Tensor) -> "TokenState":
+        """The state with some tracks set."""
+        return self._replace(tracks=self.tracks | tracks)
+
+    def with_report(self, **report: torch.Tensor) -> "TokenState":
+        """The state with something added to the layer's report."""
+        return self._replace(report=self.report | report)
+
+    def with_assignment(self, assignment: Callable[[], torch.Tensor]) -> "TokenState":
+        """The state with a stage's assignment (B, M, N) in the report, made only if somebody asked for assignments."""
+        return self.with_report(assignment=assignment().detach()) if self.record_assignments else self
+
+
+def gather_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of `values` (B, N, ...) at the indices `rows` (B, M): (B, M, ...)."""
+    index = rows.reshape(*rows.shape, *(1,) * (values.dim() - 2)).expand(*rows.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def one_hot_assignment(rows: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, M, N) with a one where row m was row `rows[b, m]` of N = `num_rows`; a negative index gives a row of zeros."""
+    columns = torch.arange(num_rows, device=rows.device)
+    return (rows.unsqueeze(-1) == columns).to(dtype)
+
+
+def identity_assignment(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(B, N, N): every row of `hidden_states` (B, N, D) is what it was."""
+    batch, num_rows = hidden_states.shape[:2]
+    return torch.eye(num_rows, dtype=hidden_states.dtype, device=hidden_states.device).expand(batch, -1, -1)
+
+
+def stage_rate(config: CLCAViTConfig, stage: int) -> float:
+    """The stage's own keep rate: a share of the tokens that reach it."""
+    return config.keep_rate[stage if len(config.keep_rate) > 1 else 0]
+
+
+def stage_tokens(config: CLCAViTConfig, stage: int) -> int | None:
+    """The stage's absolute count where `keep_tokens` is used, else None."""
+    if config.keep_tokens is None:
+        return None
+    return config.keep_tokens[stage if len(config.keep_tokens) > 1 else 0]
+
+
+def cumulative_rate(config: CLCAViTConfig, stage: int) -> float:
+    """Share of the image's patches left after a stage: the product of the rates so far."""
+    if len(config.keep_rate) == 1:
+        return config.keep_rate[0] ** (stage + 1)  # not a product: the published counts were rounded from a power
+    return math.prod(config.keep_rate[: stage + 1])
+
+
+def keep_of_current(config: CLCAViTConfig, stage: int, candidates: int) -> int:
+    """Tokens a stage keeps of those that reach it: ceil(rate * candidates). 0.1 of 785 candidates: 79."""
+    count = stage_tokens(config, stage)
+    return min(math.ceil(stage_rate(config, stage) * candidates) if count is None else count, candidates)
+
+
+def keep_of_patches(config: CLCAViTConfig, stage: int, num_patches: int) -> int:
+    """Tokens left after a stage as a share of the image's patches: int(patches * product of rates). At 448 px, patch
+    16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
+    count = stage_tokens(config, stage)
+    return int(num_patches * cumulative_rate(config, stage)) if count is None else count
+
+
+class AttentionContext:
+    """Answers a method's questions about the attention of one layer, each computed only when asked for.
+
+    The full map (B, H, N, N) is never needed for them, so the fast kernels stay in use: a row is one query against all
+    keys, column sums are taken over chunks of query rows.
+
+    Attributes:
+        hidden_states: normalised input of the attention, (B, N, D).
+        key, value: (B, H, N, d), the key after its norm if it has one.
+        mask: boolean or additive, (B, 1, 1, N), or None.
+        rows: indices (B, M) of the rows that were queries, None for all.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> None:
+        self.attention = attention
+        self.hidden_states = hidden_states
+        self.key = key
+        self.value = value
+        self.mask = mask
+        self.rows: torch.Tensor | None = None
+        self._query: torch.Tensor | None = None
+
+    def remember_query(self, query: torch.Tensor) -> None:
+        """Queries (B, H, N, d) of all rows, once the attention has them: no row is projected twice."""
+        self._query = query
+
+    def query(self, rows: slice) -> torch.Tensor:
+        """Queries (B, H, n, d) of a slice of rows."""
+        if self._query is not None:
+            return self._query[:, :, rows]
+        return self.attention.project_query(self.hidden_states[:, rows])
+
+    def attention_rows(self, rows: slice) -> torch.Tensor:
+        """Attention weights (B, H, n, N) of a slice of query rows, before dropout."""
+        logits = self.query(rows) @ self.key.transpose(-1, -2) * self.attention.scaling
+        return attention_softmax(logits, self.mask)
+
+    def cls_attention(self) -> torch.Tensor:
+        """What row 0 attends to: (B, N), averaged over heads."""
+        return self.attention_rows(slice(0, 1)).mean(dim=1).squeeze(1)
+
+    def received_attention(self, chunk: int = 256) -> torch.Tensor:
+        """What each row receives, summed over heads and query rows: (B, N)."""
+        num_rows = self.key.shape[2]
+        parts = (self.attention_rows(slice(i, i + chunk)).sum(dim=(1, 2)) for i in range(0, num_rows, chunk))
+        return sum(parts)
+
+
+def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of attention logits (B, H, n, N) under a boolean mask (True: attend) or an additive one, in float32 at
+    least, given back in the logits' dtype."""
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(dim=-1, dtype=dtype).to(logits.dtype)
+
+
+class TokenReduction(nn.Module):
+    """A method that does nothing: the base of all, and what a model without reduction uses.
+
+    Knobs are keyword-only arguments of a subclass' `__init__`; `config.reduction_kwargs` must match them.
+
+    Args:
+        config: the model's configuration.
+        stage: 0-based number of the stage among the method's layers.
+    """
+
+    name: ClassVar[str | None] = None
+
+    def __init__(self, config: CLCAViTConfig, stage: int) -> None:
+        super().__init__()
+        self.config = config
+        self.stage = stage
+
+    # What the configuration and the token schedule ask.
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        """Refuse configurations the method cannot serve.
+
+        Raises:
+            ValueError: `reduction_kwargs` that are no option of the method, and whatever a subclass refuses.
+        """
+        options = [
+            p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        for option in config.reduction_kwargs or {}:
+            if option not in options:
+                allowed = ", ".join(options) if options else "none"
+                raise ValueError(f"`reduction_kwargs`: {cls.name} has no option `{option}`. Its options: {allowed}.")
+
+    @classmethod
+    def layers(cls, config: CLCAViTConfig) -> list[int]:
+        """Layers that hold a stage."""
+        return list(config.reduction_layers)
+
+    @classmethod
+    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        """Rows that leave a stage which `num_rows` enter. The layers and `token_schedule` both ask this function."""
+        return num_rows
+
+    # What every layer calls.
+
+    @classmethod
+    def start(cls, hidden_states: torch.Tensor, state: TokenState, training: bool) -> TokenState:
+        """Put tracks on the state before the first layer."""
+        return state
+
+    @classmethod
+    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
+        """Mask of the attention's keys, (B, 1, 1, N): boolean (True: attend) or additive. None for no mask."""
+        return None
+
+    @classmethod
+    def attend(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, state: TokenState
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Attention of the method's own, instead of softmax attention: output (B, N, H, d) and weights (B, H, N, N).
+        None for the usual one."""
+        return None
+
+    @classmethod
+    def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
+        """Take note of a layer's attention. `before_stage`: the next layer holds a stage."""
+        return state
+
+    @classmethod
+    def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> float | torch.Tensor:
+        """What rows appended by the cache get in a track: a number, or a tensor that broadcasts to (B, n, ...)."""
+        return 1.0
+
+    @classmethod
+    def extend_tracks(cls, state: TokenState, count: int, training: bool) -> TokenState:
+        """The state after `count` rows were appended to the sequence."""
+        tracks = {}
+        for name, track in state.tracks.items():
+            value = torch.as_tensor(cls.recalled_value(name, track, training), dtype=track.dtype, device=track.device)
+            rows = value.expand(track.shape[0], count, *track.shape[2:])
+            tracks[name] = torch.cat([track, rows], dim=1)
+        return state._replace(tracks=tracks)
+
+    @classmethod
+    def poolable(cls, state: TokenState) -> torch.Tensor | None:
+        """Rows (B, N) that may be averaged, as booleans. None for all."""
+        return None
+
+    # What the layer of a stage calls.
+
+    def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        """Reduce before the layer's attention."""
+        return hidden_states, state
+
+    def choose_rows(self, context: AttentionContext, state: TokenState) -> tuple[torch.Tensor | None, TokenState]:
+        """Indices (B, M) of the rows for which attention is computed at all, and the state that belongs to them. None
+        for all rows."""
+        return None, state
+
+    def before_mlp(
+        self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
+    ) -> tuple[torch.Tensor, TokenState]:
+        """Reduce between attention and MLP."""
+        return hidden_states, state
+
+
+class ScoredPruning(TokenReduction):
+    """Keep row 0 and the best of all other rows: patches, registers, CLR and recalled rows compete alike, as in the
+    original. A method decides when it calls `prune`, and with which scores; `fuse_rest` adds one row, the sum of all that
+    was dropped, weighted by the scores.
+
+    Kept rows are in the order of falling scores. Where nothing is dropped the sequence is left as it is.
+    """
+
+    fuse_rest: ClassVar[bool] = False
+
+    @classmethod
+    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        kept = cls.keep(config, stage, num_rows, state)
+        return 1 + kept + int(cls.fuse_rest and kept < num_rows - 1)
+
+    @classmethod
+    def keep(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        """Rows kept beside row 0."""
+        return keep_of_current(config, stage, num_rows - 1)
+
+    def prune(
+        self, hidden_states: torch.Tensor, state: TokenState, scores: torch.Tensor
+    ) -> tuple[torch.Tensor, TokenState]:
+        """Keep row 0 and the rows of `hidden_states` (B, N, D) with the best `scores` (B, N - 1)."""
+        num_rows = hidden_states.shape[1]
+        keep = self.keep(self.config, self.stage, num_rows, state)
+        if keep == num_rows - 1:
+            return hidden_states, state.with_assignment(lambda: identity_assignment(hidden_states))
+        best = scores.topk(keep, dim=1).indices
+        rows = nn.functional.pad(best + 1, (1, 0))  # row 0 first
+        pruned, state = gather_rows(hidden_states, rows), state.select(rows)
+        if not self.fuse_rest:
+            return pruned, state.with_assignment(lambda: one_hot_assignment(rows, num_rows, hidden_states.dtype))
+        weights = nn.functional.pad(scores.scatter(1, best, 0.0), (1, 0)).unsqueeze(1)  # (B, 1, N), 0 where kept
+        fused = (weights @ hidden_states).to(pruned.dtype)  # autocast computes it in half precision
+        state = self.extend_tracks(state, 1, self.training).with_assignment(
+            lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), weights], dim=1)
+        )
+        return torch.cat([pruned, fused], dim=1), state
+
+
+class AttentionPruning(ScoredPruning):
+    """Between attention and MLP, keep row 0 and the ceil(rate * (N - 1)) other rows that draw the most attention.
+
+    Args:
+        score_by: `cls`, what row 0 attends to; `received`, the mean attention a row receives; both averaged over heads. By
+            default `cls` in a model with a CLS token and `received` in one without. (The original always takes row 0,
+            which is the first patch in a model without CLS.)
+    """
+
+    def __init__(self, config: CLCAViTConfig, stage: int, *, score_by: str | None = None) -> None:
+        super().__init__(config, stage)
+        self.score_by = score_by or ("cls" if config.use_class_token else "received")
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        super().check(config)
+        score_by = (config.reduction_kwargs or {}).get("score_by")
+        if score_by not in (None, "cls", "received"):
+            raise ValueError(f"`reduction_kwargs`: `score_by` must be 'cls' or 'received', got {score_by!r}.")
+
+    def before_mlp(
+        self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
+    ) -> tuple[torch.Tensor, TokenState]:
+        if self.score_by == "cls":
+            scores = context.cls_attention()
+        else:
+            scores = context.received_attention() / (self.config.num_attention_heads * hidden_states.shape[1])
+        return self.prune(hidden_states, state, scores[:, 1:])

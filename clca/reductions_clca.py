@@ -1,0 +1,111 @@
+"""The index of reduction methods, and the schedule of token counts that follows from a configuration."""
+
+from typing import NamedTuple
+
+from .cache_clca import recovery_layers, rows_per_entry
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import TokenReduction, TokenState
+from .reduction_evit import EViTReduction
+from .reduction_topk import TopKReduction
+
+
+REDUCTIONS: dict[str, type[TokenReduction]] = {
+    "evit": EViTReduction,
+    "topk": TopKReduction,
+}
+
+# Methods of the paper that this version does not have.
+_PLANNED = ("ats", "dpcknn", "dyvit", "heuristic", "kmedoids", "patchmerger", "sinkhorn", "sit", "tome")
+
+
+def get_reduction(name: str | None) -> type[TokenReduction]:
+    """The class of a method; `TokenReduction`, which does nothing, for None.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name is None:
+        return TokenReduction
+    if name in REDUCTIONS:
+        return REDUCTIONS[name]
+    available = ", ".join(sorted(REDUCTIONS))
+    if name in _PLANNED:
+        raise ValueError(f"`reduction` {name!r} is not available yet. Available: {available}.")
+    raise ValueError(
+        f"Unknown `reduction` {name!r}. Available: {available}. A method of your own must be registered with "
+        "`clca.register_reduction` before a configuration that names it is made or loaded."
+    )
+
+
+def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
+    """Add a method of your own under its `name`; usable as a class decorator.
+
+    Raises:
+        ValueError: not a `TokenReduction`, no lower-case identifier as `name`, or a name already taken.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, TokenReduction)):
+        raise ValueError(f"`cls` must be a subclass of `TokenReduction`, got {cls!r}.")
+    if not isinstance(cls.name, str) or not cls.name.isidentifier() or cls.name != cls.name.lower():
+        raise ValueError(f"`name` of {cls.__name__} must be a lower-case identifier, got {cls.name!r}.")
+    taken = REDUCTIONS.get(cls.name)
+    if cls.name in _PLANNED or (taken is not None and taken is not cls):
+        raise ValueError(f"`name` {cls.name!r} is taken. Choose another one.")
+    REDUCTIONS[cls.name] = cls
+    return cls
+
+
+class TokenSchedule(NamedTuple):
+    """Token counts of one image, CLS and all included.
+
+    Attributes:
+        before: rows that enter each layer, and last the rows the final norm sees.
+        after: rows that leave each layer, before the cache is recalled.
+    """
+
+    before: list[int]
+    after: list[int]
+
+
+def token_schedule(config: CLCAViTConfig, num_patches: int | None = None) -> TokenSchedule:
+    """How many tokens each layer gets, worked out from the configuration alone.
+
+    At 448 px, ViT-B/16, EViT at keep rate 0.1 in layers 3, 6, 9, with a cache of GAP and one CLR: 786 tokens enter the
+    layers 0-3; layer 3 keeps CLS, ceil(0.1 * 785) = 79 others and one fused token, 81, and 3 * 2 cached rows are recalled,
+    87; layer 6 leaves 1 + 9 + 1 = 11, and 17 with the cache; layer 9 leaves 4, and 10; layer 10 recalls 2 more: 12.
+
+    Args:
+        config: the configuration.
+        num_patches: patches of the image, if not those of `config.image_size`.
+    """
+    method = get_reduction(config.reduction)
+    stages = {layer: stage for stage, layer in enumerate(method.layers(config))} if config.reduction else {}
+    recovery = recovery_layers(config)
+    num_patches = config.num_patches if num_patches is None else num_patches
+    rows = config.num_prefix_tokens + num_patches + config.num_clr_tokens
+    state = initial_state(config, num_patches)
+    cached = 0
+    before, after = [], []
+    for index in range(config.num_hidden_layers):
+        before.append(rows)
+        if index in stages:
+            rows = method.count(config, stages[index], rows, state)
+        after.append(rows)
+        if index in recovery:
+            rows += cached
+            state = state._replace(suffix=state.suffix + cached)
+            cached = 0
+        if recovery and index < recovery[-1]:
+            cached += rows_per_entry(config)
+    return TokenSchedule([*before, rows], after)
+
+
+def initial_state(config: CLCAViTConfig, num_patches: int, record_assignments: bool = False) -> TokenState:
+    """The state of a freshly embedded sequence."""
+    num_rows = config.num_prefix_tokens + num_patches + config.num_clr_tokens
+    return TokenState(
+        num_patches=num_patches,
+        prefix=config.num_prefix_tokens,
+        suffix=config.num_clr_tokens,
+        pool_len=num_rows if config.cache_pool_clr else num_rows - config.num_clr_tokens,
+        record_assignments=record_assignments,
+    )

@@ -1,0 +1,36 @@
+"""Settings and fixtures of the whole suite: offline, seeded, one thread per worker."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--goldens",
+        type=Path,
+        default=Path(__file__).parent / "goldens",
+        help="folder of golden .safetensors files to run (default: tests/goldens)",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_file" in metafunc.fixturenames:
+        files = sorted(metafunc.config.getoption("goldens").glob("*.safetensors"))
+        metafunc.parametrize("golden_file", files, ids=[f.stem for f in files])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads() -> None:
+    torch.set_num_threads(1)  # tiny models: more threads only wait for each other

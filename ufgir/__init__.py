@@ -1,0 +1,1 @@
+"""Data, training and analysis around the CLCA ViT. Not shipped to the Hub with a model."""
