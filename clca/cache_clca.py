@@ -56,9 +56,7 @@ class CrossLayerCache:
         self.recovery_layers = recovery_layers(config)
         self.entries: list[torch.Tensor] = []  # (B, rows_per_entry, D) each
 
-    def recall(
-        self, index: int, hidden_states: torch.Tensor, state: TokenState
-    ) -> tuple[torch.Tensor, TokenState]:
+    def recall(self, index: int, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         """After layer `index`, if it is a recovery layer: append what was cached, oldest layer first, and forget it."""
         if index not in self.recovery_layers:
             return hidden_states, state
@@ -79,7 +77,9 @@ class CrossLayerCache:
             return
         entry = []
         if self.config.cache_gap:
-            start = 0 if self.config.cache_pool_cls else 1  # row 0 apart, registers are averaged too, as in the original
+            start = (
+                0 if self.config.cache_pool_cls else 1
+            )  # row 0 apart, registers are averaged too, as in the original
             entry.append(mean_rows(hidden_states, start, state.pool_len, self.method.poolable(state)))
         if self.config.num_clr_tokens:
             # The last rows: CLR itself before the first recall, its newest recalled snapshot afterwards. The recovery

@@ -175,7 +175,9 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
     """Softmax of attention logits (B, H, n, N) under a boolean mask (True: attend) or an additive one, in float32 at
     least, given back in the logits' dtype."""
     if mask is not None:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+        logits = (
+            logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+        )
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(dim=-1, dtype=dtype).to(logits.dtype)
 
@@ -207,7 +209,9 @@ class TokenReduction(nn.Module):
             ValueError: `reduction_kwargs` that are no option of the method, and whatever a subclass refuses.
         """
         options = [
-            p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
+            p.name
+            for p in inspect.signature(cls.__init__).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
         ]
         for option in config.reduction_kwargs or {}:
             if option not in options:

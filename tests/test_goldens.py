@@ -55,7 +55,9 @@ def test_float64(golden: Golden) -> None:
 
     counts = golden.group("tokens")
     final = counts.pop("final")
-    assert {i: h.shape[1] for i, h in enumerate(output.hidden_states[1:])} == {int(i): int(n) for i, n in counts.items()}
+    assert {i: h.shape[1] for i, h in enumerate(output.hidden_states[1:])} == {
+        int(i): int(n) for i, n in counts.items()
+    }
     assert output.token_counts[-1] == int(final)
     schedule = token_schedule(model.config)
     assert list(output.token_counts) == schedule.before
@@ -63,7 +65,9 @@ def test_float64(golden: Golden) -> None:
 
     kept = golden.group("kept")
     assert len(kept) in (0, len(output.assignments))
-    for (_, expected), assignment in zip(sorted(kept.items(), key=lambda i: int(i[0])), output.assignments, strict=False):
+    for (_, expected), assignment in zip(
+        sorted(kept.items(), key=lambda i: int(i[0])), output.assignments, strict=False
+    ):
         expected = expected[:, :-1]  # the original appends a -1 for the fused row, to top-k's as well
         rows = assignment.argmax(dim=-1)[:, 1 : 1 + expected.shape[1]] - 1
         assert torch.equal(rows, expected)
