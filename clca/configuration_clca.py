@@ -24,21 +24,79 @@ POOLINGS = ("cls", "mean", "map")
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
 _TRANSFORMERS_KEYS = frozenset(
-    "_attn_implementation _commit_hash _name_or_path _output_attentions _experts_implementation attn_implementation "
-    "auto_map base_model_name_or_path custom_pipelines experts_implementation hub_revision model_type name_or_path "
-    "num_labels output_attentions per_layer_config quantization_config tie_last_hidden_states torch_dtype "
-    "trust_remote_code".split()
+    [
+        "_attn_implementation",
+        "_commit_hash",
+        "_name_or_path",
+        "_output_attentions",
+        "_experts_implementation",
+        "attn_implementation",
+        "auto_map",
+        "base_model_name_or_path",
+        "custom_pipelines",
+        "experts_implementation",
+        "hub_revision",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "tie_last_hidden_states",
+        "torch_dtype",
+        "trust_remote_code",
+    ]
 )
 # Keys of configs that older transformers wrote. They mean nothing today, so they are dropped without a word.
 _LEGACY_KEYS = frozenset(
-    "_num_labels add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size "
-    "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id "
-    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder "
-    "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
-    "output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values repetition_penalty "
-    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
-    "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
-    "use_cache".split()
+    [
+        "_num_labels",
+        "add_cross_attention",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "is_decoder",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    ]
 )
 
 
@@ -119,6 +177,7 @@ class CLCAViTConfig(ViTConfig):
         "loss_terms",
         "token_counts",
         "assignments",
+        "reports",
         "hidden_states",
         "attentions",
     ]
@@ -253,7 +312,7 @@ def _check_reduction(config: CLCAViTConfig) -> None:
     layers = config.reduction_layers
     if any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
         raise ValueError(f"`reduction_layers` must be integers, got {layers}.")
-    if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+    if layers != sorted(set(layers)):
         raise ValueError(f"`reduction_layers` must be strictly increasing, got {layers}.")
     if config.uses_reduction_layers and any(not 0 <= i < config.num_hidden_layers for i in layers):
         raise ValueError(

@@ -6,12 +6,12 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width, L layers, K classes.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -24,7 +24,7 @@ from .aggregation_clca import CLAHead, build_head
 from .cache_clca import CrossLayerCache, mean_rows
 from .configuration_clca import AGGREGATING_HEADS, CLCAViTConfig, as_pair, check_config
 from .loss_clca import classification_loss
-from .reduction_base import AttentionContext, TokenReduction, TokenState, attention_softmax, gather_rows
+from .reduction_base import AttentionContext, LossInputs, TokenReduction, TokenState, attention_softmax, gather_rows
 from .reductions_clca import get_reduction, initial_state
 
 
@@ -44,6 +44,8 @@ class CLCAViTModelOutput(BaseModelOutputWithPooling):
         cls_tokens: CLS after each layer of `config.aggregation_layers`, before the final norm, (B, M, D); for CLA and IFA.
         token_counts: rows that entered each layer, and last the rows the final norm saw.
         assignments: with `output_assignments=True`, one (B, M, N) per stage: which incoming rows made row m.
+        reports: what else the stages report, by name, one tensor per stage. DynamicViT in training: `decision` (B, N - 1),
+            one where a row after CLS is kept.
         hidden_states: with `output_hidden_states=True`, the embeddings and the output of each layer before the cache was
             recalled. Their lengths differ.
         attentions: with `output_attentions=True`, (B, H, queries, N) per layer. Their sizes differ.
@@ -52,6 +54,7 @@ class CLCAViTModelOutput(BaseModelOutputWithPooling):
     cls_tokens: torch.FloatTensor | None = None
     token_counts: tuple[int, ...] | None = None
     assignments: tuple[torch.FloatTensor, ...] | None = None
+    reports: dict[str, tuple[torch.FloatTensor, ...]] | None = None
 
 
 @dataclass
@@ -66,6 +69,7 @@ class CLCAViTImageClassifierOutput(ImageClassifierOutput):
     loss_terms: dict[str, torch.FloatTensor] | None = None
     token_counts: tuple[int, ...] | None = None
     assignments: tuple[torch.FloatTensor, ...] | None = None
+    reports: dict[str, tuple[torch.FloatTensor, ...]] | None = None
 
 
 class CLCAViTEmbeddings(nn.Module):
@@ -91,7 +95,7 @@ class CLCAViTEmbeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values, interpolate_pos_encoding)
         positions = self.position_embeddings
         if interpolate_pos_encoding:
-            positions = self.interpolate_pos_encoding(*pixel_values.shape[-2:])
+            positions = self.interpolate_pos_encoding(self.grid(pixel_values))
         prefix = [token for token in (self.cls_token, self.register_tokens) if token is not None]
         prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]
         if self.config.prefix_position_embeddings:
@@ -105,10 +109,14 @@ class CLCAViTEmbeddings(nn.Module):
             embeddings = torch.cat([embeddings, clr.expand(patches.shape[0], -1, -1)], dim=1)
         return self.layernorm(self.dropout(embeddings))
 
-    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for an image of another size, bicubic, as transformers' ViT does it; the prefix's stay."""
-        patch_height, patch_width = self.patch_embeddings.patch_size
-        grid, new_grid = self.config.image_grid, (height // patch_height, width // patch_width)
+    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (B, C, height, width)."""
+        (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], self.patch_embeddings.patch_size
+        return height // patch_height, width // patch_width
+
+    def interpolate_pos_encoding(self, new_grid: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings for images of another size, bicubic, as transformers' ViT does it; the prefix's stay."""
+        grid = self.config.image_grid
         if grid == new_grid:
             return self.position_embeddings
         num_prefix = self.position_embeddings.shape[1] - self.config.num_patches
@@ -209,7 +217,10 @@ class CLCAViTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None, TokenState, AttentionContext]:
         key = self.k_norm(self.split_heads(self.k_proj(hidden_states)))
         value = self.split_heads(self.v_proj(hidden_states))
-        context = AttentionContext(self, hidden_states, key, value, self.method.attention_mask(state))
+        mask = self.method.attention_mask(state)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(key.dtype)
+        context = AttentionContext(self, hidden_states, key, value, mask)
         if reduction is not None:
             context.rows, state = reduction.choose_rows(context, state)
         if context.rows is None:
@@ -379,6 +390,8 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             init.trunc_normal_(module.query, std=std)
         elif isinstance(module, CLCAViTLayerScale):
             init.constant_(module.lambda1, float(self.config.layerscale_value))
+        elif isinstance(module, TokenReduction):
+            module.init_weights()
         elif isinstance(module, CLAHead):
             # A kernel of a few numbers per channel needs more than the range meant for wide layers.
             bound = module.aggregate.kernel_size[0] ** -0.5
@@ -439,14 +452,16 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
 
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool(interpolate_pos_encoding))
-        state = self.initial_state(hidden_states, output_assignments)
+        state = initial_state(self.config, self.embeddings.grid(pixel_values), output_assignments)
+        state = self.method.start(hidden_states, state, self.training)
         cache = CrossLayerCache(self.config, self.method, self.training)
-        cls_tokens, token_counts, reports = [], [], []
+        cls_tokens, token_counts, reports = [], [], defaultdict(tuple)
 
         for index, layer in enumerate(self.layers):
             token_counts.append(hidden_states.shape[1])
             hidden_states, state = layer(hidden_states, state, **kwargs)  # a reduction happens inside
-            reports.append(state.report)
+            for name, report in state.report.items():
+                reports[name] += (report,)
             hidden_states, state = cache.recall(index, hidden_states, state._replace(report={}))
             cache.write(index, hidden_states, state)
             if index in self.aggregation_layers:
@@ -459,14 +474,9 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             pooler_output=self.pool(hidden_states, last_hidden_state, state),
             cls_tokens=torch.stack(cls_tokens, dim=1) if cls_tokens else None,
             token_counts=tuple(token_counts),
-            assignments=tuple(r["assignment"] for r in reports if "assignment" in r) if output_assignments else None,
+            assignments=reports.pop("assignment", ()) if output_assignments else None,
+            reports=dict(reports) or None,
         )
-
-    def initial_state(self, hidden_states: torch.Tensor, record_assignments: bool) -> TokenState:
-        """The state of embedded images (B, N, D), with the tracks the method starts with."""
-        num_patches = hidden_states.shape[1] - self.config.num_prefix_tokens - self.config.num_clr_tokens
-        state = initial_state(self.config, num_patches, record_assignments)
-        return self.method.start(hidden_states, state, self.training)
 
     def pool(self, hidden_states: torch.Tensor, normalised: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What a linear head reads, (B, D), of the last tokens before and after the final norm."""
@@ -515,6 +525,8 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         output_assignments: bool = False,
+        teacher_logits: torch.Tensor | None = None,
+        teacher_tokens: torch.Tensor | None = None,
         **kwargs,
     ) -> CLCAViTImageClassifierOutput:
         """Classify `pixel_values` (B, C, height, width).
@@ -524,6 +536,8 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
             labels: see `loss_clca.classification_loss`.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
             output_assignments: return, per stage, which rows made which.
+            teacher_logits: (B, K), for methods that distil (DynamicViT), in training.
+            teacher_tokens: (B, patches, D), likewise.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention kernel.
 
         Raises:
@@ -535,6 +549,11 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         loss, loss_terms = None, None
         if labels is not None:
             loss_terms = {"classification": classification_loss(logits, labels, self.config)}
+            if self.training:
+                inputs = LossInputs(
+                    outputs.reports or {}, logits, outputs.last_hidden_state, teacher_logits, teacher_tokens
+                )
+                loss_terms |= self.vit.method.loss_terms(self.config, inputs)
             loss = sum(loss_terms.values())
             loss_terms = {name: term.detach() for name, term in loss_terms.items()}
         return CLCAViTImageClassifierOutput(
@@ -543,6 +562,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
             loss_terms=loss_terms,
             token_counts=outputs.token_counts,
             assignments=outputs.assignments,
+            reports=outputs.reports,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

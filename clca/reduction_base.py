@@ -19,6 +19,7 @@ parameters, and a few class methods that every layer of the model calls. It over
 | `before_mlp` | in a stage's layer, between attention and MLP | topk, evit, tome |
 | `observe` | after every layer's attention | kmedoids (what each token received in the layer before its stage) |
 | `recalled_value` | when the cache appends rows | what those rows get in each track |
+| `loss_terms` | with labels, in training | dyvit |
 | `poolable` | when the cache or mean pooling averages rows | ats (pads are not averaged) |
 
 `ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation).
@@ -41,13 +42,18 @@ from .configuration_clca import CLCAViTConfig
 class TokenState(NamedTuple):
     """What travels with the hidden states (B, N, D) from layer to layer. Only the model's forward owns one."""
 
-    num_patches: int  # patches of the image: what cumulative keep rates refer to
+    grid: tuple[int, int]  # patches of the image: rows, columns
     prefix: int  # CLS and registers, as embedded
     suffix: int  # CLR and every row recalled so far
     pool_len: int  # rows that enter the cache's GAP; set just before each recall
     tracks: dict[str, torch.Tensor] = {}  # name -> (B, N, ...); replaced, never changed in place
     record_assignments: bool = False
     report: dict[str, torch.Tensor] = {}  # what this layer tells the model's forward, which empties it
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the image: what cumulative keep rates refer to."""
+        return self.grid[0] * self.grid[1]
 
     def select(self, rows: torch.Tensor) -> "TokenState":
         """The state after keeping `rows` (B, M) of the sequence."""
@@ -64,6 +70,16 @@ class TokenState(NamedTuple):
     def with_assignment(self, assignment: Callable[[], torch.Tensor]) -> "TokenState":
         """The state with a stage's assignment (B, M, N) in the report, made only if somebody asked for assignments."""
         return self.with_report(assignment=assignment().detach()) if self.record_assignments else self
+
+
+class LossInputs(NamedTuple):
+    """What a method may build its loss from."""
+
+    reports: dict[str, tuple[torch.Tensor, ...]]  # what the stages reported, by name
+    logits: torch.Tensor  # (B, K)
+    tokens: torch.Tensor  # (B, N, D), after the final norm
+    teacher_logits: torch.Tensor | None = None  # (B, K)
+    teacher_tokens: torch.Tensor | None = None  # (B, P, D), of the image's P patches
 
 
 def gather_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -199,6 +215,10 @@ class TokenReduction(nn.Module):
         self.config = config
         self.stage = stage
 
+    def init_weights(self) -> None:
+        """Initialise parameters that belong to the stage itself (those of its modules are done), with the functions of
+        `transformers.initialization`, which leave alone what was loaded."""
+
     # What the configuration and the token schedule ask.
 
     @classmethod
@@ -272,6 +292,11 @@ class TokenReduction(nn.Module):
     def poolable(cls, state: TokenState) -> torch.Tensor | None:
         """Rows (B, N) that may be averaged, as booleans. None for all."""
         return None
+
+    @classmethod
+    def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:
+        """Weighted terms that the method adds to the loss in training, by name."""
+        return {}
 
     # What the layer of a stage calls.
 
@@ -360,3 +385,69 @@ class AttentionPruning(ScoredPruning):
         else:
             scores = context.received_attention() / (self.config.num_attention_heads * hidden_states.shape[1])
         return self.prune(hidden_states, state, scores[:, 1:])
+
+
+class Regrouping(TokenReduction):
+    """Before the layer, replace the rows between a protected head and a protected tail of the sequence by M new ones. A
+    method is its `regroup`."""
+
+    @classmethod
+    def protected(cls, state: TokenState) -> tuple[int, int]:
+        """Rows at the head and at the tail that stay as they are. By default CLS and registers; CLR and recalled rows are
+        regrouped with the patches."""
+        return state.prefix, 0
+
+    @classmethod
+    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        """New rows M that take the place of `num_rows`."""
+        return keep_of_patches(config, stage, state.num_patches)
+
+    @classmethod
+    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        protected = sum(cls.protected(state))
+        return protected + cls.slots(config, stage, num_rows - protected, state)
+
+    def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        head, tail = self.protected(state)
+        body = hidden_states.shape[1] - head - tail
+        first, tokens, last = hidden_states.split([head, body, tail], dim=1)
+        slots = self.slots(self.config, self.stage, body, state)
+        if slots == 0 or body == 0:  # nothing is asked for, or there is nothing to take it from
+            tokens, weights = tokens[:, :0], None
+        else:
+            tokens, weights = self.regroup(tokens, slots, state)
+        state = state._replace(suffix=tail, tracks={}).with_assignment(
+            lambda: _block_assignment(hidden_states, head, tail, weights() if weights else None)
+        )
+        return torch.cat([first, tokens.to(hidden_states.dtype), last], dim=1), state
+
+    def regroup(
+        self, tokens: torch.Tensor, slots: int, state: TokenState
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """M = `slots` new tokens (B, M, D) of `tokens` (B, n, D), and a function that gives the weights (B, M, n) they were
+        made with."""
+        raise NotImplementedError
+
+
+def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights: torch.Tensor | None) -> torch.Tensor:
+    """(B, head + M + tail, N): identity for the protected rows, `weights` (B, M, n) between them."""
+    identity = identity_assignment(hidden_states)
+    if weights is None:
+        rows = [identity[:, :head], identity[:, identity.shape[1] - tail :]]
+    else:
+        body = nn.functional.pad(weights.to(identity.dtype), (head, tail))
+        rows = [identity[:, :head], body, identity[:, identity.shape[1] - tail :]]
+    return torch.cat(rows, dim=1)
+
+
+def pairwise_distance(tokens: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances (B, n, n) between the rows of `tokens` (B, n, D), as one matrix product; exactly zero on the
+    diagonal. (`torch.cdist` does not export to ONNX.)"""
+    squares = tokens.square().sum(dim=-1)
+    distances = (squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * tokens @ tokens.transpose(1, 2)).clamp(min=0).sqrt()
+    return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision is too coarse to compare scores in; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -4,18 +4,33 @@ from typing import NamedTuple
 
 from .cache_clca import recovery_layers, rows_per_entry
 from .configuration_clca import CLCAViTConfig
+from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
+from .reduction_dpcknn import DPCKNNReduction
+from .reduction_dyvit import DyViTReduction
 from .reduction_evit import EViTReduction
+from .reduction_heuristic import HeuristicReduction
+from .reduction_kmedoids import KMedoidsReduction
+from .reduction_patchmerger import PatchMergerReduction
+from .reduction_sinkhorn import SinkhornReduction
+from .reduction_sit import SiTReduction
+from .reduction_tome import ToMeReduction
 from .reduction_topk import TopKReduction
 
 
 REDUCTIONS: dict[str, type[TokenReduction]] = {
+    "ats": ATSReduction,
+    "dpcknn": DPCKNNReduction,
+    "dyvit": DyViTReduction,
     "evit": EViTReduction,
+    "heuristic": HeuristicReduction,
+    "kmedoids": KMedoidsReduction,
+    "patchmerger": PatchMergerReduction,
+    "sinkhorn": SinkhornReduction,
+    "sit": SiTReduction,
+    "tome": ToMeReduction,
     "topk": TopKReduction,
 }
-
-# Methods of the paper that this version does not have.
-_PLANNED = ("ats", "dpcknn", "dyvit", "heuristic", "kmedoids", "patchmerger", "sinkhorn", "sit", "tome")
 
 
 def get_reduction(name: str | None) -> type[TokenReduction]:
@@ -29,8 +44,6 @@ def get_reduction(name: str | None) -> type[TokenReduction]:
     if name in REDUCTIONS:
         return REDUCTIONS[name]
     available = ", ".join(sorted(REDUCTIONS))
-    if name in _PLANNED:
-        raise ValueError(f"`reduction` {name!r} is not available yet. Available: {available}.")
     raise ValueError(
         f"Unknown `reduction` {name!r}. Available: {available}. A method of your own must be registered with "
         "`clca.register_reduction` before a configuration that names it is made or loaded."
@@ -48,7 +61,7 @@ def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
     if not isinstance(cls.name, str) or not cls.name.isidentifier() or cls.name != cls.name.lower():
         raise ValueError(f"`name` of {cls.__name__} must be a lower-case identifier, got {cls.name!r}.")
     taken = REDUCTIONS.get(cls.name)
-    if cls.name in _PLANNED or (taken is not None and taken is not cls):
+    if taken is not None and taken is not cls:
         raise ValueError(f"`name` {cls.name!r} is taken. Choose another one.")
     REDUCTIONS[cls.name] = cls
     return cls
@@ -80,9 +93,8 @@ def token_schedule(config: CLCAViTConfig, num_patches: int | None = None) -> Tok
     method = get_reduction(config.reduction)
     stages = {layer: stage for stage, layer in enumerate(method.layers(config))} if config.reduction else {}
     recovery = recovery_layers(config)
-    num_patches = config.num_patches if num_patches is None else num_patches
-    rows = config.num_prefix_tokens + num_patches + config.num_clr_tokens
-    state = initial_state(config, num_patches)
+    state = initial_state(config, config.image_grid if num_patches is None else (1, num_patches))
+    rows = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
     cached = 0
     before, after = [], []
     for index in range(config.num_hidden_layers):
@@ -99,11 +111,11 @@ def token_schedule(config: CLCAViTConfig, num_patches: int | None = None) -> Tok
     return TokenSchedule([*before, rows], after)
 
 
-def initial_state(config: CLCAViTConfig, num_patches: int, record_assignments: bool = False) -> TokenState:
-    """The state of a freshly embedded sequence."""
-    num_rows = config.num_prefix_tokens + num_patches + config.num_clr_tokens
+def initial_state(config: CLCAViTConfig, grid: tuple[int, int], record_assignments: bool = False) -> TokenState:
+    """The state of a freshly embedded sequence of `grid` (rows, columns) patches."""
+    num_rows = config.num_prefix_tokens + grid[0] * grid[1] + config.num_clr_tokens
     return TokenState(
-        num_patches=num_patches,
+        grid=grid,
         prefix=config.num_prefix_tokens,
         suffix=config.num_clr_tokens,
         pool_len=num_rows if config.cache_pool_clr else num_rows - config.num_clr_tokens,

@@ -1,5 +1,6 @@
 """Weights of the original CLCA code, turned into `CLCAViTForImageClassification`."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,6 +33,16 @@ _KEYS = (
     (r"attn_pool\.norm\.(weight|bias)", r"vit.attention_pooling.layernorm.\1"),
     (r"attn_pool\.mlp\.(fc[12])\.(weight|bias)", r"vit.attention_pooling.mlp.\1.\2"),
 )
+# The number in these keys is that of the stage, not of the layer.
+_STAGE_KEYS = (
+    (r"score_predictor\.(\d+)\.in_conv\.(\d)\.(weight|bias)", r"in_proj.\2.\3"),
+    (r"score_predictor\.(\d+)\.out_conv\.(\d)\.(weight|bias)", r"out_proj.\2.\3"),
+    (r"cluster_layers\.(\d+)\.score\.(weight|bias)", r"score.\2"),
+    (r"cluster_layers\.(\d+)\.weight\.(\d)\.(weight|bias)", r"slot_logits.\2.\3"),
+    (r"cluster_layers\.(\d+)\.(scale|queries)", r"\2"),
+    (r"cluster_layers\.(\d+)\.norm\.(weight|bias)", r"norm.\2"),
+    (r"cluster_layers\.(\d+)\.v", r"prototypes"),
+)
 _HEAD_KEYS = {
     "linear": ((r"head\.(weight|bias)", r"classifier.\1"),),
     "cla": (
@@ -59,18 +70,12 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
     """
     method, options, dims = spec["method"], spec["options"], spec["dims"]
     depth, width = dims.get("depth", 12), dims.get("embed_dim", 768)
-    reduction = None if method == "vit" else method
-    if reduction is None:
-        layers = [i for i in _LAYERS_OF_PLAIN_VIT if i < depth]
-    else:
-        layers = list(options["reduction_loc"])
+    reduction = None if method == "vit" else method.removesuffix("_old")
+    layers = [i for i in _LAYERS_OF_PLAIN_VIT if i < depth] if reduction is None else list(options["reduction_loc"])
     head = "linear"
     if options.get("ifa_head"):
         head = "cla" if options.get("ifa_dws_conv_groups", 2) > 0 else "ifa"
     has_cls = dims.get("class_token", True)
-    reduction_kwargs = None
-    if reduction in ("topk", "evit") and not has_cls:
-        reduction_kwargs = {"score_by": "cls"}  # there, the first patch acts as CLS
     return CLCAViTConfig(
         image_size=dims.get("img_size", 224),
         patch_size=dims.get("patch_size", 16),
@@ -83,8 +88,8 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         num_labels=spec["num_labels"],
         reduction=reduction,
         reduction_layers=layers,
-        keep_rate=list(options["keep_rate"]) if reduction else 1.0,
-        reduction_kwargs=reduction_kwargs,
+        reduction_kwargs=_reduction_kwargs(reduction, options, has_cls),
+        **_budget(reduction, options),
         cross_layer_cache=bool(options.get("clc")),
         num_clr_tokens=options.get("num_clr", 0),
         cache_gap=options.get("clc_include_gap", True),
@@ -103,6 +108,48 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
     )
 
 
+def _budget(reduction: str | None, options: Mapping[str, Any]) -> dict[str, list]:
+    """Our `keep_rate` or `keep_tokens` for the original's `keep_rate`, whose lists mean three different things."""
+    rates = list(options.get("keep_rate", []))
+    if reduction is None:
+        return {}
+    if len(rates) == 1 or reduction in ("topk", "evit"):
+        return {"keep_rate": rates}
+    if reduction == "dyvit":
+        return {"keep_rate": [rates[0]] * len(rates) if options.get("clc") else _own_rates(rates)}
+    return {"keep_tokens": [int(count) for count in rates]}
+
+
+def _own_rates(cumulative: list[float]) -> list[float]:
+    """Rates whose running products are exactly the given shares, so that counts round alike."""
+    rates, product = [], 1.0
+    for share in cumulative:
+        quotient = share / product
+        candidates = (quotient, math.nextafter(quotient, 0), math.nextafter(quotient, 1))
+        rates.append(next((rate for rate in candidates if product * rate == share), quotient))
+        product *= rates[-1]
+    return rates
+
+
+def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls: bool) -> dict[str, Any] | None:
+    """The method's own options, under our names."""
+    if reduction in ("topk", "evit"):
+        return None if has_cls else {"score_by": "cls"}  # there, the first patch acts as CLS
+    names = {
+        "dpcknn": {"k_neighbors": "k_neighbors", "equal_weight": "equal_weight"},
+        "kmedoids": {"cluster_iters": "cluster_iters", "equal_weight": "equal_weight"},
+        "sinkhorn": {"cluster_iters": "cluster_iters", "sinkhorn_eps": "sinkhorn_eps"},
+        "heuristic": {"heuristic_pattern": "pattern", "min_radius": "min_radius"},
+        "dyvit": {"ratio_weight": "ratio_weight"},
+    }.get(reduction, {})
+    kwargs = {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+    if reduction == "heuristic":
+        kwargs["contiguous"] = not options.get("not_contiguous", False)
+    if reduction == "dyvit" and len(options["keep_rate"]) > 1:
+        kwargs["ratio_targets"] = list(options["keep_rate"])
+    return kwargs or None
+
+
 def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAViTConfig) -> dict[str, torch.Tensor]:
     """Tensors under the original's keys, or gradients of such, under ours.
 
@@ -111,7 +158,6 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
     Raises:
         ValueError: keys that are neither known nor stale, all of them named.
     """
-    rules = [(re.compile(pattern), ours) for pattern, ours in (*_KEYS, *_HEAD_KEYS[config.head])]
     converted, unexpected = {}, []
     for key, tensor in state_dict.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
@@ -126,15 +172,20 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
                 converted["vit.embeddings.clr_position_embeddings"] = clr
         elif config.head != "linear" and re.fullmatch(r"head\.(weight|bias)", key):
             continue
+        elif (ours := _translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
+            converted[ours] = tensor
+        elif (ours := _translate(key, _STAGE_KEYS)) is not None:
+            stage = int(re.search(r"\d+", key)[0])
+            converted[f"vit.layers.{config.reduction_layers[stage]}.reduction.{ours}"] = tensor
         else:
-            names = [match.expand(ours) for pattern, ours in rules if (match := pattern.fullmatch(key))]
-            if names:
-                converted[names[0]] = tensor
-            else:
-                unexpected.append(key)
+            unexpected.append(key)
     if unexpected:
         raise ValueError(f"`state_dict` holds keys with no place in this model: {', '.join(unexpected)}.")
     return converted
+
+
+def _translate(key: str, rules: Iterable[tuple[str, str]]) -> str | None:
+    return next((match.expand(ours) for pattern, ours in rules if (match := re.fullmatch(pattern, key))), None)
 
 
 def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> CLCAViTForImageClassification:
@@ -142,11 +193,13 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
 
     Args:
         state_dict: tensors under the original's keys (timm's, and `clr`, `ifa_head.*` and those of the methods).
-        spec: what the model is, see `original_config`.
+        spec: what the model is, see `original_config`. `num_labels` may be left out: the head tells it.
 
     Raises:
         ValueError: keys that do not belong, are missing, or have another shape than the configuration says.
     """
+    if "num_labels" not in spec:
+        spec = {**spec, "num_labels": _num_labels(state_dict, spec)}
     config = original_config(spec)
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)
@@ -154,6 +207,15 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
     optional = {"vit.layernorm.weight", "vit.layernorm.bias"} if config.head in ("cla", "ifa") else set()
     _load_exactly(model, converted, optional)
     return model
+
+
+def _num_labels(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> int:
+    """Classes of the head that is used: the last layer of an aggregation head, else `head`."""
+    prefix = "ifa_head." if spec["options"].get("ifa_head") else "head."
+    biases = [key for key in state_dict if key.startswith(prefix) and key.endswith("bias")]
+    if not biases:
+        raise ValueError(f"`state_dict` has no {prefix}* to tell the number of classes from: set `num_labels`.")
+    return state_dict[max(biases)].shape[0]
 
 
 def _load_exactly(

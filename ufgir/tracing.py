@@ -48,7 +48,7 @@ def trace_patches(assignments: Sequence[torch.Tensor], config: CLCAViTConfig, nu
             f"{len(assignments)}. A model without a reduction has nothing to trace."
         )
     by_layer = dict(zip(layers, assignments, strict=True))
-    state = initial_state(config, config.num_patches if num_patches is None else num_patches)
+    state = initial_state(config, config.image_grid if num_patches is None else (1, num_patches))
     recovery = recovery_layers(config)
     first = assignments[0]
     patches = torch.eye(state.num_patches, dtype=first.dtype, device=first.device).expand(first.shape[0], -1, -1)

@@ -1,0 +1,103 @@
+"""ATS: sample tokens from the distribution of the CLS token's attention (https://huggingface.co/papers/2111.15667).
+
+Its official code has no licence file. Differs from the paper: registers, CLR and recalled rows may be sampled as well. As in
+the original CLCA code a stage of K tokens takes K - 1 (rounding makes it K for some K) fixed quantiles, so the number of
+different tokens depends on the image and is at most that.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import (
+    AttentionContext,
+    TokenReduction,
+    TokenState,
+    at_least_float32,
+    keep_of_patches,
+    one_hot_assignment,
+    stage_tokens,
+)
+
+
+class ATSReduction(TokenReduction):
+    """Inside attention, keep CLS and the rows at fixed quantiles of its attention, weighed by the size of their values, in
+    the order of the sequence. The keep rate is an upper bound as a share of the patches, cumulative.
+
+    Images of a batch keep different numbers of rows; shorter ones are padded, and pads are never attended to, averaged or
+    sampled. Queries are computed for sampled rows only.
+
+    Args:
+        pad_to_bound: pad to the upper bound instead of the longest image of the batch, for static shapes.
+    """
+
+    name = "ats"
+
+    def __init__(self, config: CLCAViTConfig, stage: int, *, pad_to_bound: bool = False) -> None:
+        super().__init__(config, stage)
+        self.pad_to_bound = pad_to_bound
+
+    @classmethod
+    def samples(cls, config: CLCAViTConfig, stage: int, num_patches: int) -> int:
+        """K: one more than the share of patches, or what `keep_tokens` says."""
+        return keep_of_patches(config, stage, num_patches) + (stage_tokens(config, stage) is None)
+
+    @classmethod
+    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        """An upper bound."""
+        return min(1 + num_quantiles(cls.samples(config, stage, state.num_patches)), num_rows)
+
+    @classmethod
+    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
+        valid = cls.poolable(state)
+        return None if valid is None else valid[:, None, None, :]
+
+    @classmethod
+    def poolable(cls, state: TokenState) -> torch.Tensor | None:
+        return state.tracks.get("valid")
+
+    def choose_rows(self, context: AttentionContext, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        num_rows = context.key.shape[2]
+        chosen = self.sample(context, state)  # (B, n), ascending, with repetitions
+        new = nn.functional.pad(chosen[:, 1:] != chosen[:, :-1], (1, 0), value=True)[:, : chosen.shape[1]]
+        # Repetitions become 0, the row of CLS, and go to the end.
+        ids = torch.where(new, chosen, num_rows).sort(dim=1).values
+        ids = torch.where(ids == num_rows, 0, ids)
+        width = self.count(self.config, self.stage, num_rows, state) - 1
+        if not self.pad_to_bound:
+            width = int(new.sum(dim=1).max()) if chosen.shape[1] else 0
+        rows = nn.functional.pad(ids[:, :width], (1, 0))
+        valid = nn.functional.pad(ids[:, :width] > 0, (1, 0), value=True)
+        state = state.select(rows).with_tracks(valid=valid)
+        return rows, state.with_assignment(
+            lambda: one_hot_assignment(rows.masked_fill(~valid, -1), num_rows, context.hidden_states.dtype)
+        )
+
+    @torch.no_grad()
+    def sample(self, context: AttentionContext, state: TokenState) -> torch.Tensor:
+        """Rows (B, n) nearest to the n quantiles of the significance of rows 1 .. N - 1."""
+        attention = context.attention_rows(slice(0, 1)).squeeze(2)[..., 1:]  # (B, H, N - 1)
+        norms = context.value[:, :, 1:].norm(dim=-1)
+        significance = at_least_float32((attention * norms).sum(dim=1))
+        significance = significance / (significance.sum(dim=1, keepdim=True) + 1e-6)
+        cumulative = significance.cumsum(dim=1)
+        valid = self.poolable(state)
+        if valid is not None:
+            cumulative = cumulative.masked_fill(~valid[:, 1:], 2.0)  # further from any quantile than a real row
+        steps = quantiles(self.samples(self.config, self.stage, state.num_patches)).to(cumulative)
+        if cumulative.shape[1] == 0:
+            return cumulative.new_zeros((cumulative.shape[0], 0), dtype=torch.long)
+        return (cumulative.unsqueeze(1) - steps[:, None]).abs().argmin(dim=2) + 1
+
+
+def num_quantiles(samples: int) -> int:
+    """Length of `quantiles`: K - 1, or K where double arithmetic rounds up (3, 7, 12, 14, 19, ...)."""
+    first, last, step = 1 / (2 * samples), (2 * samples - 1) / (2 * samples), 1 / samples
+    return math.ceil((last - first) / step)
+
+
+def quantiles(samples: int) -> torch.Tensor:
+    """1 / 2K, 3 / 2K, ... in float32, as published models were trained with."""
+    return torch.arange(1 / (2 * samples), (2 * samples - 1) / (2 * samples), 1 / samples, dtype=torch.float32)

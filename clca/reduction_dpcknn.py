@@ -1,0 +1,86 @@
+"""DPC-KNN: density-peak clusters of the patches, each merged into one token (https://huggingface.co/papers/2204.08680).
+
+TCFormer's official code is Apache-2.0. Differs from the paper: no convolutions around it; CLS, registers, CLR and recalled
+rows are protected; ties between densities are broken by position instead of noise, so that results repeat.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import (
+    Regrouping,
+    TokenState,
+    at_least_float32,
+    keep_of_patches,
+    one_hot_assignment,
+    pairwise_distance,
+    stage_tokens,
+)
+
+
+_FEWEST_CLUSTERS = 5  # before the last stage; the original's guard for 5 neighbours, whatever `k_neighbors` is
+
+
+class DPCKNNReduction(Regrouping):
+    """Before the layer, cluster the patches around points of high density that are far from denser ones. The keep rate is
+    a share of the patches, cumulative.
+
+    Args:
+        k_neighbors: neighbours that a density is estimated from, the token itself among them.
+        equal_weight: merge by the mean instead of a learnt weight per token.
+    """
+
+    name = "dpcknn"
+
+    def __init__(self, config: CLCAViTConfig, stage: int, *, k_neighbors: int = 5, equal_weight: bool = False) -> None:
+        super().__init__(config, stage)
+        self.k_neighbors = k_neighbors
+        self.score = None if equal_weight else nn.Linear(config.hidden_size, 1)
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        super().check(config)
+        neighbors = (config.reduction_kwargs or {}).get("k_neighbors", 5)
+        if not isinstance(neighbors, int) or neighbors < 1:
+            raise ValueError(f"`reduction_kwargs`: `k_neighbors` must be a positive integer, got {neighbors!r}.")
+
+    @classmethod
+    def protected(cls, state: TokenState) -> tuple[int, int]:
+        return state.prefix, state.suffix
+
+    @classmethod
+    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        clusters = keep_of_patches(config, stage, state.num_patches)
+        if stage_tokens(config, stage) is None:
+            last = stage == len(config.reduction_layers) - 1
+            clusters = max(clusters, 1 if last else _FEWEST_CLUSTERS)
+        return min(clusters, num_rows)
+
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+        _, labels = self.label(tokens, slots)
+        scores = tokens.new_zeros(labels.shape) if self.score is None else self.score(tokens).squeeze(-1)
+        weights = at_least_float32(scores).exp()
+        total = weights.new_zeros(labels.shape[0], slots).scatter_add(1, labels, weights)
+        share = weights / (total.gather(1, labels) + 1e-6)  # (B, n)
+        index = labels.unsqueeze(-1).expand_as(tokens)
+        weighted = tokens * share.unsqueeze(-1).to(tokens.dtype)
+        merged = tokens.new_zeros(tokens.shape[0], slots, tokens.shape[2]).scatter_add(1, index, weighted)
+        return merged, lambda: one_hot_assignment(labels, slots, share.dtype).transpose(1, 2) * share.unsqueeze(1)
+
+    @torch.no_grad()
+    def label(self, tokens: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Centres (B, M) in the order of falling score, and the cluster (B, n) of each of `tokens` (B, n, D)."""
+        tokens = at_least_float32(tokens)
+        batch, num_tokens, width = tokens.shape
+        distance = pairwise_distance(tokens) / width**0.5
+        nearest = distance.topk(min(self.k_neighbors, num_tokens), dim=-1, largest=False).values
+        density = (-nearest.square().mean(dim=-1)).exp()
+        denser = density.unsqueeze(1) > density.unsqueeze(2)  # (B, i, j): j is denser than i
+        farthest = distance.flatten(1).amax(dim=1)[:, None, None]
+        separation = torch.where(denser, distance, farthest).amin(dim=2)
+        centres = (separation * density).topk(clusters, dim=1).indices
+        to_centres = distance.gather(1, centres.unsqueeze(-1).expand(-1, -1, num_tokens))  # (B, M, n)
+        labels = to_centres.argmin(dim=1)
+        own = torch.arange(clusters, device=tokens.device).expand(batch, -1)
+        return centres, labels.scatter(1, centres, own)

@@ -1,0 +1,158 @@
+"""DynamicViT: a small network scores the tokens before a layer (https://huggingface.co/papers/2106.02034).
+
+Its official code is MIT. In evaluation the best tokens are kept. In training nothing is removed: a straight-through Gumbel
+draw decides which tokens later attention may look at, and a loss pulls their share towards the keep rate.
+
+Differs from the paper: registers, CLR and recalled rows are candidates as well. As in the original CLCA code, recalled rows
+count as decided for in training but not in evaluation, the smoothed softmax acts from layer 0 on, and with a cache a stage
+keeps int(rate * (N - 2)) of its N rows instead of a share of the rows the network began with.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_clca import CLCAViTConfig
+from .loss_clca import keep_ratio_loss, kl_divergence, token_distillation_loss
+from .reduction_base import LossInputs, ScoredPruning, TokenState, cumulative_rate, stage_rate, stage_tokens
+
+
+_SMOOTHING = 1e-6
+
+
+class DyViTReduction(ScoredPruning):
+    """Keep what a predictor says is worth keeping. The keep rate is a share of the first layer's rows, cumulative.
+
+    Args:
+        ratio_weight: weight of the loss that pulls the share of kept tokens to the target.
+        ratio_targets: cumulative targets of that loss, one per stage; by default the products of the keep rates.
+        cls_distill_weight: weight of the distillation of the class logits, where a teacher's are given.
+        token_distill_weight: weight of the distillation of the kept tokens, where a teacher's are given.
+        token_distill: `mse` or `kl`, the distance between tokens.
+    """
+
+    name = "dyvit"
+
+    def __init__(
+        self,
+        config: CLCAViTConfig,
+        stage: int,
+        *,
+        ratio_weight: float = 2.0,
+        ratio_targets: list[float] | None = None,
+        cls_distill_weight: float = 0.5,
+        token_distill_weight: float = 0.5,
+        token_distill: str = "mse",
+    ) -> None:
+        super().__init__(config, stage)
+        width = config.hidden_size
+        self.in_proj = nn.Sequential(nn.LayerNorm(width, eps=1e-5), nn.Linear(width, width), nn.GELU())
+        self.out_proj = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        super().check(config)
+        options = config.reduction_kwargs or {}
+        for name in ("ratio_weight", "cls_distill_weight", "token_distill_weight"):
+            if not options.get(name, 0.0) >= 0:
+                raise ValueError(f"`reduction_kwargs`: `{name}` must not be negative, got {options[name]!r}.")
+        targets = options.get("ratio_targets")
+        if targets is not None and (
+            len(targets) != len(config.reduction_layers) or not all(0 < target <= 1 for target in targets)
+        ):
+            raise ValueError(
+                f"`reduction_kwargs`: `ratio_targets` must hold one share in (0, 1] per stage, got {targets!r}."
+            )
+        if options.get("token_distill", "mse") not in ("mse", "kl"):
+            raise ValueError(
+                f"`reduction_kwargs`: `token_distill` must be 'mse' or 'kl', got {options['token_distill']!r}."
+            )
+
+    @classmethod
+    def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:
+        """`keep_ratio`; with a teacher also `cls_distillation` and `token_distillation`."""
+        options = config.reduction_kwargs or {}
+        decisions = inputs.reports["decision"]
+        targets = options.get("ratio_targets")
+        if targets is None and config.keep_tokens is not None:
+            first = config.num_prefix_tokens + config.num_patches + config.num_clr_tokens - 1
+            targets = [(stage_tokens(config, stage) or 0) / first for stage in range(len(decisions))]
+        elif targets is None:
+            targets = [cumulative_rate(config, stage) for stage in range(len(decisions))]
+        terms = {"keep_ratio": options.get("ratio_weight", 2.0) * keep_ratio_loss(decisions, targets)}
+        if inputs.teacher_logits is not None:
+            weight = options.get("cls_distill_weight", 0.5)
+            terms["cls_distillation"] = weight * kl_divergence(inputs.logits, inputs.teacher_logits)
+        if inputs.teacher_tokens is not None:
+            # In training no row has moved: patches still follow the prefix.
+            patches = slice(config.num_prefix_tokens, config.num_prefix_tokens + inputs.teacher_tokens.shape[1])
+            kept = nn.functional.pad(decisions[-1], (1, 0), value=1.0)[:, patches]
+            terms["token_distillation"] = options.get("token_distill_weight", 0.5) * token_distillation_loss(
+                inputs.tokens[:, patches], inputs.teacher_tokens, kept, options.get("token_distill", "mse")
+            )
+        return terms
+
+    @classmethod
+    def keep(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        count = stage_tokens(config, stage)
+        if count is None and config.cross_layer_cache:
+            count = int((num_rows - 2) * stage_rate(config, stage))
+        elif count is None:
+            first = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
+            count = int((first - 1) * cumulative_rate(config, stage))
+        return min(max(count, 0), num_rows - 1)
+
+    @classmethod
+    def start(cls, hidden_states: torch.Tensor, state: TokenState, training: bool) -> TokenState:
+        return state.with_tracks(decision=hidden_states.new_ones(hidden_states.shape[:2]))
+
+    @classmethod
+    def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> float:
+        return 1.0 if training else 0.0
+
+    @classmethod
+    def attend(
+        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, state: TokenState
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Softmax over the rows decided for and the row itself, smoothed so that it is never empty."""
+        logits = query @ key.transpose(-1, -2) * scaling
+        num_rows = logits.shape[-1]
+        policy = state.tracks["decision"].float()[:, None, None, :]
+        itself = torch.eye(num_rows, device=logits.device)
+        mask = policy + (1.0 - policy) * itself  # (B, 1, N, N)
+        exponentials = (logits - logits.amax(dim=-1, keepdim=True)).float().exp() * mask
+        weights = (exponentials + _SMOOTHING / num_rows) / (exponentials.sum(dim=-1, keepdim=True) + _SMOOTHING)
+        weights = weights.to(value.dtype)
+        return (weights @ value).transpose(1, 2), weights
+
+    @staticmethod
+    def draw_gumbel(log_probabilities: torch.Tensor) -> torch.Tensor:
+        """Gumbel noise of the shape of `log_probabilities` (B, n, 2). Replace it to make a training step repeatable."""
+        return -torch.empty_like(log_probabilities).exponential_().log()
+
+    def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        decision = state.tracks["decision"][:, 1:]  # (B, N - 1)
+        scores = self.predict(hidden_states[:, 1:], decision)  # (B, N - 1, 2)
+        if not self.training:
+            return self.prune(hidden_states, state, scores[..., 0])
+        soft = (scores + self.draw_gumbel(scores)).softmax(dim=-1)[..., 0]
+        hard = (soft >= 0.5).to(soft.dtype)
+        decision = (hard - soft.detach() + soft).to(decision.dtype) * decision
+        state = state.with_tracks(decision=nn.functional.pad(decision, (1, 0), value=1.0))
+        return hidden_states, state.with_report(decision=decision)
+
+    def predict(self, tokens: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (B, n, 2) of keeping and dropping `tokens` (B, n, D), which see the mean of those that
+        `decision` (B, n) has kept so far."""
+        local, pooled = self.in_proj(tokens).chunk(2, dim=-1)
+        weights = decision.unsqueeze(-1).to(pooled.dtype)
+        kept = weights.sum(dim=1, keepdim=True)
+        kept = torch.where(kept > 0, kept, torch.ones_like(kept))  # all dropped: a mean of zero, not 0 / 0
+        pooled = (pooled * weights).sum(dim=1, keepdim=True) / kept + 1e-6
+        return self.out_proj(torch.cat([local, pooled.expand_as(local)], dim=-1))

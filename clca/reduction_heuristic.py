@@ -1,0 +1,92 @@
+"""Heuristic: attend only to patches near the centre of the image (the baseline of https://huggingface.co/papers/2308.04657).
+
+The official code of that study is MIT. Nothing is removed: rows outside a radius are no longer attended to. CLS, registers,
+CLR and recalled rows always are.
+"""
+
+import math
+
+import torch
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import TokenReduction, TokenState, identity_assignment, keep_of_patches
+
+
+_NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
+
+
+class HeuristicReduction(TokenReduction):
+    """Before the layer, narrow the circle of patches that attention sees. It stays until the next stage.
+
+    Args:
+        pattern: `l1`, `l2` or `linf`, the norm that makes the circle.
+        min_radius: radius in patches to which the circle shrinks, with `contiguous`; zero or less for the smallest.
+        contiguous: shrink evenly in every layer from the first reduction layer to the last, whatever the keep rate says;
+            otherwise in the reduction layers alone, to the radius whose number of patches is nearest to the keep rate's
+            share of all patches, cumulative.
+    """
+
+    name = "heuristic"
+
+    def __init__(
+        self,
+        config: CLCAViTConfig,
+        stage: int,
+        *,
+        pattern: str = "l1",
+        min_radius: float = 1.0,
+        contiguous: bool = True,
+    ) -> None:
+        super().__init__(config, stage)
+        self.pattern, self.min_radius, self.contiguous = pattern, min_radius, contiguous
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        super().check(config)
+        pattern = (config.reduction_kwargs or {}).get("pattern", "l1")
+        if pattern not in _NORMS:
+            raise ValueError(f"`reduction_kwargs`: `pattern` must be one of {', '.join(_NORMS)}, got {pattern!r}.")
+
+    @classmethod
+    def layers(cls, config: CLCAViTConfig) -> list[int]:
+        if (config.reduction_kwargs or {}).get("contiguous", True):
+            return list(range(config.reduction_layers[0], config.reduction_layers[-1] + 1))
+        return list(config.reduction_layers)
+
+    @classmethod
+    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
+        visible = cls.poolable(state)
+        return None if visible is None else visible[:, None, None, :]
+
+    @classmethod
+    def poolable(cls, state: TokenState) -> torch.Tensor | None:
+        return state.tracks.get("visible")
+
+    def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
+        radius = grid_radius(state.grid, self.pattern)
+        patches = (radius <= self.threshold(radius, state.num_patches)).flatten()
+        visible = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        visible[:, state.prefix : state.prefix + state.num_patches] = patches.to(hidden_states.device)
+        visible[:, 0] = True  # the first patch in a model without CLS
+        return hidden_states, state.with_tracks(visible=visible).with_assignment(
+            lambda: identity_assignment(hidden_states) * visible.unsqueeze(-1)
+        )
+
+    def threshold(self, radius: torch.Tensor, num_patches: int) -> float:
+        """Radius of the stage's circle on a grid of radii (rows, columns)."""
+        if self.contiguous:
+            layers = self.config.reduction_layers
+            smallest = self.min_radius if self.min_radius > 0 else radius[radius.shape[0] // 2, radius.shape[1] // 2]
+            steps = torch.linspace(float(radius[0, 0]), float(smallest), layers[-1] - layers[0] + 3)
+            # The full grid comes first, except where the first stage is layer 0.
+            return float(steps[self.stage + (layers[0] > 0)])
+        target = keep_of_patches(self.config, self.stage, num_patches)
+        radii = radius.unique()  # ascending
+        counts = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
+        return float(radii[(counts - target).abs().argmin()])
+
+
+def grid_radius(grid: tuple[int, int], pattern: str) -> torch.Tensor:
+    """Distance of each patch from the centre, in patches, (rows, columns)."""
+    axes = [torch.linspace(math.floor(-side / 2), math.floor(side / 2), side) for side in grid]
+    return torch.linalg.vector_norm(torch.stack(torch.meshgrid(*axes, indexing="ij")), ord=_NORMS[pattern], dim=0)

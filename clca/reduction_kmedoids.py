@@ -1,0 +1,104 @@
+"""K-medoids: keep the tokens at the centres of clusters (the baseline of https://huggingface.co/papers/2308.04657).
+
+The official code of that study is MIT. Differs from it: the equal-weight start is the row nearest to the mean instead of a
+random one; a stage in layer 0, which no attention precedes, weighs all tokens alike.
+"""
+
+import torch
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import (
+    AttentionContext,
+    Regrouping,
+    TokenState,
+    at_least_float32,
+    gather_rows,
+    one_hot_assignment,
+    pairwise_distance,
+)
+
+
+class KMedoidsReduction(Regrouping):
+    """Before the layer, cluster all rows but row 0 and keep each cluster's medoid. The keep rate is a share of the
+    patches, cumulative. A token's cost is weighed by the attention it received in the layer before.
+
+    Args:
+        cluster_iters: rounds of assignment and update.
+        equal_weight: weigh all tokens alike, and start from rows far from each other.
+    """
+
+    name = "kmedoids"
+
+    def __init__(
+        self, config: CLCAViTConfig, stage: int, *, cluster_iters: int = 3, equal_weight: bool = False
+    ) -> None:
+        super().__init__(config, stage)
+        self.cluster_iters = cluster_iters
+        self.equal_weight = equal_weight
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        super().check(config)
+        rounds = (config.reduction_kwargs or {}).get("cluster_iters", 3)
+        if not isinstance(rounds, int) or rounds < 0:
+            raise ValueError(f"`reduction_kwargs`: `cluster_iters` must be a number of rounds, got {rounds!r}.")
+
+    @classmethod
+    def protected(cls, state: TokenState) -> tuple[int, int]:
+        return 1, 0
+
+    @classmethod
+    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        return min(super().slots(config, stage, num_rows, state), num_rows)
+
+    @classmethod
+    def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
+        if not before_stage or (context.attention.config.reduction_kwargs or {}).get("equal_weight"):
+            return state
+        with torch.no_grad():
+            return state.with_tracks(received=at_least_float32(context.received_attention()))
+
+    @classmethod
+    def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> torch.Tensor:
+        return track.mean(dim=1, keepdim=True)  # not seen by that attention: neither cheap nor dear
+
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+        received = state.tracks.get("received")
+        medoids, _ = self.label(tokens, slots, None if received is None else received[:, 1:])
+        return gather_rows(tokens, medoids), lambda: one_hot_assignment(medoids, tokens.shape[1], tokens.dtype)
+
+    @torch.no_grad()
+    def label(
+        self, tokens: torch.Tensor, clusters: int, received: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Medoids (B, M) and the cluster (B, n) of each of `tokens` (B, n, D), which received attention (B, n)."""
+        tokens = at_least_float32(tokens)
+        num_tokens = tokens.shape[1]
+        distance = pairwise_distance(tokens)
+        if received is None:
+            cost, medoids = distance.sum(dim=2), self.spread(distance, tokens, clusters)
+        else:
+            cost, medoids = received * distance.sum(dim=2), received.topk(clusters, dim=1).indices
+        for _ in range(self.cluster_iters):
+            labels = self.nearest(distance, medoids)
+            members = one_hot_assignment(labels, clusters, torch.bool).transpose(1, 2)  # (B, M, n)
+            medoids = torch.where(members, cost.unsqueeze(1), num_tokens * 1e6).argmin(dim=2)
+        return medoids, self.nearest(distance, medoids)
+
+    @staticmethod
+    def nearest(distance: torch.Tensor, medoids: torch.Tensor) -> torch.Tensor:
+        """Index (B, n) of the medoid nearest to each token."""
+        return distance.gather(1, medoids.unsqueeze(-1).expand(-1, -1, distance.shape[2])).argmin(dim=1)
+
+    @staticmethod
+    def spread(distance: torch.Tensor, tokens: torch.Tensor, clusters: int) -> torch.Tensor:
+        """Rows (B, M) far from each other: the one nearest to the mean, then always the farthest from those chosen."""
+        centre = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum(dim=2).argmin(dim=1, keepdim=True)
+        chosen = [centre]
+        gap = distance.gather(1, centre.unsqueeze(-1).expand(-1, -1, distance.shape[2])).squeeze(1)
+        for _ in range(clusters - 1):
+            farthest = gap.argmax(dim=1, keepdim=True)
+            chosen.append(farthest)
+            step = distance.gather(1, farthest.unsqueeze(-1).expand(-1, -1, distance.shape[2])).squeeze(1)
+            gap = torch.minimum(gap, step)
+        return torch.cat(chosen, dim=1)

@@ -1,0 +1,39 @@
+"""PatchMerger: learnt queries gather the tokens (https://huggingface.co/papers/2202.12015).
+
+Its official code (scenic) is Apache-2.0. Differs from the paper: it may act in several layers; CLR and recalled rows are
+absorbed with the patches. As in the paper, the new tokens are sums of normalised ones, on another scale than the residual
+stream they go back to.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import Regrouping, keep_of_patches
+
+
+class PatchMergerReduction(Regrouping):
+    """Before the layer, replace all rows but CLS and registers by what learnt queries attend to. The keep rate is a share
+    of the patches at `config.image_size`, cumulative: the queries are parameters."""
+
+    name = "patchmerger"
+
+    def __init__(self, config: CLCAViTConfig, stage: int) -> None:
+        super().__init__(config, stage)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.queries = nn.Parameter(
+            torch.zeros(keep_of_patches(config, stage, config.num_patches), config.hidden_size)
+        )
+
+    def init_weights(self) -> None:
+        init.normal_(self.queries)
+
+    @classmethod
+    def slots(cls, config, stage, num_rows, state):
+        return keep_of_patches(config, stage, config.num_patches)
+
+    def regroup(self, tokens: torch.Tensor, slots: int, state):
+        tokens = self.norm(tokens)
+        weights = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, M, n)
+        return weights @ tokens, lambda: weights

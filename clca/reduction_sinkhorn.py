@@ -1,0 +1,76 @@
+"""Sinkhorn: tokens are transported to learnt prototypes (the baseline of https://huggingface.co/papers/2308.04657).
+
+The official code of that study is MIT. As there, the new tokens are sums of tokens of unit length, and each prototype is
+brought to unit length in place, which its gradient does not see.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import Regrouping, TokenState, at_least_float32, keep_of_patches
+
+
+class SinkhornReduction(Regrouping):
+    """Before the layer, replace all rows but row 0 by sums over an entropic optimal transport plan. The keep rate is a
+    share of the patches at `config.image_size`, cumulative: the prototypes are parameters.
+
+    Args:
+        sinkhorn_eps: strength of the entropy.
+        cluster_iters: rounds of Sinkhorn's algorithm.
+    """
+
+    name = "sinkhorn"
+
+    def __init__(
+        self, config: CLCAViTConfig, stage: int, *, sinkhorn_eps: float = 1.0, cluster_iters: int = 3
+    ) -> None:
+        super().__init__(config, stage)
+        self.sinkhorn_eps = sinkhorn_eps
+        self.cluster_iters = cluster_iters
+        slots = keep_of_patches(config, stage, config.num_patches)
+        self.prototypes = nn.Parameter(torch.zeros(slots, config.hidden_size))
+
+    def init_weights(self) -> None:
+        init.normal_(self.prototypes)
+
+    @classmethod
+    def check(cls, config: CLCAViTConfig) -> None:
+        super().check(config)
+        options = config.reduction_kwargs or {}
+        if not options.get("sinkhorn_eps", 1.0) > 0:
+            raise ValueError(f"`reduction_kwargs`: `sinkhorn_eps` must be positive, got {options['sinkhorn_eps']!r}.")
+        rounds = options.get("cluster_iters", 3)
+        if not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"`reduction_kwargs`: `cluster_iters` must be at least 1, got {rounds!r}.")
+
+    @classmethod
+    def protected(cls, state: TokenState) -> tuple[int, int]:
+        return 1, 0
+
+    @classmethod
+    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        return keep_of_patches(config, stage, config.num_patches)
+
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+        if self.training:
+            with torch.no_grad():
+                self.prototypes.copy_(nn.functional.normalize(self.prototypes, dim=-1))
+        unit = nn.functional.normalize(self.prototypes, dim=-1)
+        prototypes = self.prototypes + (unit - self.prototypes).detach()  # the gradient passes the normalisation by
+        tokens = nn.functional.normalize(tokens, dim=-1)
+        plan = self.transport(tokens @ prototypes.T)  # (B, n, M); each token's row sums to one
+        weights = plan.transpose(1, 2)
+        return weights.to(tokens.dtype) @ tokens, lambda: weights / weights.sum(dim=-1, keepdim=True)
+
+    def transport(self, similarity: torch.Tensor) -> torch.Tensor:
+        """The plan (B, n, M) for similarities (B, n, M), in the log domain: slots first, then tokens."""
+        logits = at_least_float32(similarity) / self.sinkhorn_eps
+        mass = -torch.log(torch.tensor(float(sum(logits.shape[1:])), dtype=logits.dtype, device=logits.device))
+        row = torch.zeros_like(logits[:, :, :1])
+        column = torch.zeros_like(logits[:, :1, :])
+        for _ in range(self.cluster_iters):
+            column = mass - (logits + row).logsumexp(dim=1, keepdim=True)
+            row = mass - (logits + column).logsumexp(dim=2, keepdim=True)
+        return (logits + row + column - mass).exp()

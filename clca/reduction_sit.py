@@ -1,0 +1,39 @@
+"""SiT: a learnt soft assignment of the tokens to slots (Self-slimmed ViT, https://huggingface.co/papers/2111.12624).
+
+Its official code has no licence file. Differs from the paper: only its token slimming module, without the distillation;
+CLR and recalled rows are absorbed with the patches.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import Regrouping, keep_of_patches
+
+
+class SiTReduction(Regrouping):
+    """Before the layer, replace all rows but CLS and registers by weighted sums. The keep rate is a share of the patches
+    at `config.image_size`, cumulative: the slots are parameters."""
+
+    name = "sit"
+
+    def __init__(self, config: CLCAViTConfig, stage: int) -> None:
+        super().__init__(config, stage)
+        width = config.hidden_size
+        slots = keep_of_patches(config, stage, config.num_patches)
+        self.slot_logits = nn.Sequential(
+            nn.LayerNorm(width, eps=1e-5), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, slots)
+        )
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def init_weights(self) -> None:
+        init.ones_(self.scale)
+
+    @classmethod
+    def slots(cls, config, stage, num_rows, state):
+        return keep_of_patches(config, stage, config.num_patches)
+
+    def regroup(self, tokens: torch.Tensor, slots: int, state):
+        weights = (self.slot_logits(tokens) * self.scale).softmax(dim=1).transpose(1, 2)  # (B, M, n)
+        return weights @ tokens, lambda: weights

@@ -1,0 +1,86 @@
+"""ToMe: merge the most similar pairs of tokens (https://huggingface.co/papers/2210.09461).
+
+Its official code is CC-BY-NC 4.0 and none of it is used here. Differs from the paper: layers and counts come from keep
+rates; registers, CLR and recalled rows may be merged as well; attention is always proportional to the tokens' sizes.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_clca import CLCAViTConfig
+from .reduction_base import (
+    AttentionContext,
+    TokenReduction,
+    TokenState,
+    at_least_float32,
+    identity_assignment,
+    keep_of_patches,
+)
+
+
+class ToMeReduction(TokenReduction):
+    """Between attention and MLP, merge pairs of rows with similar keys. The keep rate is a share of the patches,
+    cumulative; a stage removes what lies between two targets, but at most half of its rows, and never catches up.
+
+    Rows at even positions are matched with rows at odd ones. The new order is: unmerged even rows, all odd rows.
+    """
+
+    name = "tome"
+
+    @classmethod
+    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        return num_rows - cls.num_merged(config, stage, num_rows, state)
+
+    @classmethod
+    def num_merged(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        """Rows that disappear: the step from the last target to this one, at most half of what can be matched."""
+        last = state.num_patches if stage == 0 else keep_of_patches(config, stage - 1, state.num_patches)
+        step = last - keep_of_patches(config, stage, state.num_patches)
+        return max(min(step, (num_rows - 1) // 2), 0)
+
+    @classmethod
+    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
+        """A token that stands for n patches draws n times the attention: log n on its logits."""
+        size = state.tracks.get("size")
+        return None if size is None else size.log()[:, None, None, :]
+
+    def before_mlp(
+        self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
+    ) -> tuple[torch.Tensor, TokenState]:
+        num_rows = hidden_states.shape[1]
+        merged = self.num_merged(self.config, self.stage, num_rows, state)
+        if merged == 0:
+            return hidden_states, state.with_assignment(lambda: identity_assignment(hidden_states))
+        target = self.match(context.key.mean(dim=1), merged)  # (B, N): row of the new sequence each row goes to
+        size = state.tracks.get("size")
+        if size is None:
+            size = at_least_float32(hidden_states).new_ones(hidden_states.shape[:2])
+        new_size = size.new_zeros(size.shape[0], num_rows - merged).scatter_add(1, target, size)
+        share = size / new_size.gather(1, target)  # of each row in the row it goes to, (B, N)
+        index = target.unsqueeze(-1).expand_as(hidden_states)
+        weighted = hidden_states * share.unsqueeze(-1).to(hidden_states.dtype)
+        new = torch.zeros_like(hidden_states[:, merged:]).scatter_add(1, index, weighted)
+        state = state._replace(tracks={"size": new_size}).with_assignment(
+            lambda: share.new_zeros(*new_size.shape, num_rows).scatter(1, target.unsqueeze(1), share.unsqueeze(1))
+        )
+        return new, state
+
+    @staticmethod
+    @torch.no_grad()
+    def match(metric: torch.Tensor, merged: int) -> torch.Tensor:
+        """New row (B, N) of each row with the features `metric` (B, N, d), when the `merged` most similar pairs merge."""
+        metric = nn.functional.normalize(at_least_float32(metric), dim=-1)
+        even, odd = metric[:, ::2], metric[:, 1::2]
+        similarity = even @ odd.transpose(1, 2)
+        similarity[:, 0] = -torch.inf  # CLS stays
+        best, partner = similarity.max(dim=2)  # (B, rows at even positions)
+        order = best.argsort(dim=1, descending=True)
+        gone, stay = order[:, :merged], order[:, merged:].sort(dim=1).values
+        first_odd = stay.shape[1]
+        positions = torch.arange(first_odd, device=metric.device).expand_as(stay)
+        new_even = torch.zeros_like(partner).scatter(1, stay, positions)
+        new_even = new_even.scatter(1, gone, partner.gather(1, gone) + first_odd)
+        new_odd = torch.arange(odd.shape[1], device=metric.device).expand(metric.shape[0], -1) + first_odd
+        target = torch.empty(metric.shape[:2], dtype=torch.long, device=metric.device)
+        target[:, ::2], target[:, 1::2] = new_even, new_odd
+        return target
