@@ -1,12 +1,20 @@
-"""Heads that classify from CLS tokens of several layers.
+"""Heads: what classifies, and what it reads of which layers.
 
-Shapes: B batch, M layers that are read, D width, K classes.
+CLA and IFA aggregate CLS tokens of several layers, Head2Toe (H2T) and Visual Query Tuning (VQT) take further features out of
+the layers by a probe and classify all of them linearly.
+
+Shapes: B batch, N tokens, M layers that are read, D width, Q queries, K classes.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
-from .configuration_clca import CLCAViTConfig
+from .cache_clca import mean_rows
+from .configuration_clca import CLCAViTConfig, as_pair
+from .reduction_base import AttentionContext
 
 
 class CLAHead(nn.Module):
@@ -51,13 +59,99 @@ class IFAHead(nn.Module):
         return self.out_proj(self.layernorm(self.activation(hidden)))
 
 
+class SelectedLinear(nn.Module):
+    """A linear classifier on some of the features, (B, F) to (B, K); which, is saved with it."""
+
+    def __init__(self, num_features: int, num_labels: int) -> None:
+        super().__init__()
+        self.register_buffer("selected", torch.arange(num_features))
+        self.linear = nn.Linear(num_features, num_labels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear(features[:, self.selected])
+
+
 def build_head(config: CLCAViTConfig) -> nn.Module:
-    """The classifier that a configuration asks for. CLA and IFA take the CLS tokens (B, M, D), the linear head the pooled
-    features (B, D)."""
+    """The classifier that a configuration asks for. CLA and IFA take the CLS tokens (B, M, D), the others features (B, F)."""
     if config.num_labels == 0:
         return nn.Identity()
     if config.head == "cla":
         return CLAHead(config, config.num_labels)
     if config.head == "ifa":
         return IFAHead(config, config.num_labels)
-    return nn.Linear(config.hidden_size, config.num_labels)
+    if config.num_selected_features is not None:
+        return SelectedLinear(config.num_selected_features, config.num_labels)
+    return nn.Linear(num_features(config), config.num_labels)
+
+
+def num_features(config: CLCAViTConfig) -> int:
+    """Width F of what a linear head reads."""
+    width, layers = config.hidden_size, len(config.probe_layers)
+    if config.head == "h2t":
+        return layers * (3 * width + config.intermediate_size) + 2 * width
+    if config.head == "vqt":
+        return (layers * config.num_query_tokens + 1) * width
+    return width
+
+
+def head_weight(head: nn.Module) -> torch.Tensor:
+    """Weight (K, features, ...) of the last layer of a head, which the group lasso acts on."""
+    if isinstance(head, SelectedLinear):
+        return head.linear.weight
+    return head.weight if isinstance(head, nn.Linear) else head.out_proj.weight
+
+
+def best_features(weight: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Indices, ascending, of the share of features whose weights (K, F) have the largest norms: Head2Toe's selection."""
+    norms = weight.norm(dim=0)
+    return norms.topk(max(1, round(fraction * len(norms)))).indices.sort().values
+
+
+class LayerTrace(NamedTuple):
+    """What a probe may look at in a layer. Rows may be fewer after a reduction inside the layer."""
+
+    normed: torch.Tensor  # input of the attention, (B, N, D)
+    attended: torch.Tensor  # what the attention adds, (B, N, D)
+    inner: torch.Tensor  # hidden units of the MLP, (B, N, intermediate_size)
+    transformed: torch.Tensor  # what the MLP adds, (B, N, D)
+    poolable: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of the first, second, other two
+    context: AttentionContext
+
+
+class H2TProbe(nn.Module):
+    """Head2Toe (https://huggingface.co/papers/2201.03529): the means over tokens of four tensors of a layer."""
+
+    def forward(self, layer: nn.Module, trace: LayerTrace) -> torch.Tensor:
+        """Features (B, 3 D + intermediate_size) of unit length."""
+        before, between, after = trace.poolable
+        means = (
+            mean_tokens(trace.normed, before),
+            mean_tokens(trace.attended, between),
+            mean_tokens(trace.inner, after),
+            mean_tokens(trace.transformed, after),
+        )
+        return nn.functional.normalize(torch.cat(means, dim=-1), dim=-1)
+
+
+class VQTProbe(nn.Module):
+    """Visual Query Tuning (https://huggingface.co/papers/2212.03220): learnt queries look at a layer's tokens and pass
+    through the layer, while the tokens do not see them."""
+
+    def __init__(self, config: CLCAViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.queries = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
+
+    def init_weights(self) -> None:
+        patch_height, patch_width = as_pair(self.config.patch_size)
+        bound = (6 / (3 * patch_height * patch_width + self.config.hidden_size)) ** 0.5
+        init.uniform_(self.queries, -bound, bound)
+
+    def forward(self, layer: nn.Module, trace: LayerTrace) -> torch.Tensor:
+        """The queries (B, Q, D) after the layer."""
+        return layer.answer(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context)
+
+
+def mean_tokens(tokens: torch.Tensor, poolable: torch.Tensor | None) -> torch.Tensor:
+    """Mean (B, D) over all rows of `tokens` (B, N, D) that may be averaged."""
+    return mean_rows(tokens, 0, tokens.shape[1], poolable).squeeze(1)

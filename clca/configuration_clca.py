@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 HEADS = ("linear", "cla", "ifa", "h2t", "vqt")
 AGGREGATING_HEADS = ("cla", "ifa")  # they read CLS after several layers
+PROBING_HEADS = ("h2t", "vqt")  # they take features out of the layers
+HEADS_BEFORE_NORM = ("cla", "ifa", "vqt")  # they read CLS before the final norm
 POOLINGS = ("cls", "mean", "map")
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
@@ -126,7 +128,8 @@ class CLCAViTConfig(ViTConfig):
             Token reduction method: `None` or a name of `clca.REDUCTIONS`.
         reduction_layers (`list[int]`, defaults to `[3, 6, 9]`):
             0-based layers at which tokens are reduced, strictly increasing. The cache is recalled after them, and the
-            CLA and IFA heads read CLS after them, without a reduction as well.
+            CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe them, or all
+            layers if the list is empty.
         keep_rate (`float` or `list[float]`, defaults to `1.0`):
             Share of tokens a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
             as a list.
@@ -145,6 +148,13 @@ class CLCAViTConfig(ViTConfig):
         head (`str`, defaults to `"linear"`): `linear`, `cla`, `ifa`, `h2t` or `vqt`.
         cla_multiplier (`int`, defaults to 2): Channels of the CLA head's depth-wise convolution per input channel.
         num_query_tokens (`int`, defaults to 5): Queries per layer of the VQT head.
+        vqt_original_slicing (`bool`, defaults to `False`):
+            Compute VQT as the original CLCA code does: queries join the tokens, and the first rows leave instead of them.
+            Its published baseline was made so; without a reduction or cache only.
+        num_selected_features (`int`, *optional*):
+            Features that `select_features` left to the H2T or VQT head.
+        group_lasso_weight (`float`, defaults to 0.0):
+            Weight of a group lasso on the head in training, one group per input feature.
         layerscale_value (`float`, *optional*): Initial LayerScale; `None` for no LayerScale.
         pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer; the patch projection has no bias (CLIP).
         num_register_tokens (`int`, defaults to 0): Register tokens after CLS.
@@ -198,6 +208,9 @@ class CLCAViTConfig(ViTConfig):
     head: str = "linear"
     cla_multiplier: int = 2
     num_query_tokens: int = 5
+    vqt_original_slicing: bool = False
+    num_selected_features: int | None = None
+    group_lasso_weight: float | int = 0.0
 
     layerscale_value: float | int | None = None
     pre_norm: bool = False
@@ -250,9 +263,16 @@ class CLCAViTConfig(ViTConfig):
         return sorted({*self.reduction_layers, self.num_hidden_layers - 1})
 
     @property
+    def probe_layers(self) -> list[int]:
+        """Layers that the H2T and VQT heads take features from."""
+        if self.head not in PROBING_HEADS:
+            return []
+        return list(self.reduction_layers) or list(range(self.num_hidden_layers))
+
+    @property
     def uses_reduction_layers(self) -> bool:
         """Whether `reduction_layers` means anything to this model."""
-        return self.reduction is not None or self.cross_layer_cache or self.head in AGGREGATING_HEADS
+        return self.reduction is not None or self.cross_layer_cache or self.head != "linear"
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -273,6 +293,9 @@ def check_config(config: CLCAViTConfig) -> None:
             setattr(config, name, [value])
         elif value is not None:
             setattr(config, name, list(value))
+    for name in ("image_size", "patch_size"):
+        if not isinstance(getattr(config, name), int):
+            setattr(config, name, list(getattr(config, name)))
     _check_sizes(config)
     _check_reduction(config)
     _check_cache(config)
@@ -375,17 +398,27 @@ def _check_head(config: CLCAViTConfig) -> None:
         raise ValueError(f"`head` must be one of {', '.join(HEADS)}, got {config.head!r}.")
     if config.pooling not in POOLINGS:
         raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {config.pooling!r}.")
-    if config.head in ("h2t", "vqt"):
-        raise ValueError(f"`head` {config.head!r} is not available yet: use linear, cla or ifa.")
+    if config.head in PROBING_HEADS and config.pooling != "cls":
+        raise ValueError(
+            f"`pooling` must be 'cls' with `head`={config.head!r}, which does not pool, got {config.pooling!r}."
+        )
+    if config.vqt_original_slicing and (config.head != "vqt" or config.reduction or config.cross_layer_cache):
+        raise ValueError("`vqt_original_slicing` is for `head`='vqt' without `reduction` and `cross_layer_cache`.")
+    if config.num_selected_features is not None:
+        if config.head not in PROBING_HEADS:
+            raise ValueError(f"`num_selected_features` is for the heads h2t and vqt, not for {config.head!r}.")
+        _check_minimum(config, "num_selected_features", 1)
+    if not config.group_lasso_weight >= 0:
+        raise ValueError(f"`group_lasso_weight` must not be negative, got {config.group_lasso_weight}.")
 
 
 def _check_without_class_token(config: CLCAViTConfig) -> None:
     if config.use_class_token:
         return
     for name, needs_cls in (
-        ("head", config.head in AGGREGATING_HEADS),
+        ("head", config.head in HEADS_BEFORE_NORM),
         ("num_clr_tokens", config.num_clr_tokens > 0),
-        ("pooling", config.pooling == "cls"),
+        ("pooling", config.pooling == "cls" and config.head != "h2t"),
     ):
         if needs_cls:
             raise ValueError(

@@ -8,6 +8,8 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -20,10 +22,27 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTM
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .aggregation_clca import CLAHead, build_head
+from .aggregation_clca import (
+    CLAHead,
+    H2TProbe,
+    LayerTrace,
+    SelectedLinear,
+    VQTProbe,
+    best_features,
+    build_head,
+    head_weight,
+    mean_tokens,
+)
 from .cache_clca import CrossLayerCache, mean_rows
-from .configuration_clca import AGGREGATING_HEADS, CLCAViTConfig, as_pair, check_config
-from .loss_clca import classification_loss
+from .configuration_clca import (
+    AGGREGATING_HEADS,
+    HEADS_BEFORE_NORM,
+    PROBING_HEADS,
+    CLCAViTConfig,
+    as_pair,
+    check_config,
+)
+from .loss_clca import classification_loss, group_lasso
 from .reduction_base import AttentionContext, LossInputs, TokenReduction, TokenState, attention_softmax, gather_rows
 from .reductions_clca import get_reduction, initial_state
 
@@ -213,10 +232,11 @@ class CLCAViTAttention(nn.Module):
         state: TokenState,
         reduction: TokenReduction | None = None,
         output_attentions: bool = False,
+        hidden_keys: int = 0,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, TokenState, AttentionContext]:
-        key = self.k_norm(self.split_heads(self.k_proj(hidden_states)))
-        value = self.split_heads(self.v_proj(hidden_states))
+        key = self.k_norm(self.split_heads(self.k_proj(hidden_states[:, hidden_keys:])))
+        value = self.split_heads(self.v_proj(hidden_states[:, hidden_keys:]))
         mask = self.method.attention_mask(state)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(key.dtype)
@@ -248,8 +268,23 @@ class CLCAViTAttention(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
 
+class CLCAViTMLP(ViTMLP):
+    """fc2(gelu(fc1 x)), in two steps, between which a probe may look."""
+
+    def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) to (B, N, intermediate_size)."""
+        return self.activation_fn(self.fc1(hidden_states))
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """And back."""
+        return self.fc2(hidden)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.project(self.hidden(hidden_states))
+
+
 class CLCAViTSwiGLU(nn.Module):
-    """Gated MLP: silu(W1 x) * (W2 x), projected back."""
+    """Gated MLP: silu(W1 x) * (W2 x), projected back; in two steps."""
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
@@ -257,8 +292,16 @@ class CLCAViTSwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) to (B, N, intermediate_size)."""
+        return nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """And back."""
+        return self.down_proj(hidden)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.project(self.hidden(hidden_states))
 
 
 class CLCAViTLayerScale(nn.Module):
@@ -299,10 +342,13 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         options = config.reduction_kwargs or {}
         self.reduction = self.method(config, stages.index(index), **options) if index in stages else None
         self.before_stage = index + 1 in stages
+        self.probe = None
+        if index in config.probe_layers:
+            self.probe = H2TProbe() if config.head == "h2t" else VQTProbe(config)
         self.attention = CLCAViTAttention(config, self.method)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLCAViTSwiGLU(config) if config.use_swiglu_ffn else ViTMLP(config)
+        self.mlp = CLCAViTSwiGLU(config) if config.use_swiglu_ffn else CLCAViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
         if config.layerscale_value:
@@ -315,20 +361,50 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if self.reduction is not None:
             hidden_states, state = self.reduction.before_layer(hidden_states, state)
 
-        attended, _, state, context = self.attention(
-            self.layernorm_before(hidden_states), state, self.reduction, output_attentions, **kwargs
-        )
+        poolable = [self.method.poolable(state)]
+
+        normed = self.layernorm_before(hidden_states)
+        attended, _, state, context = self.attention(normed, state, self.reduction, output_attentions, **kwargs)
+        attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
         if context.rows is not None:
             hidden_states = gather_rows(hidden_states, context.rows)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        hidden_states = hidden_states + attended
         state = self.method.observe(context, state, self.before_stage)
+        poolable.append(self.method.poolable(state))
 
         if self.reduction is not None:
             hidden_states, state = self.reduction.before_mlp(hidden_states, state, context)
+        poolable.append(self.method.poolable(state))
 
-        transformed = self.mlp(self.layernorm_after(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.layer_scale2(self.dropout(transformed)))
-        return hidden_states, state
+        inner = self.mlp.hidden(self.layernorm_after(hidden_states))
+        transformed = self.drop_path(self.layer_scale2(self.dropout(self.mlp.project(inner))))
+        if self.probe is not None:
+            trace = LayerTrace(normed, attended, inner, transformed, tuple(poolable), context)
+            state = state.with_report(probe=self.probe(self, trace))
+        return hidden_states + transformed, state
+
+    def answer(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Rows (B, Q, D) that pass through the layer beside its tokens: they attend to the tokens, not to each other."""
+        attention = self.attention
+        query = attention.project_query(self.layernorm_before(queries))
+        attend = attention.attention_function(context.mask, output_attentions=False)
+        attended, _ = attend(attention, query, context.key, context.value, context.mask, scaling=attention.scaling)
+        attended = attention.o_proj(attended.flatten(2))
+        queries = queries + self.drop_path(self.layer_scale1(self.dropout(attended)))
+        transformed = self.mlp(self.layernorm_after(queries))
+        return queries + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+
+
+class CLCAViTSlicingLayer(CLCAViTLayer):
+    """A layer with VQT as the original CLCA code computes it: the queries are appended and stay, while as many rows at the
+    front lend nobody their keys and values, are read as the queries' features, and leave."""
+
+    def forward(self, hidden_states: torch.Tensor, state: TokenState, **kwargs) -> tuple[torch.Tensor, TokenState]:
+        queries = self.probe.queries
+        count = queries.shape[1]
+        rows = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
+        rows, state = CLCAViTLayer.forward(self, rows, state, hidden_keys=count, **kwargs)
+        return rows[:, count:], state.with_report(probe=rows[:, :count])
 
 
 class CLCAViTAttentionPooling(nn.Module):
@@ -362,14 +438,31 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     config_class = CLCAViTConfig
     base_model_prefix = "vit"
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by its accumulation steps
-    _no_split_modules = ["CLCAViTEmbeddings", "CLCAViTLayer"]
-    _can_record_outputs = {"hidden_states": CLCAViTLayer, "attentions": CLCAViTAttention}
-    _keys_to_ignore_on_load_unexpected = [r"pooler\.dense", r"mask_token", r"^decoder\."]  # heads of other ViT tasks
+    _no_split_modules: ClassVar = ["CLCAViTEmbeddings", "CLCAViTLayer"]
+    _can_record_outputs: ClassVar = {"hidden_states": CLCAViTLayer, "attentions": CLCAViTAttention}
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"pooler\.dense",
+        r"mask_token",
+        r"^decoder\.",
+    ]  # heads of other ViT tasks
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
-        write key names that Trainer cannot resume from."""
+        write key names that Trainer cannot resume from. Both classes are announced, so that either Auto class loads it."""
+        if self._auto_class is not None:
+            classes = {"AutoModel": CLCAViTModel, "AutoModelForImageClassification": CLCAViTForImageClassification}
+            auto_map = {auto: f"modeling_clca.{cls.__name__}" for auto, cls in classes.items()}
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs):
+        reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if reentrant and get_reduction(self.config.reduction).differentiable_tracks:
+            raise ValueError(
+                f"`use_reentrant`=True would lose gradients of `reduction`={self.config.reduction!r}: reentrant "
+                "checkpointing sees the hidden states only. Use `use_reentrant`=False, the default."
+            )
+        return super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -390,7 +483,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             init.trunc_normal_(module.query, std=std)
         elif isinstance(module, CLCAViTLayerScale):
             init.constant_(module.lambda1, float(self.config.layerscale_value))
-        elif isinstance(module, TokenReduction):
+        elif isinstance(module, TokenReduction | VQTProbe):
             module.init_weights()
         elif isinstance(module, CLAHead):
             # A kernel of a few numbers per channel needs more than the range meant for wide layers.
@@ -414,11 +507,16 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         self.config = config
         self.method = get_reduction(config.reduction)
         self.embeddings = CLCAViTEmbeddings(config)
-        self.layers = nn.ModuleList(CLCAViTLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            CLCAViTSlicingLayer(config, index)
+            if config.vqt_original_slicing and index in config.probe_layers
+            else CLCAViTLayer(config, index)
+            for index in range(config.num_hidden_layers)
+        )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention_pooling = CLCAViTAttentionPooling(config) if config.pooling == "map" else None
         self.aggregation_layers = config.aggregation_layers if config.head in AGGREGATING_HEADS else []
-        if self.aggregation_layers:
+        if config.head in HEADS_BEFORE_NORM:
             # These heads read CLS before the final norm. It stays in the checkpoint, for other heads; frozen, since
             # distributed training stops at trainable parameters without a gradient.
             self.layernorm.requires_grad_(False)
@@ -451,7 +549,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
 
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, bool(interpolate_pos_encoding))
+        hidden_states = embeddings = self.embeddings(pixel_values, bool(interpolate_pos_encoding))
         state = initial_state(self.config, self.embeddings.grid(pixel_values), output_assignments)
         state = self.method.start(hidden_states, state, self.training)
         cache = CrossLayerCache(self.config, self.method, self.training)
@@ -469,14 +567,34 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
 
         token_counts.append(hidden_states.shape[1])
         last_hidden_state = self.layernorm(hidden_states)
+        if self.config.head in PROBING_HEADS:
+            probed = reports.pop("probe")
+            pooled = self.collect(embeddings, probed, hidden_states, last_hidden_state, state)
+        else:
+            pooled = self.pool(hidden_states, last_hidden_state, state)
         return CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=self.pool(hidden_states, last_hidden_state, state),
+            pooler_output=pooled,
             cls_tokens=torch.stack(cls_tokens, dim=1) if cls_tokens else None,
             token_counts=tuple(token_counts),
             assignments=reports.pop("assignment", ()) if output_assignments else None,
             reports=dict(reports) or None,
         )
+
+    def collect(
+        self,
+        embeddings: torch.Tensor,
+        probed: tuple[torch.Tensor, ...],
+        hidden_states: torch.Tensor,
+        normalised: torch.Tensor,
+        state: TokenState,
+    ) -> torch.Tensor:
+        """What an H2T or VQT head reads, (B, F): the probes' features between those of the ends of the network."""
+        unit = partial(nn.functional.normalize, dim=-1)
+        if self.config.head == "h2t":
+            first, last = embeddings.mean(dim=1), mean_tokens(normalised, self.method.poolable(state))
+            return torch.cat([unit(first), *probed, unit(last)], dim=-1)
+        return torch.cat([*(unit(answers.flatten(1)) for answers in probed), unit(hidden_states[:, 0])], dim=-1)
 
     def pool(self, hidden_states: torch.Tensor, normalised: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What a linear head reads, (B, D), of the last tokens before and after the final norm."""
@@ -554,6 +672,9 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
                     outputs.reports or {}, logits, outputs.last_hidden_state, teacher_logits, teacher_tokens
                 )
                 loss_terms |= self.vit.method.loss_terms(self.config, inputs)
+                if self.config.group_lasso_weight:
+                    penalty = group_lasso(head_weight(self.classifier))
+                    loss_terms["group_lasso"] = self.config.group_lasso_weight * penalty
             loss = sum(loss_terms.values())
             loss_terms = {name: term.detach() for name, term in loss_terms.items()}
         return CLCAViTImageClassifierOutput(
@@ -566,6 +687,33 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @torch.no_grad()
+    def select_features(self, fraction: float) -> torch.Tensor:
+        """Head2Toe's second step: keep the features to which the trained head gives the largest weights, and put a new
+        head on them, to be trained again.
+
+        Args:
+            fraction: share of the features to keep, in (0, 1].
+
+        Returns:
+            Indices of the kept features, ascending, among those the head has read.
+
+        Raises:
+            ValueError: another head than H2T or VQT, or a fraction out of range.
+        """
+        if self.config.head not in PROBING_HEADS:
+            raise ValueError(f"`head` must be h2t or vqt to select features, it is {self.config.head!r}.")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+        weight = head_weight(self.classifier)
+        best = best_features(weight, fraction)
+        selected = self.classifier.selected[best] if isinstance(self.classifier, SelectedLinear) else best
+        self.config.num_selected_features = len(best)
+        self.classifier = SelectedLinear(len(best), self.num_labels).to(device=weight.device, dtype=weight.dtype)
+        self.classifier.selected.copy_(selected)
+        self.classifier.apply(self._init_weights)
+        return best
 
 
 __all__ = ["CLCAViTForImageClassification", "CLCAViTModel", "CLCAViTPreTrainedModel"]

@@ -22,7 +22,9 @@ parameters, and a few class methods that every layer of the model calls. It over
 | `loss_terms` | with labels, in training | dyvit |
 | `poolable` | when the cache or mean pooling averages rows | ats (pads are not averaged) |
 
-`ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation).
+`ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation), `Regrouping` and
+`LearntSlots` what methods share that make new rows of all but a protected part (dpcknn, kmedoids; sit, patchmerger,
+sinkhorn).
 
 Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToMe's `size`, ATS' `valid`, DynamicViT's
 `decision`. A stage that reorders or drops rows calls `state.select`, a stage that makes new rows replaces its tracks.
@@ -46,9 +48,9 @@ class TokenState(NamedTuple):
     prefix: int  # CLS and registers, as embedded
     suffix: int  # CLR and every row recalled so far
     pool_len: int  # rows that enter the cache's GAP; set just before each recall
-    tracks: dict[str, torch.Tensor] = {}  # name -> (B, N, ...); replaced, never changed in place
+    tracks: dict[str, torch.Tensor] = {}
     record_assignments: bool = False
-    report: dict[str, torch.Tensor] = {}  # what this layer tells the model's forward, which empties it
+    report: dict[str, torch.Tensor] = {}
 
     @property
     def num_patches(self) -> int:
@@ -209,6 +211,7 @@ class TokenReduction(nn.Module):
     """
 
     name: ClassVar[str | None] = None
+    differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
 
     def __init__(self, config: CLCAViTConfig, stage: int) -> None:
         super().__init__()
@@ -427,6 +430,21 @@ class Regrouping(TokenReduction):
         """M = `slots` new tokens (B, M, D) of `tokens` (B, n, D), and a function that gives the weights (B, M, n) they were
         made with."""
         raise NotImplementedError
+
+
+class LearntSlots(Regrouping):
+    """Regrouping into slots that are parameters: their number follows from `config.image_size`, whatever the image's."""
+
+    @classmethod
+    def num_slots(cls, config: CLCAViTConfig, stage: int) -> int:
+        """Slots of a stage; at least one where nothing else would be left of the sequence."""
+        slots = keep_of_patches(config, stage, config.num_patches)
+        state = TokenState(config.image_grid, config.num_prefix_tokens, config.num_clr_tokens, pool_len=0)
+        return slots if sum(cls.protected(state)) else max(slots, 1)
+
+    @classmethod
+    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+        return cls.num_slots(config, stage)
 
 
 def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights: torch.Tensor | None) -> torch.Tensor:

@@ -31,6 +31,7 @@ class DyViTReduction(ScoredPruning):
     """
 
     name = "dyvit"
+    differentiable_tracks = True
 
     def __init__(
         self,
@@ -123,10 +124,10 @@ class DyViTReduction(ScoredPruning):
         """Softmax over the rows decided for and the row itself, smoothed so that it is never empty."""
         logits = query @ key.transpose(-1, -2) * scaling
         num_rows = logits.shape[-1]
-        policy = state.tracks["decision"].float()[:, None, None, :]
-        itself = torch.eye(num_rows, device=logits.device)
+        policy = state.tracks["decision"][:, None, None, :]
+        itself = torch.eye(num_rows, dtype=policy.dtype, device=policy.device)
         mask = policy + (1.0 - policy) * itself  # (B, 1, N, N)
-        exponentials = (logits - logits.amax(dim=-1, keepdim=True)).float().exp() * mask
+        exponentials = (logits - logits.amax(dim=-1, keepdim=True)).float().exp() * mask.float()
         weights = (exponentials + _SMOOTHING / num_rows) / (exponentials.sum(dim=-1, keepdim=True) + _SMOOTHING)
         weights = weights.to(value.dtype)
         return (weights @ value).transpose(1, 2), weights

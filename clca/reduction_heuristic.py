@@ -39,6 +39,8 @@ class HeuristicReduction(TokenReduction):
     ) -> None:
         super().__init__(config, stage)
         self.pattern, self.min_radius, self.contiguous = pattern, min_radius, contiguous
+        # Numbers, not tensors, and worked out here: they decide nothing that a compiler would have to trace.
+        self.inside = self.circle(config.image_grid)
 
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
@@ -63,30 +65,37 @@ class HeuristicReduction(TokenReduction):
         return state.tracks.get("visible")
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        radius = grid_radius(state.grid, self.pattern)
-        patches = (radius <= self.threshold(radius, state.num_patches)).flatten()
-        visible = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        visible[:, state.prefix : state.prefix + state.num_patches] = patches.to(hidden_states.device)
-        visible[:, 0] = True  # the first patch in a model without CLS
+        inside = self.inside if state.grid == self.config.image_grid else self.circle(state.grid)
+        tail = hidden_states.shape[1] - state.prefix - state.num_patches
+        visible = torch.tensor([True] * state.prefix + inside + [True] * tail, device=hidden_states.device)
+        visible[0] = True  # the first patch in a model without CLS
+        visible = visible.expand(hidden_states.shape[:2])
         return hidden_states, state.with_tracks(visible=visible).with_assignment(
             lambda: identity_assignment(hidden_states) * visible.unsqueeze(-1)
         )
 
-    def threshold(self, radius: torch.Tensor, num_patches: int) -> float:
+    def circle(self, grid: tuple[int, int]) -> list[bool]:
+        """Whether each patch of a grid (rows, columns) lies inside the stage's circle, row by row."""
+        radius = grid_radius(grid, self.pattern)
+        return (radius <= self.threshold(radius)).flatten().tolist()
+
+    def threshold(self, radius: torch.Tensor) -> float:
         """Radius of the stage's circle on a grid of radii (rows, columns)."""
         if self.contiguous:
             layers = self.config.reduction_layers
             smallest = self.min_radius if self.min_radius > 0 else radius[radius.shape[0] // 2, radius.shape[1] // 2]
-            steps = torch.linspace(float(radius[0, 0]), float(smallest), layers[-1] - layers[0] + 3)
+            steps = layers[-1] - layers[0] + 3
+            radii = torch.linspace(float(radius[0, 0]), float(smallest), steps, device=radius.device)
             # The full grid comes first, except where the first stage is layer 0.
-            return float(steps[self.stage + (layers[0] > 0)])
-        target = keep_of_patches(self.config, self.stage, num_patches)
+            return float(radii[self.stage + (layers[0] > 0)])
+        target = keep_of_patches(self.config, self.stage, radius.numel())
         radii = radius.unique()  # ascending
         counts = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
         return float(radii[(counts - target).abs().argmin()])
 
 
 def grid_radius(grid: tuple[int, int], pattern: str) -> torch.Tensor:
-    """Distance of each patch from the centre, in patches, (rows, columns)."""
-    axes = [torch.linspace(math.floor(-side / 2), math.floor(side / 2), side) for side in grid]
+    """Distance of each patch from the centre, in patches, (rows, columns). Always on the CPU, also where models are made
+    on another device."""
+    axes = [torch.linspace(math.floor(-side / 2), math.floor(side / 2), side, device="cpu") for side in grid]
     return torch.linalg.vector_norm(torch.stack(torch.meshgrid(*axes, indexing="ij")), ord=_NORMS[pattern], dim=0)

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import Regrouping, keep_of_patches
+from .reduction_base import LearntSlots, TokenState
 
 
-class PatchMergerReduction(Regrouping):
+class PatchMergerReduction(LearntSlots):
     """Before the layer, replace all rows but CLS and registers by what learnt queries attend to. The keep rate is a share
     of the patches at `config.image_size`, cumulative: the queries are parameters."""
 
@@ -22,18 +22,12 @@ class PatchMergerReduction(Regrouping):
     def __init__(self, config: CLCAViTConfig, stage: int) -> None:
         super().__init__(config, stage)
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
-        self.queries = nn.Parameter(
-            torch.zeros(keep_of_patches(config, stage, config.num_patches), config.hidden_size)
-        )
+        self.queries = nn.Parameter(torch.zeros(self.num_slots(config, stage), config.hidden_size))
 
     def init_weights(self) -> None:
         init.normal_(self.queries)
 
-    @classmethod
-    def slots(cls, config, stage, num_rows, state):
-        return keep_of_patches(config, stage, config.num_patches)
-
-    def regroup(self, tokens: torch.Tensor, slots: int, state):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
         tokens = self.norm(tokens)
         weights = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, M, n)
         return weights @ tokens, lambda: weights

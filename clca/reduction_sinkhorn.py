@@ -9,10 +9,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import Regrouping, TokenState, at_least_float32, keep_of_patches
+from .reduction_base import LearntSlots, TokenState, at_least_float32
 
 
-class SinkhornReduction(Regrouping):
+class SinkhornReduction(LearntSlots):
     """Before the layer, replace all rows but row 0 by sums over an entropic optimal transport plan. The keep rate is a
     share of the patches at `config.image_size`, cumulative: the prototypes are parameters.
 
@@ -29,7 +29,7 @@ class SinkhornReduction(Regrouping):
         super().__init__(config, stage)
         self.sinkhorn_eps = sinkhorn_eps
         self.cluster_iters = cluster_iters
-        slots = keep_of_patches(config, stage, config.num_patches)
+        slots = self.num_slots(config, stage)
         self.prototypes = nn.Parameter(torch.zeros(slots, config.hidden_size))
 
     def init_weights(self) -> None:
@@ -48,10 +48,6 @@ class SinkhornReduction(Regrouping):
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:
         return 1, 0
-
-    @classmethod
-    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
-        return keep_of_patches(config, stage, config.num_patches)
 
     def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
         if self.training:

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import Regrouping, keep_of_patches
+from .reduction_base import LearntSlots, TokenState
 
 
-class SiTReduction(Regrouping):
+class SiTReduction(LearntSlots):
     """Before the layer, replace all rows but CLS and registers by weighted sums. The keep rate is a share of the patches
     at `config.image_size`, cumulative: the slots are parameters."""
 
@@ -21,7 +21,7 @@ class SiTReduction(Regrouping):
     def __init__(self, config: CLCAViTConfig, stage: int) -> None:
         super().__init__(config, stage)
         width = config.hidden_size
-        slots = keep_of_patches(config, stage, config.num_patches)
+        slots = self.num_slots(config, stage)
         self.slot_logits = nn.Sequential(
             nn.LayerNorm(width, eps=1e-5), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, slots)
         )
@@ -30,10 +30,6 @@ class SiTReduction(Regrouping):
     def init_weights(self) -> None:
         init.ones_(self.scale)
 
-    @classmethod
-    def slots(cls, config, stage, num_rows, state):
-        return keep_of_patches(config, stage, config.num_patches)
-
-    def regroup(self, tokens: torch.Tensor, slots: int, state):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
         weights = (self.slot_logits(tokens) * self.scale).softmax(dim=1).transpose(1, 2)  # (B, M, n)
         return weights @ tokens, lambda: weights

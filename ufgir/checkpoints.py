@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM
 
 
 # Where the original puts the reduction in a plain ViT, whatever its options say.
 _LAYERS_OF_PLAIN_VIT = (3, 6, 9)
+
+_PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head
 
 # Original key -> ours, by regular expression. `qkv` and `pos_embed` are split on the way, see `convert_original_state`.
 _KEYS = (
@@ -43,8 +46,11 @@ _STAGE_KEYS = (
     (r"cluster_layers\.(\d+)\.norm\.(weight|bias)", r"norm.\2"),
     (r"cluster_layers\.(\d+)\.v", r"prototypes"),
 )
+_LINEAR_KEYS = ((r"head\.(weight|bias)", r"classifier.\1"),)
 _HEAD_KEYS = {
-    "linear": ((r"head\.(weight|bias)", r"classifier.\1"),),
+    "linear": _LINEAR_KEYS,
+    "h2t": _LINEAR_KEYS,
+    "vqt": _LINEAR_KEYS,
     "cla": (
         (r"ifa_head\.0\.0\.(\w+)", r"classifier.norm_in.\1"),
         (r"ifa_head\.0\.1\.(weight|bias)", r"classifier.aggregate.\1"),
@@ -70,10 +76,10 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
     """
     method, options, dims = spec["method"], spec["options"], spec["dims"]
     depth, width = dims.get("depth", 12), dims.get("embed_dim", 768)
-    reduction = None if method == "vit" else method.removesuffix("_old")
-    layers = [i for i in _LAYERS_OF_PLAIN_VIT if i < depth] if reduction is None else list(options["reduction_loc"])
-    head = "linear"
-    if options.get("ifa_head"):
+    reduction = None if method in ("vit", *_PROBING_METHODS) else method.removesuffix("_old")
+    layers = [i for i in _LAYERS_OF_PLAIN_VIT if i < depth] if method == "vit" else list(options["reduction_loc"])
+    head = method if method in _PROBING_METHODS else "linear"
+    if options.get("ifa_head") and head == "linear":
         head = "cla" if options.get("ifa_dws_conv_groups", 2) > 0 else "ifa"
     has_cls = dims.get("class_token", True)
     return CLCAViTConfig(
@@ -98,6 +104,8 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         cache_recover_at_last=options.get("clc_recover_at_last", True),
         head=head,
         cla_multiplier=max(options.get("ifa_dws_conv_groups", 2), 1),
+        num_query_tokens=options.get("num_query_tokens", 5),
+        vqt_original_slicing=head == "vqt",
         layerscale_value=dims.get("init_values"),
         pre_norm=dims.get("pre_norm", False),
         num_register_tokens=dims.get("reg_tokens", 0),
@@ -170,7 +178,10 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
             converted["vit.embeddings.position_embeddings"] = table
             if num_clr:
                 converted["vit.embeddings.clr_position_embeddings"] = clr
-        elif config.head != "linear" and re.fullmatch(r"head\.(weight|bias)", key):
+        elif key == "query_prompt_embeddings":
+            for layer, queries in zip(config.probe_layers, tensor.split(1), strict=True):
+                converted[f"vit.layers.{layer}.probe.queries"] = queries
+        elif config.head in AGGREGATING_HEADS and re.fullmatch(r"head\.(weight|bias)", key):
             continue
         elif (ours := _translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
             converted[ours] = tensor
@@ -204,7 +215,7 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)
     # The original drops the final norm where the head reads CLS before it; ours stays, unused.
-    optional = {"vit.layernorm.weight", "vit.layernorm.bias"} if config.head in ("cla", "ifa") else set()
+    optional = {"vit.layernorm.weight", "vit.layernorm.bias"} if config.head in HEADS_BEFORE_NORM else set()
     _load_exactly(model, converted, optional)
     return model
 

@@ -70,3 +70,28 @@ def trace_patches(assignments: Sequence[torch.Tensor], config: CLCAViTConfig, nu
                 cached.append(mean_rows(rows, 0 if config.cache_pool_cls else 1, pool_len, real))
             cached.append(rows.new_zeros(rows.shape[0], config.num_clr_tokens, rows.shape[2]))
     return Trace(stages, rows)
+
+
+def unmerge(tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Spread tokens back over the patches they came from: for dense predictions, and for pictures.
+
+    A patch gets the mean of the tokens that hold a part of it, weighted by the parts; a patch that no token holds, which
+    pruning leaves behind, gets zeros.
+
+    Args:
+        tokens: (B, N, D), for example `last_hidden_state`.
+        shares: (B, N, P), for example `Trace.final`.
+
+    Returns:
+        (B, P, D), in the order of the patches.
+
+    Raises:
+        ValueError: shares that do not belong to the tokens.
+    """
+    if shares.shape[:2] != tokens.shape[:2]:
+        raise ValueError(
+            f"`shares` must hold one row per token, {tuple(tokens.shape[:2])}, got {tuple(shares.shape[:2])}."
+        )
+    total = shares.sum(dim=1, keepdim=True)
+    weights = (shares / total.clamp(min=torch.finfo(shares.dtype).tiny)).transpose(1, 2)  # (B, P, N)
+    return weights.to(tokens.dtype) @ tokens

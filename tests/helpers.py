@@ -1,0 +1,86 @@
+"""Tiny models and the table of cases that several test files go through."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
+
+
+METHODS: list[str | None] = [None, *sorted(REDUCTIONS)]
+
+TINY: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 8,  # 16 patches
+    "hidden_size": 16,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "num_labels": 3,
+    "reduction_layers": [1, 2],
+    "layer_norm_eps": 1e-6,
+    "initializer_range": 0.2,  # with the usual 0.02 so narrow a network attends to everything alike
+}
+
+CACHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cache": {"cross_layer_cache": True, "num_clr_tokens": 1},
+    "clca": {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"},
+}
+TOKENS: dict[str, dict[str, Any]] = {
+    "cls": {},
+    "registers": {"num_register_tokens": 2},
+    "no_cls": {"use_class_token": False, "pooling": "mean", "num_clr_tokens": 0},  # CLR start from CLS
+}
+
+
+class Case(NamedTuple):
+    """A row of the table: method, cache and head, tokens of the backbone."""
+
+    method: str | None
+    cache: str
+    tokens: str
+
+    def __str__(self) -> str:
+        return "-".join(str(part).lower() for part in self)
+
+    def config(self, **changes: Any) -> CLCAViTConfig:
+        options = TINY | CACHES[self.cache] | TOKENS[self.tokens]
+        if self.method is not None:
+            options |= {"reduction": self.method, "keep_rate": 0.5}
+        return CLCAViTConfig(**(options | changes))
+
+    def model(self, **changes: Any) -> CLCAViTForImageClassification:
+        return build(self.config(**changes))
+
+    @property
+    def reduction(self) -> type[TokenReduction]:
+        return TokenReduction if self.method is None else REDUCTIONS[self.method]
+
+
+# The CLA head reads CLS, so it does not meet `no_cls`.
+CASES = [Case(m, c, t) for m in METHODS for c in CACHES for t in TOKENS if (c, t) != ("clca", "no_cls")]
+
+
+def tiny_config(**changes: Any) -> CLCAViTConfig:
+    return CLCAViTConfig(**(TINY | changes))
+
+
+def tiny_model(**changes: Any) -> CLCAViTForImageClassification:
+    return build(tiny_config(**changes))
+
+
+def build(config: CLCAViTConfig) -> CLCAViTForImageClassification:
+    """A float64 model in evaluation mode, the same for the same configuration."""
+    torch.manual_seed(0)
+    return CLCAViTForImageClassification(config).double().eval()
+
+
+def images(count: int = 3, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
+    """Random images (count, 3, height, width), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, height, width, generator=generator, dtype=torch.float64)
+
+
+def labels(count: int = 3) -> torch.Tensor:
+    return torch.arange(count) % 3

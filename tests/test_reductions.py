@@ -1,0 +1,284 @@
+"""What reduction methods must do beyond the common table: full-size counts, tracing, export, their own options."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, TokenReduction, token_schedule
+from clca.reduction_ats import num_quantiles, quantiles
+from clca.reduction_base import ScoredPruning
+from clca.reductions_clca import register_reduction
+from ufgir.tracing import trace_patches, unmerge
+
+from .helpers import TINY, images, labels, tiny_config, tiny_model
+
+
+SCALE = json.loads((Path(__file__).parent / "goldens_misc" / "paper_scale.json").read_text())["cases"]
+CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+
+
+@pytest.mark.parametrize("case", SCALE)
+def test_full_size_counts(case: str) -> None:
+    """ViT-B/16 at 224 and 448 px: the original's token counts, for ATS as an upper bound."""
+    size, method, kind, rate = case.replace("px/", " px/").split(" ", 1)[0], *case.split(" ")[1:]
+    config = CLCAViTConfig(
+        image_size=int(size),
+        reduction=method,
+        keep_rate=float(rate.removeprefix("kr=")),
+        **(CLCA if kind == "clca" else {}),
+    )
+    before, after = token_schedule(config)
+    counts = [*after, before[-1]]
+    expected = SCALE[case][1]
+    if method == "ats":
+        assert all(count >= n for count, n in zip(counts, expected, strict=True))
+    else:
+        assert counts == expected
+
+
+@pytest.mark.parametrize("size", [224, 448])
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_nothing_is_nan(method: str, size: int) -> None:
+    """Keep rate 0.1 in three stages at full resolution, where some methods are left with CLS alone."""
+    config = CLCAViTConfig(
+        **TINY | {"image_size": size, "patch_size": 16, "num_hidden_layers": 8, "reduction_layers": [2, 4, 6]},
+        **CLCA,
+        reduction=method,
+        keep_rate=0.1,
+    )
+    model = CLCAViTForImageClassification(config)
+    pixels = images(2, size, size).float()
+    with torch.no_grad():
+        assert model.eval()(pixels).logits.isfinite().all()
+    loss = model.train()(pixels, labels=labels(2)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
+EXPORT_OPTIONS = {"ats": {"pad_to_bound": True}}
+
+
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_export(method: str) -> None:
+    """torch.export with a dynamic batch, cache and CLA head included, gives the same logits at another batch size."""
+    model = tiny_model(reduction=method, keep_rate=0.5, reduction_kwargs=EXPORT_OPTIONS.get(method), **CLCA)
+    dynamic = {"pixel_values": {0: torch.export.Dim("batch", min=2, max=64)}}
+    program = torch.export.export(model, (), {"pixel_values": images(2)}, dynamic_shapes=dynamic, strict=False)
+    pixels = images(5, seed=2)
+    exported = program.module()(pixel_values=pixels).logits
+    assert (exported - model(pixels).logits).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("cache", [{}, CLCA], ids=["plain", "clca"])
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_traces_lead_back_to_patches(method: str, cache: dict) -> None:
+    """Shares are non-negative, at most one per token, and of a kept patch exactly one; nothing comes from nowhere."""
+    model = tiny_model(reduction=method, keep_rate=0.5, **cache)
+    output = model(images(), output_assignments=True)
+    trace = trace_patches(output.assignments, model.config)
+    assert trace.final.shape == (3, output.token_counts[-1], 16)
+    for rows in (*trace.stages, trace.final):
+        assert (rows >= 0).all()
+        assert (rows.sum(dim=-1) <= 1 + 1e-6).all()
+        assert rows.sum() > 0
+    patches = torch.randn(3, 16, 4, dtype=torch.float64)
+    spread = unmerge(trace.final @ patches, trace.final)
+    assert spread.shape == patches.shape
+    held = (trace.final > 1 - 1e-9).any(dim=1) & ((trace.final > 0).sum(dim=1) == 1)  # in one token, alone in it
+    assert torch.allclose(spread[held], patches[held])
+
+
+def test_unmerge_by_hand() -> None:
+    """Two patches in one token, one in two, one nowhere."""
+    shares = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.5, 0.0]]])
+    tokens = torch.tensor([[[1.0], [4.0], [1.0]]])
+    assert torch.allclose(unmerge(tokens, shares), torch.tensor([[[1.0], [1.0], [3.0], [0.0]]]))
+    with pytest.raises(ValueError, match="`shares`"):
+        unmerge(tokens[:, :2], shares)
+
+
+def test_trace_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="`assignments`"):
+        trace_patches((), tiny_config())
+    with pytest.raises(ValueError, match="`assignments`"):
+        trace_patches((torch.eye(17)[None],), tiny_config(reduction="topk", keep_rate=0.5))
+
+
+def test_ats_quantiles() -> None:
+    """K - 1 of them, or K where double arithmetic rounds up: the length is worked out without a tensor."""
+    for samples in range(1, 400):
+        assert len(quantiles(samples)) == num_quantiles(samples)
+    assert [k for k in range(1, 49) if num_quantiles(k) == k] == [3, 7, 12, 14, 19, 27, 34, 35, 36, 39, 42, 47, 48]
+
+
+def test_ats_computes_queries_for_sampled_rows_only() -> None:
+    model = tiny_model(reduction="ats", keep_rate=0.25)
+    seen = []
+    layer = model.vit.layers[1]
+    layer.attention.q_proj.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    layer.mlp.fc1.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    counts = model(images()).token_counts
+    assert seen == [1, counts[2], counts[2]]  # CLS to choose, then the chosen
+    assert counts[2] < counts[1]
+
+
+def test_dynamic_vit_survives_dropping_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw that keeps no token at all, in every stage (F24: a mean of nothing was 0 / 0)."""
+    noise = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    monkeypatch.setattr(REDUCTIONS["dyvit"], "draw_gumbel", staticmethod(lambda scores: noise.expand_as(scores)))
+    model = tiny_model(reduction="dyvit", keep_rate=0.5, **CLCA).train()
+    output = model(images(), labels=labels())
+    output.loss.backward()
+    assert all(decision.sum() == 0 for decision in output.reports["decision"][:1])
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_sinkhorn_prototypes_stay_at_unit_length() -> None:
+    """In training they are normalised in place, in evaluation the parameter is left alone."""
+    model = tiny_model(reduction="sinkhorn", keep_rate=0.5)
+    prototypes = model.vit.layers[1].reduction.prototypes
+    before = prototypes.detach().clone()
+    model(images())
+    assert torch.equal(prototypes, before)
+    model.train()(images())
+    assert torch.allclose(prototypes.norm(dim=-1), torch.ones(len(prototypes), dtype=torch.float64))
+
+
+def test_kmedoids_in_the_first_layer_and_with_equal_weights() -> None:
+    """No attention precedes layer 0: all tokens weigh alike."""
+    for options in ({"reduction_layers": [0, 2]}, {"reduction_kwargs": {"equal_weight": True}}):
+        model = tiny_model(reduction="kmedoids", keep_rate=0.5, **options)
+        output = model(images(), output_assignments=True)
+        assert output.token_counts[-1] == token_schedule(model.config).before[-1]
+        kept = output.assignments[0].argmax(dim=-1)
+        assert all(len(rows.unique()) == len(rows) for rows in kept)  # different medoids
+
+
+@pytest.mark.parametrize("method", ["topk", "evit"])
+def test_without_cls_tokens_are_scored_by_what_they_receive(method: str) -> None:
+    options = {"use_class_token": False, "pooling": "mean", "reduction": method, "keep_rate": 0.5}
+    model = tiny_model(**options)
+    original = tiny_model(**options, reduction_kwargs={"score_by": "cls"})
+    assert model.vit.layers[1].reduction.score_by == "received"
+    original.load_state_dict(model.state_dict())
+    assert not torch.equal(model(images()).logits, original(images()).logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dpcknn", {"k_neighbors": 0}, "`k_neighbors`"),
+        ("kmedoids", {"cluster_iters": -1}, "`cluster_iters`"),
+        ("sinkhorn", {"sinkhorn_eps": 0.0}, "`sinkhorn_eps`"),
+        ("sinkhorn", {"cluster_iters": 0}, "`cluster_iters`"),
+        ("heuristic", {"pattern": "l3"}, "`pattern`"),
+        ("topk", {"score_by": "luck"}, "`score_by`"),
+        ("dyvit", {"ratio_weight": -1.0}, "`ratio_weight`"),
+        ("dyvit", {"ratio_targets": [0.5]}, "`ratio_targets`"),
+        ("dyvit", {"token_distill": "l1"}, "`token_distill`"),
+        ("tome", {"r": 8}, "no option `r`"),
+    ],
+)
+def test_options_are_checked(method: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(reduction=method, reduction_kwargs=options)
+
+
+@pytest.mark.parametrize("head", ["h2t", "vqt"])
+@pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)])
+@pytest.mark.parametrize("cache", [{}, {"cross_layer_cache": True, "num_clr_tokens": 1}], ids=["plain", "cache"])
+def test_probing_heads_with_every_method(head: str, method: str | None, cache: dict) -> None:
+    """They leave the tokens alone, do not see the batch, and train."""
+    model = tiny_model(head=head, reduction=method, keep_rate=0.5 if method else 1.0, **cache)
+    pixels = images()
+    output = model(pixels)
+    linear = tiny_model(reduction=method, keep_rate=0.5 if method else 1.0, **cache)
+    linear.vit.load_state_dict(model.vit.state_dict(), strict=False)
+    assert output.token_counts == linear(pixels).token_counts
+    assert torch.allclose(output.logits[:1], model(pixels[:1]).logits, atol=1e-9)
+    model.train()(pixels, labels=labels()).loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    if head == "vqt":
+        assert all(model.vit.layers[i].probe.queries.grad.abs().sum() > 0 for i in model.config.probe_layers)
+
+
+def test_vqt_queries_do_not_disturb_the_tokens() -> None:
+    """As its paper has it: the backbone's tokens are the same with and without queries."""
+    model = tiny_model(head="vqt")
+    plain = tiny_model()
+    plain.vit.load_state_dict(model.vit.state_dict(), strict=False)
+    pixels = images()
+    assert torch.equal(model.vit(pixels).last_hidden_state, plain.vit(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", ["h2t", "vqt"])
+def test_select_features(head: str, tmp_path: Path) -> None:
+    """The features with the largest weights stay, a new head is trained on them, and it is saved with them; twice."""
+    model = tiny_model(head=head)
+    weight = model.classifier.weight.detach().clone()
+    kept = model.select_features(0.25)
+    assert len(kept) == round(0.25 * weight.shape[1])
+    norms = weight.norm(dim=0)
+    assert norms[kept].min() >= norms[[i for i in range(len(norms)) if i not in set(kept.tolist())]].max()
+    model.train()(images(), labels=labels()).loss.backward()
+    assert model.classifier.linear.weight.grad.abs().sum() > 0
+    again = model.select_features(0.5)
+    assert torch.equal(model.classifier.selected, kept[again])
+    model.eval().save_pretrained(tmp_path)
+    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images()).logits, model(images()).logits)
+    with pytest.raises(ValueError, match="`fraction`"):
+        model.select_features(0.0)
+    with pytest.raises(ValueError, match="`head`"):
+        tiny_model().select_features(0.5)
+
+
+class EverySecond(ScoredPruning):
+    """Keep the rows at the front, as a user's own method might."""
+
+    name = "every_second"
+
+    def __init__(self, config: CLCAViTConfig, stage: int, *, step: int = 2) -> None:
+        super().__init__(config, stage)
+        self.step = step
+
+    def before_layer(self, hidden_states, state):
+        position = torch.arange(hidden_states.shape[1] - 1, device=hidden_states.device)
+        scores = (position % self.step == 0).to(hidden_states.dtype).expand(hidden_states.shape[0], -1)
+        return self.prune(hidden_states, state, scores)
+
+
+def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, used with cache and head, saved, loaded; and a clear error where it is not registered."""
+    monkeypatch.setattr("clca.reductions_clca.REDUCTIONS", REDUCTIONS.copy())
+    with pytest.raises(ValueError, match="register_reduction"):
+        tiny_config(reduction="every_second")
+    register_reduction(EverySecond)
+    register_reduction(EverySecond)  # the same again, as when a notebook cell runs twice
+    model = tiny_model(reduction="every_second", keep_rate=0.5, reduction_kwargs={"step": 3}, **CLCA)
+    model.save_pretrained(tmp_path)
+    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images()).logits, model(images()).logits)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="register_reduction"):
+        CLCAViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_register_refuses() -> None:
+    class Nameless(TokenReduction):
+        pass
+
+    class Taken(TokenReduction):
+        name = "evit"
+
+    class Shouting(TokenReduction):
+        name = "LOUD"
+
+    for cls, message in ((Nameless, "`name`"), (Taken, "taken"), (Shouting, "`name`"), (dict, "`cls`")):
+        with pytest.raises(ValueError, match=message):
+            register_reduction(cls)

@@ -1,0 +1,40 @@
+"""A teacher for distillation: any image classifier of transformers."""
+
+import torch
+from transformers import PreTrainedModel
+
+
+class Teacher:
+    """Gives a student what its loss wants of a teacher: `student(pixels, labels, **teacher(pixels))`.
+
+    Args:
+        model: an image classifier with the student's classes. Where its output can hold hidden states with as many tokens
+            as the student has patches, or with some before them (CLS, registers), the student's tokens learn from them.
+        num_patches: patches of an image, as the student cuts it.
+        use_tokens: ask for tokens at all.
+
+    Raises:
+        ValueError: tokens are asked for and the model has none that fit.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_patches: int, use_tokens: bool = True) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.num_patches = num_patches
+        self.use_tokens = use_tokens
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`teacher_logits` (B, K) and `teacher_tokens` (B, patches, D) of images (B, C, height, width)."""
+        output = self.model(pixel_values.to(self.model.device), output_hidden_states=self.use_tokens)
+        if not self.use_tokens:
+            return {"teacher_logits": output.logits}
+        tokens = output.hidden_states[-1] if output.hidden_states else None
+        if tokens is None or tokens.dim() != 3 or tokens.shape[1] < self.num_patches:
+            raise ValueError(
+                f"`model` {type(self.model).__name__} has no {self.num_patches} patch tokens to learn from: use a ViT with "
+                "the student's image and patch size, or `use_tokens`=False."
+            )
+        final_norm = getattr(self.model.base_model, "layernorm", None)  # the student's tokens are normalised, too
+        if final_norm is not None:
+            tokens = final_norm(tokens)
+        return {"teacher_logits": output.logits, "teacher_tokens": tokens[:, -self.num_patches :]}
