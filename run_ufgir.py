@@ -1,0 +1,358 @@
+"""Train, evaluate and predict with a CLCA ViT on ultra-fine-grained images.
+
+    python run_ufgir.py recipes/demo.yaml
+    python run_ufgir.py recipes/demo.yaml --learning_rate 1e-3 --reduction topk
+    python run_ufgir.py recipes/image_folder.yaml --dataset path/to/images --output_dir outputs/mine
+    python run_ufgir.py --model_name_or_path outputs/mine --dataset path/to/images --do_predict
+
+A recipe is a YAML or JSON file of `option: value`; what follows on the command line wins over it.
+"""
+
+# ruff: noqa: RUF009 (option() and switch() are dataclasses.field with a help text)
+
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Image, concatenate_datasets
+from transformers import set_seed
+from transformers.trainer_utils import IntervalStrategy
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import check_config
+from ufgir.arguments import RecipeParser, one_sentence, option, switch
+from ufgir.data import load_ufgir_dataset
+from ufgir.metrics import compute_metrics
+from ufgir.model_card import write_model_card
+from ufgir.profiling import count_macs
+from ufgir.results import summary_table, write_predictions
+from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remove_checkpoints
+from ufgir.transforms import (
+    EvalTransform,
+    SetEpoch,
+    TrainTransform,
+    TransformedImages,
+    make_image_processor,
+    random_subset,
+)
+from ufgir.visualization import kept_patches_image
+
+
+logger = logging.getLogger("run_ufgir")
+
+
+@dataclass
+class ModelArguments:
+    """The model. Unset options keep what the checkpoint says or, from scratch, the defaults of CLCAViTConfig."""
+
+    _argument_group_name = "model (unset: as the checkpoint says; from scratch: the default in brackets)"
+
+    model_name_or_path: str | None = option(
+        "CLCA or stock ViT checkpoint: folder or Hub repository [none: from scratch]"
+    )
+    model_revision: str | None = option("branch, tag or commit of the Hub repository [main]")
+    ignore_mismatched_sizes: bool = option(
+        "start weights whose shape differs anew, e.g. another number of classes", False
+    )
+    attn_implementation: str | None = option("sdpa, eager, flash_attention_2 or flex_attention [sdpa]")
+    image_size: int | None = option("side of the input, pixels [224]")
+    patch_size: int | None = option("side of a patch, pixels [16]")
+    hidden_size: int | None = option("width of the tokens [768]")
+    num_hidden_layers: int | None = option("number of layers [12]")
+    num_attention_heads: int | None = option("attention heads a layer [12]")
+    intermediate_size: int | None = option("width inside the MLP [4 x hidden_size]")
+    layer_norm_eps: float | None = option("epsilon of every LayerNorm [1e-6]")
+    qkv_bias: bool | None = switch("bias on queries, keys and values [true]")
+    hidden_dropout_prob: float | None = option("dropout, probability [0]")
+    attention_probs_dropout_prob: float | None = option("dropout on attention, probability [0]")
+    drop_path_rate: float | None = option("stochastic depth of the last layer, probability; grows from 0 [0]")
+    reduction: str | None = option("token reduction method, e.g. evit, topk; none switches it off [none]")
+    reduction_layers: list[int] | None = option("layers, counted from 0, that reduce; the CLA head reads them [3 6 9]")
+    keep_rate: list[float] | None = option("share of tokens kept, in (0, 1]: one number or one a stage [1]")
+    keep_tokens: list[int] | None = option("tokens kept, one count a stage, instead of keep_rate")
+    reduction_kwargs: str | None = option("the method's own options, as JSON [{}]")
+    cross_layer_cache: bool | None = switch("cross-layer cache (CLC) [false]")
+    num_clr_tokens: int | None = option("cross-layer registers (CLR) [0]")
+    cache_gap: bool | None = switch("cache the mean of the tokens (GAP) [true]")
+    cache_pool_cls: bool | None = switch("CLS takes part in the GAP [false]")
+    cache_pool_clr: bool | None = switch("CLR take part in the GAP before the first recall [false]")
+    cache_recover_at_last: bool | None = switch("recall the rest before the last layer [true]")
+    head: str | None = option("linear, cla, ifa, h2t or vqt [linear]")
+    cla_multiplier: int | None = option("channels of the CLA convolution per input channel [2]")
+    num_query_tokens: int | None = option("queries a layer of the vqt head [5]")
+    layerscale_value: float | None = option("initial LayerScale [none]")
+    pre_norm: bool | None = switch("LayerNorm before the first layer, as CLIP [false]")
+    num_register_tokens: int | None = option("register tokens, as DINOv2 [0]")
+    prefix_position_embeddings: bool | None = switch("CLS, registers and CLR have position embeddings [true]")
+    use_class_token: bool | None = switch("the sequence begins with CLS [true]")
+    pooling: str | None = option("what a linear head reads: cls, mean or map [cls]")
+    use_qk_norm: bool | None = switch("LayerNorm on queries and keys [false]")
+    use_swiglu_ffn: bool | None = switch("SwiGLU in the MLP [false]")
+
+
+LOADING = (
+    "image_column",
+    "label_column",
+    "validation_fraction",
+)  # what load_ufgir_dataset takes, beside the CSV files
+DENSE = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
+DENSE |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}  # what GMACs are compared with
+LOCAL = (
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+    "hub_token",
+)  # not in the card
+NOT_IN_CONFIG = ("model_name_or_path", "model_revision", "ignore_mismatched_sizes", "attn_implementation")
+
+
+@dataclass
+class DataArguments:
+    """The images, and how they become pixels."""
+
+    _argument_group_name = "data"
+
+    dataset: str = option(
+        "synthetic_leaves, a folder of images, CSV or parquet, or a Hub repository", "synthetic_leaves"
+    )
+    dataset_config_name: str | None = option("configuration of a data set on the Hub [its default]")
+    dataset_revision: str | None = option("branch, tag or commit of a data set on the Hub [main]")
+    image_column: str | None = option("column of the images [found by its type and name]")
+    label_column: str | None = option("column of the classes [found by its type and name]")
+    validation_fraction: float = option(
+        "share of each class's training images to validate on, if no split is there", 0.2
+    )
+    csv_train: str | None = option("CSV file (class_id,dir) in the folder [train.csv]")
+    csv_validation: str | None = option("the same for validation [val.csv]")
+    csv_test: str | None = option("the same for test [test.csv]")
+    csv_data_folder: str | None = option("what `dir` in the CSV files is relative to [found in the folder]")
+    csv_class_names: str | None = option("CSV file of class_id,class_name [classid_classname.csv]")
+    synthetic_num_classes: int = option("synthetic_leaves: number of cultivars", 10)
+    synthetic_images_per_class: list[int] = field(
+        default_factory=lambda: [80, 20, 20],
+        metadata={"help": "synthetic_leaves: images a class for training, validation and test"},
+    )
+    synthetic_image_size: int | None = option("synthetic_leaves: side of the pictures, pixels [resize_size]")
+    synthetic_difficulty: str = option("synthetic_leaves: how small the differences are", "easy")
+    synthetic_seed: int = option("synthetic_leaves: seed of the drawings", 0)
+    resize_size: int | None = option("side of the square that images are resized to, pixels [image_size / 0.875]")
+    image_mean: list[float] | None = option("mean of red, green, blue in [0, 1] [the checkpoint's, or ImageNet's]")
+    image_std: list[float] | None = option("deviation of red, green, blue [the checkpoint's, or ImageNet's]")
+    train_on_trainval: bool = option("train on train + validation; only test is left to evaluate", False)
+    max_train_samples: int | None = option("use that many random training images [all]")
+    max_eval_samples: int | None = option("use that many random validation images [all]")
+    max_predict_samples: int | None = option("use that many random test images [all]")
+    predictions_file: str = option("predictions, in output_dir: .csv or .jsonl", "predictions.csv")
+    num_pictures: int = option("test images shown in kept_patches.png, if the model reduces tokens", 4)
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' training arguments with defaults for fine-grained images."""
+
+    _argument_group_name = "training (transformers' TrainingArguments)"
+
+    output_dir: str = option("folder for checkpoints, the model, its card and predictions", "outputs/ufgir")
+    overwrite_output_dir: bool = option("delete checkpoints found in output_dir and start over", False)
+    per_device_train_batch_size: int = option("training images a step and device", 32)
+    per_device_eval_batch_size: int = option("evaluation images a step and device", 64)
+    learning_rate: float = option("highest learning rate", 1e-4)
+    weight_decay: float = option("weight decay; none on biases and norms", 0.05)
+    lr_scheduler_type: str = option("course of the learning rate: cosine, linear, constant_with_warmup, ...", "cosine")
+    warmup_steps: float = option("steps of linear warmup; below 1: share of all steps", 0.04)
+    num_train_epochs: float = option("epochs", 50.0)
+    logging_steps: float = option("steps between two log lines; below 1: share of all steps", 0.02)
+    eval_strategy: str = option("evaluate on validation while training: no, steps or epoch", "epoch")
+    save_strategy: str = option("save checkpoints: no, steps, epoch or best", "epoch")
+    save_total_limit: int | None = option("checkpoints to keep; the best is among them", 2)
+    load_best_model_at_end: bool = option("end with the best checkpoint instead of the last", True)
+    metric_for_best_model: str | None = option("what best means: top1, top5, macro_f1 or loss", "top1")
+    dataloader_drop_last: bool = option("drop the last incomplete training batch; evaluation drops nothing", True)
+    remove_unused_columns: bool = option("must stay false: the transforms need the columns", False)
+
+    def __post_init__(self) -> None:
+        if not self.do_train:  # without this, evaluation is switched on by the strategy
+            self.eval_strategy, self.save_strategy, self.load_best_model_at_end = "no", "no", False
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        super().__post_init__()
+
+
+def make_config(args: ModelArguments) -> CLCAViTConfig:
+    """The checkpoint's configuration, or a new one, with every option that was set; checked."""
+    values = {name: value for name, value in vars(args).items() if value is not None and name not in NOT_IN_CONFIG}
+    if "reduction_kwargs" in values:
+        try:
+            values["reduction_kwargs"] = dict(json.loads(args.reduction_kwargs))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`reduction_kwargs` must be a JSON object, got {args.reduction_kwargs}") from error
+    if values.get("reduction") == "none":
+        values["reduction"] = None
+    if args.model_name_or_path is None:
+        values.setdefault("layer_norm_eps", 1e-6)
+        values.setdefault("intermediate_size", 4 * values.get("hidden_size", 768))
+        return CLCAViTConfig(**values)
+    # what the checkpoint says about one of these must not contradict what the user says about the other
+    if "keep_tokens" in values:
+        values.setdefault("keep_rate", [1.0])
+    elif "keep_rate" in values:
+        values["keep_tokens"] = None
+    if "reduction" in values:
+        values.setdefault("reduction_kwargs", None)
+    config = CLCAViTConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision, **values)
+    check_config(config)
+    return config
+
+
+def load_data(data_args: DataArguments, args: TrainingArguments, synthetic_size: int) -> dict[str, Any]:
+    """split -> images, the splits and numbers of them that were asked for; ValueError where one is missing."""
+    given = vars(data_args)
+    if data_args.dataset == "synthetic_leaves":
+        options = {k.removeprefix("synthetic_"): v for k, v in given.items() if k.startswith("synthetic_")}
+        options["image_size"] = options["image_size"] or synthetic_size
+    else:
+        options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
+        options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
+    data = dict(load_ufgir_dataset(data_args.dataset, **options))
+    if data_args.train_on_trainval and {"train", "validation"} <= set(data):
+        data["train"] = concatenate_datasets([data["train"], data.pop("validation")])
+    evaluates = args.do_eval and not args.do_train
+    for split, wanted in (("train", args.do_train), ("validation", evaluates), ("test", args.do_predict)):
+        if wanted and split not in data:
+            raise ValueError(f"`dataset` {data_args.dataset} has no {split} images")
+    limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+    data = {split: random_subset(data[split], getattr(data_args, limits[split]), args.seed) for split in data}
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.do_train and args.dataloader_drop_last and len(data["train"]) < batch:
+        raise ValueError(f"a training batch of {batch} images needs as many images, there are {len(data['train'])}")
+    return data
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Run the script; returns split -> metrics. A user's mistake ends it with one sentence and status 2."""
+    start = time.perf_counter()
+    parser = RecipeParser((ModelArguments, DataArguments, TrainingArguments), prog="run_ufgir.py", description=__doc__)
+    model_args, data_args, args = parser.parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+
+    # Everything that can be wrong is looked at before anything is trained or written.
+    try:
+        if not (args.do_train or args.do_eval or args.do_predict):
+            raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
+        if Path(data_args.predictions_file).suffix not in (".csv", ".jsonl"):
+            raise ValueError(f"`predictions_file` must end in .csv or .jsonl, got {data_args.predictions_file}")
+        checkpoint = find_checkpoint(args) if args.do_train else None
+        config = make_config(model_args)
+        pretrained = {"checkpoint": model_args.model_name_or_path, "revision": model_args.model_revision}
+        numbers = (data_args.resize_size, data_args.image_mean, data_args.image_std)
+        image_processor = make_image_processor(config.image_size, *numbers, **pretrained)
+        data = load_data(data_args, args, image_processor.size["height"])
+
+        names = next(iter(data.values())).features["label"].names
+        known = [config.id2label[index] for index in range(config.num_labels)]
+        if pretrained["checkpoint"] and not args.do_train and known != names:
+            raise ValueError(f"`dataset` has the classes {names[:5]}..., the model was trained for {known[:5]}...")
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+        config.problem_type = "single_label_classification"
+        set_seed(args.seed)
+        attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+        if pretrained["checkpoint"]:
+            anew = model_args.ignore_mismatched_sizes
+            model = load_pretrained(**pretrained, config=config, ignore_mismatched_sizes=anew, **attention)
+        else:
+            model = CLCAViTForImageClassification._from_config(config, **attention)
+
+        # While training, the best checkpoint is chosen on validation images, never on test images.
+        images = {split: TransformedImages(data[split], EvalTransform(image_processor)) for split in data}
+        callbacks = []
+        if args.do_train:
+            images["train"] = TransformedImages(data["train"], TrainTransform(image_processor), seed=args.seed)
+            callbacks = [SetEpoch(images["train"])]
+            if "validation" not in images:
+                logger.info("No validation images: the last weights are kept, not the best.")
+                args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        trainer = UFGIRTrainer(
+            model=model,
+            args=args,
+            train_dataset=images.get("train"),
+            eval_dataset=images.get("validation"),
+            processing_class=image_processor,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(one_sentence(error))
+
+    output_dir, rows, metrics = Path(args.output_dir), [], {}
+    dense = CLCAViTConfig.from_dict({**config.to_dict(), **DENSE})
+    with torch.random.fork_rng():
+        macs, dense_macs = (count_macs(m, config.image_size) for m in (model, CLCAViTForImageClassification(dense)))
+    cost = f"{macs / 1e9:.3f} GMACs an image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"
+    sizes = ", ".join(f"{len(data[split])} {split}" for split in data)
+    logger.info("%s: %d classes, %s images; %s", data_args.dataset, len(names), sizes, cost)
+
+    if args.do_train:
+        if checkpoint is None and args.overwrite_output_dir and trainer.is_world_process_zero():
+            remove_checkpoints(output_dir)
+        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", train_metrics)
+        rows.append({"split": "train", "images": len(images["train"]), "seconds": train_metrics["train_runtime"]})
+
+    for split, wanted in (("validation", args.do_eval), ("test", args.do_predict)):
+        if not wanted or split not in images:
+            continue
+        output = trainer.predict(images[split], metric_key_prefix=split)
+        trainer.save_metrics(split, output.metrics)
+        metrics[split] = {name: output.metrics[f"{split}_{name}"] for name in ("top1", "top5", "macro_f1")}
+        seconds = output.metrics[f"{split}_runtime"]
+        rows.append({"split": split, "images": len(images[split]), "seconds": seconds, **metrics[split]})
+
+    if trainer.is_world_process_zero():
+        if args.do_predict:
+            logits = output.predictions
+            files = [image["path"] for image in data["test"].cast_column("image", Image(decode=False))["image"]]
+            path = write_predictions(output_dir / data_args.predictions_file, logits, output.label_ids, names, files)
+            logger.info("Predictions: %s", path)
+            if config.reduction is not None and data_args.num_pictures > 0:
+                chosen = np.linspace(0, len(files) - 1, min(data_args.num_pictures, len(files))).astype(int)
+                titles = [f"{names[output.label_ids[i]]} -> {names[logits[i].argmax()]}" for i in chosen]
+                pictures = [data["test"][int(i)]["image"] for i in chosen]
+                kept_patches_image(model, image_processor, pictures, titles).save(output_dir / "kept_patches.png")
+                logger.info("Patches kept: %s", output_dir / "kept_patches.png")
+        if args.do_train or args.push_to_hub:
+            on_hub = data_args.dataset != "synthetic_leaves" and not Path(data_args.dataset).exists()
+            write_model_card(
+                output_dir,
+                config=config,
+                dataset_name=Path(data_args.dataset).name,
+                dataset_id=data_args.dataset if on_hub else None,
+                class_names=names,
+                split_sizes={split: len(images[split]) for split in images},
+                metrics=metrics,
+                settings=parser.settings(model_args, data_args, args, leave_out=LOCAL),
+                macs=macs,
+                dense_macs=dense_macs,
+                num_parameters=model.num_parameters(),
+                model_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+                base_model=model_args.model_name_or_path,
+            )
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    where = f"{time.perf_counter() - start:.0f} seconds in all; see {output_dir}"
+    logger.info("Results\n%s\n%s, %s parameters\n%s", summary_table(rows), cost, f"{model.num_parameters():,}", where)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

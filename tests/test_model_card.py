@@ -1,0 +1,160 @@
+"""README.md: metadata that the Hub can read, text that is true, code that runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+import run_ufgir
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from ufgir.arguments import RecipeParser
+from ufgir.model_card import describe_model, write_model_card, write_text_atomically
+from ufgir.transforms import make_image_processor
+
+
+METRICS = {
+    "validation": {"top1": 0.75, "top5": 1.0, "macro_f1": 0.7, "loss": 3.0},
+    "test": {"top1": 0.5, "top5": 0.9, "macro_f1": 0.4},
+}
+
+
+@pytest.fixture
+def config() -> CLCAViTConfig:
+    return CLCAViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        reduction="evit",
+        reduction_layers=[1],
+        keep_rate=0.5,
+        cross_layer_cache=True,
+        num_clr_tokens=1,
+        head="cla",
+        num_labels=3,
+    )
+
+
+def card(folder: Path, config: CLCAViTConfig, **changes) -> ModelCard:
+    arguments = {
+        "config": config,
+        "dataset_name": "My Leaves: a {set}",
+        "class_names": ["a: b", "c\"d'", "{e}"],
+        "split_sizes": {"train": 1234, "validation": 20},
+        "metrics": METRICS,
+        "settings": {"learning_rate": 0.001, "keep_rate": [0.5], "dataset": "a: b"},
+        "macs": 5_960_000_000,
+        "dense_macs": 17_570_000_000,
+        "num_parameters": 86_000_000,
+    }
+    path = write_model_card(folder, **(arguments | changes))
+    assert path == Path(folder) / "README.md"
+    return ModelCard.load(path)
+
+
+def test_metadata_survives_a_round_trip(tmp_path, config):
+    data = card(tmp_path, config, model_id="me/leaves", dataset_id="me/leaf-photos", base_model="google/vit").data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-classification")
+    assert data.datasets == ["me/leaf-photos"] and data.base_model == "google/vit" and "evit" in data.tags
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert name == "leaves"
+    found = {(r.dataset_split, r.metric_name): (r.metric_type, r.metric_value) for r in results}
+    assert found == {
+        ("validation", "top-1"): ("accuracy", 0.75),
+        ("validation", "top-5"): ("accuracy", 1.0),
+        ("validation", "macro-F1"): ("f1", 0.7),
+        ("test", "top-1"): ("accuracy", 0.5),
+        ("test", "top-5"): ("accuracy", 0.9),
+        ("test", "macro-F1"): ("f1", 0.4),
+    }
+
+
+def test_local_things_are_not_claimed_to_be_on_the_hub(tmp_path, config):
+    data = card(tmp_path, config, base_model=str(tmp_path)).data
+    assert data.datasets is None and data.base_model is None
+
+
+def test_text(tmp_path, config):
+    text = card(tmp_path, config).text
+    assert "| test | 50.00 | 90.00 | 40.00 |" in text
+    assert "| GMACs an image | 5.960 | 17.570 |" in text and "33.9 %" in text
+    assert "train 1,234, validation 20" in text and "3 classes" in text and "{e}" in text
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
+    assert settings == {"learning_rate": 0.001, "keep_rate": [0.5], "dataset": "a: b"}
+    assert "Not evaluated" in card(tmp_path, config, metrics={}).text
+
+
+def test_description_says_what_the_model_is(config):
+    text = describe_model(config)
+    for part in ("3 layers", "`evit`", "[0.5]", "(GAP)", "1 cross-layer register", "`cla`"):
+        assert part in text
+    assert "without token reduction" in describe_model(CLCAViTConfig())
+
+
+def test_code_in_the_card_runs(tmp_path, config):
+    """In a process that does not know this package: the code comes from the saved folder."""
+    model_dir = tmp_path / "model"
+    CLCAViTForImageClassification(config).save_pretrained(model_dir)
+    make_image_processor(16).save_pretrained(model_dir)
+    code = re.search(r"```python\n(.*?)```", card(model_dir, config).text, re.DOTALL).group(1)
+    code += (
+        "from PIL import Image\n"
+        "answer = classify(Image.new('RGB', (30, 20)), top_k=2)\n"
+        "assert len(answer) == 2 and 'clca' not in __import__('sys').modules, answer\n"
+    )
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = write_text_atomically(tmp_path / "a.txt", "old\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError("disk")))
+        with pytest.raises(OSError, match="disk"):
+            write_text_atomically(path, "new")
+    assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "\udc80")
+    assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
+    write_text_atomically(path, "new é\n")
+    assert path.read_bytes() == "new é\n".encode()
+
+
+def test_the_card_recipe_can_be_run_again(tmp_path):
+    """Settings are written as a recipe, one that parses to the same settings; and no secrets are in it."""
+    parser = RecipeParser((run_ufgir.ModelArguments, run_ufgir.DataArguments, run_ufgir.TrainingArguments))
+    old = tmp_path / "old.yaml"
+    old.write_text(
+        "keep_rate: 0.9\nlr_scheduler_kwargs: {min_lr: 1e-5}\nlr_scheduler_type: cosine_with_min_lr\nhead: null\n"
+    )
+    argv = (
+        "--do_train --keep_rate 0.5 0.25 --cross_layer_cache --synthetic-images-per-class 4 2 2 --learning_rate=1e-3"
+    )
+    argv += " --optim sgd --no_dataloader_drop_last --hub_token secret --output_dir here"
+    groups = parser.parse([str(old), *argv.split()])
+    settings = parser.settings(*groups, leave_out=run_ufgir.LOCAL)
+    assert settings == {
+        "keep_rate": [0.5, 0.25],
+        "lr_scheduler_kwargs": {"min_lr": 1e-5},
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "do_train": True,
+        "cross_layer_cache": True,
+        "synthetic_images_per_class": [4, 2, 2],
+        "learning_rate": 1e-3,
+        "optim": "sgd",
+        "dataloader_drop_last": False,
+    }
+    new = tmp_path / "new.yaml"
+    new.write_text(yaml.safe_dump(settings))
+    again = parser.parse([str(new)])
+    assert parser.settings(*again) == dict(sorted(settings.items()))

@@ -1,0 +1,205 @@
+"""The transforms against the image processor, and where random decisions come from."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, TrainerState, ViTImageProcessorPil
+
+from ufgir.transforms import (
+    EvalTransform,
+    SetEpoch,
+    TrainTransform,
+    TransformedImages,
+    make_image_processor,
+    random_subset,
+    to_rgb,
+)
+
+
+def picture(mode: str, width: int = 41, height: int = 57, seed: int = 0) -> Image.Image:
+    generator = np.random.default_rng(seed)
+    channels = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4}.get(mode)
+    if mode == "P":
+        return picture("RGB", width, height, seed).quantize(16)
+    if mode == "1":
+        return picture("L", width, height, seed).convert("1")
+    pixels = generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return (
+        Image.fromarray(pixels.squeeze(), mode=None)
+        if mode != "CMYK"
+        else Image.frombytes(mode, (width, height), pixels)
+    )
+
+
+def transparent_palette() -> Image.Image:
+    image = picture("P")
+    image.info["transparency"] = 3
+    return image
+
+
+def rows(count: int = 12, size: int = 40) -> list[dict]:
+    return [{"image": picture("RGB", size, size, seed=i), "label": i % 3} for i in range(count)]
+
+
+@pytest.fixture
+def processor() -> ViTImageProcessorPil:
+    return make_image_processor(24)
+
+
+@pytest.mark.parametrize("resize_size", [None, 24, 31])  # an odd margin: which side gets the pixel?
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA", "1", "CMYK", "transparent palette"])
+def test_eval_transform_is_the_image_processor(mode, resize_size):
+    image = transparent_palette() if mode == "transparent palette" else picture(mode)
+    processor = make_image_processor(24, resize_size)
+    expected = processor(image, return_tensors="pt").pixel_values[0]
+    actual = EvalTransform(processor)(image)
+    assert actual.dtype == torch.float32 and actual.shape == (3, 24, 24)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_eval_transform_is_the_saved_and_reloaded_processor(tmp_path):
+    processor = make_image_processor(24, 30, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+    processor.save_pretrained(tmp_path)
+    reloaded = AutoImageProcessor.from_pretrained(tmp_path)
+    image = picture("RGB")
+    expected = reloaded(image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(EvalTransform(processor)(image), expected, rtol=0, atol=1e-6)
+    again = make_image_processor(24, checkpoint=str(tmp_path))  # its numbers survive, although 30 is not 24 / 0.875
+    assert {k: v for k, v in again.to_dict().items() if k != "resample"} == {
+        k: v for k, v in processor.to_dict().items() if k != "resample"
+    }
+
+
+def test_the_aspect_ratio_is_not_kept(processor):
+    """A black left half stays the left half, however wide the picture."""
+    wide = Image.new("RGB", (200, 20), "white")
+    wide.paste("black", (0, 0, 100, 20))
+    pixels = EvalTransform(processor)(wide)
+    assert (pixels[:, :, :10] < 0).all() and (pixels[:, :, 14:] > 0).all()
+
+
+def test_default_sizes():
+    assert make_image_processor(224).size["height"] == 256
+    assert make_image_processor(448).size["height"] == 512
+    assert make_image_processor(224).resample == Image.Resampling.BICUBIC
+
+
+def test_train_transform_crops_everywhere_and_flips_half(processor):
+    """Every pixel holds its own coordinates, so crop and flip can be read off the result."""
+    side = processor.size["height"]
+    coordinates = np.zeros((side, side, 3), dtype=np.uint8)
+    coordinates[..., 0] = np.arange(side)[:, None]
+    coordinates[..., 1] = np.arange(side)[None, :]
+    transform = TrainTransform(processor)
+    seen = set()
+    for seed in range(400):
+        pixels = transform(Image.fromarray(coordinates), np.random.default_rng(seed))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        values = ((pixels * std + mean) * 255).round().long()
+        top, left, right = values[0, 0, 0].item(), values[1, 0, 0].item(), values[1, 0, -1].item()
+        flipped = left > right
+        assert abs(left - right) == 23 and values[0, -1, 0].item() - top == 23
+        seen.add((top, min(left, right), flipped))
+    margins = range(side - 24 + 1)
+    assert {s[0] for s in seen} == {s[1] for s in seen} == set(margins)
+    assert {s[2] for s in seen} == {True, False}
+    assert len({s[:2] for s in seen}) == len(margins) ** 2  # 16 places: rows and columns are drawn independently
+
+
+@pytest.mark.parametrize("probability, flips", [(0.0, False), (1.0, True)])
+def test_flip_probability(processor, probability, flips):
+    plain = make_image_processor(24, 24)
+    image = picture("RGB", 24, 24)
+    pixels = TrainTransform(plain, probability)(image, np.random.default_rng(0))
+    expected = EvalTransform(plain)(image)
+    torch.testing.assert_close(pixels, expected.flip(-1) if flips else expected)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(processor):
+    dataset = TransformedImages(rows(), TrainTransform(processor), seed=3)
+    same = TransformedImages(rows(), TrainTransform(processor), seed=3)
+    for index in (5, 0, 11):
+        np.random.seed(index)
+        torch.manual_seed(index)
+        assert torch.equal(dataset[index]["pixel_values"], same[index]["pixel_values"])
+    assert torch.equal(dataset[-1]["pixel_values"], dataset[11]["pixel_values"])
+
+
+@pytest.mark.parametrize("change", ["seed", "epoch", "index"])
+def test_a_sample_changes_with_seed_epoch_and_index(processor, change):
+    image = rows(1)[0]
+    dataset = TransformedImages([image] * 12, TrainTransform(processor), seed=3)
+    other = TransformedImages([image] * 12, TrainTransform(processor), seed=4 if change == "seed" else 3)
+    if change == "epoch":
+        other.set_epoch(1)
+    shift = int(change == "index")
+    differ = [not torch.equal(dataset[i]["pixel_values"], other[i + shift]["pixel_values"]) for i in range(11)]
+    assert sum(differ) > 5  # 32 outcomes, so a few coincide
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_see_the_epoch_and_change_nothing(processor, persistent):
+    dataset = TransformedImages(rows(), TrainTransform(processor), seed=3)
+    alone = DataLoader(dataset, batch_size=5)
+    workers = DataLoader(dataset, batch_size=5, num_workers=2, persistent_workers=persistent)
+    epochs = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        expected = torch.cat([batch["pixel_values"] for batch in alone])
+        assert torch.equal(torch.cat([batch["pixel_values"] for batch in workers]), expected)
+        epochs.append(expected)
+    assert not torch.equal(*epochs)
+
+
+def test_labels_and_length(processor):
+    dataset = TransformedImages(rows(), EvalTransform(processor))
+    assert [dataset[i]["labels"] for i in range(len(dataset))] == [0, 1, 2] * 4
+    with pytest.raises(IndexError):
+        dataset[12]
+    assert len(pickle.loads(pickle.dumps(dataset))) == 12  # what worker processes that are spawned need
+
+
+def test_callback_follows_the_trainer_also_after_a_resume(processor):
+    dataset = TransformedImages(rows(), TrainTransform(processor))
+    callback = SetEpoch(dataset)
+    for state_epoch, epoch in [(0, 0), (1.0, 1), (1.75, 1), (2.0, 2)]:
+        callback.on_epoch_begin(None, TrainerState(epoch=state_epoch), None)
+        assert dataset.epoch == epoch
+
+
+def test_to_rgb_lays_transparency_over_white():
+    image = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+    opaque = Image.new("RGB", (2, 2), (1, 2, 3))
+    assert to_rgb(opaque) is opaque
+
+
+def test_random_subset():
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"x": list(range(50))})
+    chosen = random_subset(dataset, 10, seed=1)["x"][:]
+    assert chosen == sorted(set(chosen)) and len(chosen) == 10 and chosen != list(range(10))
+    assert random_subset(dataset, 10, seed=1)["x"][:] == chosen != random_subset(dataset, 10, seed=2)["x"][:]
+    assert random_subset(dataset, None, 0) is dataset is random_subset(dataset, 99, 0)
+    with pytest.raises(ValueError, match="at least 1"):
+        random_subset(dataset, 0, 0)
+
+
+def test_wrong_numbers_are_refused(processor):
+    with pytest.raises(ValueError, match="`resize_size`"):
+        make_image_processor(24, 20)
+    with pytest.raises(ValueError, match="`image_mean`"):
+        make_image_processor(24, image_mean=[0.5])
+    with pytest.raises(ValueError, match="`image_std`"):
+        make_image_processor(24, image_std=[0.5, 0.5, 0])
+    with pytest.raises(ValueError, match="`flip_probability`"):
+        TrainTransform(processor, 1.5)
+    with pytest.raises(ValueError, match="`seed`"):
+        TransformedImages(rows(), EvalTransform(processor), seed=-1)
+    with pytest.raises(ValueError, match="`size`"):
+        EvalTransform(ViTImageProcessorPil(size={"shortest_edge": 24}))

@@ -1,0 +1,196 @@
+"""The README.md beside a saved model: metadata for the Hub, and what a reader needs to judge and load the model."""
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+# our metric -> (name on the Hub, name for people)
+METRIC_NAMES = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "macro_f1": ("f1", "macro-F1")}
+SHOWN_CLASSES = 20
+
+
+def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
+    """Write `text` as UTF-8 so that `path` holds the old content or all of the new one, never a part of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes a file that only its owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def describe_model(config: Any) -> str:
+    """A paragraph on what the network is, from its configuration."""
+    size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
+    text = [f"A Vision Transformer ({size}; {config.image_size} px images in patches of {config.patch_size} px)"]
+    stages = ", ".join(map(str, config.reduction_layers))
+    if config.reduction is None:
+        text.append(" without token reduction.")
+    else:
+        kept = f"rate {config.keep_rate}" if config.keep_tokens is None else f"{config.keep_tokens} tokens"
+        text.append(
+            f" whose tokens the method `{config.reduction}` reduces in layers {stages} (0-based; keeps {kept})."
+        )
+    if config.cross_layer_cache:
+        parts = ["the mean of the tokens (GAP)"] if config.cache_gap else []
+        if config.num_clr_tokens:
+            parts.append(f"{config.num_clr_tokens} cross-layer register(s) (CLR)")
+        text.append(f" A cross-layer cache (CLC) keeps {' and '.join(parts)} of every layer for the layers after.")
+    if config.head != "linear":
+        text.append(f" The head is `{config.head}`.")
+    return "".join(text)
+
+
+def write_model_card(
+    output_dir: str | os.PathLike,
+    *,
+    config: Any,
+    dataset_name: str,
+    class_names: Sequence[str],
+    split_sizes: Mapping[str, int],
+    metrics: Mapping[str, Mapping[str, float]],
+    settings: Mapping[str, Any],
+    macs: int,
+    dense_macs: int,
+    num_parameters: int,
+    model_id: str | None = None,
+    base_model: str | None = None,
+    dataset_id: str | None = None,
+) -> Path:
+    """Write README.md into `output_dir`, atomically, and return its path.
+
+    Args:
+        output_dir: folder of the saved model.
+        config: the model's `CLCAViTConfig`.
+        dataset_name: name of the data, for people.
+        class_names: names of the classes, by index.
+        split_sizes: split name -> number of images.
+        metrics: split name -> {"top1", "top5", "macro_f1"}, fractions in [0, 1]; other entries are left out.
+        settings: every setting that is not left at the script's default, written down as a recipe.
+        macs: multiply-adds of one image.
+        dense_macs: the same for this backbone without reduction, cache and aggregation head.
+        num_parameters: parameters of the model.
+        model_id: repository on the Hub; the card shows the folder's path where there is none.
+        base_model: checkpoint that training started from: a Hub repository or a folder.
+        dataset_id: the data's repository on the Hub, where it has one.
+    """
+    output_dir = Path(output_dir)
+    name = model_id or str(output_dir)
+    title = name.rstrip("/").split("/")[-1]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset_id or dataset_name,
+            dataset_name=dataset_name,
+            dataset_split=split,
+            metric_type=METRIC_NAMES[key][0],
+            metric_name=METRIC_NAMES[key][1],
+            metric_value=round(float(values[key]), 6),
+        )
+        for split, values in metrics.items()
+        for key in METRIC_NAMES
+        if key in values
+    ]
+    tags = ["clca", "token-reduction", "fine-grained", "vision"]
+    data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=tags + ([config.reduction] if config.reduction else []),
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=["accuracy", "f1"],
+        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        model_name=title,
+        eval_results=results or None,
+    )
+    body = _BODY.format(
+        title=title,
+        model=describe_model(config),
+        base=f" Training started from `{base_model}`." if base_model else "",
+        parameters=f"{num_parameters:,}",
+        macs=macs / 1e9,
+        dense_macs=dense_macs / 1e9,
+        share=100 * macs / dense_macs,
+        dataset=f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})" if dataset_id else f"`{dataset_name}`",
+        splits=", ".join(f"{split} {size:,}" for split, size in split_sizes.items()),
+        num_classes=len(class_names),
+        classes=", ".join(class_names[:SHOWN_CLASSES]) + (", ..." if len(class_names) > SHOWN_CLASSES else ""),
+        recipe=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).strip(),
+        metrics=_metrics_table(metrics),
+        name=name,
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
+    return write_text_atomically(output_dir / "README.md", str(card))
+
+
+def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Split x metric as a Markdown table, in percent."""
+    if not metrics:
+        return "Not evaluated."
+    lines = ["| split | top-1 % | top-5 % | macro-F1 % |", "| --- | ---: | ---: | ---: |"]
+    for split, values in metrics.items():
+        cells = [f"{100 * values[key]:.2f}" if key in values else "" for key in METRIC_NAMES]
+        lines.append(f"| {split} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_BODY = """# {title}
+
+{model}{base}
+It was made with CLCA, cross-layer cache aggregation for token reduction in ultra-fine-grained image recognition
+([paper](https://huggingface.co/papers/2501.00243)).
+
+## Data
+
+{dataset}: {splits} images, {num_classes} classes ({classes}).
+
+## Recipe
+
+What was set; all else are the defaults of `run_ufgir.py`.
+
+```yaml
+{recipe}
+```
+
+## Metrics
+
+{metrics}
+
+Macro-F1 is the mean F1 of the classes, each counting the same.
+
+## Cost
+
+| | this model | same backbone, dense |
+| --- | ---: | ---: |
+| GMACs an image | {macs:.3f} | {dense_macs:.3f} |
+
+Multiply-adds, {share:.1f} % of the dense backbone's. {parameters} parameters.
+
+## How to load
+
+The code of the model comes with it, hence `trust_remote_code=True`.
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+model = AutoModelForImageClassification.from_pretrained("{name}", trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained("{name}")
+
+classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
+# classify("picture.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
+```
+"""

@@ -1,0 +1,121 @@
+"""What `run_ufgir.py` adds to transformers' loading and Trainer: care with weights, checkpoints and the model card."""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import get_last_checkpoint
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+
+
+class UFGIRTrainer(transformers.Trainer):
+    """A Trainer that evaluates every image, and that leaves our model card alone.
+
+    `dataloader_drop_last` is for training (a last batch of one image breaks a BatchNorm); transformers would apply it
+    to evaluation, too, and silently leave images out.
+    """
+
+    @contextlib.contextmanager
+    def _keeping_last_batch(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of all evaluation images."""
+        with self._keeping_last_batch():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of all test images."""
+        with self._keeping_last_batch():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: `ufgir.model_card.write_model_card` writes README.md, a push must not replace it."""
+
+
+def load_pretrained(
+    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
+) -> CLCAViTForImageClassification:
+    """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
+
+    Where `config.image_size` is not the checkpoint's, position embeddings are resampled, bicubic; a token that is new to
+    the checkpoint starts as the model starts it.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        config: of the model wanted.
+        revision: of the Hub repository.
+        kwargs: more arguments of `from_pretrained`, such as `ignore_mismatched_sizes` and `attn_implementation`.
+
+    Raises:
+        ValueError: weights of other shapes, e.g. another number of classes, without `ignore_mismatched_sizes`.
+    """
+    image_size = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0].get("image_size", config.image_size)
+    as_saved = CLCAViTConfig.from_dict(config.to_dict() | {"image_size": image_size})
+    try:
+        model = CLCAViTForImageClassification.from_pretrained(
+            checkpoint, config=as_saved, revision=revision, dtype=torch.float32, **kwargs
+        )
+        if as_saved.image_grid != config.image_grid:
+            weights = model.state_dict()
+            positions = model.vit.embeddings.interpolate_pos_encoding(config.image_grid)
+            weights["vit.embeddings.position_embeddings"] = positions.detach()
+            attention = model.config._attn_implementation
+            model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
+            model.load_state_dict(weights)
+    except RuntimeError as error:  # transformers' and torch's word for shapes that differ
+        raise ValueError(
+            f"weights of {checkpoint} have other shapes than the model's, perhaps for another number of classes; "
+            f"`ignore_mismatched_sizes` starts those anew: {error}"
+        ) from error
+    return model
+
+
+def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
+    """The checkpoint to resume from, or None to start afresh.
+
+    Args:
+        args: `resume_from_checkpoint` is "true" for the last one in `output_dir`, a checkpoint's folder, or "false" or
+            None; with `overwrite_output_dir`, checkpoints found in `output_dir` do not matter.
+
+    Raises:
+        ValueError: there is nothing to resume from, or nothing left to do; or `output_dir` holds the checkpoints of
+            another training, with which those of a new one would mix.
+    """
+    output_dir, max_steps = args.output_dir, args.max_steps
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    wanted = (args.resume_from_checkpoint or "false").strip()
+    if wanted.lower() == "false":
+        if last and not args.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` holds {last}: continue with --resume_from_checkpoint true, start over with "
+                "--overwrite_output_dir true, or choose another folder"
+            )
+        return None
+    checkpoint = last if wanted.lower() == "true" else wanted
+    state = Path(checkpoint or output_dir) / "trainer_state.json"
+    if checkpoint is None or not state.is_file():
+        raise ValueError(f"`resume_from_checkpoint`: there is no checkpoint in {checkpoint or output_dir}")
+    done = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    if 0 < max_steps <= done:  # Trainer would do one step more
+        raise ValueError(f"`resume_from_checkpoint`: {checkpoint} has already done {done} of {max_steps} `max_steps`")
+    return checkpoint
+
+
+def remove_checkpoints(output_dir: str | Path) -> None:
+    """Delete the folders `checkpoint-<number>` in `output_dir`, and nothing else."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name):
+            shutil.rmtree(folder)
