@@ -1,0 +1,41 @@
+# Every target sets up what it needs by itself, in a virtual environment of its own.
+#   make test PYTHON=python3.12      choose the interpreter that the environment is made with
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style quality clean
+
+help:  ## print this list
+	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
+	@sed -n 's/^\([a-z]*\):.*##\(.*\)/  \1	\2/p' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
+	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
+
+test: quality  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+quality: $(READY)  ## check the style without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(READY)  ## repair what of the style can be repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## delete caches and builds; the environment and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is complete if this file is newer than all that says what belongs into it.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, but $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % sys.version_info[:2])' \
+	    && echo "Making the virtual environment $(VENV) (once, takes minutes)" && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

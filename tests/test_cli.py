@@ -1,0 +1,181 @@
+"""The console command `ufgir`: tables, pictures, and one sentence for every mistake."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
+from ufgir import cli
+from ufgir.profiling import count_macs
+
+
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+TINY_OPTIONS = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+REDUCED = {"reduction": "evit", "reduction_layers": [1, 2], "keep_rate": [0.5], "cross_layer_cache": True}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A saved CLCA model with its image processor."""
+    config = CLCAViTConfig(**TINY, **REDUCED, num_clr_tokens=1, head="cla", num_labels=3)
+    CLCAViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    save_processor(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def stock_checkpoint(tmp_path):
+    """A saved ViT of transformers."""
+    ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(tmp_path / "stock")
+    save_processor(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    files = [tmp_path / "a leaf.png", tmp_path / "b.jpg"]
+    for file, color in zip(files, ("green", "olive"), strict=True):
+        Image.new("RGB", (50, 40), color).save(file)
+    return [str(file) for file in files]
+
+
+def save_processor(folder):
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def table(text, first):
+    """The cells of the line that begins with `first`."""
+    (line,) = [line for line in text.splitlines() if line.startswith(first)]
+    return line.removeprefix(first).split()
+
+
+def refused(capsys, *argv):
+    """The one line with which a command ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(argv))
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def test_profile_of_the_paper_model(capsys):
+    argv = "profile --reduction evit --keep-rate 0.1 --image-size 448 --clca --num-labels 1110"
+    assert cli.main(argv.split()) == 0
+    text = capsys.readouterr().out
+    assert table(text, "3 ") == ["786", "81", "+6"]
+    assert table(text, "6 ") == ["87", "11", "+6"]
+    assert table(text, "9 ") == ["17", "4", "+6"]
+    assert table(text, "10 ") == ["10", "10", "+2"]
+    assert table(text, "final norm") == ["12"]
+    this, dense, share = table(text, "GMACs, one image")
+    assert float(this) == pytest.approx(25.18, rel=5e-3) and float(dense) == pytest.approx(78.53, rel=5e-3)
+    assert share == f"{float(this) / float(dense):.1%}"
+
+
+def test_profile_of_a_checkpoint(capsys, checkpoint):
+    assert cli.main(["profile", str(checkpoint)]) == 0
+    text = capsys.readouterr().out
+    model = CLCAViTForImageClassification.from_pretrained(checkpoint)
+    schedule = token_schedule(model.config)
+    for index in range(5):
+        assert table(text, f"{index} ")[:2] == [str(schedule.before[index]), str(schedule.after[index])]
+    assert table(text, "parameters")[0] == f"{model.num_parameters():,}"
+    assert table(text, "GMACs, one image")[0] == f"{count_macs(model) / 1e9:.3f}"
+
+
+def test_profile_options_replace_those_of_the_checkpoint(capsys, checkpoint, stock_checkpoint):
+    cli.main(["profile", str(checkpoint), "--keep_tokens", "8", "2"])  # although it has a keep rate
+    assert "8, 2 tokens kept" in capsys.readouterr().out
+    cli.main(["profile", str(checkpoint), "--reduction", "none", "--no-cross-layer-cache"])
+    assert "no reduction; head cla" in capsys.readouterr().out
+    cli.main(["profile", str(stock_checkpoint), "--reduction", "topk", "--reduction-layers", "2", "--keep-rate=0.25"])
+    text = capsys.readouterr().out
+    assert "topk in layers 2, keep rate 0.25" in text and table(text, "2 ") == ["17", "5"]
+
+
+def test_profile_says_where_counts_differ_by_image(capsys, monkeypatch):
+    def count(model):
+        if model.config.reduction is None:
+            return 10**9
+        return torch.empty(1, device="meta").item()
+
+    monkeypatch.setattr(cli, "count_macs", count)
+    assert cli.main(["profile", *TINY_OPTIONS, "--reduction", "topk", "--reduction-layers", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "Token counts differ by image" in text and table(text, "GMACs, one image") == ["-", "1.000", "-"]
+
+
+def test_the_paper_table_is_within_half_a_percent(capsys):
+    assert cli.main(["profile", "--paper"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " px " in line]
+    assert len(rows) == 10
+    for _, _, _, ours, theirs, _, ours_clca, theirs_clca, _ in rows:
+        assert float(ours) == pytest.approx(float(theirs), rel=5e-3)
+        assert float(ours_clca) == pytest.approx(float(theirs_clca), rel=5e-3)
+
+
+def test_visualize(capsys, tmp_path, checkpoint, pictures):
+    output = tmp_path / "new folder" / "kept.png"
+    assert cli.main(["visualize", str(checkpoint), *pictures, "--output", str(output), "--side", "64"]) == 0
+    assert capsys.readouterr().out == f"wrote {output}\n"
+    with Image.open(output) as image:
+        assert image.width > 3 * 64 and image.height > 2 * 64
+
+
+def test_visualize_a_stock_checkpoint(tmp_path, stock_checkpoint, pictures):
+    output = tmp_path / "kept.png"
+    options = ["--reduction", "evit", "--reduction-layers", "1", "3", "--keep-rate", "0.5"]
+    assert cli.main(["visualize", str(stock_checkpoint), pictures[0], "--output", str(output), *options]) == 0
+    assert output.is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "nonsense"),
+        (["profile", "--keep-rat", "0.5"], "--keep-rat"),  # no abbreviations either
+        (["profile", "--head"], "--head"),
+        (["profile", "--keep-rate", "much"], "much"),
+        (["profile", "--reduction", "evit", "--keep-rate", "2"], "`keep_rate` must be in (0, 1], got 2.0"),
+        (["profile", "--reduction", "evitt"], "evitt"),
+        (["profile", "--reduction", "evit", "--reduction-layers", "12"], "0 .. 11"),
+        (["profile", "--image-size", "225"], "multiple of `patch_size`"),
+        (["profile", "--reduction", "evit", "--reduction-kwargs", "{"], "JSON object"),
+        (["profile", "--reduction", "evit", "--reduction-kwargs", '{"typo": 1}'], "no option `typo`"),
+        (["profile", "--paper", "--head", "cla"], "--paper"),
+        (["profile", "no/such/folder"], "there is no checkpoint no/such/folder"),
+        (["visualize", "no/such/folder"], "IMAGE"),
+        (["visualize", "no/such/folder", "missing.png"], "there is no picture missing.png"),
+        (["visualize", "no/such/folder", "missing.png", "--output", "kept.docx"], "kept.docx"),
+        (["visualize", "no/such/folder", "missing.png", "--side", "0"], "--side"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(capsys, argv, words):
+    assert words in refused(capsys, *argv)
+
+
+def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pictures):
+    text = tmp_path / "text.png"
+    text.write_text("not a picture")
+    assert "text.png is not a picture" in refused(capsys, "visualize", str(checkpoint), str(text))
+    assert "reduces no tokens" in refused(capsys, "visualize", str(stock_checkpoint), pictures[0])
+    assert "got the file" in refused(capsys, "profile", str(text))
+    (checkpoint / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(capsys, "visualize", str(checkpoint), pictures[0])
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["profile", "--help"], ["visualize", "--help"]])
+def test_help(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 0 and "usage: ufgir" in capsys.readouterr().out
