@@ -360,8 +360,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, TokenState]:
         if self.reduction is not None:
             hidden_states, state = self.reduction.before_layer(hidden_states, state)
-
-        poolable = [self.method.poolable(state)]
+        before = state
 
         normed = self.layernorm_before(hidden_states)
         attended, _, state, context = self.attention(normed, state, self.reduction, output_attentions, **kwargs)
@@ -369,19 +368,22 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if context.rows is not None:
             hidden_states = gather_rows(hidden_states, context.rows)
         hidden_states = hidden_states + attended
-        state = self.method.observe(context, state, self.before_stage)
-        poolable.append(self.method.poolable(state))
+        state = between = self.method.observe(context, state, self.before_stage)
 
         if self.reduction is not None:
             hidden_states, state = self.reduction.before_mlp(hidden_states, state, context)
-        poolable.append(self.method.poolable(state))
 
         inner = self.mlp.hidden(self.layernorm_after(hidden_states))
         transformed = self.drop_path(self.layer_scale2(self.dropout(self.mlp.project(inner))))
         if self.probe is not None:
-            trace = LayerTrace(normed, attended, inner, transformed, tuple(poolable), context)
-            state = state.with_report(probe=self.probe(self, trace))
+            poolable = tuple(self.method.poolable(s) for s in (before, between, state))
+            trace = LayerTrace(normed, attended, inner, transformed, poolable, context)
+            state = state.with_report(probe=self.read_probe(trace))
         return hidden_states + transformed, state
+
+    def read_probe(self, trace: LayerTrace) -> torch.Tensor:
+        """What the head's probe takes out of this layer."""
+        return self.probe(self, trace)
 
     def answer(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Rows (B, Q, D) that pass through the layer beside its tokens: they attend to the tokens, not to each other."""
@@ -403,8 +405,12 @@ class CLCAViTSlicingLayer(CLCAViTLayer):
         queries = self.probe.queries
         count = queries.shape[1]
         rows = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
-        rows, state = CLCAViTLayer.forward(self, rows, state, hidden_keys=count, **kwargs)
+        rows, state = super().forward(rows, state, hidden_keys=count, **kwargs)
         return rows[:, count:], state.with_report(probe=rows[:, :count])
+
+    def read_probe(self, trace: LayerTrace) -> torch.Tensor:
+        """Nothing yet: the features are rows that leave the layer, MLP and all."""
+        return trace.transformed[:, :0]
 
 
 class CLCAViTAttentionPooling(nn.Module):

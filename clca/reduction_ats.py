@@ -34,6 +34,7 @@ class ATSReduction(TokenReduction):
     """
 
     name = "ats"
+    static_shapes = False
 
     def __init__(self, config: CLCAViTConfig, stage: int, *, pad_to_bound: bool = False) -> None:
         super().__init__(config, stage)

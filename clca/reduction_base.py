@@ -211,6 +211,7 @@ class TokenReduction(nn.Module):
     """
 
     name: ClassVar[str | None] = None
+    static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
 
     def __init__(self, config: CLCAViTConfig, stage: int) -> None:
