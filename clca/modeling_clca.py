@@ -463,10 +463,15 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
 
     def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs):
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if reentrant and get_reduction(self.config.reduction).differentiable_tracks:
+        culprits = (
+            {"reduction": self.config.reduction} if get_reduction(self.config.reduction).differentiable_tracks else {}
+        )
+        culprits |= {"head": self.config.head} if self.config.head in PROBING_HEADS else {}
+        if reentrant and culprits:
+            names = " and ".join(f"`{name}`={value!r}" for name, value in culprits.items())
             raise ValueError(
-                f"`use_reentrant`=True would lose gradients of `reduction`={self.config.reduction!r}: reentrant "
-                "checkpointing sees the hidden states only. Use `use_reentrant`=False, the default."
+                f"`use_reentrant`=True would lose gradients of {names}: reentrant checkpointing sees the hidden states "
+                "only. Use `use_reentrant`=False, the default."
             )
         return super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
