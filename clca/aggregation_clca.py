@@ -114,7 +114,7 @@ class LayerTrace(NamedTuple):
     attended: torch.Tensor  # what the attention adds, (B, N, D)
     inner: torch.Tensor  # hidden units of the MLP, (B, N, intermediate_size)
     transformed: torch.Tensor  # what the MLP adds, (B, N, D)
-    poolable: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of the first, second, other two
+    visible: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of the first, second, other two
     context: AttentionContext
 
 
@@ -123,7 +123,7 @@ class H2TProbe(nn.Module):
 
     def forward(self, layer: nn.Module, trace: LayerTrace) -> torch.Tensor:
         """Features (B, 3 D + intermediate_size) of unit length."""
-        before, between, after = trace.poolable
+        before, between, after = trace.visible
         means = (
             mean_tokens(trace.normed, before),
             mean_tokens(trace.attended, between),
@@ -152,6 +152,6 @@ class VQTProbe(nn.Module):
         return layer.answer(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context)
 
 
-def mean_tokens(tokens: torch.Tensor, poolable: torch.Tensor | None) -> torch.Tensor:
+def mean_tokens(tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     """Mean (B, D) over all rows of `tokens` (B, N, D) that may be averaged."""
-    return mean_rows(tokens, 0, tokens.shape[1], poolable).squeeze(1)
+    return mean_rows(tokens, 0, tokens.shape[1], visible).squeeze(1)

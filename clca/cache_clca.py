@@ -26,15 +26,15 @@ def rows_per_entry(config: CLCAViTConfig) -> int:
     return int(config.cache_gap) + config.num_clr_tokens
 
 
-def mean_rows(hidden_states: torch.Tensor, start: int, stop: int, poolable: torch.Tensor | None) -> torch.Tensor:
-    """Mean of rows start .. stop of `hidden_states` (B, N, D) over those that are `poolable` (B, N): (B, 1, D). Where
+def mean_rows(hidden_states: torch.Tensor, start: int, stop: int, visible: torch.Tensor | None) -> torch.Tensor:
+    """Mean of rows start .. stop of `hidden_states` (B, N, D) over those that are `visible` (B, N): (B, 1, D). Where
     there is none, row 0 stands in for it, so that nothing is divided by zero."""
     rows = hidden_states[:, start:stop]
     if rows.shape[1] == 0:
         return hidden_states[:, :1]
-    if poolable is None:
+    if visible is None:
         return rows.mean(dim=1, keepdim=True)
-    weights = poolable[:, start:stop].unsqueeze(-1).to(rows.dtype)
+    weights = visible[:, start:stop].unsqueeze(-1).to(rows.dtype)
     count = weights.sum(dim=1, keepdim=True)
     mean = (rows * weights).sum(dim=1, keepdim=True) / count.clamp(min=1)
     return torch.where(count > 0, mean, hidden_states[:, :1])
@@ -80,7 +80,7 @@ class CrossLayerCache:
             start = (
                 0 if self.config.cache_pool_cls else 1
             )  # row 0 apart, registers are averaged too, as in the original
-            entry.append(mean_rows(hidden_states, start, state.pool_len, self.method.poolable(state)))
+            entry.append(mean_rows(hidden_states, start, state.pool_len, self.method.visible(state)))
         if self.config.num_clr_tokens:
             # The last rows: CLR itself before the first recall, its newest recalled snapshot afterwards. The recovery
             # layer thus caches the snapshot a second time, which published checkpoints were trained with.

@@ -376,8 +376,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         inner = self.mlp.hidden(self.layernorm_after(hidden_states))
         transformed = self.drop_path(self.layer_scale2(self.dropout(self.mlp.project(inner))))
         if self.probe is not None:
-            poolable = tuple(self.method.poolable(s) for s in (before, between, state))
-            trace = LayerTrace(normed, attended, inner, transformed, poolable, context)
+            visible = tuple(self.method.visible(s) for s in (before, between, state))
+            trace = LayerTrace(normed, attended, inner, transformed, visible, context)
             state = state.with_report(probe=self.read_probe(trace))
         return hidden_states + transformed, state
 
@@ -425,12 +425,12 @@ class CLCAViTAttentionPooling(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ViTMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, poolable: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = (
             projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
             for projected in (self.q_proj(self.query), self.k_proj(hidden_states), self.v_proj(hidden_states))
         )
-        mask = None if poolable is None else poolable[:, None, None, :]
+        mask = None if visible is None else visible[:, None, None, :]
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
         pooled = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         pooled = self.o_proj(pooled.transpose(1, 2).flatten(2))  # (B, 1, D)
@@ -603,7 +603,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         """What an H2T or VQT head reads, (B, F): the probes' features between those of the ends of the network."""
         unit = partial(nn.functional.normalize, dim=-1)
         if self.config.head == "h2t":
-            first, last = embeddings.mean(dim=1), mean_tokens(normalised, self.method.poolable(state))
+            first, last = embeddings.mean(dim=1), mean_tokens(normalised, self.method.visible(state))
             return torch.cat([unit(first), *probed, unit(last)], dim=-1)
         return torch.cat([*(unit(answers.flatten(1)) for answers in probed), unit(hidden_states[:, 0])], dim=-1)
 
@@ -611,11 +611,11 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         """What a linear head reads, (B, D), of the last tokens before and after the final norm."""
         if self.config.pooling == "cls":
             return normalised[:, 0]
-        poolable = self.method.poolable(state)
+        visible = self.method.visible(state)
         if self.attention_pooling is not None:
-            return self.attention_pooling(normalised, poolable)
+            return self.attention_pooling(normalised, visible)
         # All rows but the prefix: CLR and recalled rows too. Normalised after the mean, as timm does.
-        mean = mean_rows(hidden_states, self.config.num_prefix_tokens, hidden_states.shape[1], poolable)
+        mean = mean_rows(hidden_states, self.config.num_prefix_tokens, hidden_states.shape[1], visible)
         return self.layernorm(mean).squeeze(1)
 
 

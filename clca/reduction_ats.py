@@ -51,12 +51,7 @@ class ATSReduction(TokenReduction):
         return min(1 + num_quantiles(cls.samples(config, stage, state.num_patches)), num_rows)
 
     @classmethod
-    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
-        valid = cls.poolable(state)
-        return None if valid is None else valid[:, None, None, :]
-
-    @classmethod
-    def poolable(cls, state: TokenState) -> torch.Tensor | None:
+    def visible(cls, state: TokenState) -> torch.Tensor | None:
         return state.tracks.get("valid")
 
     def choose_rows(self, context: AttentionContext, state: TokenState) -> tuple[torch.Tensor, TokenState]:
@@ -84,7 +79,7 @@ class ATSReduction(TokenReduction):
         significance = at_least_float32((attention * norms).sum(dim=1))
         significance = significance / (significance.sum(dim=1, keepdim=True) + 1e-6)
         cumulative = significance.cumsum(dim=1)
-        valid = self.poolable(state)
+        valid = self.visible(state)
         if valid is not None:
             cumulative = cumulative.masked_fill(~valid[:, 1:], 2.0)  # further from any quantile than a real row
         steps = quantiles(self.samples(self.config, self.stage, state.num_patches)).to(cumulative)

@@ -13,14 +13,14 @@ parameters, and a few class methods that every layer of the model calls. It over
 | --- | --- | --- |
 | `start` | once, before the first layer | ats (validity), dyvit in training (policy) |
 | `before_layer` | first thing in a stage's layer | dyvit, dpcknn, kmedoids, sit, patchmerger, sinkhorn, heuristic |
-| `attention_mask` | in every layer's attention | ats (pads), heuristic (a boolean mask); tome (log size, a bias) |
+| `visible` | in every layer's attention, and when rows are averaged | ats (pads are not), heuristic (far patches) |
+| `attention_mask` | in every layer's attention | tome (log size, a bias); by default what `visible` says |
 | `attend` | in every layer, instead of softmax attention | dyvit in training (masked, smoothed softmax) |
 | `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
 | `before_mlp` | in a stage's layer, between attention and MLP | topk, evit, tome |
 | `observe` | after every layer's attention | kmedoids (what each token received in the layer before its stage) |
 | `recalled_value` | when the cache appends rows | what those rows get in each track |
 | `loss_terms` | with labels, in training | dyvit |
-| `poolable` | when the cache or mean pooling averages rows | ats (pads are not averaged) |
 
 `ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation), `Regrouping` and
 `LearntSlots` what methods share that make new rows of all but a protected part (dpcknn, kmedoids; sit, patchmerger,
@@ -33,7 +33,7 @@ Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToM
 import inspect
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -243,6 +243,23 @@ class TokenReduction(nn.Module):
                 raise ValueError(f"`reduction_kwargs`: {cls.name} has no option `{option}`. Its options: {allowed}.")
 
     @classmethod
+    def check_option(cls, config: CLCAViTConfig, name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
+        """Refuse a value of `config.reduction_kwargs[name]`, if there is one, that `is_valid` does not accept.
+
+        Raises:
+            ValueError: naming the option, what is `allowed`, and the value.
+        """
+        options = config.reduction_kwargs or {}
+        if name not in options:
+            return
+        try:
+            valid = is_valid(options[name])
+        except TypeError:  # a comparison with something of another kind
+            valid = False
+        if not valid:
+            raise ValueError(f"`reduction_kwargs`: `{name}` must be {allowed}, got {options[name]!r}.")
+
+    @classmethod
     def layers(cls, config: CLCAViTConfig) -> list[int]:
         """Layers that hold a stage."""
         return list(config.reduction_layers)
@@ -262,7 +279,8 @@ class TokenReduction(nn.Module):
     @classmethod
     def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
         """Mask of the attention's keys, (B, 1, 1, N): boolean (True: attend) or additive. None for no mask."""
-        return None
+        visible = cls.visible(state)
+        return None if visible is None else visible[:, None, None, :]
 
     @classmethod
     def attend(
@@ -293,8 +311,8 @@ class TokenReduction(nn.Module):
         return state._replace(tracks=tracks)
 
     @classmethod
-    def poolable(cls, state: TokenState) -> torch.Tensor | None:
-        """Rows (B, N) that may be averaged, as booleans. None for all."""
+    def visible(cls, state: TokenState) -> torch.Tensor | None:
+        """Rows (B, N), as booleans, that others attend to and that means are taken over. None for all."""
         return None
 
     @classmethod
@@ -377,9 +395,7 @@ class AttentionPruning(ScoredPruning):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        score_by = (config.reduction_kwargs or {}).get("score_by")
-        if score_by not in (None, "cls", "received"):
-            raise ValueError(f"`reduction_kwargs`: `score_by` must be 'cls' or 'received', got {score_by!r}.")
+        cls.check_option(config, "score_by", lambda v: v in (None, "cls", "received"), "'cls' or 'received'")
 
     def before_mlp(
         self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext

@@ -41,9 +41,7 @@ class DPCKNNReduction(Regrouping):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        neighbors = (config.reduction_kwargs or {}).get("k_neighbors", 5)
-        if not isinstance(neighbors, int) or neighbors < 1:
-            raise ValueError(f"`reduction_kwargs`: `k_neighbors` must be a positive integer, got {neighbors!r}.")
+        cls.check_option(config, "k_neighbors", lambda v: isinstance(v, int) and v >= 1, "a positive integer")
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:

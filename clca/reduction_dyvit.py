@@ -59,21 +59,16 @@ class DyViTReduction(ScoredPruning):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        options = config.reduction_kwargs or {}
+        stages = len(config.reduction_layers)
         for name in ("ratio_weight", "cls_distill_weight", "token_distill_weight"):
-            if not options.get(name, 0.0) >= 0:
-                raise ValueError(f"`reduction_kwargs`: `{name}` must not be negative, got {options[name]!r}.")
-        targets = options.get("ratio_targets")
-        if targets is not None and (
-            len(targets) != len(config.reduction_layers) or not all(0 < target <= 1 for target in targets)
-        ):
-            raise ValueError(
-                f"`reduction_kwargs`: `ratio_targets` must hold one share in (0, 1] per stage, got {targets!r}."
-            )
-        if options.get("token_distill", "mse") not in ("mse", "kl"):
-            raise ValueError(
-                f"`reduction_kwargs`: `token_distill` must be 'mse' or 'kl', got {options['token_distill']!r}."
-            )
+            cls.check_option(config, name, lambda v: v >= 0, "at least 0")
+        cls.check_option(
+            config,
+            "ratio_targets",
+            lambda v: v is None or (len(v) == stages and all(0 < target <= 1 for target in v)),
+            f"one share in (0, 1] per stage, {stages} of them",
+        )
+        cls.check_option(config, "token_distill", lambda v: v in ("mse", "kl"), "'mse' or 'kl'")
 
     @classmethod
     def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:

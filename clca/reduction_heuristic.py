@@ -45,9 +45,7 @@ class HeuristicReduction(TokenReduction):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        pattern = (config.reduction_kwargs or {}).get("pattern", "l1")
-        if pattern not in _NORMS:
-            raise ValueError(f"`reduction_kwargs`: `pattern` must be one of {', '.join(_NORMS)}, got {pattern!r}.")
+        cls.check_option(config, "pattern", lambda v: v in _NORMS, f"one of {', '.join(_NORMS)}")
 
     @classmethod
     def layers(cls, config: CLCAViTConfig) -> list[int]:
@@ -56,12 +54,7 @@ class HeuristicReduction(TokenReduction):
         return list(config.reduction_layers)
 
     @classmethod
-    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
-        visible = cls.poolable(state)
-        return None if visible is None else visible[:, None, None, :]
-
-    @classmethod
-    def poolable(cls, state: TokenState) -> torch.Tensor | None:
+    def visible(cls, state: TokenState) -> torch.Tensor | None:
         return state.tracks.get("visible")
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:

@@ -39,9 +39,7 @@ class KMedoidsReduction(Regrouping):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        rounds = (config.reduction_kwargs or {}).get("cluster_iters", 3)
-        if not isinstance(rounds, int) or rounds < 0:
-            raise ValueError(f"`reduction_kwargs`: `cluster_iters` must be a number of rounds, got {rounds!r}.")
+        cls.check_option(config, "cluster_iters", lambda v: isinstance(v, int) and v >= 0, "a number of rounds")
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:

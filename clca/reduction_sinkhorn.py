@@ -38,12 +38,8 @@ class SinkhornReduction(LearntSlots):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        options = config.reduction_kwargs or {}
-        if not options.get("sinkhorn_eps", 1.0) > 0:
-            raise ValueError(f"`reduction_kwargs`: `sinkhorn_eps` must be positive, got {options['sinkhorn_eps']!r}.")
-        rounds = options.get("cluster_iters", 3)
-        if not isinstance(rounds, int) or rounds < 1:
-            raise ValueError(f"`reduction_kwargs`: `cluster_iters` must be at least 1, got {rounds!r}.")
+        cls.check_option(config, "sinkhorn_eps", lambda v: v > 0, "positive")
+        cls.check_option(config, "cluster_iters", lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:

@@ -869,7 +869,10 @@ def test_any_registered_kernel_is_used(case: Case, name: str, monkeypatch: pytes
         model.config._attn_implementation_internal = name
         logits = model(images()).logits
     assert (logits - expected).abs().max() <= 1e-9
-    masked_method = case.reduction.attention_mask.__func__ is not TokenReduction.attention_mask.__func__
+    masked_method = any(
+        getattr(case.reduction, hook).__func__ is not getattr(TokenReduction, hook).__func__
+        for hook in ("attention_mask", "visible")
+    )
     if name.startswith("flash"):
         assert all(mask is None for mask in kernel.masks)
         assert len(kernel.masks) < 5 if masked_method else len(kernel.masks) == 5
