@@ -87,6 +87,7 @@ class ModelArguments:
     head: str | None = option("linear, cla, ifa, h2t or vqt [linear]")
     cla_multiplier: int | None = option("channels of the CLA convolution per input channel [2]")
     num_query_tokens: int | None = option("queries a layer of the vqt head [5]")
+    group_lasso_weight: float | None = option("weight of a group lasso on the head, a group per input feature [0]")
     layerscale_value: float | None = option("initial LayerScale [none]")
     pre_norm: bool | None = switch("LayerNorm before the first layer, as CLIP [false]")
     num_register_tokens: int | None = option("register tokens, as DINOv2 [0]")
@@ -104,6 +105,7 @@ LOADING = (
 )  # what load_ufgir_dataset takes, beside the CSV files
 DENSE = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
 DENSE |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}  # what GMACs are compared with
+DENSE |= {"num_selected_features": None, "vqt_original_slicing": False}
 LOCAL = (
     "output_dir",
     "overwrite_output_dir",

@@ -13,7 +13,15 @@ from torch import nn
 
 from .configuration_clca import CLCAViTConfig
 from .loss_clca import keep_ratio_loss, kl_divergence, token_distillation_loss
-from .reduction_base import LossInputs, ScoredPruning, TokenState, cumulative_rate, stage_rate, stage_tokens
+from .reduction_base import (
+    LossInputs,
+    ScoredPruning,
+    TokenState,
+    cumulative_rate,
+    identity_assignment,
+    stage_rate,
+    stage_tokens,
+)
 
 
 _SMOOTHING = 1e-6
@@ -141,6 +149,7 @@ class DyViTReduction(ScoredPruning):
         hard = (soft >= 0.5).to(soft.dtype)
         decision = (hard - soft.detach() + soft).to(decision.dtype) * decision
         state = state.with_tracks(decision=nn.functional.pad(decision, (1, 0), value=1.0))
+        state = state.with_assignment(lambda: identity_assignment(hidden_states))
         return hidden_states, state.with_report(decision=decision)
 
     def predict(self, tokens: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:

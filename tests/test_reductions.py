@@ -138,6 +138,13 @@ def test_dynamic_vit_survives_dropping_everything(monkeypatch: pytest.MonkeyPatc
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_dynamic_vit_in_training_reports_that_nothing_moved() -> None:
+    model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
+    assignments = model(images(), output_assignments=True).assignments
+    assert len(assignments) == 2
+    assert all(torch.equal(a, torch.eye(17, dtype=a.dtype).expand(3, -1, -1)) for a in assignments)
+
+
 def test_sinkhorn_prototypes_stay_at_unit_length() -> None:
     """In training they are normalised in place, in evaluation the parameter is left alone."""
     model = tiny_model(reduction="sinkhorn", keep_rate=0.5)
