@@ -31,7 +31,7 @@ from ufgir.arguments import RecipeParser, one_sentence, option, switch
 from ufgir.data import load_ufgir_dataset
 from ufgir.metrics import compute_metrics
 from ufgir.model_card import write_model_card
-from ufgir.profiling import count_macs
+from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table, write_predictions
 from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remove_checkpoints
 from ufgir.transforms import (
@@ -103,9 +103,6 @@ LOADING = (
     "label_column",
     "validation_fraction",
 )  # what load_ufgir_dataset takes, beside the CSV files
-DENSE = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
-DENSE |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}  # what GMACs are compared with
-DENSE |= {"num_selected_features": None, "vqt_original_slicing": False}
 LOCAL = (
     "output_dir",
     "overwrite_output_dir",
@@ -201,13 +198,6 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
         values.setdefault("layer_norm_eps", 1e-6)
         values.setdefault("intermediate_size", 4 * values.get("hidden_size", 768))
         return CLCAViTConfig(**values)
-    # what the checkpoint says about one of these must not contradict what the user says about the other
-    if "keep_tokens" in values:
-        values.setdefault("keep_rate", [1.0])
-    elif "keep_rate" in values:
-        values["keep_tokens"] = None
-    if "reduction" in values:
-        values.setdefault("reduction_kwargs", None)
     config = CLCAViTConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision, **values)
     check_config(config)
     return config
@@ -295,7 +285,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         parser.error(one_sentence(error))
 
     output_dir, rows, metrics = Path(args.output_dir), [], {}
-    dense = CLCAViTConfig.from_dict({**config.to_dict(), **DENSE})
+    dense = dense_config(config)
     with torch.random.fork_rng():
         macs, dense_macs = (count_macs(m, config.image_size) for m in (model, CLCAViTForImageClassification(dense)))
     cost = f"{macs / 1e9:.3f} GMACs an image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"

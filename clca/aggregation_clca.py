@@ -6,6 +6,7 @@ the layers by a probe and classify all of them linearly.
 Shapes: B batch, N tokens, M layers that are read, D width, Q queries, K classes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from transformers import initialization as init
 
 from .cache_clca import mean_rows
 from .configuration_clca import CLCAViTConfig, as_pair
-from .reduction_base import AttentionContext
+from .reduction_base import AttentionContext, TokenState
 
 
 class CLAHead(nn.Module):
@@ -35,6 +36,11 @@ class CLAHead(nn.Module):
 
     def forward(self, cls_tokens: torch.Tensor) -> torch.Tensor:
         """CLS tokens (B, M, D), not normalised, to logits (B, K)."""
+        if self.training and cls_tokens.shape[0] < 2:
+            raise ValueError(
+                "`pixel_values` must hold at least two images to train `head`='cla': its BatchNorm needs more than one. "
+                "Use a larger batch, or drop the last incomplete one (`dataloader_drop_last`)."
+            )
         hidden = self.norm_in(cls_tokens.transpose(1, 2))  # (B, D, M)
         hidden = self.activation(self.norm_out(self.aggregate(hidden)))  # (B, D * multiplier, 1)
         return self.out_proj(hidden).squeeze(-1)
@@ -116,12 +122,13 @@ class LayerTrace(NamedTuple):
     transformed: torch.Tensor  # what the MLP adds, (B, N, D)
     visible: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of the first, second, other two
     context: AttentionContext
+    state: TokenState  # of the rows that the context's keys belong to
 
 
 class H2TProbe(nn.Module):
     """Head2Toe (https://huggingface.co/papers/2201.03529): the means over tokens of four tensors of a layer."""
 
-    def forward(self, layer: nn.Module, trace: LayerTrace) -> torch.Tensor:
+    def forward(self, answer: Callable, trace: LayerTrace) -> torch.Tensor:
         """Features (B, 3 D + intermediate_size) of unit length."""
         before, between, after = trace.visible
         means = (
@@ -147,9 +154,12 @@ class VQTProbe(nn.Module):
         bound = (6 / (3 * patch_height * patch_width + self.config.hidden_size)) ** 0.5
         init.uniform_(self.queries, -bound, bound)
 
-    def forward(self, layer: nn.Module, trace: LayerTrace) -> torch.Tensor:
-        """The queries (B, Q, D) after the layer."""
-        return layer.answer(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context)
+    def forward(self, answer: Callable | None = None, trace: LayerTrace | None = None) -> torch.Tensor:
+        """The queries (B, Q, D) after the layer, which `answer` takes them through; without it as they were learnt,
+        (1, Q, D)."""
+        if answer is None:
+            return self.queries
+        return answer(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context, trace.state)
 
 
 def mean_tokens(tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 from transformers.models.vit.configuration_vit import ViTConfig
 
 
@@ -22,7 +23,7 @@ HEADS = ("linear", "cla", "ifa", "h2t", "vqt")
 AGGREGATING_HEADS = ("cla", "ifa")  # they read CLS after several layers
 PROBING_HEADS = ("h2t", "vqt")  # they take features out of the layers
 HEADS_BEFORE_NORM = ("cla", "ifa", "vqt")  # they read CLS before the final norm
-POOLINGS = ("cls", "mean", "map")
+POOLINGS = ("cls", "mean", "normed_mean", "map")
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -160,8 +161,9 @@ class CLCAViTConfig(ViTConfig):
         num_register_tokens (`int`, defaults to 0): Register tokens after CLS.
         prefix_position_embeddings (`bool`, defaults to `True`): CLS, registers and CLR have position embeddings.
         use_class_token (`bool`, defaults to `True`): The sequence begins with a CLS token.
-        pooling (`str`, defaults to `"cls"`): What a linear head reads: `cls`, `mean` of the other tokens or `map`
-            (attention pooling with a learnt query).
+        pooling (`str`, defaults to `"cls"`):
+            What a linear head reads: `cls`, `mean` of the other tokens, normalised after it, `normed_mean`, normalised
+            before it, or `map` (attention pooling with a learnt query).
         use_qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys.
         use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer; grows linearly from 0.
@@ -228,6 +230,8 @@ class CLCAViTConfig(ViTConfig):
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS - _LEGACY_KEYS)
         if unknown:
             raise ValueError(_unknown_names(unknown, [f.name for f in fields(self)]))
+        if (kwargs.get("num_labels") or 0) < 0:
+            raise ValueError(f"`num_labels` must be at least 0, got {kwargs['num_labels']}.")
         super().__post_init__(**{name: value for name, value in kwargs.items() if name not in _LEGACY_KEYS})
         check_config(self)
 
@@ -235,6 +239,23 @@ class CLCAViTConfig(ViTConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
         a file written by a newer or another code must load, a typing error in a constructor call must not."""
+        model_type = config_dict.get("model_type")
+        if model_type not in (None, "", cls.model_type, "vit", "deit"):
+            raise ValueError(
+                f"`model_type` {model_type!r} is not that of a ViT, DeiT or CLCA ViT. If it is another kind of ViT, convert it "
+                "with `ufgir.from_transformers.load_transformers`."
+            )
+        config_dict = dict(config_dict)
+        # What is overridden takes the place of what the file says about the same thing under another name.
+        if kwargs.get("keep_tokens") is not None and "keep_rate" not in kwargs:
+            config_dict.pop("keep_rate", None)
+        if kwargs.get("keep_rate") is not None and "keep_tokens" not in kwargs:
+            config_dict.pop("keep_tokens", None)
+        switched = "reduction" in kwargs and kwargs["reduction"] != config_dict.get("reduction")
+        if switched and "reduction_kwargs" not in kwargs:
+            config_dict.pop("reduction_kwargs", None)
+        if model_type == "deit":
+            config_dict = {"num_register_tokens": 1} | config_dict  # its distillation token
         known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS | _LEGACY_KEYS
         unknown = sorted(set(config_dict) - known)
         if unknown:
@@ -325,6 +346,12 @@ def _check_sizes(config: CLCAViTConfig) -> None:
         _check_minimum(config, name, 0)
     for name in ("cla_multiplier", "num_query_tokens"):
         _check_minimum(config, name, 1)
+    if not config.layer_norm_eps > 0:
+        raise ValueError(f"`layer_norm_eps` must be positive, got {config.layer_norm_eps}.")
+    if config.hidden_act not in ACT2FN:
+        close = get_close_matches(config.hidden_act, ACT2FN, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"`hidden_act` must be an activation of transformers, got {config.hidden_act!r}.{hint}")
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {getattr(config, name)}.")
@@ -408,8 +435,13 @@ def _check_head(config: CLCAViTConfig) -> None:
         if config.head not in PROBING_HEADS:
             raise ValueError(f"`num_selected_features` is for the heads h2t and vqt, not for {config.head!r}.")
         _check_minimum(config, "num_selected_features", 1)
-    if not config.group_lasso_weight >= 0:
-        raise ValueError(f"`group_lasso_weight` must not be negative, got {config.group_lasso_weight}.")
+    if not 0 <= config.group_lasso_weight < math.inf:
+        raise ValueError(f"`group_lasso_weight` must be a number of at least 0, got {config.group_lasso_weight}.")
+    if config.num_labels == 0 and (config.head in AGGREGATING_HEADS or config.group_lasso_weight):
+        raise ValueError(
+            f"`num_labels`=0, features without a classifier, is for the linear, h2t and vqt heads without "
+            f"`group_lasso_weight`; got `head`={config.head!r}."
+        )
 
 
 def _check_without_class_token(config: CLCAViTConfig) -> None:

@@ -120,7 +120,15 @@ def token_distillation_loss(
 
     Args:
         kind: `mse`, or `kl` between softmaxes over the width.
+
+    Raises:
+        ValueError: tokens of different shapes.
     """
+    if tokens.shape != teacher_tokens.shape:
+        raise ValueError(
+            f"`teacher_tokens` must have the shape of the student's, {tuple(tokens.shape)}, got "
+            f"{tuple(teacher_tokens.shape)}: the teacher needs the same patches and width."
+        )
     weights = (kept > 0.5).to(tokens.dtype)
     count = weights.sum().clamp(min=1.0)
     if kind == "mse":

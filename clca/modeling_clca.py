@@ -7,19 +7,21 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTMLP, ViTModel, ViTPreTrainedModel
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .aggregation_clca import (
@@ -50,7 +52,17 @@ from .reductions_clca import get_reduction, initial_state
 # Stock ViT files hold other key names than the model in memory, and transformers converts them for its own classes only.
 # The mapping serves loading alone: `save_pretrained` below writes the names of the memory, which load without conversion
 # everywhere, also where Trainer resumes.
-register_checkpoint_conversion_mapping("CLCAViTModel", get_checkpoint_conversion_mapping("ViTModel"), overwrite=True)
+# DeiT's distillation token is a register to this model, and the class head of a DeiT with two is the one that stays.
+register_checkpoint_conversion_mapping(
+    "CLCAViTModel",
+    [*get_checkpoint_conversion_mapping("ViTModel"), WeightRenaming("distillation_token", "register_tokens")],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "CLCAViTForImageClassification",
+    [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
+    overwrite=True,
+)
 
 
 @dataclass
@@ -230,7 +242,7 @@ class CLCAViTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         state: TokenState,
-        reduction: TokenReduction | None = None,
+        choose_rows: Callable[[AttentionContext, TokenState], tuple[torch.Tensor | None, TokenState]] | None = None,
         output_attentions: bool = False,
         hidden_keys: int = 0,
         **kwargs,
@@ -241,29 +253,45 @@ class CLCAViTAttention(nn.Module):
         if mask is not None and mask.is_floating_point():
             mask = mask.to(key.dtype)
         context = AttentionContext(self, hidden_states, key, value, mask)
-        if reduction is not None:
-            context.rows, state = reduction.choose_rows(context, state)
+        if choose_rows is not None:
+            context.rows, state = choose_rows(context, state)
         if context.rows is None:
             query = self.project_query(hidden_states)
             context.remember_query(query)
         else:
             query = self.project_query(gather_rows(hidden_states, context.rows))
 
-        attended = self.method.attend(query, key, value, self.scaling, state) if self.training else None
-        if attended is None:
+        attended, weights = self.attend(query, context, state, output_attentions, **kwargs)
+        return attended, weights, state, context
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        context: AttentionContext,
+        state: TokenState,
+        output_attentions: bool = False,
+        from_rows: bool = True,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of queries (B, H, n, d) to the keys and values of a context: output (B, n, D) and, if asked for,
+        weights (B, H, n, N)."""
+        key, value, outcome = context.key, context.value, None
+        if self.training:
+            outcome = self.method.attend(query, key, value, self.scaling, state, from_rows)
+        if outcome is None:
             dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-            attend = self.attention_function(context.mask, output_attentions)
-            attended = attend(self, query, key, value, context.mask, scaling=self.scaling, dropout=dropout, **kwargs)
-        output, weights = attended
-        return self.o_proj(output.flatten(2)), weights, state, context
+            function = self.attention_function(context.mask, output_attentions)
+            outcome = function(self, query, key, value, context.mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        output, weights = outcome
+        return self.o_proj(output.flatten(2)), weights
 
     def attention_function(self, mask: torch.Tensor | None, output_attentions: bool):
         """The configured kernel, or one that can do what it cannot: return its map (only eager attention does), take a
-        mask (flash attention does not)."""
+        mask of keys (flash attention takes none, flex attention only one of another shape)."""
         name = self.config._attn_implementation
         if output_attentions:
             name = "eager"
-        elif mask is not None and "flash" in (name or ""):
+        elif mask is not None and any(kind in (name or "") for kind in ("flash", "flex")):
             name = "sdpa"
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
@@ -359,11 +387,13 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, state: TokenState, output_attentions: bool = False, **kwargs
     ) -> tuple[torch.Tensor, TokenState]:
         if self.reduction is not None:
-            hidden_states, state = self.reduction.before_layer(hidden_states, state)
+            hidden_states, state = self.reduction("before_layer", hidden_states, state)
         before = state
 
         normed = self.layernorm_before(hidden_states)
-        attended, _, state, context = self.attention(normed, state, self.reduction, output_attentions, **kwargs)
+        # The probe, too, gets a function and not a module: accelerate moves modules among the arguments to a device.
+        choose_rows = None if self.reduction is None else partial(self.reduction, "choose_rows")
+        attended, _, state, context = self.attention(normed, state, choose_rows, output_attentions, **kwargs)
         attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
         if context.rows is not None:
             hidden_states = gather_rows(hidden_states, context.rows)
@@ -371,27 +401,24 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         state = between = self.method.observe(context, state, self.before_stage)
 
         if self.reduction is not None:
-            hidden_states, state = self.reduction.before_mlp(hidden_states, state, context)
+            hidden_states, state = self.reduction("before_mlp", hidden_states, state, context)
 
         inner = self.mlp.hidden(self.layernorm_after(hidden_states))
         transformed = self.drop_path(self.layer_scale2(self.dropout(self.mlp.project(inner))))
         if self.probe is not None:
             visible = tuple(self.method.visible(s) for s in (before, between, state))
-            trace = LayerTrace(normed, attended, inner, transformed, visible, context)
+            trace = LayerTrace(normed, attended, inner, transformed, visible, context, before)
             state = state.with_report(probe=self.read_probe(trace))
         return hidden_states + transformed, state
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
         """What the head's probe takes out of this layer."""
-        return self.probe(self, trace)
+        return self.probe(self.answer, trace)
 
-    def answer(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+    def answer(self, queries: torch.Tensor, context: AttentionContext, state: TokenState) -> torch.Tensor:
         """Rows (B, Q, D) that pass through the layer beside its tokens: they attend to the tokens, not to each other."""
-        attention = self.attention
-        query = attention.project_query(self.layernorm_before(queries))
-        attend = attention.attention_function(context.mask, output_attentions=False)
-        attended, _ = attend(attention, query, context.key, context.value, context.mask, scaling=attention.scaling)
-        attended = attention.o_proj(attended.flatten(2))
+        query = self.attention.project_query(self.layernorm_before(queries))
+        attended, _ = self.attention.attend(query, context, state, from_rows=False)
         queries = queries + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(queries))
         return queries + self.drop_path(self.layer_scale2(self.dropout(transformed)))
@@ -402,7 +429,7 @@ class CLCAViTSlicingLayer(CLCAViTLayer):
     front lend nobody their keys and values, are read as the queries' features, and leave."""
 
     def forward(self, hidden_states: torch.Tensor, state: TokenState, **kwargs) -> tuple[torch.Tensor, TokenState]:
-        queries = self.probe.queries
+        queries = self.probe()
         count = queries.shape[1]
         rows = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
         rows, state = super().forward(rows, state, hidden_keys=count, **kwargs)
@@ -444,7 +471,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     config_class = CLCAViTConfig
     base_model_prefix = "vit"
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by its accumulation steps
-    _no_split_modules: ClassVar = ["CLCAViTEmbeddings", "CLCAViTLayer"]
+    _no_split_modules: ClassVar = ["CLCAViTEmbeddings", "CLCAViTLayer", "CLCAViTSlicingLayer"]
     _can_record_outputs: ClassVar = {"hidden_states": CLCAViTLayer, "attentions": CLCAViTAttention}
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         r"pooler\.dense",
@@ -531,6 +558,8 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             # These heads read CLS before the final norm. It stays in the checkpoint, for other heads; frozen, since
             # distributed training stops at trainable parameters without a gradient.
             self.layernorm.requires_grad_(False)
+        if self.attention_pooling is not None and config.head != "linear":
+            self.attention_pooling.requires_grad_(False)  # for the same reason
         self.post_init()
 
     @merge_with_config_defaults
@@ -540,7 +569,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         output_assignments: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CLCAViTModelOutput:
         """Run the backbone on `pixel_values` (B, C, height, width).
 
@@ -587,7 +616,8 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             cls_tokens=torch.stack(cls_tokens, dim=1) if cls_tokens else None,
-            token_counts=tuple(token_counts),
+            # nn.DataParallel gathers the outputs of its replicas, and only tensors can be gathered
+            token_counts=None if getattr(self, "_is_replica", False) else tuple(token_counts),
             assignments=reports.pop("assignment", ()) if output_assignments else None,
             reports=dict(reports) or None,
         )
@@ -614,9 +644,11 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         visible = self.method.visible(state)
         if self.attention_pooling is not None:
             return self.attention_pooling(normalised, visible)
-        # All rows but the prefix: CLR and recalled rows too. Normalised after the mean, as timm does.
-        mean = mean_rows(hidden_states, self.config.num_prefix_tokens, hidden_states.shape[1], visible)
-        return self.layernorm(mean).squeeze(1)
+        # All rows but the prefix: CLR and recalled rows too. `mean` is normalised after the mean, as timm mostly does.
+        before = self.config.pooling == "normed_mean"
+        rows = normalised if before else hidden_states
+        mean = mean_rows(rows, self.config.num_prefix_tokens, rows.shape[1], visible)
+        return (mean if before else self.layernorm(mean)).squeeze(1)
 
 
 class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassification):
@@ -656,7 +688,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         output_assignments: bool = False,
         teacher_logits: torch.Tensor | None = None,
         teacher_tokens: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CLCAViTImageClassifierOutput:
         """Classify `pixel_values` (B, C, height, width).
 
@@ -672,9 +704,20 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         Raises:
             ValueError: no pixels, pixels or labels of a wrong shape.
         """
+        has_teacher = teacher_logits is not None or teacher_tokens is not None
+        if has_teacher and not self.vit.method.distils:
+            raise ValueError(
+                f"`teacher_logits` and `teacher_tokens` mean nothing to `reduction`={self.config.reduction!r}, whose loss "
+                "does not distil."
+            )
         outputs = self.vit(pixel_values, interpolate_pos_encoding, output_assignments, **kwargs)
         features = outputs.cls_tokens if self.vit.aggregation_layers else outputs.pooler_output
         logits = self.classifier(features)
+        if teacher_logits is not None and teacher_logits.shape != logits.shape:
+            raise ValueError(
+                f"`teacher_logits` must have the shape of the logits, {tuple(logits.shape)}, got "
+                f"{tuple(teacher_logits.shape)}: the teacher needs the same classes."
+            )
         loss, loss_terms = None, None
         if labels is not None:
             loss_terms = {"classification": classification_loss(logits, labels, self.config)}

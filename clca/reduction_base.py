@@ -33,7 +33,8 @@ Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToM
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from types import UnionType
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
 import torch
 from torch import nn
@@ -131,7 +132,7 @@ def keep_of_patches(config: CLCAViTConfig, stage: int, num_patches: int) -> int:
     """Tokens left after a stage as a share of the image's patches: int(patches * product of rates). At 448 px, patch
     16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
     count = stage_tokens(config, stage)
-    return int(num_patches * cumulative_rate(config, stage)) if count is None else count
+    return int(num_patches * cumulative_rate(config, stage)) if count is None else min(count, num_patches)
 
 
 class AttentionContext:
@@ -174,9 +175,11 @@ class AttentionContext:
         return self.attention.project_query(self.hidden_states[:, rows])
 
     def attention_rows(self, rows: slice) -> torch.Tensor:
-        """Attention weights (B, H, n, N) of a slice of query rows, before dropout."""
-        logits = self.query(rows) @ self.key.transpose(-1, -2) * self.attention.scaling
-        return attention_softmax(logits, self.mask)
+        """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
+        by them, and half precision would make ties."""
+        with full_precision(self.key):
+            query, key = at_least_float32(self.query(rows)), at_least_float32(self.key)
+            return attention_softmax(query @ key.transpose(-1, -2) * self.attention.scaling, self.mask)
 
     def cls_attention(self) -> torch.Tensor:
         """What row 0 attends to: (B, N), averaged over heads."""
@@ -200,6 +203,21 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
     return logits.softmax(dim=-1, dtype=dtype).to(logits.dtype)
 
 
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value has the type that a parameter is annotated with: a class, a list of something, or a union."""
+    for kind in get_args(annotation) if isinstance(annotation, UnionType) else (annotation,):
+        kind = get_origin(kind) or kind
+        if kind is inspect.Parameter.empty:
+            return True
+        if isinstance(value, bool) or kind not in (int, float):
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        else:
+            fits = isinstance(value, int | kind) and math.isfinite(value)
+        if fits:
+            return True
+    return False
+
+
 class TokenReduction(nn.Module):
     """A method that does nothing: the base of all, and what a model without reduction uses.
 
@@ -211,6 +229,7 @@ class TokenReduction(nn.Module):
     """
 
     name: ClassVar[str | None] = None
+    distils: ClassVar[bool] = False  # its loss learns from a teacher, where there is one
     static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
 
@@ -232,15 +251,18 @@ class TokenReduction(nn.Module):
         Raises:
             ValueError: `reduction_kwargs` that are no option of the method, and whatever a subclass refuses.
         """
-        options = [
-            p.name
-            for p in inspect.signature(cls.__init__).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        ]
-        for option in config.reduction_kwargs or {}:
+        options = {
+            parameter.name: parameter.annotation
+            for parameter in inspect.signature(cls.__init__).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        for option, value in (config.reduction_kwargs or {}).items():
             if option not in options:
                 allowed = ", ".join(options) if options else "none"
                 raise ValueError(f"`reduction_kwargs`: {cls.name} has no option `{option}`. Its options: {allowed}.")
+            if not _fits(value, options[option]):
+                kind = getattr(options[option], "__name__", None) or str(options[option])
+                raise ValueError(f"`reduction_kwargs`: `{option}` must be {kind}, got {value!r}.")
 
     @classmethod
     def check_option(cls, config: CLCAViTConfig, name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
@@ -250,13 +272,7 @@ class TokenReduction(nn.Module):
             ValueError: naming the option, what is `allowed`, and the value.
         """
         options = config.reduction_kwargs or {}
-        if name not in options:
-            return
-        try:
-            valid = is_valid(options[name])
-        except TypeError:  # a comparison with something of another kind
-            valid = False
-        if not valid:
+        if name in options and not is_valid(options[name]):
             raise ValueError(f"`reduction_kwargs`: `{name}` must be {allowed}, got {options[name]!r}.")
 
     @classmethod
@@ -284,10 +300,16 @@ class TokenReduction(nn.Module):
 
     @classmethod
     def attend(
-        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, state: TokenState
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        state: TokenState,
+        from_rows: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Attention of the method's own, instead of softmax attention: output (B, N, H, d) and weights (B, H, N, N).
-        None for the usual one."""
+        """Attention of the method's own in training, instead of softmax attention: output (B, n, H, d) and weights
+        (B, H, n, N). `from_rows`: the queries are those of the N rows, not of others beside them. None for the usual one."""
         return None
 
     @classmethod
@@ -321,6 +343,11 @@ class TokenReduction(nn.Module):
         return {}
 
     # What the layer of a stage calls.
+
+    def forward(self, hook: str, *args: Any) -> Any:
+        """Call one of the hooks below, by its name. Calls of the module, not of its methods, are what offloading and sharding
+        wait for to fetch the stage's own parameters."""
+        return getattr(self, hook)(*args)
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         """Reduce before the layer's attention."""
@@ -372,7 +399,7 @@ class ScoredPruning(TokenReduction):
         if not self.fuse_rest:
             return pruned, state.with_assignment(lambda: one_hot_assignment(rows, num_rows, hidden_states.dtype))
         weights = nn.functional.pad(scores.scatter(1, best, 0.0), (1, 0)).unsqueeze(1)  # (B, 1, N), 0 where kept
-        fused = (weights @ hidden_states).to(pruned.dtype)  # autocast computes it in half precision
+        fused = (weights.to(hidden_states.dtype) @ hidden_states).to(pruned.dtype)  # autocast halves the precision
         state = self.extend_tracks(state, 1, self.training).with_assignment(
             lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), weights], dim=1)
         )
@@ -432,12 +459,10 @@ class Regrouping(TokenReduction):
         body = hidden_states.shape[1] - head - tail
         first, tokens, last = hidden_states.split([head, body, tail], dim=1)
         slots = self.slots(self.config, self.stage, body, state)
-        if slots == 0 or body == 0:  # nothing is asked for, or there is nothing to take it from
-            tokens, weights = tokens[:, :0], None
-        else:
-            tokens, weights = self.regroup(tokens, slots, state)
+        # Also for no slots at all: parameters that take part in the graph have a gradient, if only of zeros.
+        tokens, weights = self.regroup(tokens, slots, state)
         state = state._replace(suffix=tail, tracks={}).with_assignment(
-            lambda: _block_assignment(hidden_states, head, tail, weights() if weights else None)
+            lambda: _block_assignment(hidden_states, head, tail, weights())
         )
         return torch.cat([first, tokens.to(hidden_states.dtype), last], dim=1), state
 
@@ -464,25 +489,28 @@ class LearntSlots(Regrouping):
         return cls.num_slots(config, stage)
 
 
-def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights: torch.Tensor | None) -> torch.Tensor:
+def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights: torch.Tensor) -> torch.Tensor:
     """(B, head + M + tail, N): identity for the protected rows, `weights` (B, M, n) between them."""
     identity = identity_assignment(hidden_states)
-    if weights is None:
-        rows = [identity[:, :head], identity[:, identity.shape[1] - tail :]]
-    else:
-        body = nn.functional.pad(weights.to(identity.dtype), (head, tail))
-        rows = [identity[:, :head], body, identity[:, identity.shape[1] - tail :]]
-    return torch.cat(rows, dim=1)
+    body = nn.functional.pad(weights.to(identity.dtype), (head, tail))
+    return torch.cat([identity[:, :head], body, identity[:, identity.shape[1] - tail :]], dim=1)
 
 
 def pairwise_distance(tokens: torch.Tensor) -> torch.Tensor:
     """Euclidean distances (B, n, n) between the rows of `tokens` (B, n, D), as one matrix product; exactly zero on the
     diagonal. (`torch.cdist` does not export to ONNX.)"""
     squares = tokens.square().sum(dim=-1)
-    distances = (squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * tokens @ tokens.transpose(1, 2)).clamp(min=0).sqrt()
+    with full_precision(tokens):
+        products = tokens @ tokens.transpose(1, 2)
+    distances = (squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * products).clamp(min=0).sqrt()
     return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision is too coarse to compare scores in; float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """A context in which autocast does not compute products of such tensors in half precision."""
+    return torch.autocast(device_type=tensor.device.type, enabled=False)

@@ -41,7 +41,7 @@ class DPCKNNReduction(Regrouping):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        cls.check_option(config, "k_neighbors", lambda v: isinstance(v, int) and v >= 1, "a positive integer")
+        cls.check_option(config, "k_neighbors", lambda v: v >= 1, "at least 1")
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:
@@ -74,7 +74,9 @@ class DPCKNNReduction(Regrouping):
         distance = pairwise_distance(tokens) / width**0.5
         nearest = distance.topk(min(self.k_neighbors, num_tokens), dim=-1, largest=False).values
         density = (-nearest.square().mean(dim=-1)).exp()
-        denser = density.unsqueeze(1) > density.unsqueeze(2)  # (B, i, j): j is denser than i
+        mine, theirs = density.unsqueeze(2), density.unsqueeze(1)
+        earlier = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=tokens.device).tril(-1)  # j < i
+        denser = (theirs > mine) | ((theirs == mine) & earlier)  # (B, i, j): j is denser than i, ties go to the first
         farthest = distance.flatten(1).amax(dim=1)[:, None, None]
         separation = torch.where(denser, distance, farthest).amin(dim=2)
         centres = (separation * density).topk(clusters, dim=1).indices

@@ -40,6 +40,7 @@ class DyViTReduction(ScoredPruning):
 
     name = "dyvit"
     differentiable_tracks = True
+    distils = True
 
     def __init__(
         self,
@@ -82,11 +83,13 @@ class DyViTReduction(ScoredPruning):
     def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:
         """`keep_ratio`; with a teacher also `cls_distillation` and `token_distillation`."""
         options = config.reduction_kwargs or {}
-        decisions = inputs.reports["decision"]
+        decisions = inputs.reports.get("decision")
+        if decisions is None:  # a frozen backbone in evaluation mode decides nothing
+            return {}
         targets = options.get("ratio_targets")
         if targets is None and config.keep_tokens is not None:
-            first = config.num_prefix_tokens + config.num_patches + config.num_clr_tokens - 1
-            targets = [(stage_tokens(config, stage) or 0) / first for stage in range(len(decisions))]
+            rows = decisions[0].shape[1]
+            targets = [min(stage_tokens(config, stage) / rows, 1.0) for stage in range(len(decisions))]
         elif targets is None:
             targets = [cumulative_rate(config, stage) for stage in range(len(decisions))]
         terms = {"keep_ratio": options.get("ratio_weight", 2.0) * keep_ratio_loss(decisions, targets)}
@@ -122,14 +125,22 @@ class DyViTReduction(ScoredPruning):
 
     @classmethod
     def attend(
-        cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, state: TokenState
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        state: TokenState,
+        from_rows: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax over the rows decided for and the row itself, smoothed so that it is never empty."""
         logits = query @ key.transpose(-1, -2) * scaling
         num_rows = logits.shape[-1]
         policy = state.tracks["decision"][:, None, None, :]
-        itself = torch.eye(num_rows, dtype=policy.dtype, device=policy.device)
-        mask = policy + (1.0 - policy) * itself  # (B, 1, N, N)
+        mask = policy  # (B, 1, 1, N)
+        if from_rows:
+            itself = torch.eye(num_rows, dtype=policy.dtype, device=policy.device)
+            mask = policy + (1.0 - policy) * itself  # (B, 1, N, N)
         exponentials = (logits - logits.amax(dim=-1, keepdim=True)).float().exp() * mask.float()
         weights = (exponentials + _SMOOTHING / num_rows) / (exponentials.sum(dim=-1, keepdim=True) + _SMOOTHING)
         weights = weights.to(value.dtype)

@@ -20,10 +20,10 @@ class HeuristicReduction(TokenReduction):
 
     Args:
         pattern: `l1`, `l2` or `linf`, the norm that makes the circle.
-        min_radius: radius in patches to which the circle shrinks, with `contiguous`; zero or less for the smallest.
-        contiguous: shrink evenly in every layer from the first reduction layer to the last, whatever the keep rate says;
-            otherwise in the reduction layers alone, to the radius whose number of patches is nearest to the keep rate's
-            share of all patches, cumulative.
+        contiguous: shrink evenly, towards `min_radius`, in every layer from the first reduction layer to the last. There is
+            no keep rate then. By default in the reduction layers alone, to the radius whose number of patches is nearest to
+            the keep rate's share of all patches, cumulative.
+        min_radius: in patches, with `contiguous`; zero or less for the smallest.
     """
 
     name = "heuristic"
@@ -35,7 +35,7 @@ class HeuristicReduction(TokenReduction):
         *,
         pattern: str = "l1",
         min_radius: float = 1.0,
-        contiguous: bool = True,
+        contiguous: bool = False,
     ) -> None:
         super().__init__(config, stage)
         self.pattern, self.min_radius, self.contiguous = pattern, min_radius, contiguous
@@ -46,10 +46,16 @@ class HeuristicReduction(TokenReduction):
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
         cls.check_option(config, "pattern", lambda v: v in _NORMS, f"one of {', '.join(_NORMS)}")
+        contiguous = (config.reduction_kwargs or {}).get("contiguous", False)
+        if contiguous and (config.keep_tokens is not None or config.keep_rate != [1.0]):
+            raise ValueError(
+                "`keep_rate` and `keep_tokens` mean nothing to `reduction`='heuristic' with `contiguous`, which shrinks "
+                f"evenly; got {config.keep_tokens or config.keep_rate}. Leave them out, or `contiguous`."
+            )
 
     @classmethod
     def layers(cls, config: CLCAViTConfig) -> list[int]:
-        if (config.reduction_kwargs or {}).get("contiguous", True):
+        if (config.reduction_kwargs or {}).get("contiguous", False):
             return list(range(config.reduction_layers[0], config.reduction_layers[-1] + 1))
         return list(config.reduction_layers)
 

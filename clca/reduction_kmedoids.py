@@ -39,7 +39,7 @@ class KMedoidsReduction(Regrouping):
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
-        cls.check_option(config, "cluster_iters", lambda v: isinstance(v, int) and v >= 0, "a number of rounds")
+        cls.check_option(config, "cluster_iters", lambda v: v >= 0, "a number of rounds")
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:
@@ -61,6 +61,8 @@ class KMedoidsReduction(Regrouping):
         return track.mean(dim=1, keepdim=True)  # not seen by that attention: neither cheap nor dear
 
     def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+        if slots == 0:
+            return tokens[:, :0], lambda: tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1])
         received = state.tracks.get("received")
         medoids, _ = self.label(tokens, slots, None if received is None else received[:, 1:])
         return gather_rows(tokens, medoids), lambda: one_hot_assignment(medoids, tokens.shape[1], tokens.dtype)

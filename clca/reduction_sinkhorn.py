@@ -39,7 +39,7 @@ class SinkhornReduction(LearntSlots):
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
         cls.check_option(config, "sinkhorn_eps", lambda v: v > 0, "positive")
-        cls.check_option(config, "cluster_iters", lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
+        cls.check_option(config, "cluster_iters", lambda v: v >= 1, "at least 1")
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:

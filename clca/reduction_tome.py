@@ -13,6 +13,7 @@ from .reduction_base import (
     TokenReduction,
     TokenState,
     at_least_float32,
+    full_precision,
     identity_assignment,
     keep_of_patches,
 )
@@ -71,7 +72,8 @@ class ToMeReduction(TokenReduction):
         """New row (B, N) of each row with the features `metric` (B, N, d), when the `merged` most similar pairs merge."""
         metric = nn.functional.normalize(at_least_float32(metric), dim=-1)
         even, odd = metric[:, ::2], metric[:, 1::2]
-        similarity = even @ odd.transpose(1, 2)
+        with full_precision(metric):
+            similarity = even @ odd.transpose(1, 2)
         similarity[:, 0] = -torch.inf  # CLS stays
         best, partner = similarity.max(dim=2)  # (B, rows at even positions)
         order = best.argsort(dim=1, descending=True)

@@ -25,7 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
-        files = sorted(metafunc.config.getoption("goldens").glob("*.safetensors"))
+        folder = metafunc.config.getoption("goldens")
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise pytest.UsageError(f"--goldens {folder}: no .safetensors files there")
         metafunc.parametrize("golden_file", files, ids=[f.stem for f in files])
 
 

@@ -74,7 +74,7 @@ def test_files_the_readme_points_to_exist():
 def test_commands_of_the_readme_name_what_exists():
     commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make (\w+)", commands):
+    for target in re.findall(r"make ([\w-]+)", commands):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
     for file in re.findall(r"recipes/\S+|\w+\.py", commands + makefile):
         assert (ROOT / file).is_file()

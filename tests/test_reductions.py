@@ -55,7 +55,8 @@ def test_nothing_is_nan(method: str, size: int) -> None:
     loss = model.train()(pixels, labels=labels(2)).loss
     loss.backward()
     assert loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    # Every trainable parameter has a gradient, also of a stage that keeps nothing: distributed training waits for it.
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 # ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
@@ -189,11 +190,77 @@ def test_without_cls_tokens_are_scored_by_what_they_receive(method: str) -> None
         ("dyvit", {"ratio_targets": [0.5]}, "`ratio_targets`"),
         ("dyvit", {"token_distill": "l1"}, "`token_distill`"),
         ("tome", {"r": 8}, "no option `r`"),
+        ("heuristic", {"contiguous": "no"}, "`contiguous` must be bool"),
+        ("heuristic", {"min_radius": "a"}, "`min_radius` must be float"),
+        ("heuristic", {"contiguous": True}, "`keep_rate` and `keep_tokens` mean nothing"),
+        ("dpcknn", {"k_neighbors": True}, "`k_neighbors` must be int"),
+        ("dyvit", {"ratio_weight": float("inf")}, "`ratio_weight` must be float"),
+        ("dyvit", {"ratio_targets": 0.5}, "`ratio_targets` must be"),
     ],
 )
 def test_options_are_checked(method: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_config(reduction=method, reduction_kwargs=options)
+        tiny_config(reduction=method, reduction_kwargs=options, keep_rate=0.5)
+
+
+@pytest.mark.parametrize("method", ["dpcknn", "kmedoids", "tome"])
+def test_autocast_does_not_change_what_is_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances and similarities of the same tokens are compared in full precision under autocast, too."""
+    reduction = REDUCTIONS[method]
+    tokens = torch.randn(2, 49, 16)
+    choose = {
+        "dpcknn": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12),
+        "kmedoids": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12, None),
+        "tome": lambda: (reduction.match(tokens, 20),),
+    }[method]
+    plain = choose()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = choose()
+    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
+
+
+def test_heuristic_follows_the_keep_rate() -> None:
+    """By default the circle has about the keep rate's share of the patches."""
+    for rate, patches in ((0.25, 4), (1.0, 16)):
+        model = tiny_model(reduction="heuristic", keep_rate=rate, reduction_layers=[1])
+        visible = model(images(), output_assignments=True).assignments[0].diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
+        assert visible.tolist() == [patches] * 3
+
+
+def test_dynamic_vit_with_a_frozen_backbone() -> None:
+    """The backbone evaluates, the head trains: no decisions are drawn, and no ratio is asked of them."""
+    model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
+    model.vit.eval()
+    assert set(model(images(), labels=labels()).loss_terms) == {"classification"}
+
+
+def test_one_image_cannot_train_a_batch_norm() -> None:
+    model = tiny_model(head="cla").train()
+    with pytest.raises(ValueError, match="at least two images"):
+        model(images(1), labels=labels(1))
+    assert model.eval()(images(1)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_labels": 0, "head": "cla"}, {"num_labels": 0, "group_lasso_weight": 0.1}, {"num_labels": -1}]
+)
+def test_no_classes(options: dict) -> None:
+    with pytest.raises(ValueError, match="`num_labels`"):
+        tiny_config(**options)
+    assert tiny_model(num_labels=0)(images()).logits.shape == (3, 16)
+
+
+@pytest.mark.parametrize("method", ["ats", "heuristic", "tome"])
+def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
+    """Its kernel takes masks of another shape, so sdpa computes the layers that have one."""
+    model = tiny_model(reduction=method, keep_rate=0.5, **CLCA)
+    expected = model(images()).logits
+    attention = model.vit.layers[-1].attention
+    model.config._attn_implementation = "flex_attention"
+    masked = attention.attention_function(torch.ones(1, 1, 1, 1), output_attentions=False)
+    model.config._attn_implementation = "sdpa"
+    assert masked is attention.attention_function(None, output_attentions=False)
+    assert expected.isfinite().all()
 
 
 @pytest.mark.parametrize("head", ["h2t", "vqt"])

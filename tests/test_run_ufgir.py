@@ -485,7 +485,9 @@ def test_another_image_size_resamples_position_embeddings(trained, leaves, tmp_p
     before, after = weights(trained[0]), weights(tmp_path)  # the first step's learning rate is 0
     name = "vit.embeddings.position_embeddings"
     old, new = (w[name][0, 1:].unflatten(0, (side, side)).permute(2, 0, 1) for w, side in ((before, 4), (after, 8)))
-    torch.testing.assert_close(torch.nn.functional.interpolate(old[None], size=(8, 8), mode="bicubic")[0], new)
+    torch.testing.assert_close(
+        torch.nn.functional.interpolate(old[None], size=(8, 8), mode="bicubic", antialias=True)[0], new
+    )
     assert torch.equal(before[name][:, :1], after[name][:, :1])
     assert all(
         torch.equal(before[k], after[k]) for k in before if k != name and "running" not in k and "num_batches" not in k

@@ -1,6 +1,7 @@
 """Weights of the original CLCA code, turned into `CLCAViTForImageClassification`."""
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,34 +9,43 @@ from typing import Any
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM
+from clca.configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM, as_pair
+
+from .from_timm import load_timm as load_timm  # beside load_original, where a user looks for it
+from .timm_keys import convert_timm_tensor, translate
 
 
 # Where the original puts the reduction in a plain ViT, whatever its options say.
 _LAYERS_OF_PLAIN_VIT = (3, 6, 9)
 
+# Constructor arguments of the original's ViT (timm's names) that change what is computed.
+_DIMS = frozenset(
+    [
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "qk_norm",
+        "init_values",
+        "class_token",
+        "no_embed_class",
+        "reg_tokens",
+        "pre_norm",
+        "global_pool",
+        "fc_norm",
+        "layer_norm_eps",
+    ]
+)
+
 _PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head
 
-# Original key -> ours, by regular expression. `qkv` and `pos_embed` are split on the way, see `convert_original_state`.
-_KEYS = (
-    (r"cls_token", "vit.embeddings.cls_token"),
-    (r"reg_token", "vit.embeddings.register_tokens"),
-    (r"clr", "vit.embeddings.clr_tokens"),
-    (r"patch_embed\.proj\.(weight|bias)", r"vit.embeddings.patch_embeddings.projection.\1"),
-    (r"norm_pre\.(weight|bias)", r"vit.embeddings.layernorm.\1"),
-    (r"blocks\.(\d+)\.norm1\.(weight|bias)", r"vit.layers.\1.layernorm_before.\2"),
-    (r"blocks\.(\d+)\.norm2\.(weight|bias)", r"vit.layers.\1.layernorm_after.\2"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"vit.layers.\1.attention.o_proj.\2"),
-    (r"blocks\.(\d+)\.attn\.([qk])_norm\.(weight|bias)", r"vit.layers.\1.attention.\2_norm.\3"),
-    (r"blocks\.(\d+)\.ls([12])\.gamma", r"vit.layers.\1.layer_scale\2.lambda1"),
-    (r"blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"vit.layers.\1.mlp.\2.\3"),
-    (r"(?:fc_)?norm\.(weight|bias)", r"vit.layernorm.\1"),
-    (r"attn_pool\.latent", "vit.attention_pooling.query"),
-    (r"attn_pool\.q\.(weight|bias)", r"vit.attention_pooling.q_proj.\1"),
-    (r"attn_pool\.proj\.(weight|bias)", r"vit.attention_pooling.o_proj.\1"),
-    (r"attn_pool\.norm\.(weight|bias)", r"vit.attention_pooling.layernorm.\1"),
-    (r"attn_pool\.mlp\.(fc[12])\.(weight|bias)", r"vit.attention_pooling.mlp.\1.\2"),
-)
+# The original's own key -> ours, by regular expression, beside timm's (`timm_keys.TIMM_KEYS`).
+_KEYS = ((r"clr", "vit.embeddings.clr_tokens"),)
 # The number in these keys is that of the stage, not of the layer.
 _STAGE_KEYS = (
     (r"score_predictor\.(\d+)\.in_conv\.(\d)\.(weight|bias)", r"in_proj.\2.\3"),
@@ -75,9 +85,12 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         ValueError: a method, or an option's value, that this version cannot represent.
     """
     method, options, dims = spec["method"], spec["options"], spec["dims"]
+    _check_spec(method, options, dims)
     depth, width = dims.get("depth", 12), dims.get("embed_dim", 768)
     reduction = None if method in ("vit", *_PROBING_METHODS) else method.removesuffix("_old")
-    layers = [i for i in _LAYERS_OF_PLAIN_VIT if i < depth] if method == "vit" else list(options["reduction_loc"])
+    layers = (
+        [i for i in _LAYERS_OF_PLAIN_VIT if i < depth] if method == "vit" else list(options.get("reduction_loc", []))
+    )
     head = method if method in _PROBING_METHODS else "linear"
     if options.get("ifa_head") and head == "linear":
         head = "cla" if options.get("ifa_dws_conv_groups", 2) > 0 else "ifa"
@@ -92,10 +105,11 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         layer_norm_eps=dims.get("layer_norm_eps", 1e-6),
         qkv_bias=dims.get("qkv_bias", True),
         num_labels=spec["num_labels"],
+        num_channels=dims.get("in_chans", 3),
         reduction=reduction,
         reduction_layers=layers,
         reduction_kwargs=_reduction_kwargs(reduction, options, has_cls),
-        **_budget(reduction, options),
+        **_budget(reduction, options, dims),
         cross_layer_cache=bool(options.get("clc")),
         num_clr_tokens=options.get("num_clr", 0),
         cache_gap=options.get("clc_include_gap", True),
@@ -105,37 +119,74 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         head=head,
         cla_multiplier=max(options.get("ifa_dws_conv_groups", 2), 1),
         num_query_tokens=options.get("num_query_tokens", 5),
+        group_lasso_weight=options.get("lasso_loss_weight", 0.0),
         vqt_original_slicing=head == "vqt",
         layerscale_value=dims.get("init_values"),
         pre_norm=dims.get("pre_norm", False),
         num_register_tokens=dims.get("reg_tokens", 0),
         prefix_position_embeddings=not dims.get("no_embed_class", False),
         use_class_token=has_cls,
-        pooling={"token": "cls", "avg": "mean", "map": "map"}[dims.get("global_pool", "token")],
+        pooling=_pooling(dims),
         use_qk_norm=dims.get("qk_norm", False),
     )
 
 
-def _budget(reduction: str | None, options: Mapping[str, Any]) -> dict[str, list]:
+def _check_spec(method: str, options: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+    unknown = sorted(set(dims) - _DIMS)
+    if unknown:
+        raise ValueError(
+            f"`dims` holds what this code does not know: {', '.join(unknown)}. Known: {', '.join(sorted(_DIMS))}."
+        )
+    required = {"reduction_loc", "keep_rate"} if method not in ("vit", *_PROBING_METHODS) else set()
+    missing = sorted(name for name in required if name not in options)
+    if missing:
+        raise ValueError(f"`options` of {method} must hold {' and '.join(missing)}.")
+    for name, only in (("lasso_inner_dim", 0), ("cls_weight", 1.0)):
+        if options.get(name, only) != only:
+            raise ValueError(f"`{name}`={options[name]} of the original has no counterpart here; only {only} has.")
+
+
+def _pooling(dims: Mapping[str, Any]) -> str:
+    """Our `pooling` for `global_pool` and `fc_norm`: the norm comes after a mean, unless `fc_norm` is False."""
+    pooling = dims.get("global_pool", "token")
+    if pooling not in ("token", "avg", "map"):
+        raise ValueError(f"`global_pool` must be token, avg or map, got {pooling!r}.")
+    if pooling == "avg":
+        return "normed_mean" if dims.get("fc_norm") is False else "mean"
+    return "cls" if pooling == "token" else "map"
+
+
+def _budget(reduction: str | None, options: Mapping[str, Any], dims: Mapping[str, Any]) -> dict[str, list]:
     """Our `keep_rate` or `keep_tokens` for the original's `keep_rate`, whose lists mean three different things."""
     rates = list(options.get("keep_rate", []))
     if reduction is None:
         return {}
+    if reduction == "heuristic" and not options.get("not_contiguous", False):
+        return {}  # shrinks evenly, whatever its rate says
     if len(rates) == 1 or reduction in ("topk", "evit"):
         return {"keep_rate": rates}
     if reduction == "dyvit":
-        return {"keep_rate": [rates[0]] * len(rates) if options.get("clc") else _own_rates(rates)}
+        if options.get("clc"):  # only the first entry counts there, for every stage
+            return {"keep_rate": [rates[0]] * len(rates)}
+        side = [
+            size // patch
+            for size, patch in zip(
+                as_pair(dims.get("img_size", 224)), as_pair(dims.get("patch_size", 16)), strict=True
+            )
+        ]
+        others = dims.get("class_token", True) + dims.get("reg_tokens", 0) + options.get("num_clr", 0)
+        return {"keep_rate": _own_rates(rates, math.prod(side) + others - 1)}
     return {"keep_tokens": [int(count) for count in rates]}
 
 
-def _own_rates(cumulative: list[float]) -> list[float]:
-    """Rates whose running products are exactly the given shares, so that counts round alike."""
-    rates, product = [], 1.0
-    for share in cumulative:
-        quotient = share / product
-        candidates = (quotient, math.nextafter(quotient, 0), math.nextafter(quotient, 1))
-        rates.append(next((rate for rate in candidates if product * rate == share), quotient))
-        product *= rates[-1]
+def _own_rates(shares: list[float], num_tokens: int) -> list[float]:
+    """Rates of the stages themselves for cumulative shares of `num_tokens`, nudged until the counts round alike."""
+    rates: list[float] = []
+    for share in shares:
+        rate = min(share / math.prod(rates), 1.0)
+        while rate < 1.0 and int(num_tokens * math.prod([*rates, rate])) < int(num_tokens * share):
+            rate = math.nextafter(rate, 1.0)
+        rates.append(rate)
     return rates
 
 
@@ -148,7 +199,7 @@ def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls
         "kmedoids": {"cluster_iters": "cluster_iters", "equal_weight": "equal_weight"},
         "sinkhorn": {"cluster_iters": "cluster_iters", "sinkhorn_eps": "sinkhorn_eps"},
         "heuristic": {"heuristic_pattern": "pattern", "min_radius": "min_radius"},
-        "dyvit": {"ratio_weight": "ratio_weight"},
+        "dyvit": {name: name for name in ("ratio_weight", "cls_distill_weight", "token_distill_weight")},
     }.get(reduction, {})
     kwargs = {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
     if reduction == "heuristic":
@@ -168,10 +219,8 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
     """
     converted, unexpected = {}, []
     for key, tensor in state_dict.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
-            converted |= _split(tensor, f"vit.layers.{match[1]}.attention.{{}}_proj.{match[2]}", "qkv")
-        elif match := re.fullmatch(r"attn_pool\.kv\.(weight|bias)", key):
-            converted |= _split(tensor, f"vit.attention_pooling.{{}}_proj.{match[1]}", "kv")
+        if (tensors := convert_timm_tensor(key, tensor)) is not None:
+            converted |= tensors
         elif key == "pos_embed":
             num_clr = config.num_clr_tokens * config.prefix_position_embeddings
             table, clr = tensor.split([tensor.shape[1] - num_clr, num_clr], dim=1)
@@ -183,20 +232,17 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
                 converted[f"vit.layers.{layer}.probe.queries"] = queries
         elif config.head in AGGREGATING_HEADS and re.fullmatch(r"head\.(weight|bias)", key):
             continue
-        elif (ours := _translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
+        elif (ours := translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
             converted[ours] = tensor
-        elif (ours := _translate(key, _STAGE_KEYS)) is not None:
-            stage = int(re.search(r"\d+", key)[0])
+        elif (ours := translate(key, _STAGE_KEYS)) is not None and (stage := int(re.search(r"\d+", key)[0])) < len(
+            config.reduction_layers
+        ):
             converted[f"vit.layers.{config.reduction_layers[stage]}.reduction.{ours}"] = tensor
         else:
             unexpected.append(key)
     if unexpected:
         raise ValueError(f"`state_dict` holds keys with no place in this model: {', '.join(unexpected)}.")
     return converted
-
-
-def _translate(key: str, rules: Iterable[tuple[str, str]]) -> str | None:
-    return next((match.expand(ours) for pattern, ours in rules if (match := re.fullmatch(pattern, key))), None)
 
 
 def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> CLCAViTForImageClassification:
@@ -247,7 +293,8 @@ def _load_exactly(
     model.load_state_dict(state_dict, strict=False)
 
 
-def _split(tensor: torch.Tensor, name: str, parts: str) -> dict[str, torch.Tensor]:
-    """Rows of a fused projection (len(parts) * D, ...) under one name per part."""
-    chunks = tensor.chunk(len(parts), dim=0)
-    return {name.format(part): chunk.clone() for part, chunk in zip(parts, chunks, strict=True)}
+def load_original_file(path: str | os.PathLike, **overrides: Any) -> CLCAViTForImageClassification:
+    """A model with the weights of a checkpoint file of the original code, see `ufgir.original_files.load_original_file`."""
+    from .original_files import load_original_file as load  # here, because that module imports this one
+
+    return load(path, **overrides)

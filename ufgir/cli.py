@@ -4,6 +4,7 @@ ufgir profile --reduction evit --keep-rate 0.1 --image-size 448 --clca
 ufgir profile outputs/demo
 ufgir profile --paper
 ufgir visualize outputs/demo leaf.png --output kept_patches.png
+ufgir convert soygene_evit_vit_base_patch16_224.orig_in21k_0.1_cla_clc_1_10.pth --output outputs/soygene
 """
 
 import argparse
@@ -23,13 +24,13 @@ from clca.cache_clca import recovery_layers
 from clca.configuration_clca import check_config
 
 from .arguments import one_sentence
-from .profiling import count_macs
+from .original_files import REPORT, convert_file, convert_folder, read_class_names
+from .profiling import count_macs, dense_config
+from .timm_architectures import select_architectures
 from .visualization import kept_patches_image
 
 
 # A model without any of the options of the paper: what a cost is compared with.
-DENSE = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
-DENSE |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
 
 # GMACs of ViT-B/16 with EViT from the authors' log of their runs on SoyGene, which its accuracy-over-FLOPs figure shows.
@@ -60,7 +61,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, a function of the parsed arguments that returns a text."""
+    """The parser of all subcommands; each sets `run`, a function of the parsed arguments that returns a text, or
+    a text and an exit status."""
     parser = _Parser(prog="ufgir", description="Tools around CLCA ViTs.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
 
@@ -82,6 +84,24 @@ def make_parser() -> argparse.ArgumentParser:
     visualize.add_argument("--side", type=int, default=224, help="pixels of one picture in the grid [%(default)s]")
     _add_reduction_options(visualize)
     visualize.set_defaults(run=run_visualize, command=visualize)
+
+    text = "pretrainings of timm that can be loaded, and what they become"
+    pretrained = commands.add_parser("pretrained", help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    pretrained.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob [all]")
+    pretrained.add_argument("--json", action="store_true", help="a list of objects, with the whole configuration")
+    pretrained.set_defaults(run=run_pretrained, command=pretrained)
+
+    text = "turn checkpoint files of the original code into model folders for transformers"
+    convert = commands.add_parser("convert", help=text, description=text.capitalize() + ".", allow_abbrev=False)
+    convert.add_argument("source", metavar="FILE_OR_FOLDER", help="a .pth file, or a folder that is searched for them")
+    convert.add_argument("--output", required=True, metavar="DIR", help="model folder, or folder for such folders")
+    convert.add_argument(
+        "--class-names", metavar="FILE", help="CSV of class_id,class_name, or one name a line; or a folder"
+    )
+    convert.add_argument("--image-size", type=int, metavar="N", help="resample the weights for images of N x N pixels")
+    convert.add_argument("--num-attention-heads", type=int, metavar="N", help="where the model's name does not tell")
+    convert.add_argument("--overwrite", action="store_true", help="replace folders that an earlier conversion made")
+    convert.set_defaults(run=run_convert, command=convert)
     return parser
 
 
@@ -169,7 +189,7 @@ def run_profile(args: argparse.Namespace) -> str:
             raise ValueError("`--paper` takes no model and no other option.")
         return paper_table()
     config = load_config(args.model, values)
-    dense = CLCAViTConfig.from_dict({**config.to_dict(), **DENSE})
+    dense = dense_config(config)
     rows = [["", "this model", "dense", "share"]]
     this, other = on_meta(config), on_meta(dense)
     counts = [sum(p.numel() for p in model.parameters()) for model in (this, other)]
@@ -275,6 +295,25 @@ def run_visualize(args: argparse.Namespace) -> str:
     return f"wrote {output}"
 
 
+def run_pretrained(args: argparse.Namespace) -> str:
+    """`ufgir pretrained`: a table, or JSON."""
+    found = select_architectures(args.pattern)
+    if args.json:
+        return json.dumps([vars(a) | {"fields": dict(a.fields)} for a in found], indent=2)
+    rows = [["name", "image", "patch", "layers", "width", "heads", "MLP", "mean", "std", "licence"]]
+    networks = ["network, method"]
+    for architecture in found:
+        sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        row = [architecture.name, architecture.image_size, architecture.patch_size]
+        row += [architecture.fields[name] for name in sizes]
+        row += [" ".join(f"{n:.3f}" for n in numbers) for numbers in (architecture.mean, architecture.std)]
+        rows.append([str(cell) for cell in [*row, architecture.licence]])
+        own = ", ".join(f"{name}={value}" for name, value in architecture.own_fields.items())
+        networks.append(f"{own or 'plain'}; {architecture.description}")
+    lines = align(rows).split("\n")
+    return "\n".join(f"{line}  {network}" for line, network in zip(lines, networks, strict=True))
+
+
 def open_image(file: str) -> Image.Image:
     """A picture, read completely; ValueError if it is none."""
     try:
@@ -286,8 +325,25 @@ def open_image(file: str) -> Image.Image:
         raise ValueError(f"{file} is not a picture that can be read.") from error
 
 
+def run_convert(args: argparse.Namespace) -> tuple[str, int]:
+    """`ufgir convert`: writes one model folder, or one for each file that can be converted; status 1 if one cannot."""
+    source, output = Path(args.source), Path(args.output)
+    if not source.exists():
+        raise ValueError(f"there is no file or folder {source}.")
+    options = {"image_size": args.image_size, "num_attention_heads": args.num_attention_heads}
+    options["overwrite"] = args.overwrite
+    class_names = None if args.class_names is None else read_class_names(args.class_names)
+    if source.is_dir():
+        outcome = convert_folder(source, output, class_names, **options)
+        return f"{outcome.summary()}\nwrote {output / REPORT}", int(bool(outcome.failed))
+    if isinstance(class_names, dict):
+        raise ValueError(f"`--class-names` must be a file for one checkpoint, got the folder {args.class_names}.")
+    written = convert_file(source, output, class_names=class_names, **options)
+    return f"wrote {output}" if written else f"{output} is already there, made of the same file", 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0, or 2 after one sentence about a user's mistake."""
+    """Run a subcommand; 0, 1 if it says so, or 2 after one sentence about a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
     # --keep_rate, as run_ufgir.py spells its options, is --keep-rate
     argv = [_dashes(a) if a.startswith("--") else a for a in argv]
@@ -295,11 +351,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        text = args.run(args)
+        result = args.run(args)
     except (ValueError, OSError) as error:
         args.command.error(one_sentence(error))
+    text, status = result if isinstance(result, tuple) else (result, 0)
     sys.stdout.write(text + "\n")
-    return 0
+    return status
 
 
 def _dashes(option: str) -> str:

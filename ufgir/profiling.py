@@ -6,8 +6,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clca import REDUCTIONS
+from clca import REDUCTIONS, CLCAViTConfig
 from clca.configuration_clca import as_pair
+
+
+def dense_config(config: CLCAViTConfig) -> CLCAViTConfig:
+    """The same network without reduction, cache and aggregation: what costs are compared with."""
+    dense = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
+    dense |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}
+    dense |= {"num_selected_features": None, "vqt_original_slicing": False}
+    return CLCAViTConfig.from_dict({**config.to_dict(), **dense})
 
 
 def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
@@ -23,10 +31,18 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
 
     Returns:
         Multiply-adds (not FLOPs, which count two for each).
+
+    Raises:
+        ValueError: no `image_size`, and none in the model's configuration.
     """
-    size = as_pair(model.config.image_size if image_size is None else image_size)
+    own_size = getattr(model.config, "image_size", None)
+    if image_size is None and own_size is None:
+        raise ValueError("`image_size` must be given: the configuration of this model names none.")
+    size = as_pair(own_size if image_size is None else image_size)
+    resized = own_size is not None and size != as_pair(own_size)
     clone = copy.deepcopy(model).eval()
-    clone.set_attn_implementation("eager")  # the counter knows matrix products on every device, fused kernels on some
+    if own_size is not None:  # the counter knows matrix products on every device, fused attention on some
+        clone.set_attn_implementation("eager")
     reduction = getattr(model.config, "reduction", None)
     if reduction is None or REDUCTIONS[reduction].static_shapes:
         clone.to("meta")
@@ -34,5 +50,5 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     pixels = torch.zeros(1, model.config.num_channels, *size, dtype=weight.dtype, device=weight.device)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        clone(pixels, interpolate_pos_encoding=size != as_pair(model.config.image_size))
+        clone(pixels, **({"interpolate_pos_encoding": True} if resized else {}))
     return counter.get_total_flops() // 2

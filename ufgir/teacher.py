@@ -1,5 +1,7 @@
 """A teacher for distillation: any image classifier of transformers."""
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 
@@ -34,7 +36,13 @@ class Teacher:
                 f"`model` {type(self.model).__name__} has no {self.num_patches} patch tokens to learn from: use a ViT with "
                 "the student's image and patch size, or `use_tokens`=False."
             )
-        final_norm = getattr(self.model.base_model, "layernorm", None)  # the student's tokens are normalised, too
-        if final_norm is not None:
-            tokens = final_norm(tokens)
-        return {"teacher_logits": output.logits, "teacher_tokens": tokens[:, -self.num_patches :]}
+        prefix = getattr(self.model.config, "num_prefix_tokens", tokens.shape[1] - self.num_patches)
+        tokens = self._final_norm(tokens)[:, prefix : prefix + self.num_patches]
+        return {"teacher_logits": output.logits, "teacher_tokens": tokens}
+
+    def _final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens normalised as the teacher's head sees them: the student's are, too."""
+        for name, module in self.model.named_modules():
+            if name.rsplit(".", 1)[-1] in ("layernorm", "post_layernorm") and not re.search(r"\.\d+\.", name):
+                return module(tokens)
+        return tokens

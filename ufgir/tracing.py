@@ -4,6 +4,7 @@ Shapes: B batch, N tokens in, M tokens out, P patches of the image.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -47,10 +48,11 @@ def trace_patches(assignments: Sequence[torch.Tensor], config: CLCAViTConfig, nu
             f"`assignments` must hold one matrix per stage, {len(layers)} for `reduction`={config.reduction!r}, got "
             f"{len(assignments)}. A model without a reduction has nothing to trace."
         )
-    by_layer = dict(zip(layers, assignments, strict=True))
+    dtype = reduce(torch.promote_types, (assignment.dtype for assignment in assignments), torch.float32)
+    by_layer = {layer: assignment.to(dtype) for layer, assignment in zip(layers, assignments, strict=True)}
     state = initial_state(config, config.image_grid if num_patches is None else (1, num_patches))
     recovery = recovery_layers(config)
-    first = assignments[0]
+    first = by_layer[layers[0]]
     patches = torch.eye(state.num_patches, dtype=first.dtype, device=first.device).expand(first.shape[0], -1, -1)
     rows = nn.functional.pad(patches, (0, 0, config.num_prefix_tokens, config.num_clr_tokens))  # (B, N, P)
     real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)  # not padding

@@ -15,6 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
+from .resample import resample_weights
+
 
 class UFGIRTrainer(transformers.Trainer):
     """A Trainer that evaluates every image, and that leaves our model card alone.
@@ -50,8 +52,8 @@ def load_pretrained(
 ) -> CLCAViTForImageClassification:
     """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
 
-    Where `config.image_size` is not the checkpoint's, position embeddings are resampled, bicubic; a token that is new to
-    the checkpoint starts as the model starts it.
+    Where `config.image_size` or `config.patch_size` is not the checkpoint's, position embeddings and patch projection are
+    resampled, see `ufgir.resample`; a token that is new to the checkpoint starts as the model starts it.
 
     Args:
         checkpoint: folder or Hub repository.
@@ -62,16 +64,15 @@ def load_pretrained(
     Raises:
         ValueError: weights of other shapes, e.g. another number of classes, without `ignore_mismatched_sizes`.
     """
-    image_size = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0].get("image_size", config.image_size)
-    as_saved = CLCAViTConfig.from_dict(config.to_dict() | {"image_size": image_size})
+    saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
+    sizes = {name: saved.get(name, getattr(config, name)) for name in ("image_size", "patch_size")}
+    as_saved = CLCAViTConfig.from_dict(config.to_dict() | sizes)
     try:
         model = CLCAViTForImageClassification.from_pretrained(
             checkpoint, config=as_saved, revision=revision, dtype=torch.float32, **kwargs
         )
-        if as_saved.image_grid != config.image_grid:
-            weights = model.state_dict()
-            positions = model.vit.embeddings.interpolate_pos_encoding(config.image_grid)
-            weights["vit.embeddings.position_embeddings"] = positions.detach()
+        if (as_saved.image_grid, as_saved.patch_size) != (config.image_grid, config.patch_size):
+            weights = resample_weights(model.state_dict(), as_saved, config)
             attention = model.config._attn_implementation
             model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
             model.load_state_dict(weights)

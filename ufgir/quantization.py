@@ -1,0 +1,61 @@
+"""Smaller models for inference: int8 weights by torchao, saved and loaded by transformers. Needs the extra `quantization`.
+
+```python
+model = quantize_model(CLCAViTForImageClassification.from_pretrained("outputs/mine"))
+model.save_pretrained("outputs/mine-int8")
+model = CLCAViTForImageClassification.from_pretrained("outputs/mine-int8")  # config.json says how
+```
+"""
+
+from torch import nn
+
+from clca import CLCAViTForImageClassification
+
+
+SCHEMES = ("int8",)
+# They are small, and a token that a rounded score drops is gone.
+NOT_QUANTIZED = (r"vit\.layers\.\d+\.reduction", "classifier")
+_REFUSED = {
+    "int4": "torchao's int4 weights need the kernels of the package mslk, which run on GPUs, and fail on a CPU",
+}
+
+
+def quantize_model(model: CLCAViTForImageClassification, scheme: str = "int8") -> CLCAViTForImageClassification:
+    """Store the weights of the linear layers of `model` as int8 numbers, one scale per output channel; activations stay as they
+    are. Reductions, head, embeddings and norms keep their precision.
+
+    Args:
+        model: is changed in place, and cannot be trained afterwards.
+        scheme: "int8", the only one that runs everywhere.
+
+    Returns:
+        `model`, which `save_pretrained` and `from_pretrained` treat like any other.
+
+    Raises:
+        ValueError: another scheme, or a model that is quantised already.
+        ImportError: torchao is not installed.
+    """
+    if scheme not in SCHEMES:
+        why = f": {_REFUSED[scheme]}" if scheme in _REFUSED else ""
+        raise ValueError(f"`scheme` must be {' or '.join(map(repr, SCHEMES))}, got {scheme!r}{why}.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("`model` is quantised already.")
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError("Quantisation needs torchao: pip install 'clca-vit[quantization]'.") from error
+    from transformers import TorchAoConfig
+    from transformers.quantizers.auto import AutoHfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(NOT_QUANTIZED))
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    quantize_(
+        model.requires_grad_(False),
+        config.get_apply_tensor_subclass(),
+        filter_fn=lambda module, name: isinstance(module, nn.Linear) and should_convert_module(name, NOT_QUANTIZED),
+    )
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return model.eval()
