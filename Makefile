@@ -8,17 +8,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style quality clean
+.PHONY: help demo test hf-tests style quality clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
-	@sed -n 's/^\([a-z]*\):.*##\(.*\)/  \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  \1	\2/p' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
 
 test: quality  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt parameterized
+	HF_HUB_OFFLINE=1 $(BIN)/python -m hf_tests $(PYTEST_ARGS)
 
 quality: $(READY)  ## check the style without changing anything
 	$(BIN)/ruff check .
@@ -29,7 +33,7 @@ style: $(READY)  ## repair what of the style can be repaired
 	$(BIN)/ruff format .
 
 clean:  ## delete caches and builds; the environment and outputs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hf_tests
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is complete if this file is newer than all that says what belongs into it.

@@ -477,7 +477,8 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         r"pooler\.dense",
         r"mask_token",
         r"^decoder\.",
-    ]  # heads of other ViT tasks
+        r"^distillation_classifier\.",
+    ]  # heads of other tasks
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would

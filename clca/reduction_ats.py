@@ -24,7 +24,8 @@ from .reduction_base import (
 
 class ATSReduction(TokenReduction):
     """Inside attention, keep CLS and the rows at fixed quantiles of its attention, weighed by the size of their values, in
-    the order of the sequence. The keep rate is an upper bound as a share of the patches, cumulative.
+    the order of the sequence. The keep rate is an upper bound as a share of the patches, cumulative; `keep_tokens` is K,
+    the number of samples with CLS among them, so up to one less than K others stay.
 
     Images of a batch keep different numbers of rows; shorter ones are padded, and pads are never attended to, averaged or
     sampled. Queries are computed for sampled rows only.

@@ -33,6 +33,7 @@ Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToM
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
@@ -73,6 +74,9 @@ class TokenState(NamedTuple):
     def with_assignment(self, assignment: Callable[[], torch.Tensor]) -> "TokenState":
         """The state with a stage's assignment (B, M, N) in the report, made only if somebody asked for assignments."""
         return self.with_report(assignment=assignment().detach()) if self.record_assignments else self
+
+
+Weights = Callable[[], torch.Tensor]  # made only if somebody asks for assignments
 
 
 class LossInputs(NamedTuple):
@@ -263,6 +267,12 @@ class TokenReduction(nn.Module):
             if not _fits(value, options[option]):
                 kind = getattr(options[option], "__name__", None) or str(options[option])
                 raise ValueError(f"`reduction_kwargs`: `{option}` must be {kind}, got {value!r}.")
+
+    @classmethod
+    def option(cls, config: CLCAViTConfig, name: str) -> Any:
+        """An option's value: what `config.reduction_kwargs` says, or the default of `__init__`."""
+        default = inspect.signature(cls.__init__).parameters[name].default
+        return (config.reduction_kwargs or {}).get(name, default)
 
     @classmethod
     def check_option(cls, config: CLCAViTConfig, name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
@@ -466,9 +476,7 @@ class Regrouping(TokenReduction):
         )
         return torch.cat([first, tokens.to(hidden_states.dtype), last], dim=1), state
 
-    def regroup(
-        self, tokens: torch.Tensor, slots: int, state: TokenState
-    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         """M = `slots` new tokens (B, M, D) of `tokens` (B, n, D), and a function that gives the weights (B, M, n) they were
         made with."""
         raise NotImplementedError
@@ -511,6 +519,8 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def full_precision(tensor: torch.Tensor) -> torch.autocast:
+def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     """A context in which autocast does not compute products of such tensors in half precision."""
+    if tensor.device.type == "meta":  # where nothing is computed, autocast does not exist
+        return nullcontext()
     return torch.autocast(device_type=tensor.device.type, enabled=False)

@@ -11,7 +11,9 @@ from .configuration_clca import CLCAViTConfig
 from .reduction_base import (
     Regrouping,
     TokenState,
+    Weights,
     at_least_float32,
+    gather_rows,
     keep_of_patches,
     one_hot_assignment,
     pairwise_distance,
@@ -55,7 +57,7 @@ class DPCKNNReduction(Regrouping):
             clusters = max(clusters, 1 if last else _FEWEST_CLUSTERS)
         return min(clusters, num_rows)
 
-    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         _, labels = self.label(tokens, slots)
         scores = tokens.new_zeros(labels.shape) if self.score is None else self.score(tokens).squeeze(-1)
         weights = at_least_float32(scores).exp()
@@ -80,7 +82,6 @@ class DPCKNNReduction(Regrouping):
         farthest = distance.flatten(1).amax(dim=1)[:, None, None]
         separation = torch.where(denser, distance, farthest).amin(dim=2)
         centres = (separation * density).topk(clusters, dim=1).indices
-        to_centres = distance.gather(1, centres.unsqueeze(-1).expand(-1, -1, num_tokens))  # (B, M, n)
-        labels = to_centres.argmin(dim=1)
+        labels = gather_rows(distance, centres).argmin(dim=1)  # of (B, M, n)
         own = torch.arange(clusters, device=tokens.device).expand(batch, -1)
         return centres, labels.scatter(1, centres, own)

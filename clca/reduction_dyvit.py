@@ -82,27 +82,27 @@ class DyViTReduction(ScoredPruning):
     @classmethod
     def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:
         """`keep_ratio`; with a teacher also `cls_distillation` and `token_distillation`."""
-        options = config.reduction_kwargs or {}
         decisions = inputs.reports.get("decision")
         if decisions is None:  # a frozen backbone in evaluation mode decides nothing
             return {}
-        targets = options.get("ratio_targets")
+        targets = cls.option(config, "ratio_targets")
         if targets is None and config.keep_tokens is not None:
             rows = decisions[0].shape[1]
             targets = [min(stage_tokens(config, stage) / rows, 1.0) for stage in range(len(decisions))]
         elif targets is None:
             targets = [cumulative_rate(config, stage) for stage in range(len(decisions))]
-        terms = {"keep_ratio": options.get("ratio_weight", 2.0) * keep_ratio_loss(decisions, targets)}
+        terms = {"keep_ratio": cls.option(config, "ratio_weight") * keep_ratio_loss(decisions, targets)}
         if inputs.teacher_logits is not None:
-            weight = options.get("cls_distill_weight", 0.5)
+            weight = cls.option(config, "cls_distill_weight")
             terms["cls_distillation"] = weight * kl_divergence(inputs.logits, inputs.teacher_logits)
         if inputs.teacher_tokens is not None:
             # In training no row has moved: patches still follow the prefix.
             patches = slice(config.num_prefix_tokens, config.num_prefix_tokens + inputs.teacher_tokens.shape[1])
             kept = nn.functional.pad(decisions[-1], (1, 0), value=1.0)[:, patches]
-            terms["token_distillation"] = options.get("token_distill_weight", 0.5) * token_distillation_loss(
-                inputs.tokens[:, patches], inputs.teacher_tokens, kept, options.get("token_distill", "mse")
+            distance = token_distillation_loss(
+                inputs.tokens[:, patches], inputs.teacher_tokens, kept, cls.option(config, "token_distill")
             )
+            terms["token_distillation"] = cls.option(config, "token_distill_weight") * distance
         return terms
 
     @classmethod

@@ -46,8 +46,7 @@ class HeuristicReduction(TokenReduction):
     def check(cls, config: CLCAViTConfig) -> None:
         super().check(config)
         cls.check_option(config, "pattern", lambda v: v in _NORMS, f"one of {', '.join(_NORMS)}")
-        contiguous = (config.reduction_kwargs or {}).get("contiguous", False)
-        if contiguous and (config.keep_tokens is not None or config.keep_rate != [1.0]):
+        if cls.option(config, "contiguous") and (config.keep_tokens is not None or config.keep_rate != [1.0]):
             raise ValueError(
                 "`keep_rate` and `keep_tokens` mean nothing to `reduction`='heuristic' with `contiguous`, which shrinks "
                 f"evenly; got {config.keep_tokens or config.keep_rate}. Leave them out, or `contiguous`."
@@ -55,7 +54,7 @@ class HeuristicReduction(TokenReduction):
 
     @classmethod
     def layers(cls, config: CLCAViTConfig) -> list[int]:
-        if (config.reduction_kwargs or {}).get("contiguous", False):
+        if cls.option(config, "contiguous"):
             return list(range(config.reduction_layers[0], config.reduction_layers[-1] + 1))
         return list(config.reduction_layers)
 

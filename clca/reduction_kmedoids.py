@@ -11,6 +11,7 @@ from .reduction_base import (
     AttentionContext,
     Regrouping,
     TokenState,
+    Weights,
     at_least_float32,
     gather_rows,
     one_hot_assignment,
@@ -51,7 +52,7 @@ class KMedoidsReduction(Regrouping):
 
     @classmethod
     def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
-        if not before_stage or (context.attention.config.reduction_kwargs or {}).get("equal_weight"):
+        if not before_stage or cls.option(context.attention.config, "equal_weight"):
             return state
         with torch.no_grad():
             return state.with_tracks(received=at_least_float32(context.received_attention()))
@@ -60,7 +61,7 @@ class KMedoidsReduction(Regrouping):
     def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> torch.Tensor:
         return track.mean(dim=1, keepdim=True)  # not seen by that attention: neither cheap nor dear
 
-    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         if slots == 0:
             return tokens[:, :0], lambda: tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1])
         received = state.tracks.get("received")
@@ -88,17 +89,16 @@ class KMedoidsReduction(Regrouping):
     @staticmethod
     def nearest(distance: torch.Tensor, medoids: torch.Tensor) -> torch.Tensor:
         """Index (B, n) of the medoid nearest to each token."""
-        return distance.gather(1, medoids.unsqueeze(-1).expand(-1, -1, distance.shape[2])).argmin(dim=1)
+        return gather_rows(distance, medoids).argmin(dim=1)
 
     @staticmethod
     def spread(distance: torch.Tensor, tokens: torch.Tensor, clusters: int) -> torch.Tensor:
         """Rows (B, M) far from each other: the one nearest to the mean, then always the farthest from those chosen."""
         centre = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum(dim=2).argmin(dim=1, keepdim=True)
         chosen = [centre]
-        gap = distance.gather(1, centre.unsqueeze(-1).expand(-1, -1, distance.shape[2])).squeeze(1)
+        gap = gather_rows(distance, centre).squeeze(1)
         for _ in range(clusters - 1):
             farthest = gap.argmax(dim=1, keepdim=True)
             chosen.append(farthest)
-            step = distance.gather(1, farthest.unsqueeze(-1).expand(-1, -1, distance.shape[2])).squeeze(1)
-            gap = torch.minimum(gap, step)
+            gap = torch.minimum(gap, gather_rows(distance, farthest).squeeze(1))
         return torch.cat(chosen, dim=1)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import LearntSlots, TokenState
+from .reduction_base import LearntSlots, TokenState, Weights
 
 
 class PatchMergerReduction(LearntSlots):
@@ -27,7 +27,7 @@ class PatchMergerReduction(LearntSlots):
     def init_weights(self) -> None:
         init.normal_(self.queries)
 
-    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         tokens = self.norm(tokens)
         weights = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1)  # (B, M, n)
         return weights @ tokens, lambda: weights

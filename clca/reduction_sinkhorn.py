@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import LearntSlots, TokenState, at_least_float32
+from .reduction_base import LearntSlots, TokenState, Weights, at_least_float32
 
 
 class SinkhornReduction(LearntSlots):
@@ -45,7 +45,7 @@ class SinkhornReduction(LearntSlots):
     def protected(cls, state: TokenState) -> tuple[int, int]:
         return 1, 0
 
-    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         if self.training:
             with torch.no_grad():
                 self.prototypes.copy_(nn.functional.normalize(self.prototypes, dim=-1))

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import LearntSlots, TokenState
+from .reduction_base import LearntSlots, TokenState, Weights
 
 
 class SiTReduction(LearntSlots):
@@ -30,6 +30,6 @@ class SiTReduction(LearntSlots):
     def init_weights(self) -> None:
         init.ones_(self.scale)
 
-    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState):
+    def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         weights = (self.slot_logits(tokens) * self.scale).softmax(dim=1).transpose(1, 2)  # (B, M, n)
         return weights @ tokens, lambda: weights

@@ -29,6 +29,7 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 TOKENS: dict[str, dict[str, Any]] = {
     "cls": {},
+    "cls_mean": {"pooling": "mean"},
     "registers": {"num_register_tokens": 2},
     "no_cls": {"use_class_token": False, "pooling": "mean", "num_clr_tokens": 0},  # CLR start from CLS
 }

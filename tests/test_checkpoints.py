@@ -21,7 +21,8 @@ def spec(method: str, dims: dict[str, Any] | None = None, **options: Any) -> dic
 
 
 @pytest.mark.parametrize(
-    "shares", [[0.6, 0.45, 0.05], [0.17, 0.09, 0.09], [0.7, 0.49, 0.343], [0.9, 0.3, 0.1], [0.5, 0.5, 0.5]]
+    "shares",
+    [[0.6, 0.45, 0.05], [0.17, 0.09, 0.09], [0.7, 0.49, 0.343], [0.9, 0.3, 0.1], [0.5, 0.5, 0.5], [0.53, 0.29, 0.1]],
 )
 @pytest.mark.parametrize("registers", [0, 4])
 def test_cumulative_shares_of_dynamic_vit(shares: list[float], registers: int) -> None:
@@ -65,6 +66,7 @@ def test_pooling() -> None:
         ({"options": {"keep_rate": [0.5]}}, "reduction_loc"),
         ({"options": {"reduction_loc": [3]}}, "keep_rate"),
         ({"options": {"reduction_loc": [3], "keep_rate": [0.5], "lasso_inner_dim": 1}}, "`lasso_inner_dim`"),
+        ({"options": {"reduction_loc": [3], "keep_rates": [0.5]}}, "did you mean 'keep_rate'"),
         ({"method": "maws"}, "`reduction` 'maws'"),
     ],
 )

@@ -124,7 +124,7 @@ def test_citation_has_the_version():
 
 def test_extras(setup_cfg):
     extras = setup_cfg["options.extras_require"]
-    assert set(extras) == {"augmentation", "visualization", "analysis", "export", "peft", "dev"}
+    assert set(extras) == {"augmentation", "visualization", "analysis", "export", "peft", "quantization", "dev"}
     assert all(lines(extras[name]) for name in extras)
     assert set(lines(extras["dev"])) > {*lines(extras["visualization"]), *lines(extras["analysis"])}
 

@@ -3,7 +3,8 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM, as_pair
 
+from .filling import common_dtype, fill_model
 from .from_timm import load_timm as load_timm  # beside load_original, where a user looks for it
 from .timm_keys import convert_timm_tensor, translate
 
@@ -40,6 +42,11 @@ _DIMS = frozenset(
         "fc_norm",
         "layer_norm_eps",
     ]
+)
+
+# Options of the original's command line that a model depends on.
+_OPTIONS = frozenset(
+    ["reduction_loc", "keep_rate", "clc", "clc_include_gap", "clc_pool_cls", "clc_pool_clr", "clc_recover_at_last", "num_clr", "ifa_head", "ifa_dws_conv_groups", "num_query_tokens", "lasso_loss_weight", "lasso_inner_dim", "cls_weight", "ratio_weight", "cls_distill_weight", "token_distill_weight", "k_neighbors", "equal_weight", "cluster_iters", "sinkhorn_eps", "heuristic_pattern", "min_radius", "not_contiguous", "dyvit_distill", "debugging"]
 )
 
 _PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head
@@ -137,6 +144,10 @@ def _check_spec(method: str, options: Mapping[str, Any], dims: Mapping[str, Any]
         raise ValueError(
             f"`dims` holds what this code does not know: {', '.join(unknown)}. Known: {', '.join(sorted(_DIMS))}."
         )
+    for name in options:
+        close = [] if name in _OPTIONS else get_close_matches(name, _OPTIONS, n=1, cutoff=0.85)
+        if close:  # an option of training, of which there are many, is none of a model's business
+            raise ValueError(f"`options` holds {name!r}, which is no option of a model: did you mean {close[0]!r}?")
     required = {"reduction_loc", "keep_rate"} if method not in ("vit", *_PROBING_METHODS) else set()
     missing = sorted(name for name in required if name not in options)
     if missing:
@@ -183,9 +194,11 @@ def _own_rates(shares: list[float], num_tokens: int) -> list[float]:
     """Rates of the stages themselves for cumulative shares of `num_tokens`, nudged until the counts round alike."""
     rates: list[float] = []
     for share in shares:
-        rate = min(share / math.prod(rates), 1.0)
-        while rate < 1.0 and int(num_tokens * math.prod([*rates, rate])) < int(num_tokens * share):
+        rate, count = min(share / math.prod(rates), 1.0), int(num_tokens * share)
+        while rate < 1.0 and int(num_tokens * math.prod([*rates, rate])) < count:
             rate = math.nextafter(rate, 1.0)
+        while int(num_tokens * math.prod([*rates, rate])) > count:
+            rate = math.nextafter(rate, 0.0)
         rates.append(rate)
     return rates
 
@@ -261,8 +274,8 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)
     # The original drops the final norm where the head reads CLS before it; ours stays, unused.
-    optional = {"vit.layernorm.weight", "vit.layernorm.bias"} if config.head in HEADS_BEFORE_NORM else set()
-    _load_exactly(model, converted, optional)
+    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    fill_model(model.to(common_dtype(converted)), converted, optional, source="tensors of the `state_dict`")
     return model
 
 
@@ -273,24 +286,6 @@ def _num_labels(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any])
     if not biases:
         raise ValueError(f"`state_dict` has no {prefix}* to tell the number of classes from: set `num_labels`.")
     return state_dict[max(biases)].shape[0]
-
-
-def _load_exactly(
-    model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], optional: Iterable[str] = ()
-) -> None:
-    own = model.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state_dict and key not in optional]
-    for key, tensor in state_dict.items():
-        if key not in own:
-            problems.append(f"{key} is unexpected")
-        elif tensor.shape != own[key].shape:
-            problems.append(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
-    if problems:
-        raise ValueError(f"`state_dict` does not fit the model: {'; '.join(problems)}.")
-    floating = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
-    if len(floating) == 1:
-        model.to(floating.pop())
-    model.load_state_dict(state_dict, strict=False)
 
 
 def load_original_file(path: str | os.PathLike, **overrides: Any) -> CLCAViTForImageClassification:

@@ -8,7 +8,7 @@ import logging
 import math
 import pickle
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from transformers import ViTImageProcessorPil
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
+from .filling import common_dtype, fill_model
 from .resample import resample_weights
 from .timm_architectures import Architecture, find_architecture
 from .timm_keys import convert_timm_tensor, translate
@@ -149,7 +150,9 @@ def load_timm(
     weights = _to_our_names(state, wanted)
     weights = resample_weights(weights, _saved_config(weights, found.architecture, wanted), wanted)
     model = CLCAViTForImageClassification(wanted).eval()
-    fill(model, weights, new_parts)
+    if common_dtype(weights) == torch.float64:
+        model.double()
+    fill_model(model, weights, new_parts)
     return model
 
 
@@ -447,35 +450,3 @@ def _saved_config(weights: State, architecture: Architecture, wanted: CLCAViTCon
         f"`pos_embed` of the `source` has {positions.shape[1]} rows: with a prefix of {positions.shape[1] - count} they are "
         "neither the patches of this architecture nor of a square. Is it another architecture?"
     )
-
-
-def fill(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], new_parts: Collection[str] = ()) -> None:
-    """Put weights into a model. CLR tokens that are not among them start from CLS.
-
-    Args:
-        model: a `CLCAViTForImageClassification`; becomes float64 if the weights are.
-        weights: tensors under its names.
-        new_parts: regular expressions of the names that may be missing.
-
-    Raises:
-        ValueError: weights that are missing, unexpected, or of another shape, all of them named.
-    """
-    own = model.state_dict()
-    new = [key for key in own if key not in weights and any(re.fullmatch(part, key) for part in new_parts)]
-    problems = [f"{key} is missing" for key in own if key not in weights and key not in new]
-    for key, tensor in weights.items():
-        if key not in own:
-            problems.append(f"{key} is unexpected")
-        elif tensor.shape != own[key].shape:
-            problems.append(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
-    if problems:
-        raise ValueError(f"weights of the `source` do not fit the model: {'; '.join(problems)}.")
-    if new:
-        logger.info("new, not from the source: %s", ", ".join(new))
-    if any(tensor.dtype == torch.float64 for tensor in weights.values()):
-        model.double()
-    model.load_state_dict(weights, strict=False)
-    embeddings = model.vit.embeddings
-    if "vit.embeddings.clr_tokens" in new:
-        with torch.no_grad():
-            embeddings.clr_tokens.copy_(embeddings.cls_token.expand_as(embeddings.clr_tokens))

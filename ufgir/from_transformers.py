@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
+from .filling import common_dtype, fill_model
 from .resample import resample_weights
 from .transforms import make_image_processor
 
@@ -264,11 +265,8 @@ def load_transformers(
         logger.warning("Of the two classifiers of %s, whose logits it averages, the one on CLS is taken.", class_name)
 
     model = CLCAViTForImageClassification(wanted).eval()
-    if dtype is None:
-        floating = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-        dtype = floating.pop() if len(floating) == 1 else torch.float32
-    model.to(dtype)
-    _fill(model, state, new_parts)
+    model.to(dtype or common_dtype(state))
+    fill_model(model, state, new_parts)
     return model
 
 
@@ -451,23 +449,6 @@ def _select(state: State, as_saved: CLCAViTConfig, wanted: CLCAViTConfig) -> tup
     elif as_saved.pooling != "map":
         new_parts += (r"vit\.attention_pooling\..*",)
     return state, new_parts
-
-
-def _fill(model: CLCAViTForImageClassification, state: State, new_parts: Iterable[str]) -> None:
-    own = model.state_dict()
-    problems = [f"{key} is missing" for key in own if key not in state and not _matches(key, new_parts)]
-    for key, tensor in state.items():
-        if key not in own:
-            problems.append(f"{key} is unexpected")
-        elif tensor.shape != own[key].shape:
-            problems.append(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
-    if problems:
-        raise ValueError(f"weights of the `source` do not fit the model wanted: {_listed(problems)}.")
-    model.load_state_dict(state, strict=False)
-    embeddings = model.vit.embeddings
-    if embeddings.clr_tokens is not None:
-        with torch.no_grad():
-            embeddings.clr_tokens.copy_(embeddings.cls_token.expand_as(embeddings.clr_tokens))
 
 
 def _matches(key: str, patterns: Iterable[str], prefix: str = "") -> bool:

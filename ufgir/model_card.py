@@ -1,5 +1,6 @@
 """The README.md beside a saved model: metadata for the Hub, and what a reader needs to judge and load the model."""
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 # our metric -> (name on the Hub, name for people)
@@ -31,6 +34,17 @@ def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """`name` if it can be a repository on the Hub, else None: a local path has no business in the metadata."""
+    try:
+        if not name or Path(name).exists():
+            return None
+        validate_repo_id(name)
+    except (HFValidationError, OSError):
+        return None
+    return name
 
 
 def describe_model(config: Any) -> str:
@@ -70,6 +84,10 @@ def write_model_card(
     model_id: str | None = None,
     base_model: str | None = None,
     dataset_id: str | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    revision: str | None = None,
+    license: str = "mit",
 ) -> Path:
     """Write README.md into `output_dir`, atomically, and return its path.
 
@@ -79,7 +97,8 @@ def write_model_card(
         dataset_name: name of the data, for people.
         class_names: names of the classes, by index.
         split_sizes: split name -> number of images.
-        metrics: split name -> {"top1", "top5", "macro_f1"}, fractions in [0, 1]; other entries are left out.
+        metrics: split name -> {"top1", "top5", "macro_f1"}, fractions in [0, 1]; other entries and numbers that are not finite
+            are left out.
         settings: every setting that is not left at the script's default, written down as a recipe.
         macs: multiply-adds of one image.
         dense_macs: the same for this backbone without reduction, cache and aggregation head.
@@ -87,35 +106,47 @@ def write_model_card(
         model_id: repository on the Hub; the card shows the folder's path where there is none.
         base_model: checkpoint that training started from: a Hub repository or a folder.
         dataset_id: the data's repository on the Hub, where it has one.
+        dataset_config: its configuration, where it has several.
+        dataset_revision: its branch, tag or commit.
+        revision: branch, tag or commit of `model_id` that holds this model, if it is not main.
+        license: of the weights, as the Hub abbreviates it.
     """
     output_dir = Path(output_dir)
     name = model_id or str(output_dir)
     title = name.rstrip("/").split("/")[-1]
+    base_id, dataset_id = on_the_hub(base_model), on_the_hub(dataset_id)
+    metrics = {
+        split: {key: float(values[key]) for key in METRIC_NAMES if key in values and math.isfinite(values[key])}
+        for split, values in metrics.items()
+    }
     results = [
         EvalResult(
             task_type="image-classification",
+            task_name="Image Classification",
             dataset_type=dataset_id or dataset_name,
             dataset_name=dataset_name,
+            dataset_config=dataset_config,
             dataset_split=split,
+            dataset_revision=dataset_revision,
             metric_type=METRIC_NAMES[key][0],
             metric_name=METRIC_NAMES[key][1],
-            metric_value=round(float(values[key]), 6),
+            metric_value=round(value, 6),
         )
         for split, values in metrics.items()
-        for key in METRIC_NAMES
-        if key in values
+        for key, value in values.items()
     ]
     tags = ["clca", "token-reduction", "fine-grained", "vision"]
     data = ModelCardData(
-        license="mit",
+        license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=tags + ([config.reduction] if config.reduction else []),
         datasets=[dataset_id] if dataset_id else None,
         metrics=["accuracy", "f1"],
-        base_model=base_model if base_model and not Path(base_model).exists() else None,
+        base_model=base_id,
         model_name=title,
         eval_results=results or None,
+        **({"base_model_relation": "finetune"} if base_id else {}),
     )
     body = _BODY.format(
         title=title,
@@ -132,6 +163,7 @@ def write_model_card(
         recipe=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).strip(),
         metrics=_metrics_table(metrics),
         name=name,
+        revision=f', revision="{revision}"' if revision else "",
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
     return write_text_atomically(output_dir / "README.md", str(card))
@@ -187,10 +219,10 @@ The code of the model comes with it, hence `trust_remote_code=True`.
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-model = AutoModelForImageClassification.from_pretrained("{name}", trust_remote_code=True)
-image_processor = AutoImageProcessor.from_pretrained("{name}")
+model = AutoModelForImageClassification.from_pretrained("{name}"{revision}, trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained("{name}"{revision})
 
-classify = pipeline("image-classification", model="{name}", trust_remote_code=True)
+classify = pipeline("image-classification", model="{name}"{revision}, trust_remote_code=True)
 # classify("picture.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
 ```
 """

@@ -1,0 +1,27 @@
+"""Fetch transformers' common tests and run them: `python -m hf_tests [options of pytest]`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from .source import prepare
+
+
+def main() -> int:
+    """Run; the exit status is pytest's."""
+    folder = prepare()
+    # Before anything imports transformers: its tests read the variables then.
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # tiny models: more threads only wait for each other
+        "TRANSFORMERS_TINY_MODEL_PATH": str(folder / "tiny_models"),
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    tests = Path(__file__).resolve().parent
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-q", str(tests), *sys.argv[1:]]
+    return subprocess.run(command, env=os.environ | settings, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

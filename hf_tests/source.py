@@ -1,0 +1,109 @@
+"""The tests of the installed transformers, fetched through pip and put where they can be imported.
+
+The source distribution holds the common tests, without some of the files they import. What those lack is written here.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+import transformers
+
+
+CACHE = Path(__file__).resolve().parents[1] / ".hf_tests"
+PACKAGE = "transformers_tests"  # the name it is imported by: `tests` is taken
+
+# Modules that the common tests import and the source distribution lacks.
+STUBS = {
+    # Tests of transformers.exporters: not to be had.
+    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    # Tests of text generation: nothing here generates.
+    "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+    # Arguments that every configuration must store, each with another value than its default.
+    "utils/test_configuration_utils.py": """config_common_kwargs = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "dtype": "float16",
+    "chunk_size_feed_forward": 7,
+    "architectures": ["SomeModel"],
+    "id2label": {0: "the only one"},
+    "label2id": {"the only one": 0},
+    "problem_type": "regression",
+}
+""",
+}
+
+
+def prepare() -> Path:
+    """Fetch and unpack what is not there yet.
+
+    Returns:
+        The folder that must be on the import path; it holds the package `transformers_tests`.
+
+    Raises:
+        SystemExit: pip cannot get it.
+    """
+    version = metadata.version("transformers")
+    folder = CACHE / version
+    if not (folder / ".ready").exists():
+        CACHE.mkdir(exist_ok=True)
+        (CACHE / ".gitignore").write_text("*\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        _unpack(_download(version), folder / PACKAGE)
+        _complete(folder)
+        (folder / ".ready").touch()
+    # Files of the tests look for the package beside them; the environment may have moved since.
+    link = folder / "src" / "transformers"
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(transformers.__file__).parent, target_is_directory=True)
+    return folder
+
+
+def _download(version: str) -> Path:
+    archive = CACHE / f"transformers-{version}.tar.gz"
+    if not archive.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as partial:
+            # pip asks a source distribution for its metadata. Without isolation the installed setuptools answers.
+            options = ["--no-deps", "--no-build-isolation", "--no-binary", "transformers"]
+            command = [sys.executable, "-m", "pip", "download", *options, f"transformers=={version}"]
+            if subprocess.run(command, cwd=partial, check=False).returncode:
+                raise SystemExit(f"pip could not fetch the source distribution of transformers {version}.")
+            (Path(partial) / archive.name).replace(archive)
+    return archive
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """Take the folder tests/ out of the archive, and nothing else."""
+    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+        members = [m for m in tar.getmembers() if PurePosixPath(m.name).parts[1:2] == ("tests",)]
+        tar.extractall(unpacked, members=members, filter="data")
+        (tests,) = Path(unpacked).glob("*/tests")
+        tests.replace(target)
+
+
+def _complete(folder: Path) -> None:
+    package = folder / PACKAGE
+    for name, text in STUBS.items():
+        file = package / name
+        if file.exists():
+            raise FileExistsError(f"transformers' source distribution now has {file}: take it out of STUBS.")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    for place in (package, *(file.parent for file in map(package.joinpath, STUBS))):
+        (place / "__init__.py").touch()
+    # What the pipeline tests know of the tiny models on the Hub. Here they are made as they are needed.
+    summary = {
+        name: {"tokenizer_classes": [], "processor_classes": ["ViTImageProcessorPil"]}
+        for name in ("CLCAViTModel", "CLCAViTForImageClassification")
+    }
+    reports = folder / "tiny_models" / "reports"
+    reports.mkdir(parents=True)
+    (reports / "tiny_model_summary.json").write_text(json.dumps(summary), encoding="utf-8")
