@@ -102,9 +102,8 @@ def num_features(config: CLCAViTConfig) -> int:
 
 def head_weight(head: nn.Module) -> torch.Tensor:
     """Weight (K, features, ...) of the last layer of a head, which the group lasso acts on."""
-    if isinstance(head, SelectedLinear):
-        return head.linear.weight
-    return head.weight if isinstance(head, nn.Linear) else head.out_proj.weight
+    # By attribute, not by class: peft wraps the head.
+    return getattr(head, "linear", getattr(head, "out_proj", head)).weight
 
 
 def best_features(weight: torch.Tensor, fraction: float) -> torch.Tensor:

@@ -143,6 +143,26 @@ def test_teacher_without_matching_tokens() -> None:
     assert set(Teacher(model, num_patches=10_000, use_tokens=False)(images())) == {"teacher_logits"}
 
 
+def test_a_teacher_with_clr_gives_its_patches() -> None:
+    """They follow the prefix; CLR come last. Its tokens are normalised as its head sees them."""
+    teacher = tiny_model(num_clr_tokens=2, num_register_tokens=1)
+    tokens = Teacher(teacher, 16)(images())["teacher_tokens"]
+    assert torch.equal(tokens, teacher.vit(images()).last_hidden_state[:, 2:18])
+
+
+def test_teachers_that_do_not_fit() -> None:
+    student, pixels = tiny_model(reduction="dyvit").train(), images()
+    wrong = {
+        "`teacher_logits` must have the shape": {"teacher_logits": torch.zeros(3, 9)},
+        "`teacher_tokens` must have the shape": {"teacher_tokens": torch.zeros(3, 16, 4)},
+    }
+    for message, teacher in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            student(pixels, labels=labels(), **teacher)
+    with pytest.raises(ValueError, match="mean nothing"):
+        tiny_model(reduction="topk")(pixels, teacher_logits=torch.zeros(3, 3))
+
+
 @pytest.mark.parametrize("head", ["linear", "cla", "ifa", "h2t"])
 def test_group_lasso_acts_on_the_head_in_use(head: str) -> None:
     model = tiny_model(head=head, group_lasso_weight=0.1).train()

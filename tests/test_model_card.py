@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
@@ -74,6 +74,86 @@ def test_metadata_survives_a_round_trip(tmp_path, config):
         ("test", "top-5"): ("accuracy", 0.9),
         ("test", "macro-F1"): ("f1", 0.4),
     }
+
+
+def test_required_metadata_is_there(tmp_path, config):
+    """Everything that the Hub asks of a fine-tuned image classifier, with types that its format has."""
+    path = tmp_path / "README.md"
+    card(
+        tmp_path,
+        config,
+        model_id="me/leaves",
+        dataset_id="me/leaf-photos",
+        base_model="google/vit",
+        license="cc-by-4.0",
+    )
+    metadata = yaml.safe_load(path.read_text(encoding="utf-8").split("---\n")[1])
+    index = metadata.pop("model-index")
+    assert metadata == {
+        "license": "cc-by-4.0",
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "tags": ["clca", "token-reduction", "fine-grained", "vision", "evit"],
+        "metrics": ["accuracy", "f1"],
+        "datasets": ["me/leaf-photos"],
+        "base_model": "google/vit",
+        "base_model_relation": "finetune",
+    }
+    assert [model["name"] for model in index] == ["leaves"]
+    for result in index[0]["results"]:
+        assert result["task"] == {"type": "image-classification", "name": "Image Classification"}
+        assert result["dataset"]["type"] == "me/leaf-photos" and result["dataset"]["name"] == "My Leaves: a {set}"
+        assert all(type(metric["value"]) is float and 0 <= metric["value"] <= 1 for metric in result["metrics"])
+
+
+@pytest.mark.parametrize(
+    "dataset", [{}, {"dataset_id": "me/photos", "dataset_config": "big", "dataset_revision": "v2"}]
+)
+def test_round_trips_through_the_classes_of_the_hub(tmp_path, config, dataset):
+    """Card -> results -> index -> results; and file -> ModelCardData -> file, byte for byte."""
+    first = card(tmp_path / "first", config, model_id="me/leaves", base_model="google/vit", **dataset)
+    name, results = model_index_to_eval_results(first.data.to_dict()["model-index"])
+    assert len(results) == 6 and all(isinstance(result, EvalResult) for result in results)
+    assert {result.dataset_revision for result in results} == {dataset.get("dataset_revision")}
+    assert {result.dataset_config for result in results} == {dataset.get("dataset_config")}
+    index = eval_results_to_model_index(name, results)
+    assert index == first.data.to_dict()["model-index"]
+    assert model_index_to_eval_results(index) == (name, results) == ("leaves", first.data.eval_results)
+
+    metadata = {key: value for key, value in first.data.to_dict().items() if key != "model-index"}
+    again = ModelCardData(**metadata, model_name=name, eval_results=results)
+    assert again.to_dict() == first.data.to_dict() and again.to_yaml() == first.data.to_yaml()
+    first.save(tmp_path / "again.md")
+    assert (tmp_path / "again.md").read_bytes() == (tmp_path / "first" / "README.md").read_bytes()
+
+
+def test_a_card_without_results_round_trips(tmp_path, config):
+    """No evaluation, no model-index."""
+    data = card(tmp_path, config, metrics={}).data
+    assert "model-index" not in data.to_dict() and data.eval_results is None
+    assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path, config):
+    """A NaN has no place in the metadata, nor in the table."""
+    metrics = {"test": {"top1": 0.5, "top5": float("nan"), "macro_f1": float("inf")}}
+    found = card(tmp_path, config, metrics=metrics)
+    assert [(r.metric_name, r.metric_value) for r in found.data.eval_results] == [("top-1", 0.5)]
+    assert "| test | 50.00 |  |  |" in found.text and "nan" not in found.text
+
+
+def test_revision_is_in_the_code(tmp_path, config):
+    """A model on a branch is loaded from it."""
+    text = card(tmp_path, config, model_id="me/leaves", revision="keep-rate-0.25").text
+    assert text.count('"me/leaves", revision="keep-rate-0.25"') == 3
+    assert "revision" not in card(tmp_path, config, model_id="me/leaves").text
+
+
+@pytest.mark.parametrize("name", ["/data/gone", "a b", "https://x.org/a.csv", "..", "one/two/three"])
+def test_what_cannot_be_a_repository_is_not_named_as_one(tmp_path, config, name):
+    """Base model and data set are in the metadata only if the Hub could know them."""
+    data = card(tmp_path, config, base_model=name, dataset_id=name).data
+    assert data.datasets is None and data.base_model is None and "base_model_relation" not in data.to_dict()
 
 
 def test_local_things_are_not_claimed_to_be_on_the_hub(tmp_path, config):

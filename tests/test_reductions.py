@@ -227,6 +227,83 @@ def test_heuristic_follows_the_keep_rate() -> None:
         assert visible.tolist() == [patches] * 3
 
 
+def test_dpcknn_breaks_ties_by_position() -> None:
+    """Two equal tokens are one cluster: only the first of them is far from anything denser."""
+    tokens = torch.tensor([[[0.0, 0], [0, 0], [10, 0], [10.5, 0], [0, 7], [0, 8]]])
+    model = tiny_model(reduction="dpcknn", reduction_kwargs={"k_neighbors": 2})
+    centres, labels = model.vit.layers[1].reduction.label(tokens, 3)
+    assert not {0, 1} <= set(centres[0].tolist())
+    assert labels[0, 0] == labels[0, 1]
+
+
+def test_scores_are_compared_in_full_precision() -> None:
+    """In a bfloat16 model, too: rounded scores would tie."""
+    model = tiny_model(reduction="topk", keep_rate=0.5, image_size=128).bfloat16()
+    seen = []
+    layer = model.vit.layers[1]
+    prune = layer.reduction.prune
+    layer.reduction.prune = lambda *args: seen.append(args[2]) or prune(*args)
+    model(images(2, 128, 128))
+    assert seen[0].dtype == torch.float32
+    assert len(seen[0][0].unique()) > 0.95 * seen[0].shape[1]
+
+
+def test_traces_of_a_half_precision_model() -> None:
+    """Stages that merge and stages that do nothing report in different dtypes."""
+    model = tiny_model(reduction="tome", keep_rate=[0.5, 1.0]).bfloat16()
+    output = model(images(), output_assignments=True)
+    trace = trace_patches(output.assignments, model.config)
+    assert trace.final.sum(dim=-1)[:, 1:].mean() == pytest.approx(1.0, abs=0.01)
+
+
+def test_tome_never_removes_more_than_was_asked() -> None:
+    """A target above the patches of a small image is no target."""
+    model = tiny_model(reduction="tome", keep_tokens=[12, 8])
+    assert model(images(2, 16, 16), interpolate_pos_encoding=True).token_counts[-1] == 5
+
+
+def test_ratio_target_of_counts_follows_the_image() -> None:
+    """`keep_tokens` of an image of 36 patches, not of the 16 that the configuration has."""
+    model = tiny_model(reduction="dyvit", keep_tokens=[9, 9]).train()
+    torch.manual_seed(3)
+    output = model(images(3, 48, 48), labels=labels(), interpolate_pos_encoding=True)
+    shares = torch.stack([decision.mean(dim=1) for decision in output.reports["decision"]])
+    assert output.loss_terms["keep_ratio"].item() == pytest.approx(2 * (shares - 9 / 36).square().mean().item())
+
+
+def test_queries_of_vqt_do_not_see_what_dynamic_vit_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every token dropped in training, the queries can only answer from CLS."""
+    noise = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    monkeypatch.setattr(REDUCTIONS["dyvit"], "draw_gumbel", staticmethod(lambda scores: noise.expand_as(scores)))
+    model = tiny_model(reduction="dyvit", keep_rate=0.5, head="vqt", reduction_layers=[1]).train()
+    layer, weights = model.vit.layers[1], []
+    attend = model.vit.method.attend
+
+    def note(*args):
+        weights.append(attend(*args)[1])
+        return attend(*args)
+
+    monkeypatch.setattr(model.vit.method, "attend", staticmethod(note))
+    model(images())
+    queries = [w for w in weights if w.shape[2] == layer.probe.queries.shape[1]]
+    assert queries and all((w[..., 0] > 0.99).all() for w in queries)
+
+
+@pytest.mark.parametrize(
+    ("saved", "override"),
+    [
+        ({"reduction": "topk", "keep_rate": 0.5}, {"keep_tokens": [8, 3]}),
+        ({"reduction": "topk", "keep_tokens": [8, 3]}, {"keep_rate": 0.5}),
+        ({"reduction": "dpcknn", "reduction_kwargs": {"k_neighbors": 3}}, {"reduction": "topk"}),
+    ],
+)
+def test_overrides_take_the_place_of_what_was_saved(saved: dict, override: dict, tmp_path: Path) -> None:
+    tiny_model(**saved).save_pretrained(tmp_path)
+    model = CLCAViTForImageClassification.from_pretrained(tmp_path, **override)
+    expected = tiny_config(**({"reduction": "topk"} | override))
+    assert token_schedule(model.config) == token_schedule(expected)
+
+
 def test_dynamic_vit_with_a_frozen_backbone() -> None:
     """The backbone evaluates, the head trains: no decisions are drawn, and no ratio is asked of them."""
     model = tiny_model(reduction="dyvit", keep_rate=0.5).train()

@@ -46,7 +46,34 @@ _DIMS = frozenset(
 
 # Options of the original's command line that a model depends on.
 _OPTIONS = frozenset(
-    ["reduction_loc", "keep_rate", "clc", "clc_include_gap", "clc_pool_cls", "clc_pool_clr", "clc_recover_at_last", "num_clr", "ifa_head", "ifa_dws_conv_groups", "num_query_tokens", "lasso_loss_weight", "lasso_inner_dim", "cls_weight", "ratio_weight", "cls_distill_weight", "token_distill_weight", "k_neighbors", "equal_weight", "cluster_iters", "sinkhorn_eps", "heuristic_pattern", "min_radius", "not_contiguous", "dyvit_distill", "debugging"]
+    [
+        "reduction_loc",
+        "keep_rate",
+        "clc",
+        "clc_include_gap",
+        "clc_pool_cls",
+        "clc_pool_clr",
+        "clc_recover_at_last",
+        "num_clr",
+        "ifa_head",
+        "ifa_dws_conv_groups",
+        "num_query_tokens",
+        "lasso_loss_weight",
+        "lasso_inner_dim",
+        "cls_weight",
+        "ratio_weight",
+        "cls_distill_weight",
+        "token_distill_weight",
+        "k_neighbors",
+        "equal_weight",
+        "cluster_iters",
+        "sinkhorn_eps",
+        "heuristic_pattern",
+        "min_radius",
+        "not_contiguous",
+        "dyvit_distill",
+        "debugging",
+    ]
 )
 
 _PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head

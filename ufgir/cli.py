@@ -21,10 +21,11 @@ from transformers import AutoImageProcessor
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.cache_clca import recovery_layers
-from clca.configuration_clca import check_config
+from clca.configuration_clca import HEADS, check_config
 
 from .arguments import one_sentence
 from .original_files import REPORT, convert_file, convert_folder, read_class_names
+from .pretrained import convert_pretrained
 from .profiling import count_macs, dense_config
 from .timm_architectures import select_architectures
 from .visualization import kept_patches_image
@@ -91,16 +92,22 @@ def make_parser() -> argparse.ArgumentParser:
     pretrained.add_argument("--json", action="store_true", help="a list of objects, with the whole configuration")
     pretrained.set_defaults(run=run_pretrained, command=pretrained)
 
-    text = "turn checkpoint files of the original code into model folders for transformers"
+    text = "turn a pretrained ViT, or checkpoint files of the original code, into model folders"
     convert = commands.add_parser("convert", help=text, description=text.capitalize() + ".", allow_abbrev=False)
-    convert.add_argument("source", metavar="FILE_OR_FOLDER", help="a .pth file, or a folder that is searched for them")
+    convert.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="model of transformers or timm: folder or Hub repository, or with --architecture a file of weights; "
+        "of the original code: a .pth file, or a folder that is searched for them",
+    )
+    convert.add_argument("--architecture", metavar="NAME", help="timm's name, see `ufgir pretrained`")
     convert.add_argument("--output", required=True, metavar="DIR", help="model folder, or folder for such folders")
     convert.add_argument(
         "--class-names", metavar="FILE", help="CSV of class_id,class_name, or one name a line; or a folder"
     )
-    convert.add_argument("--image-size", type=int, metavar="N", help="resample the weights for images of N x N pixels")
-    convert.add_argument("--num-attention-heads", type=int, metavar="N", help="where the model's name does not tell")
     convert.add_argument("--overwrite", action="store_true", help="replace folders that an earlier conversion made")
+    _add_reduction_options(convert)
+    _add_network_options(convert)
     convert.set_defaults(run=run_convert, command=convert)
     return parser
 
@@ -119,7 +126,7 @@ def _add_network_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--clca", action="store_true", help="cross-layer cache with one CLR, and the CLA head")
     group.add_argument("--cross-layer-cache", action=argparse.BooleanOptionalAction, default=None)
     group.add_argument("--num-clr-tokens", type=int, metavar="N")
-    group.add_argument("--head", help="linear, cla, ifa")
+    group.add_argument("--head", help=", ".join(HEADS))
     for name in (
         "image-size",
         "patch-size",
@@ -144,6 +151,7 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a configuration that were set on the command line."""
     values = dict(CLCA) if getattr(args, "clca", False) else {}
     not_fields = {"model", "images", "output", "side", "paper", "clca", "run", "command"}
+    not_fields |= {"source", "architecture", "class_names", "overwrite"}
     values |= {k: v for k, v in vars(args).items() if k not in not_fields and v is not None}
     if values.get("reduction") == "none":
         values |= {"reduction": None, "reduction_kwargs": None}
@@ -327,11 +335,19 @@ def open_image(file: str) -> Image.Image:
 
 def run_convert(args: argparse.Namespace) -> tuple[str, int]:
     """`ufgir convert`: writes one model folder, or one for each file that can be converted; status 1 if one cannot."""
-    source, output = Path(args.source), Path(args.output)
-    if not source.exists():
-        raise ValueError(f"there is no file or folder {source}.")
-    options = {"image_size": args.image_size, "num_attention_heads": args.num_attention_heads}
+    source, output, values = Path(args.source), Path(args.output), config_values(args)
+    weights_of_others = source.suffix in (".safetensors", ".bin") or (source / "config.json").exists()
+    original = args.architecture is None and source.exists() and not weights_of_others
+    if not original:
+        if args.class_names is not None:
+            raise ValueError("`--class-names` is for checkpoints of the original code.")
+        convert_pretrained(args.source, output, args.architecture, args.overwrite, **values)
+        return f"wrote {output}", 0
+    options = {name: values.pop(name, None) for name in ("image_size", "num_attention_heads")}
     options["overwrite"] = args.overwrite
+    if values:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
+        raise ValueError(f"{names}: a checkpoint of the original code tells this itself.")
     class_names = None if args.class_names is None else read_class_names(args.class_names)
     if source.is_dir():
         outcome = convert_folder(source, output, class_names, **options)

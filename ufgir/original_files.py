@@ -14,8 +14,6 @@ import logging
 import math
 import os
 import re
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ from clca.reductions_clca import get_reduction
 from .arguments import one_sentence
 from .checkpoints import convert_original_state, original_config
 from .filling import common_dtype, fill_model
+from .folders import new_folder
 from .model_card import describe_model, write_text_atomically
 from .resample import resample_weights
 from .timm_architectures import Architecture, find_architecture
@@ -554,7 +553,7 @@ def convert_file(
             )
         model.config.id2label = dict(enumerate(class_names))
         model.config.label2id = {name: index for index, name in enumerate(class_names)}
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         model.save_pretrained(folder)
         _image_processor(file, model.config.image_size).save_pretrained(folder)
         write_text_atomically(folder / "README.md", _card(file, model, output.name))
@@ -660,32 +659,6 @@ def _is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bo
     if not overwrite:
         raise ValueError(f"`output` {output} was made of another file or with other options: set `overwrite`.")
     return False
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the place of `target` when the block ends, and vanishes if it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes a folder that only its owner may read
-        if target.is_dir() and any(target.iterdir()):
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old"))
-            os.replace(target, old)
-            try:
-                os.replace(temporary, target)
-            except BaseException:
-                os.replace(old, target)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _image_processor(file: OriginalFile, image_size: int) -> Any:

@@ -43,6 +43,8 @@ class Teacher:
     def _final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens normalised as the teacher's head sees them: the student's are, too."""
         for name, module in self.model.named_modules():
-            if name.rsplit(".", 1)[-1] in ("layernorm", "post_layernorm") and not re.search(r"\.\d+\.", name):
+            if name.rsplit(".", 1)[-1] in ("layernorm", "post_layernorm") and not re.search(
+                r"\.\d+\.|embeddings", name
+            ):
                 return module(tokens)
         return tokens

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
+from transformers.trainer import hf_api
 from transformers.trainer_utils import get_last_checkpoint
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
@@ -42,6 +43,13 @@ class UFGIRTrainer(transformers.Trainer):
         """Batches of all test images."""
         with self._keeping_last_batch():
             return super().get_test_dataloader(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Also make the branch that `hub_revision` names: an upload to one that is missing fails."""
+        super().init_hf_repo(token, private)
+        if self.args.hub_revision is not None and self.is_world_process_zero():
+            token = token if token is not None else self.args.hub_token
+            hf_api().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `ufgir.model_card.write_model_card` writes README.md, a push must not replace it."""

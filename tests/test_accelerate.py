@@ -1,0 +1,234 @@
+"""accelerate: models loaded in lower precision, without memory for two copies, or with a part left on the disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import (
+    dispatch_model,
+    infer_auto_device_map,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+)
+from accelerate.utils import compute_module_sizes
+from torch import nn
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from tests.helpers import CACHES, METHODS, images, tiny_model
+
+
+CLCA = CACHES["clca"]
+# By method, and by head and backbone: parameters that sit directly on some module, or are used outside its forward.
+VARIANTS: dict[str, dict[str, Any]] = {
+    str(method): CLCA | ({"reduction": method, "keep_rate": 0.5} if method else {}) for method in METHODS
+} | {
+    "ifa": {"reduction": "topk", "keep_rate": 0.5, "head": "ifa"},
+    "h2t": {"reduction": "evit", "keep_rate": 0.5, "head": "h2t", "num_register_tokens": 2},
+    "vqt": {"reduction": "evit", "keep_rate": 0.5, "head": "vqt", "cross_layer_cache": True},
+    "vqt_slicing": {"head": "vqt", "vqt_original_slicing": True},
+    "scaled": {"layerscale_value": 0.1, "pre_norm": True, "use_qk_norm": True, "use_swiglu_ffn": True},
+    "map": {"reduction": "tome", "keep_rate": 0.5, "use_class_token": False, "pooling": "map"},
+}
+
+
+def make(variant: str) -> CLCAViTForImageClassification:
+    return tiny_model(**VARIANTS[variant]).float()
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(images().float()).logits
+
+
+def device_map(model: CLCAViTForImageClassification, *on_disk: str) -> dict[str, str]:
+    """Every module below `vit` on the CPU but those named, which stay on the disk."""
+    modules = [f"vit.{name}" for name, _ in model.vit.named_children() if name != "layers"]
+    modules += [f"vit.layers.{i}" for i in range(len(model.vit.layers))] + ["classifier"]
+    assert set(on_disk) <= set(modules)
+    return {name: "disk" if name in on_disk else "cpu" for name in modules}
+
+
+def stays_on_disk(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold no data between forwards."""
+    return {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_on_the_disk(variant: str, tmp_path: Path) -> None:
+    """`from_pretrained(device_map=...)` with three layers on the disk, stages among them: equal logits, twice, and nothing of
+    those layers stays in memory."""
+    model = make(variant)
+    model.save_pretrained(tmp_path / "model")
+    placed = device_map(model, "vit.layers.0", "vit.layers.1", "vit.layers.2")
+    offloaded = CLCAViTForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=placed, offload_folder=tmp_path / "disk"
+    )
+    assert offloaded.hf_device_map == placed
+    on_disk = {
+        name for name, _ in model.named_parameters() if name.startswith(tuple(f"vit.layers.{i}." for i in (0, 1, 2)))
+    }
+    for _ in range(2):
+        assert torch.equal(logits_of(offloaded), logits_of(model))
+        assert stays_on_disk(offloaded) >= on_disk
+
+
+@pytest.mark.parametrize("variant", ["evit", "tome", "dpcknn", "sinkhorn", "vqt", "map"])
+def test_everything_on_the_disk(variant: str, tmp_path: Path) -> None:
+    """Embeddings, final norm, pooling and head as well: equal logits, and the whole can be saved again."""
+    model = make(variant)
+    model.save_pretrained(tmp_path / "model")
+    placed = dict.fromkeys(device_map(model), "disk")
+    offloaded = CLCAViTForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=placed, offload_folder=tmp_path / "disk"
+    )
+    assert torch.equal(logits_of(offloaded), logits_of(model))
+    assert stays_on_disk(offloaded) == set(dict(model.named_parameters()))
+    offloaded.save_pretrained(tmp_path / "again")
+    again = CLCAViTForImageClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_assignments_of_an_offloaded_model(tmp_path: Path) -> None:
+    """What a model reports beside its logits is the same."""
+    model = make("dpcknn")
+    model.save_pretrained(tmp_path / "model")
+    offloaded = CLCAViTForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=device_map(model, "vit.layers.1"), offload_folder=tmp_path / "disk"
+    )
+    outputs = []
+    for one in (model, offloaded.eval()):
+        with torch.no_grad():
+            outputs.append(one(images().float(), output_assignments=True, output_hidden_states=True))
+    assert outputs[0].token_counts == outputs[1].token_counts
+    for name in ("assignments", "hidden_states"):
+        assert all(map(torch.equal, *(output[name] for output in outputs)))
+
+
+@pytest.mark.parametrize("variant", ["evit", "tome", "dpcknn", "dyvit", "vqt"])
+def test_no_layer_is_split(variant: str) -> None:
+    """An automatic device map cuts between layers and never through one, nor through the embeddings."""
+    model = make(variant)
+    sizes = compute_module_sizes(model)
+    layer = max(size for name, size in sizes.items() if name.count(".") == 2 and name.startswith("vit.layers."))
+    budget = {0: int(2.5 * layer) + sizes["vit.embeddings"], "cpu": int(1.5 * layer), "disk": 10**9}
+    placed = infer_auto_device_map(model, max_memory=budget, no_split_module_classes=model._no_split_modules)
+    assert len(set(placed.values())) > 1
+    whole = {"vit.embeddings", *(f"vit.layers.{i}" for i in range(len(model.vit.layers)))}
+    for name in placed:
+        assert name in {*whole, "vit", "vit.layers"} or not name.startswith(("vit.embeddings", "vit.layers")), name
+
+
+def test_modules_that_must_not_be_split_cover_every_layer() -> None:
+    """Subclasses of the layer, too: accelerate compares class names."""
+    for variant in VARIANTS:
+        model = make(variant)
+        assert all(type(layer).__name__ in model._no_split_modules for layer in model.vit.layers), variant
+        assert type(model.vit.embeddings).__name__ in model._no_split_modules
+
+
+def test_dispatch_of_a_model_in_memory(tmp_path: Path) -> None:
+    """accelerate's own function on a model that was never saved."""
+    model = make("evit")
+    expected = logits_of(model)
+    dispatched = dispatch_model(
+        model, device_map(model, "vit.layers.1", "classifier"), main_device="cpu", offload_dir=tmp_path / "disk"
+    )
+    assert torch.equal(logits_of(dispatched), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_empty_weights(variant: str, tmp_path: Path) -> None:
+    """Built without memory, then filled from a file: no step needs values of parameters or buffers."""
+    model = make(variant)
+    model.save_pretrained(tmp_path)
+    with init_empty_weights(include_buffers=False):
+        empty = CLCAViTForImageClassification(model.config)
+    assert stays_on_disk(empty) == set(dict(model.named_parameters()))
+    load_checkpoint_in_model(empty, tmp_path, device_map={"": "cpu"}, strict=True)
+    assert torch.equal(logits_of(empty), logits_of(model))
+
+
+def test_load_and_dispatch(tmp_path: Path) -> None:
+    """accelerate's way to load: empty weights, a checkpoint, a device map with a part on the disk."""
+    model = make("tome")
+    model.save_pretrained(tmp_path / "model")
+    with init_empty_weights(include_buffers=False):
+        empty = CLCAViTForImageClassification(model.config)
+    loaded = load_checkpoint_and_dispatch(
+        empty,
+        tmp_path / "model",
+        device_map=device_map(model, "vit.layers.2", "vit.layernorm"),
+        offload_folder=tmp_path / "disk",
+        strict=True,
+    )
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from_pretrained` builds the model on the meta device and never initialises what the file holds."""
+    model = make("dyvit")
+    model.save_pretrained(tmp_path)
+    devices = []
+    original = CLCAViTForImageClassification.__init__
+
+    def spy(self: CLCAViTForImageClassification, config: CLCAViTConfig) -> None:
+        original(self, config)
+        devices.extend(parameter.device.type for parameter in self.parameters())
+
+    monkeypatch.setattr(CLCAViTForImageClassification, "__init__", spy)
+    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
+    assert set(devices) == {"meta"}
+    assert not stays_on_disk(loaded)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16(variant: str, tmp_path: Path) -> None:
+    """`dtype=torch.bfloat16`: every parameter is, the logits are near the float32 ones, and the model saves and reloads as it
+    is; float32 pixels are welcome."""
+    model = make(variant)
+    model.save_pretrained(tmp_path / "model")
+    half = CLCAViTForImageClassification.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    logits = logits_of(half)
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+    half.save_pretrained(tmp_path / "again")
+    again = CLCAViTForImageClassification.from_pretrained(tmp_path / "again", dtype="auto")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits_of(again), logits)
+
+
+def test_bfloat16_without_reduction_is_near(tmp_path: Path) -> None:
+    """Without a discrete choice of tokens, bfloat16 costs what its eight bits cost."""
+    model = tiny_model(**CLCA, initializer_range=0.02).float()
+    model.save_pretrained(tmp_path)
+    half = CLCAViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = logits_of(model)
+    assert (logits_of(half).float() - expected).abs().max() <= 0.05 * max(1.0, float(expected.abs().max()))
+
+
+def test_bfloat16_on_the_disk(tmp_path: Path) -> None:
+    """Both at once."""
+    model = make("evit")
+    model.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    half = CLCAViTForImageClassification.from_pretrained(tmp_path / "model", **options)
+    placed = device_map(model, "vit.layers.1", "vit.layers.2")
+    offloaded = CLCAViTForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=placed, offload_folder=tmp_path / "disk", **options
+    )
+    assert torch.equal(logits_of(offloaded), logits_of(half))
+
+
+def test_sharded_files(tmp_path: Path) -> None:
+    """Weights in several files load, also with a part on the disk."""
+    model = make("dpcknn")
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    assert torch.equal(logits_of(CLCAViTForImageClassification.from_pretrained(tmp_path / "model")), logits_of(model))
+    offloaded = CLCAViTForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=device_map(model, "vit.layers.1"), offload_folder=tmp_path / "disk"
+    )
+    assert torch.equal(logits_of(offloaded), logits_of(model))
