@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCHAO := $(VENV)/torchao
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test hf-tests style quality clean
@@ -17,7 +18,8 @@ help:  ## print this list
 demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
 
-test: quality  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
+test: quality $(TORCHAO)  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
+	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
@@ -35,6 +37,11 @@ style: $(READY)  ## repair what of the style can be repaired
 clean:  ## delete caches and builds; the environment and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hf_tests
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Apart from the rest: where torchao is installed, every import of transformers' Trainer complains about its GPU kernels.
+$(TORCHAO): $(READY)
+	@rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $@ torchao
 
 # The environment is complete if this file is newer than all that says what belongs into it.
 $(READY): setup.cfg pyproject.toml constraints.txt

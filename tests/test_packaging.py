@@ -53,7 +53,7 @@ def run_python(*arguments, cwd, **environment):
 def test_python_blocks_of_the_readme_run(tmp_path):
     """All of them, one after the other in one program. The checkpoints they name are tiny ones in the current folder."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     size = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     stock = tmp_path / "google" / "vit-base-patch16-224-in21k"
     ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(stock)
@@ -76,7 +76,7 @@ def test_commands_of_the_readme_name_what_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make ([\w-]+)", commands):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
-    for file in re.findall(r"recipes/\S+|\w+\.py", commands + makefile):
+    for file in re.findall(r"recipes/\S+|[\w/]+\.py", commands + makefile):
         assert (ROOT / file).is_file()
 
 
