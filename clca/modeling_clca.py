@@ -9,6 +9,7 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import ClassVar, Unpack
 
@@ -63,6 +64,10 @@ register_checkpoint_conversion_mapping(
     [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
     overwrite=True,
 )
+
+
+# What transformers' own forwards take beside their arguments; anything else is a mistake of the caller.
+_FORWARD_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
 
 
 @dataclass
@@ -587,6 +592,11 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             raise ValueError("`pixel_values` must be given.")
         if kwargs.pop("attention_mask", None) is not None:
             raise ValueError("`attention_mask` is not supported: rows are reordered by reductions. Leave it out.")
+        unknown = [name for name in kwargs if name not in _FORWARD_OPTIONS]
+        if unknown:
+            close = get_close_matches(unknown[0], ["output_assignments", *_FORWARD_OPTIONS], n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"`{unknown[0]}` is no argument of this model's forward.{hint}")
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
 
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)

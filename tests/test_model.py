@@ -773,6 +773,12 @@ def test_wrong_pixels_are_refused(pixels: torch.Tensor | None, options: dict[str
         tiny_model()(pixels, **options)
 
 
+def test_an_unknown_argument_is_refused() -> None:
+    """It would vanish among the options of the attention kernel otherwise."""
+    with pytest.raises(ValueError, match="Did you mean `output_assignments`"):
+        tiny_model()(images(), output_assigments=True)
+
+
 def test_an_attention_mask_is_refused() -> None:
     """Tokens move, a mask over positions cannot follow them."""
     with pytest.raises(ValueError, match="`attention_mask`"):
