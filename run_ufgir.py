@@ -93,7 +93,7 @@ class ModelArguments:
     num_register_tokens: int | None = option("register tokens, as DINOv2 [0]")
     prefix_position_embeddings: bool | None = switch("CLS, registers and CLR have position embeddings [true]")
     use_class_token: bool | None = switch("the sequence begins with CLS [true]")
-    pooling: str | None = option("what a linear head reads: cls, mean or map [cls]")
+    pooling: str | None = option("what a linear head reads: cls, mean, normed_mean or map [cls]")
     use_qk_norm: bool | None = switch("LayerNorm on queries and keys [false]")
     use_swiglu_ffn: bool | None = switch("SwiGLU in the MLP [false]")
 
@@ -160,6 +160,9 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (transformers' TrainingArguments)"
 
     output_dir: str = option("folder for checkpoints, the model, its card and predictions", "outputs/ufgir")
+    do_train: bool = option("train on the training images", False)
+    do_eval: bool = option("evaluate on the validation images", False)
+    do_predict: bool = option("evaluate on the test images and write the predictions", False)
     overwrite_output_dir: bool = option("delete checkpoints found in output_dir and start over", False)
     per_device_train_batch_size: int = option("training images a step and device", 32)
     per_device_eval_batch_size: int = option("evaluation images a step and device", 64)
@@ -212,7 +215,10 @@ def load_data(data_args: DataArguments, args: TrainingArguments, synthetic_size:
     else:
         options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
         options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
-    data = dict(load_ufgir_dataset(data_args.dataset, **options))
+    try:
+        data = dict(load_ufgir_dataset(data_args.dataset, **options))
+    except ValueError as error:
+        raise ValueError(str(error).replace("`name_or_path`", "`dataset`")) from error
     if data_args.train_on_trainval and {"train", "validation"} <= set(data):
         data["train"] = concatenate_datasets([data["train"], data.pop("validation")])
     evaluates = args.do_eval and not args.do_train

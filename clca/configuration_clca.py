@@ -236,11 +236,23 @@ class CLCAViTConfig(ViTConfig):
         check_config(self)
 
     @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Contents of a config.json. Those of a stock ViT or DeiT pass for ours, which they are meant to: transformers would
+        warn of another model type at every load."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") in ("vit", "deit"):
+            registers = (
+                {"num_register_tokens": 1} if config_dict["model_type"] == "deit" else {}
+            )  # the distillation token
+            config_dict = registers | config_dict | {"model_type": cls.model_type}
+        return config_dict, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
         a file written by a newer or another code must load, a typing error in a constructor call must not."""
         model_type = config_dict.get("model_type")
-        if model_type not in (None, "", cls.model_type, "vit", "deit"):
+        if model_type not in (None, "", cls.model_type):
             raise ValueError(
                 f"`model_type` {model_type!r} is not that of a ViT, DeiT or CLCA ViT. If it is another kind of ViT, convert it "
                 "with `ufgir.from_transformers.load_transformers`."
@@ -254,8 +266,6 @@ class CLCAViTConfig(ViTConfig):
         switched = "reduction" in kwargs and kwargs["reduction"] != config_dict.get("reduction")
         if switched and "reduction_kwargs" not in kwargs:
             config_dict.pop("reduction_kwargs", None)
-        if model_type == "deit":
-            config_dict = {"num_register_tokens": 1} | config_dict  # its distillation token
         known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS | _LEGACY_KEYS
         unknown = sorted(set(config_dict) - known)
         if unknown:

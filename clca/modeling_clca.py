@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTMLP, ViTModel, ViTPreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -49,6 +50,8 @@ from .loss_clca import classification_loss, group_lasso
 from .reduction_base import AttentionContext, LossInputs, TokenReduction, TokenState, attention_softmax, gather_rows
 from .reductions_clca import get_reduction, initial_state
 
+
+logger = logging.get_logger(__name__)
 
 # Stock ViT files hold other key names than the model in memory, and transformers converts them for its own classes only.
 # The mapping serves loading alone: `save_pretrained` below writes the names of the memory, which load without conversion
@@ -488,6 +491,12 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
         write key names that Trainer cannot resume from. Both classes are announced, so that either Auto class loads it."""
+        method = get_reduction(self.config.reduction)
+        if method.__module__.rpartition(".")[0] != __name__.rpartition(".")[0]:
+            logger.warning(
+                "The code of `reduction`=%r is not saved with the model: whoever loads it must register the method first.",
+                self.config.reduction,
+            )
         if self._auto_class is not None:
             classes = {"AutoModel": CLCAViTModel, "AutoModelForImageClassification": CLCAViTForImageClassification}
             auto_map = {auto: f"modeling_clca.{cls.__name__}" for auto, cls in classes.items()}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from clca import CLCAViTForImageClassification
 from ufgir import checkpoints, cli, from_timm
-from ufgir.from_timm import load_timm, read_architecture, timm_image_processor
+from ufgir.from_timm import load_timm, read_architecture, timm_image_processor, to_timm_names
 from ufgir.timm_architectures import ARCHITECTURES, FAMILIES, find_architecture, select_architectures
 
 
@@ -460,3 +460,40 @@ def test_command_with_a_name_that_is_not_there(capsys):
         cli.main(["pretrained", "deit5_base_patch16_224"])
     assert stopped.value.code == 2
     assert "Did you mean deit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", [[1], torch.zeros(2), {0: torch.zeros(2)}, {"a": 1}])
+def test_weights_that_are_none(weights):
+    with pytest.raises(ValueError, match=r"`state_dict`|`source`"):
+        load_timm(weights, VIT) if isinstance(weights, dict) else to_timm_names(weights)
+
+
+def test_weights_outside_of_a_prefix_are_named():
+    state, _, spec = read("vit")
+    wrapped = {f"backbone.{key}": tensor for key, tensor in state.items()}
+    load_timm(wrapped | {"momentum_encoder.norm.weight": torch.zeros(1)}, spec["architecture"], **spec["config"])
+    with pytest.raises(ValueError, match=r"adapter\.weight"):
+        load_timm(wrapped | {"adapter.weight": torch.zeros(1)}, spec["architecture"], **spec["config"])
+
+
+def test_a_square_table_is_not_taken_for_another_grid_of_as_many_patches():
+    """4 x 4 positions for 2 x 8 patches are resampled, not read in another order."""
+    state, _, spec = read("vit")
+    square = load_timm(state, spec["architecture"], **spec["config"])
+    size, patch = square.config.image_size, square.config.patch_size
+    if square.config.image_grid[0] != 4:
+        pytest.skip("the golden file has another grid")
+    wide = load_timm(
+        state, spec["architecture"], **spec["config"] | {"image_size": [size // 2, size * 2], "patch_size": patch}
+    )
+    tables = [m.vit.embeddings.position_embeddings for m in (square, wide)]
+    assert tables[0].shape == tables[1].shape and not torch.allclose(*tables)
+
+
+@pytest.mark.parametrize(
+    "contents", ["3", "[]", '{"architecture": 5}', '{"architecture": "vit_tiny_patch16_224", "model_args": 3}']
+)
+def test_a_config_that_is_none(contents, tmp_path):
+    (tmp_path / "config.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_timm(tmp_path)

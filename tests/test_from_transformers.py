@@ -219,7 +219,7 @@ def test_a_saved_folder_gives_what_the_live_model_gives(name, tmp_path):
     assert {k: v for k, v in ours.items() if ours[k] != theirs[k]} == {}
 
 
-@pytest.mark.parametrize("name", ["vit-classifier", "deit-classifier"])
+@pytest.mark.parametrize("name", ["vit-classifier", "deit-classifier", "ijepa-classifier"])
 def test_logits_and_class_names_of_a_classifier_stay(name):
     source = make_source(name)
     source.config.id2label = {i: f"leaf {i}" for i in range(5)}
@@ -253,7 +253,10 @@ def test_deit_with_a_teacher_keeps_the_classifier_on_cls(caplog):
         torch.testing.assert_close(model(pixels).logits, source(pixels).cls_logits, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name.endswith("classifier") and "it-" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in SOURCES if name.endswith("classifier") and not name.startswith(("vit-", "deit-", "ijepa-"))],
+)
 def test_a_classifier_of_other_features_is_left_behind_with_a_warning(name, caplog):
     with caplog.at_level(logging.WARNING, logger="ufgir"):
         model = load_transformers(make_source(name))
@@ -560,3 +563,20 @@ def test_from_pretrained_sends_other_families_to_the_converter(tmp_path: Path) -
     folder = save(make_source("dinov2"), tmp_path)
     with pytest.raises(ValueError, match="load_transformers"):
         CLCAViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("contents", ["{", "3", '{"image_mean": "x"}', '{"image_mean": [0.5], "image_std": [0.5]}'])
+def test_a_damaged_image_processor_is_no_absent_one(contents: str, tmp_path: Path) -> None:
+    """ImageNet's statistics in its place would be wrong without a word."""
+    folder = save(make_source("clip_vision_model" if "clip_vision_model" in SOURCES else FIRST[0]), tmp_path)
+    load_transformers_processor(folder)
+    (folder / "preprocessor_config.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
+        load_transformers_processor(folder)
+
+
+@pytest.mark.parametrize("contents", ["3", "[1]", "null", '{"model_type": ["a"]}', '{"model_type": 5}'])
+def test_a_config_that_is_none(contents: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_transformers(tmp_path)

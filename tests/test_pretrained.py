@@ -144,6 +144,17 @@ def test_what_is_there_is_not_replaced(dinov2: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "config.json").read_text())["reduction"] == "topk"
 
 
+def test_a_trained_model_is_never_replaced(dinov2: Path, tmp_path: Path) -> None:
+    """`--overwrite` is for what a conversion made, not for any model folder."""
+    output = tmp_path / "trained"
+    assert main(["convert", str(dinov2), "--output", str(output)]) == 0
+    (output / "conversion.json").unlink()
+    (output / "checkpoint-5").mkdir()
+    with pytest.raises(SystemExit):
+        main(["convert", str(dinov2), "--output", str(output), "--overwrite"])
+    assert (output / "checkpoint-5").exists()
+
+
 def test_options_that_an_original_checkpoint_tells_itself(tmp_path: Path) -> None:
     file = tmp_path / "run.pth"
     torch.save({}, file)

@@ -412,7 +412,10 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     register_reduction(EverySecond)
     register_reduction(EverySecond)  # the same again, as when a notebook cell runs twice
     model = tiny_model(reduction="every_second", keep_rate=0.5, reduction_kwargs={"step": 3}, **CLCA)
+    warnings = []
+    monkeypatch.setattr("clca.modeling_clca.logger.warning", lambda text, *args: warnings.append(text % args))
     model.save_pretrained(tmp_path)
+    assert "'every_second' is not saved" in warnings[0]
     loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded(images()).logits, model(images()).logits)
     monkeypatch.undo()

@@ -338,6 +338,8 @@ def run_convert(args: argparse.Namespace) -> tuple[str, int]:
     source, output, values = Path(args.source), Path(args.output), config_values(args)
     weights_of_others = source.suffix in (".safetensors", ".bin") or (source / "config.json").exists()
     original = args.architecture is None and source.exists() and not weights_of_others
+    if not source.exists() and args.source.startswith(("/", ".", "~")) | args.source.endswith("/"):
+        raise ValueError(f"there is no file or folder {args.source}.")
     if not source.exists() and source.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise ValueError(f"there is no file or folder {source}.")
     if not original:

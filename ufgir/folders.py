@@ -1,11 +1,33 @@
 """Folders that appear complete or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+MARKER = "conversion.json"  # in a converted folder: what it was made of
+
+
+def is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether `output` is a conversion of the same file; ValueError if it is anything else and may not be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    try:
+        found = json.loads((output / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`output` {output} exists and was not made by a conversion: choose another place."
+        ) from error
+    if found == made_of and not overwrite:
+        return True
+    if not overwrite:
+        raise ValueError(f"`output` {output} was made of another file or with other options: set `overwrite`.")
+    return False
 
 
 @contextmanager

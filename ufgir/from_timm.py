@@ -47,6 +47,12 @@ _LEFT_OUT = (
     (r"head_dist\..*", "reads the distillation token: the logits are those of the class token's head"),
 )
 
+# What stands beside an encoder with a prefix: the other tower of CLIP, the other network of MoCo and DINO, heads of pretraining.
+_OTHER_PARTS = (
+    r"(text|token_embedding|positional_embedding|text_projection|ln_final|transformer\.|logit_(scale|bias)|attn_mask|visual\."
+    r"|momentum_encoder|predictor|queue|decoder|mask_token|head|fc\.|projector|teacher|student|center|dino_|ibot_)"
+)
+
 # OpenAI's CLIP -> timm, without the prefix `visual.`.
 _OPENAI_KEYS = (
     (r"conv1\.weight", "patch_embed.proj.weight"),
@@ -189,14 +195,13 @@ def read_architecture(source: str | Path, revision: str | None = None) -> Archit
     Raises:
         ValueError: there is none, or it is not one of `ufgir.timm_architectures`.
     """
-    return _described(_read_config(source, revision), source)[0]
+    return _read_description(source, revision)[0]
 
 
 def is_timm_source(source: str | Path) -> bool:
-    """Whether a local folder holds timm's config.json."""
-    file = Path(source) / "config.json"
+    """Whether a local folder, or a Hub repository, holds timm's config.json."""
     try:
-        return "architecture" in json.loads(file.read_text(encoding="utf-8"))
+        return "architecture" in _read_config(source, None)
     except (OSError, ValueError):
         return False
 
@@ -218,7 +223,7 @@ def read_source(
         return TimmSource(source if isinstance(source, Mapping) else _read_weights(Path(source)), known)
     labels = None
     if known is None:
-        known, labels = _described(_read_config(source, revision), source)
+        known, labels = _read_description(source, revision)
     for name in WEIGHT_FILES:
         file = _find_file(source, name, revision)
         if file is not None:
@@ -248,9 +253,20 @@ def _read_config(source: str | Path, revision: str | None) -> dict[str, Any]:
             f"`source` {source} is no folder or Hub repository with a config.json: check its name, or give `architecture`."
         )
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"`source` {source}: its config.json cannot be read.") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"`source` {source}: its config.json is no object of names and values.")
+    return data
+
+
+def _read_description(source: str | Path, revision: str | None) -> tuple[Architecture, Sequence[str] | None]:
+    data = _read_config(source, revision)
+    try:
+        return _described(data, source)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"`source` {source}: its config.json has a value of the wrong kind: {error}.") from error
 
 
 def _described(data: Mapping[str, Any], source: str | Path) -> tuple[Architecture, Sequence[str] | None]:
@@ -327,6 +343,8 @@ def to_timm_names(state_dict: Mapping[str, Any]) -> State:
         ValueError: no tensors in it.
     """
     state = state_dict
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"`state_dict` must map names to tensors, got {type(state).__name__}.")
     while inner := next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None):
         state = inner
     state = {key: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
@@ -334,6 +352,11 @@ def to_timm_names(state_dict: Mapping[str, Any]) -> State:
         inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
         if prefix == "visual.trunk." and "visual.head.proj.weight" in state:
             inside |= _without_bias(state["visual.head.proj.weight"])
+        outside = [key for key in state if not key.startswith(prefix)] if inside else []
+        if strange := [key for key in outside if not re.match(_OTHER_PARTS, key)]:
+            raise ValueError(
+                f"`state_dict` holds weights outside of {prefix}* with no place: {', '.join(strange[:12])}."
+            )
         state = inside or state
     if not state:
         raise ValueError("`state_dict` holds no tensors.")
@@ -442,7 +465,7 @@ def _saved_config(weights: State, architecture: Architecture, wanted: CLCAViTCon
     patch = tuple(projection.shape[-2:])
     count = positions.shape[1] - wanted.num_prefix_tokens * wanted.prefix_position_embeddings
     size, root = as_pair(architecture.image_size), math.isqrt(max(count, 0))
-    for rows, columns in ((size[0] // patch[0], size[1] // patch[1]), wanted.image_grid, (root, root)):
+    for rows, columns in ((size[0] // patch[0], size[1] // patch[1]), (root, root), wanted.image_grid):
         if rows * columns == count > 0:
             sizes = {"image_size": [rows * patch[0], columns * patch[1]], "patch_size": list(patch)}
             return CLCAViTConfig(**options, **sizes)

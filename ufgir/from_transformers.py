@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel, ViTImageProcessorPil
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.hub import cached_file
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
@@ -138,7 +139,7 @@ def _deit_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _ijepa_config(config: PreTrainedConfig) -> dict[str, Any]:
-    return _vit_config(config) | {"use_class_token": False, "pooling": "mean"}
+    return _vit_config(config) | {"use_class_token": False, "pooling": "normed_mean"}
 
 
 def _dinov2_config(config: PreTrainedConfig) -> dict[str, Any]:
@@ -211,7 +212,7 @@ FAMILIES: dict[str, Family] = {
     "siglip": _two_towers(_SIGLIP_VISION, "SiglipModel", "SiglipForImageClassification"),
     "siglip_vision_model": _SIGLIP_VISION,
     "vit_mae": Family(_vit_config, _VIT, ("ViTMAEModel", "ViTMAEForPreTraining"), "vit."),
-    "ijepa": Family(_ijepa_config, _VIT, ("IJepaModel", "IJepaForImageClassification"), "ijepa."),
+    "ijepa": Family(_ijepa_config, _VIT, ("IJepaModel", "IJepaForImageClassification"), "ijepa.", linear=True),
 }
 
 
@@ -226,7 +227,7 @@ def load_transformers(
 
     What is new to the source starts as our model starts it: CLR tokens (as copies of CLS) and their positions, parameters
     of the reduction, and the classifier, unless a ViT's or DeiT's fits. Of a `DeiTForImageClassificationWithTeacher`, the
-    classifier on CLS is taken. DINOv2, CLIP, SigLIP and I-JEPA classify other features than our heads read, so a classifier
+    classifier on CLS is taken. DINOv2, CLIP and SigLIP classify other features than our heads read, so a classifier
     of theirs is left behind with a warning. ViT-MAE's fixed position embeddings become parameters as others are.
 
     Args:
@@ -326,7 +327,17 @@ def load_transformers_processor(
             saved = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
         except ValueError:  # old files name classes that are gone; what they hold is ViT's
             saved = ViTImageProcessorPil.from_pretrained(source, revision=revision)
-    except (OSError, ValueError):
+        statistics = [*saved.image_mean, *saved.image_std]
+        if len(statistics) != 6 or not all(isinstance(value, int | float) for value in statistics):
+            raise ValueError(f"mean and deviation must be three numbers each, got {statistics}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        file = cached_file(
+            source, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        if file is not None:
+            raise ValueError(
+                f"`source` {source} has an invalid preprocessor_config.json: {_one_line(error)}"
+            ) from error
         logger.warning("%s has no image processor: ImageNet's mean and deviation are used", source)
         saved = make_image_processor(max(height, width))
     size, crop = dict(saved.size), dict(saved.crop_size) if saved.do_center_crop else None
@@ -381,8 +392,10 @@ def _read_config(source: str | Path, revision: str | None) -> tuple[PreTrainedCo
         raise ValueError(f"`source` {source} is not a folder.")
     try:
         contents, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"`source` {source} has no readable config.json: {_one_line(error)}") from error
+    if not isinstance(contents, dict) or not isinstance(contents.get("model_type"), str | None):
+        raise ValueError(f"`source` {source} has an invalid config.json: it names no `model_type`.")
     family = _family(contents.get("model_type"), source)
     try:
         return CONFIG_MAPPING[contents["model_type"]].from_dict(contents), family

@@ -33,7 +33,7 @@ from clca.reductions_clca import get_reduction
 from .arguments import one_sentence
 from .checkpoints import convert_original_state, original_config
 from .filling import common_dtype, fill_model
-from .folders import new_folder
+from .folders import MARKER, is_made_of, new_folder
 from .model_card import describe_model, write_text_atomically
 from .resample import resample_weights
 from .timm_architectures import Architecture, find_architecture
@@ -64,7 +64,6 @@ _INTEGERS = ("num_clr", "ifa_dws_conv_groups", "num_query_tokens", "k_neighbors"
 _INTEGERS += ("num_classes", "num_heads", "resize_size")
 _REPORTED = ("accuracy", "max_accuracy", "epoch")
 
-MARKER = "conversion.json"  # in a converted folder: what it was made of
 REPORT = "conversion_report.json"
 SUFFIXES = (".pth", ".pt")
 
@@ -539,8 +538,8 @@ def convert_file(
     options = {"image_size": image_size, "num_attention_heads": num_attention_heads, "class_names": None}
     if class_names is not None:
         options["class_names"] = hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest()
-    made_of = {"source": path.name, "bytes": path.stat().st_size, **options}
-    if _is_made_of(output, made_of, overwrite):
+    made_of = {"source": path.name, "bytes": path.stat().st_size, "ends": _fingerprint(path), **options}
+    if is_made_of(output, made_of, overwrite):
         return False
 
     file = read_original_file(path)
@@ -644,21 +643,12 @@ def _names_for(path: Path, class_names: Mapping[str, Sequence[str]]) -> Sequence
     return class_names.get(path.name.partition("_")[0])
 
 
-def _is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `output` is a conversion of the same file; ValueError if it is anything else and may not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    try:
-        found = json.loads((output / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`output` {output} exists and was not made by a conversion: choose another place."
-        ) from error
-    if found == made_of and not overwrite:
-        return True
-    if not overwrite:
-        raise ValueError(f"`output` {output} was made of another file or with other options: set `overwrite`.")
-    return False
+def _fingerprint(path: Path, most: int = 1 << 16) -> str:
+    """Hash of both ends of a file. At its end a checkpoint, which is a zip archive, holds a checksum of every tensor."""
+    with path.open("rb") as file:
+        head = file.read(most)
+        file.seek(max(path.stat().st_size - most, 0))
+        return hashlib.sha256(head + file.read(most)).hexdigest()
 
 
 def _image_processor(file: OriginalFile, image_size: int) -> Any:

@@ -1,11 +1,12 @@
 """Any pretrained ViT, of transformers or of timm, as the folder of a CLCA model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .folders import new_folder
+from .folders import MARKER, is_made_of, new_folder
 from .from_timm import is_timm_source, load_timm, read_architecture, timm_image_processor
 from .from_transformers import load_transformers, load_transformers_processor
 from .model_card import describe_model, on_the_hub, write_text_atomically
@@ -25,20 +26,18 @@ def convert_pretrained(
         source: folder or Hub repository of a model of transformers or timm; or a file of timm's weights.
         output: folder to make; it may exist if it is empty.
         architecture: timm's name of the architecture, for weights without timm's config.json.
-        overwrite: replace a folder that holds a CLCA model.
+        overwrite: replace a folder that another conversion made.
         config: fields of `CLCAViTConfig`, in place of the source's.
 
     Raises:
         ValueError: as `load_timm` and `load_transformers`; or `output` holds something that may not be replaced.
     """
     output = Path(output).resolve()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"`output` {output} is a file.")
-    if output.exists() and any(output.iterdir()):
-        if not overwrite:
-            raise ValueError(f"`output` {output} is not empty: choose another folder, or set `overwrite`.")
-        if not (output / "modeling_clca.py").exists():
-            raise ValueError(f"`output` {output} holds something that is not a CLCA model: choose another folder.")
+    made_of = {"source": str(source), "architecture": architecture, **config}
+    if is_made_of(output, made_of, overwrite) and not overwrite:
+        raise ValueError(
+            f"`output` {output} is already there, made of the same source: set `overwrite` to make it again."
+        )
     if architecture is not None or Path(source).suffix in _WEIGHTS or is_timm_source(source):
         model = load_timm(source, architecture, **config)
         found = find_architecture(architecture) if architecture else read_architecture(source)
@@ -65,6 +64,7 @@ def convert_pretrained(
         processor.save_pretrained(folder)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
         write_text_atomically(folder / "README.md", str(card))
+        write_text_atomically(folder / MARKER, json.dumps(made_of, indent=2) + "\n")
 
 
 _BODY = """# {title}

@@ -83,7 +83,11 @@ def load_pretrained(
             weights = resample_weights(model.state_dict(), as_saved, config)
             attention = model.config._attn_implementation
             model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
-            model.load_state_dict(weights)
+            own = model.state_dict()
+            # Slots of a reduction that the checkpoint did not have were made for its size; they start anew at this one.
+            new = {k for k in weights if ".reduction." in k and saved.get("reduction") != config.reduction}
+            new = {k for k in new if weights[k].shape != own[k].shape}
+            model.load_state_dict({k: v for k, v in weights.items() if k not in new} | {k: own[k] for k in new})
     except RuntimeError as error:  # transformers' and torch's word for shapes that differ
         raise ValueError(
             f"weights of {checkpoint} have other shapes than the model's, perhaps for another number of classes; "
