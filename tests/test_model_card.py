@@ -61,7 +61,10 @@ def card(folder: Path, config: CLCAViTConfig, **changes) -> ModelCard:
 
 def test_metadata_survives_a_round_trip(tmp_path, config):
     data = card(tmp_path, config, model_id="me/leaves", dataset_id="me/leaf-photos", base_model="google/vit").data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "image-classification")
+    assert (data.license, data.library_name, data.pipeline_tag) == ("unknown", "transformers", "image-classification")
+    assert (
+        card(tmp_path / "scratch", config).data.license == "mit"
+    )  # others' weights keep their terms, our own have ours
     assert data.datasets == ["me/leaf-photos"] and data.base_model == "google/vit" and "evit" in data.tags
     name, results = model_index_to_eval_results(data.to_dict()["model-index"])
     assert name == "leaves"

@@ -87,7 +87,7 @@ def write_model_card(
     dataset_config: str | None = None,
     dataset_revision: str | None = None,
     revision: str | None = None,
-    license: str = "mit",
+    license: str | None = None,
 ) -> Path:
     """Write README.md into `output_dir`, atomically, and return its path.
 
@@ -109,7 +109,8 @@ def write_model_card(
         dataset_config: its configuration, where it has several.
         dataset_revision: its branch, tag or commit.
         revision: branch, tag or commit of `model_id` that holds this model, if it is not main.
-        license: of the weights, as the Hub abbreviates it.
+        license: of the weights, as the Hub abbreviates it. By default MIT, as this code, for a model trained from scratch; one
+            that started from another's weights inherits their terms, so that it is called `unknown`.
     """
     output_dir = Path(output_dir)
     name = model_id or str(output_dir)
@@ -137,7 +138,7 @@ def write_model_card(
     ]
     tags = ["clca", "token-reduction", "fine-grained", "vision"]
     data = ModelCardData(
-        license=license,
+        license=license or ("mit" if base_model is None else "unknown"),
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=tags + ([config.reduction] if config.reduction else []),

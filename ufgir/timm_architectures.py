@@ -54,7 +54,7 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 RAW = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 # Licence of the weights by the beginning of a tag; Apache-2.0 otherwise, as timm's model cards have it. That of MoCo v3,
-# which timm does not have, is its repository's.
+# which timm does not have, is its repository's (from memory, not looked up again).
 LICENCES = {
     "mae": "cc-by-nc-4.0",
     "in1k_ijepa": "cc-by-nc-4.0",
