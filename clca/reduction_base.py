@@ -237,6 +237,16 @@ class TokenReduction(nn.Module):
     static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
 
+    option_types: ClassVar[dict[str, Any]] = {}  # of the keyword-only arguments of `__init__`
+    option_defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        options = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        cls.option_types = {parameter.name: parameter.annotation for parameter in options}
+        cls.option_defaults = {parameter.name: parameter.default for parameter in options}
+
     def __init__(self, config: CLCAViTConfig, stage: int) -> None:
         super().__init__()
         self.config = config
@@ -255,24 +265,19 @@ class TokenReduction(nn.Module):
         Raises:
             ValueError: `reduction_kwargs` that are no option of the method, and whatever a subclass refuses.
         """
-        options = {
-            parameter.name: parameter.annotation
-            for parameter in inspect.signature(cls.__init__).parameters.values()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
         for option, value in (config.reduction_kwargs or {}).items():
-            if option not in options:
-                allowed = ", ".join(options) if options else "none"
+            if option not in cls.option_types:
+                allowed = ", ".join(cls.option_types) or "none"
                 raise ValueError(f"`reduction_kwargs`: {cls.name} has no option `{option}`. Its options: {allowed}.")
-            if not _fits(value, options[option]):
-                kind = getattr(options[option], "__name__", None) or str(options[option])
+            expected = cls.option_types[option]
+            if not _fits(value, expected):
+                kind = getattr(expected, "__name__", None) or str(expected)
                 raise ValueError(f"`reduction_kwargs`: `{option}` must be {kind}, got {value!r}.")
 
     @classmethod
     def option(cls, config: CLCAViTConfig, name: str) -> Any:
         """An option's value: what `config.reduction_kwargs` says, or the default of `__init__`."""
-        default = inspect.signature(cls.__init__).parameters[name].default
-        return (config.reduction_kwargs or {}).get(name, default)
+        return (config.reduction_kwargs or {}).get(name, cls.option_defaults[name])
 
     @classmethod
     def check_option(cls, config: CLCAViTConfig, name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
