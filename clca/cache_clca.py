@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, D width.
 import torch
 
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import TokenReduction, TokenState
+from .reduction_base import TokenReduction, TokenState, gather_rows
 
 
 def recovery_layers(config: CLCAViTConfig) -> list[int]:
@@ -38,6 +38,15 @@ def mean_rows(hidden_states: torch.Tensor, start: int, stop: int, visible: torch
     count = weights.sum(dim=1, keepdim=True)
     mean = (rows * weights).sum(dim=1, keepdim=True) / count.clamp(min=1)
     return torch.where(count > 0, mean, hidden_states[:, :1])
+
+
+def last_rows(hidden_states: torch.Tensor, count: int, visible: torch.Tensor | None) -> torch.Tensor:
+    """The last `count` rows of `hidden_states` (B, N, D) that are `visible` (B, N), in their order: (B, count, D). Where
+    there are fewer, row 0 stands in for the rest."""
+    if visible is None:
+        return hidden_states[:, -count:]
+    positions = torch.arange(visible.shape[1], device=visible.device) * visible  # (B, N), 0 where not visible
+    return gather_rows(hidden_states, positions.topk(count, dim=1).values.flip(1))
 
 
 class CrossLayerCache:
@@ -75,14 +84,13 @@ class CrossLayerCache:
         """Cache a summary of layer `index`, if a later layer will recall it: GAP, then CLR."""
         if not self.recovery_layers or index >= self.recovery_layers[-1]:
             return
-        entry = []
+        entry, visible = [], self.method.visible(state)
         if self.config.cache_gap:
-            start = (
-                0 if self.config.cache_pool_cls else 1
-            )  # row 0 apart, registers are averaged too, as in the original
-            entry.append(mean_rows(hidden_states, start, state.pool_len, self.method.visible(state)))
+            # Row 0 stays apart; registers are averaged, too, as in the original.
+            start = 0 if self.config.cache_pool_cls else 1
+            entry.append(mean_rows(hidden_states, start, state.pool_len, visible))
         if self.config.num_clr_tokens:
             # The last rows: CLR itself before the first recall, its newest recalled snapshot afterwards. The recovery
             # layer thus caches the snapshot a second time, which published checkpoints were trained with.
-            entry.append(hidden_states[:, -self.config.num_clr_tokens :])
+            entry.append(last_rows(hidden_states, self.config.num_clr_tokens, visible))
         self.entries.append(torch.cat(entry, dim=1))

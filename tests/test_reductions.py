@@ -116,6 +116,18 @@ def test_ats_quantiles() -> None:
     assert [k for k in range(1, 49) if num_quantiles(k) == k] == [3, 7, 12, 14, 19, 27, 34, 35, 36, 39, 42, 47, 48]
 
 
+def test_pads_of_ats_never_enter_the_tail() -> None:
+    """A stage in layer 0 finds the cache empty, so that its last rows, not recalled ones, are cached in place of CLR."""
+    model = tiny_model(reduction="ats", keep_rate=0.9, reduction_layers=[0, 2], **CLCA | {"num_clr_tokens": 2})
+    pixels = images(6)
+    pixels[0] *= 20  # an image of few different samples, which the batch pads
+    output = model(pixels, output_assignments=True)
+    pads = (output.assignments[0].sum(dim=-1) == 0).sum(dim=1)
+    assert pads.min() == 0 < pads.max()
+    alone = torch.cat([model(image[None]).logits for image in pixels])
+    assert (output.logits - alone).abs().max() <= 1e-9
+
+
 def test_ats_computes_queries_for_sampled_rows_only() -> None:
     model = tiny_model(reduction="ats", keep_rate=0.25)
     seen = []
