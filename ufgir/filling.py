@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,11 @@ from clca import CLCAViTForImageClassification
 
 logger = logging.getLogger(__name__)
 
-_MOST_NAMES = 12  # in one error; a whole network's worth is cut short
+
+def listed(problems: Sequence[str], most: int = 12) -> str:
+    """Problems in one sentence; a whole network's worth of them is cut short."""
+    rest = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def fill_model(
@@ -40,9 +44,7 @@ def fill_model(
         elif tensor.shape != own[key].shape:
             problems.append(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
     if problems:
-        rest = len(problems) - _MOST_NAMES
-        listed = "; ".join(problems[:_MOST_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
-        raise ValueError(f"{source} do not fit the model: {listed}.")
+        raise ValueError(f"{source} do not fit the model: {listed(problems)}.")
     if new:
         logger.info("New, not from the source: %s.", ", ".join(new))
     model.load_state_dict(weights, strict=False)

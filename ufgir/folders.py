@@ -14,7 +14,11 @@ MARKER = "conversion.json"  # in a converted folder: what it was made of
 
 
 def is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `output` is a conversion of the same file; ValueError if it is anything else and may not be replaced."""
+    """Whether `output` is there, converted from the same source in the same way, and is to stay.
+
+    Raises:
+        ValueError: it is something else; or another conversion, and `overwrite` is not set.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     try:

@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
-from .filling import common_dtype, fill_model
+from .filling import common_dtype, fill_model, listed
 from .resample import resample_weights
 from .transforms import make_image_processor
 
@@ -226,7 +226,7 @@ def load_transformers(
     """A CLCA model with the weights of a Vision Transformer of transformers, in evaluation mode.
 
     What is new to the source starts as our model starts it: CLR tokens (as copies of CLS) and their positions, parameters
-    of the reduction, and the classifier, unless a ViT's or DeiT's fits. Of a `DeiTForImageClassificationWithTeacher`, the
+    of the reduction, and the classifier, unless a ViT's, DeiT's or I-JEPA's fits. Of a `DeiTForImageClassificationWithTeacher`, the
     classifier on CLS is taken. DINOv2, CLIP and SigLIP classify other features than our heads read, so a classifier
     of theirs is left behind with a warning. ViT-MAE's fixed position embeddings become parameters as others are.
 
@@ -293,7 +293,7 @@ def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: 
         else:
             state[ours] = tensor
     if unexpected:
-        raise ValueError(f"`source` {name} holds weights with no place in this model: {_listed(unexpected)}.")
+        raise ValueError(f"`source` {name} holds weights with no place in this model: {listed(unexpected)}.")
     if left:
         logger.info("Weights of %s for other tasks are left behind: %s.", name, ", ".join(left))
     return state
@@ -426,7 +426,7 @@ def _read_weights(
     for key, shape, expected in sorted(report["mismatched_keys"]):
         problems.append(f"{key} has the shape {tuple(shape)}, not {tuple(expected)}")
     if problems:
-        raise ValueError(f"weights of the `source` {source} do not fit its config.json: {_listed(problems)}.")
+        raise ValueError(f"weights of the `source` {source} do not fit its config.json: {listed(problems)}.")
     return model.state_dict(), class_name
 
 
@@ -466,12 +466,6 @@ def _select(state: State, as_saved: CLCAViTConfig, wanted: CLCAViTConfig) -> tup
 
 def _matches(key: str, patterns: Iterable[str], prefix: str = "") -> bool:
     return any(re.fullmatch(pattern, key.removeprefix(prefix)) for pattern in patterns)
-
-
-def _listed(problems: list[str], most: int = 12) -> str:
-    """In one sentence; a whole network's worth of them is cut short."""
-    rest = len(problems) - most
-    return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def _one_line(error: Exception) -> str:
