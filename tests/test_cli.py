@@ -1,5 +1,7 @@
 """The console command `ufgir`: tables, pictures, and one sentence for every mistake."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -7,6 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from ufgir import cli
+from ufgir.commands import profile
 from ufgir.profiling import count_macs
 
 
@@ -108,7 +111,7 @@ def test_profile_says_where_counts_differ_by_image(capsys, monkeypatch):
             return 10**9
         return torch.empty(1, device="meta").item()
 
-    monkeypatch.setattr(cli, "count_macs", count)
+    monkeypatch.setattr(profile, "count_macs", count)
     assert cli.main(["profile", *TINY_OPTIONS, "--reduction", "topk", "--reduction-layers", "1"]) == 0
     text = capsys.readouterr().out
     assert "Token counts differ by image" in text and table(text, "GMACs, one image") == ["-", "1.000", "-"]
@@ -162,6 +165,13 @@ def test_visualize_a_stock_checkpoint(tmp_path, stock_checkpoint, pictures):
 )
 def test_mistakes_end_with_one_sentence(capsys, argv, words):
     assert words in refused(capsys, *argv)
+
+
+def test_the_table_of_commands_is_that_of_the_modules(capsys):
+    folder = Path(cli.__file__).parent / "commands"
+    modules = {file.stem for file in folder.glob("*.py")} - {"__init__", "common"}
+    assert {name.replace("-", "_") for name in cli.COMMANDS} == modules
+    assert "Did you mean profile?" in refused(capsys, "profil")
 
 
 def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pictures):

@@ -15,7 +15,8 @@ import yaml
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, __version__
-from ufgir.cli import CLCA, PAPER_GMACS, on_meta
+from ufgir.commands.common import CLCA, on_meta
+from ufgir.commands.profile import PAPER_GMACS
 from ufgir.profiling import count_macs
 
 

@@ -1,0 +1,1 @@
+"""One module per subcommand of `ufgir`: its HELP, `configure` and `run`."""

@@ -1,0 +1,116 @@
+"""What several subcommands share: groups of options, loading a configuration, a table of text."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import HEADS, check_config
+
+
+# What `--clca` stands for.
+CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+
+
+def add_reduction_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the token reduction, unset unless given."""
+    group = parser.add_argument_group("reduction (unset: as the checkpoint says)")
+    group.add_argument("--reduction", help=f"none, {', '.join(sorted(REDUCTIONS))}")
+    group.add_argument("--reduction-layers", type=int, nargs="+", metavar="LAYER", help="counted from 0 [3 6 9]")
+    group.add_argument("--keep-rate", type=float, nargs="+", metavar="RATE", help="in (0, 1]: one, or one a stage [1]")
+    group.add_argument("--keep-tokens", type=int, nargs="+", metavar="COUNT", help="one a stage, instead of rates")
+    group.add_argument("--reduction-kwargs", type=_json_object, metavar="JSON", help="the method's own options")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the network, unset unless given."""
+    group = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
+    group.add_argument("--clca", action="store_true", help="cross-layer cache with one CLR, and the CLA head")
+    group.add_argument("--cross-layer-cache", action=argparse.BooleanOptionalAction, default=None)
+    group.add_argument("--num-clr-tokens", type=int, metavar="N")
+    group.add_argument("--head", help=", ".join(HEADS))
+    for name in (
+        "image-size",
+        "patch-size",
+        "hidden-size",
+        "num-hidden-layers",
+        "num-attention-heads",
+        "intermediate-size",
+        "num-register-tokens",
+        "num-labels",
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}") from error
+
+
+def config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration that were set on the command line."""
+    values = dict(CLCA) if getattr(args, "clca", False) else {}
+    fields = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
+    values |= {k: v for k, v in vars(args).items() if v is not None and k in fields}
+    if values.get("reduction") == "none":
+        values |= {"reduction": None, "reduction_kwargs": None}
+    return values
+
+
+def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
+    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked."""
+    if model is None:
+        width = values.get("hidden_size", 768)
+        defaults = {"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, "num_labels": 1000}
+        return CLCAViTConfig(**defaults | values)
+    # what the checkpoint says about one of these must not contradict what the user says about the other
+    if "keep_tokens" in values:
+        values = {"keep_rate": [1.0]} | values
+    elif "keep_rate" in values:
+        values = {"keep_tokens": None} | values
+    if "reduction" in values:
+        values = {"reduction_kwargs": None} | values
+    if not Path(model).is_dir() and Path(model).exists():
+        raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
+    try:
+        config = CLCAViTConfig.from_pretrained(model, **values)
+    except OSError as error:
+        raise ValueError(
+            f"there is no checkpoint {model}: neither a folder with config.json nor on the Hub."
+        ) from error
+    check_config(config)
+    return config
+
+
+def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:
+    """A model of shapes without numbers: made at once, whatever its size."""
+    with torch.device("meta"):
+        return CLCAViTForImageClassification(config)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """A table of text, the first column to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def open_image(file: str) -> Image.Image:
+    """A picture, read completely; ValueError if it is none."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no picture {file}.") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{file} is not a picture that can be read.") from error
