@@ -176,3 +176,14 @@ def test_multi_label_needs_matching_shapes() -> None:
     config = CLCAViTConfig(**tiny_config().to_diff_dict() | {"problem_type": "multi_label_classification"})
     with pytest.raises(ValueError, match="`labels` must have the shape"):
         losses.classification_loss(torch.zeros(2, 5), torch.zeros(2, 4), config)
+
+
+def test_multi_label_loss_can_be_asymmetric() -> None:
+    logits, targets = torch.randn(4, 3), torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]])
+    fields = tiny_config().to_diff_dict() | {"problem_type": "multi_label_classification"}
+    plain, asymmetric = (CLCAViTConfig(**fields | {"multi_label_loss": kind}) for kind in ("bce", "asymmetric"))
+    expected = losses.asymmetric_loss(logits, targets) / 4
+    torch.testing.assert_close(losses.classification_loss(logits, targets, asymmetric), expected)
+    assert not torch.isclose(losses.classification_loss(logits, targets, plain), expected)
+    with pytest.raises(ValueError, match=r"`multi_label_loss` must be one of bce, asymmetric, got 'focal'"):
+        CLCAViTConfig(**fields | {"multi_label_loss": "focal"})

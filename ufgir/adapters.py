@@ -12,11 +12,14 @@ model = merge(PeftModel.from_pretrained(base, "adapter"))  # a model without pef
 ```
 """
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from clca import CLCAViTForImageClassification
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+
+from .arguments import option
 
 
 if TYPE_CHECKING:
@@ -25,6 +28,63 @@ if TYPE_CHECKING:
 ATTENTION = ("q_proj", "v_proj")  # `target_modules` of most papers; k_proj and o_proj are there, too
 MLP = ("fc1", "fc2")
 SWIGLU_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class AdapterArguments:
+    """A LoRA adapter instead of training all weights.
+
+    Raises:
+        ValueError: numbers out of range, unknown parts, or options without a rank.
+    """
+
+    _argument_group_name = "adapter (extra `peft`)"
+
+    lora_rank: int | None = option("train a LoRA adapter of that rank, and what is new to the model [none]")
+    lora_alpha: float | None = option("scale of the adapter [2 x lora_rank]")
+    lora_dropout: float = option("dropout before the adapter, probability", 0.0)
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["attention", "mlp"], metadata={"help": "parts that get adapters: attention, mlp"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is None:
+            if self.lora_alpha is not None or self.lora_dropout:
+                raise ValueError("`lora_alpha` and `lora_dropout` need a `lora_rank`.")
+            return
+        if self.lora_rank < 1:
+            raise ValueError(f"`lora_rank` must be at least 1, got {self.lora_rank}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        if not self.lora_targets or set(self.lora_targets) - {"attention", "mlp"}:
+            raise ValueError(f"`lora_targets` must be attention, mlp or both, got {self.lora_targets}.")
+
+    def targets(self, config: CLCAViTConfig) -> list[str]:
+        """Names of the linear layers that get an adapter."""
+        mlp = SWIGLU_MLP if config.use_swiglu_ffn else MLP
+        parts = {"attention": ATTENTION, "mlp": mlp}
+        return [name for part in parts if part in self.lora_targets for name in parts[part]]
+
+    def adapt(self, model: CLCAViTForImageClassification) -> nn.Module:
+        """`model` with the adapter, or `model` itself without a rank.
+
+        Raises:
+            ValueError: peft is not installed.
+        """
+        if self.lora_rank is None:
+            return model
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError("`lora_rank` needs peft: pip install 'clca-vit[peft]'.") from error
+        alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        lora = LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.targets(model.config),
+        )
+        return adapt(model, lora)
 
 
 def new_modules(model: CLCAViTForImageClassification) -> list[str]:
