@@ -8,31 +8,35 @@
 A recipe is a YAML or JSON file of `option: value`; what follows on the command line wins over it.
 """
 
-# ruff: noqa: RUF009 (option() and switch() are dataclasses.field with a help text)
-
 import json
 import logging
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from datasets import Image, concatenate_datasets
-from transformers import set_seed
-from transformers.trainer_utils import IntervalStrategy
+from datasets import Dataset, Image, concatenate_datasets
+from transformers import ViTImageProcessorPil, set_seed
+from transformers.trainer_utils import IntervalStrategy, PredictionOutput
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import check_config
+from ufgir.adapters import AdapterArguments, merge
 from ufgir.arguments import RecipeParser, one_sentence, option, switch
+from ufgir.augmentation import AugmentationArguments
+from ufgir.callbacks import CallbackArguments
 from ufgir.data import load_ufgir_dataset
+from ufgir.distillation import Distillation, DistillationArguments
 from ufgir.metrics import compute_metrics
 from ufgir.model_card import write_model_card
+from ufgir.optimization import OptimizationArguments
 from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table, write_predictions
+from ufgir.run_records import write_run_record
 from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remove_checkpoints
 from ufgir.transforms import (
     EvalTransform,
@@ -233,101 +237,189 @@ def load_data(data_args: DataArguments, args: TrainingArguments, synthetic_size:
     return data
 
 
+@dataclass
+class Options:
+    """All groups of options, parsed."""
+
+    model: ModelArguments
+    data: DataArguments
+    augmentation: AugmentationArguments
+    optimization: OptimizationArguments
+    distillation: DistillationArguments
+    adapter: AdapterArguments
+    callbacks: CallbackArguments
+    training: TrainingArguments
+
+
+GROUPS = tuple(field.type for field in fields(Options))  # in the order of the help
+
+
+@dataclass
+class Run:
+    """What training and evaluation need, checked."""
+
+    checkpoint: str | None  # to resume from
+    config: CLCAViTConfig
+    image_processor: ViTImageProcessorPil
+    data: dict[str, Dataset]  # split -> pictures
+    images: dict[str, TransformedImages]  # split -> pixels
+    class_names: list[str]
+    trainer: UFGIRTrainer
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
+
+
+def prepare(options: Options) -> Run:
+    """Load everything; what can be wrong is looked at before anything is trained or written.
+
+    Raises:
+        ValueError, OSError: a mistake of the user.
+    """
+    model_args, data_args, args = options.model, options.data, options.training
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
+    if Path(data_args.predictions_file).suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"`predictions_file` must end in .csv or .jsonl, got {data_args.predictions_file}")
+    checkpoint = find_checkpoint(args) if args.do_train else None
+    config = make_config(model_args)
+    pretrained = {"checkpoint": model_args.model_name_or_path, "revision": model_args.model_revision}
+    numbers = (data_args.resize_size, data_args.image_mean, data_args.image_std)
+    image_processor = make_image_processor(config.image_size, *numbers, **pretrained)
+    data = load_data(data_args, args, image_processor.size["height"])
+
+    names = next(iter(data.values())).features["label"].names
+    known = [config.id2label[index] for index in range(config.num_labels)]
+    if pretrained["checkpoint"] and not args.do_train and known != names:
+        raise ValueError(f"`dataset` has the classes {names[:5]}..., the model was trained for {known[:5]}...")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+    distillation = None
+    if options.distillation.teacher is not None and args.do_train:
+        distillation = Distillation(options.distillation, config)
+    set_seed(args.seed)
+    attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    if pretrained["checkpoint"]:
+        anew = model_args.ignore_mismatched_sizes
+        model = load_pretrained(**pretrained, config=config, ignore_mismatched_sizes=anew, **attention)
+    else:
+        model = CLCAViTForImageClassification._from_config(config, **attention)
+    if args.do_train:
+        model = options.adapter.adapt(model)
+
+    # While training, the best checkpoint is chosen on validation images, never on test images.
+    images = {split: TransformedImages(data[split], EvalTransform(image_processor)) for split in data}
+    callbacks = []
+    if args.do_train:
+        images["train"] = TransformedImages(data["train"], TrainTransform(image_processor), seed=args.seed)
+        callbacks = [SetEpoch(images["train"])]
+        if "validation" not in images:
+            logger.info("No validation images: the last weights are kept, not the best.")
+            args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+    trainer = UFGIRTrainer(
+        model=model,
+        args=args,
+        train_dataset=images.get("train"),
+        eval_dataset=images.get("validation"),
+        processing_class=image_processor,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+        distillation=distillation,
+    )
+    return Run(checkpoint, config, image_processor, data, images, names, trainer)
+
+
+def train(run: Run, args: TrainingArguments) -> None:
+    """Train, and save the model."""
+    trainer = run.trainer
+    if run.checkpoint is None and args.overwrite_output_dir and trainer.is_world_process_zero():
+        remove_checkpoints(args.output_dir)
+    metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
+    if hasattr(trainer.model, "peft_config"):  # the adapter stays in a folder of its own, the model is whole again
+        trainer.save_model(str(Path(args.output_dir) / "adapter"))
+        trainer.model = trainer.model_wrapped = merge(trainer.model)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", metrics)
+    run.rows.append({"split": "train", "images": len(run.images["train"]), "seconds": metrics["train_runtime"]})
+
+
+def evaluate(run: Run, args: TrainingArguments, split: str) -> PredictionOutput:
+    """Logits, labels and metrics of all images of a split."""
+    output = run.trainer.predict(run.images[split], metric_key_prefix=split)
+    run.trainer.save_metrics(split, output.metrics)
+    run.metrics[split] = {name: output.metrics[f"{split}_{name}"] for name in ("top1", "top5", "macro_f1")}
+    seconds = output.metrics[f"{split}_runtime"]
+    run.rows.append({"split": split, "images": len(run.images[split]), "seconds": seconds, **run.metrics[split]})
+    return output
+
+
+def write_outcome(run: Run, output: PredictionOutput, data_args: DataArguments, output_dir: Path) -> None:
+    """The predictions on the test images as a table, and a picture of the patches that were kept of some of them."""
+    names, logits, labels = run.class_names, output.predictions, output.label_ids
+    files = [image["path"] for image in run.data["test"].cast_column("image", Image(decode=False))["image"]]
+    path = write_predictions(output_dir / data_args.predictions_file, logits, labels, names, files)
+    logger.info("Predictions: %s", path)
+    if run.config.reduction is not None and data_args.num_pictures > 0:
+        chosen = np.linspace(0, len(files) - 1, min(data_args.num_pictures, len(files))).astype(int)
+        titles = [f"{names[labels[i]]} -> {names[logits[i].argmax()]}" for i in chosen]
+        pictures = [run.data["test"][int(i)]["image"] for i in chosen]
+        picture = kept_patches_image(run.trainer.model, run.image_processor, pictures, titles)
+        picture.save(output_dir / "kept_patches.png")
+        logger.info("Patches kept: %s", output_dir / "kept_patches.png")
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script; returns split -> metrics. A user's mistake ends it with one sentence and status 2."""
     start = time.perf_counter()
-    parser = RecipeParser((ModelArguments, DataArguments, TrainingArguments), prog="run_ufgir.py", description=__doc__)
-    model_args, data_args, args = parser.parse(sys.argv[1:] if argv is None else argv)
+    parser = RecipeParser(GROUPS, prog="run_ufgir.py", description=__doc__)
+    options = Options(*parser.parse(sys.argv[1:] if argv is None else argv))
+    data_args, args = options.data, options.training
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
-
-    # Everything that can be wrong is looked at before anything is trained or written.
     try:
-        if not (args.do_train or args.do_eval or args.do_predict):
-            raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
-        if Path(data_args.predictions_file).suffix not in (".csv", ".jsonl"):
-            raise ValueError(f"`predictions_file` must end in .csv or .jsonl, got {data_args.predictions_file}")
-        checkpoint = find_checkpoint(args) if args.do_train else None
-        config = make_config(model_args)
-        pretrained = {"checkpoint": model_args.model_name_or_path, "revision": model_args.model_revision}
-        numbers = (data_args.resize_size, data_args.image_mean, data_args.image_std)
-        image_processor = make_image_processor(config.image_size, *numbers, **pretrained)
-        data = load_data(data_args, args, image_processor.size["height"])
-
-        names = next(iter(data.values())).features["label"].names
-        known = [config.id2label[index] for index in range(config.num_labels)]
-        if pretrained["checkpoint"] and not args.do_train and known != names:
-            raise ValueError(f"`dataset` has the classes {names[:5]}..., the model was trained for {known[:5]}...")
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: index for index, name in enumerate(names)}
-        config.problem_type = "single_label_classification"
-        set_seed(args.seed)
-        attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
-        if pretrained["checkpoint"]:
-            anew = model_args.ignore_mismatched_sizes
-            model = load_pretrained(**pretrained, config=config, ignore_mismatched_sizes=anew, **attention)
-        else:
-            model = CLCAViTForImageClassification._from_config(config, **attention)
-
-        # While training, the best checkpoint is chosen on validation images, never on test images.
-        images = {split: TransformedImages(data[split], EvalTransform(image_processor)) for split in data}
-        callbacks = []
-        if args.do_train:
-            images["train"] = TransformedImages(data["train"], TrainTransform(image_processor), seed=args.seed)
-            callbacks = [SetEpoch(images["train"])]
-            if "validation" not in images:
-                logger.info("No validation images: the last weights are kept, not the best.")
-                args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
-        trainer = UFGIRTrainer(
-            model=model,
-            args=args,
-            train_dataset=images.get("train"),
-            eval_dataset=images.get("validation"),
-            processing_class=image_processor,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-        )
+        run = prepare(options)
     except (ValueError, OSError) as error:
         parser.error(one_sentence(error))
 
-    output_dir, rows, metrics = Path(args.output_dir), [], {}
+    config, trainer, output_dir = run.config, run.trainer, Path(args.output_dir)
     dense = dense_config(config)
     with torch.random.fork_rng():
-        macs, dense_macs = (count_macs(m, config.image_size) for m in (model, CLCAViTForImageClassification(dense)))
+        models = (CLCAViTForImageClassification(c) for c in (config, dense))
+        macs, dense_macs = (count_macs(model, config.image_size) for model in models)
     cost = f"{macs / 1e9:.3f} GMACs an image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"
-    sizes = ", ".join(f"{len(data[split])} {split}" for split in data)
-    logger.info("%s: %d classes, %s images; %s", data_args.dataset, len(names), sizes, cost)
+    sizes = ", ".join(f"{len(images)} {split}" for split, images in run.data.items())
+    logger.info("%s: %d classes, %s images; %s", data_args.dataset, len(run.class_names), sizes, cost)
 
     if args.do_train:
-        if checkpoint is None and args.overwrite_output_dir and trainer.is_world_process_zero():
-            remove_checkpoints(output_dir)
-        train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.save_state()
-        trainer.save_metrics("train", train_metrics)
-        rows.append({"split": "train", "images": len(images["train"]), "seconds": train_metrics["train_runtime"]})
+        train(run, args)
+    if args.do_eval and "validation" in run.images:
+        evaluate(run, args, "validation")
+    if args.do_predict:
+        output = evaluate(run, args, "test")
+        if trainer.is_world_process_zero():
+            write_outcome(run, output, data_args, output_dir)
 
-    for split, wanted in (("validation", args.do_eval), ("test", args.do_predict)):
-        if not wanted or split not in images:
-            continue
-        output = trainer.predict(images[split], metric_key_prefix=split)
-        trainer.save_metrics(split, output.metrics)
-        metrics[split] = {name: output.metrics[f"{split}_{name}"] for name in ("top1", "top5", "macro_f1")}
-        seconds = output.metrics[f"{split}_runtime"]
-        rows.append({"split": split, "images": len(images[split]), "seconds": seconds, **metrics[split]})
-
+    num_parameters = trainer.model.num_parameters()
     if trainer.is_world_process_zero():
-        if args.do_predict:
-            logits = output.predictions
-            files = [image["path"] for image in data["test"].cast_column("image", Image(decode=False))["image"]]
-            path = write_predictions(output_dir / data_args.predictions_file, logits, output.label_ids, names, files)
-            logger.info("Predictions: %s", path)
-            if config.reduction is not None and data_args.num_pictures > 0:
-                chosen = np.linspace(0, len(files) - 1, min(data_args.num_pictures, len(files))).astype(int)
-                titles = [f"{names[output.label_ids[i]]} -> {names[logits[i].argmax()]}" for i in chosen]
-                pictures = [data["test"][int(i)]["image"] for i in chosen]
-                kept_patches_image(model, image_processor, pictures, titles).save(output_dir / "kept_patches.png")
-                logger.info("Patches kept: %s", output_dir / "kept_patches.png")
+        settings = parser.settings(*vars(options).values(), leave_out=LOCAL)
+        sizes = {split: len(images) for split, images in run.images.items()}
+        seconds = {row["split"]: row["seconds"] for row in run.rows}
+        write_run_record(
+            output_dir,
+            settings=settings,
+            dataset=data_args.dataset,
+            split_sizes=sizes,
+            config=config,
+            metrics=run.metrics,
+            macs=macs,
+            dense_macs=dense_macs,
+            num_parameters=num_parameters,
+            seed=args.seed,
+            train_seconds=seconds.get("train"),
+            images_per_second={split: sizes[split] / seconds[split] for split in run.metrics},
+            resumed_from=run.checkpoint,
+        )
         if args.do_train or args.push_to_hub:
             on_hub = data_args.dataset != "synthetic_leaves" and not Path(data_args.dataset).exists()
             write_model_card(
@@ -338,21 +430,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 dataset_config=data_args.dataset_config_name,
                 dataset_revision=data_args.dataset_revision,
                 revision=args.hub_revision,
-                class_names=names,
-                split_sizes={split: len(images[split]) for split in images},
-                metrics=metrics,
-                settings=parser.settings(model_args, data_args, args, leave_out=LOCAL),
+                class_names=run.class_names,
+                split_sizes=sizes,
+                metrics=run.metrics,
+                settings=settings,
                 macs=macs,
                 dense_macs=dense_macs,
-                num_parameters=model.num_parameters(),
+                num_parameters=num_parameters,
                 model_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
-                base_model=model_args.model_name_or_path,
+                base_model=options.model.model_name_or_path,
             )
     if args.push_to_hub:
         trainer.push_to_hub()
     where = f"{time.perf_counter() - start:.0f} seconds in all; see {output_dir}"
-    logger.info("Results\n%s\n%s, %s parameters\n%s", summary_table(rows), cost, f"{model.num_parameters():,}", where)
-    return metrics
+    logger.info("Results\n%s\n%s, %s parameters\n%s", summary_table(run.rows), cost, f"{num_parameters:,}", where)
+    return run.metrics
 
 
 if __name__ == "__main__":

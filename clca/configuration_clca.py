@@ -24,6 +24,7 @@ AGGREGATING_HEADS = ("cla", "ifa")  # they read CLS after several layers
 PROBING_HEADS = ("h2t", "vqt")  # they take features out of the layers
 HEADS_BEFORE_NORM = ("cla", "ifa", "vqt")  # they read CLS before the final norm
 POOLINGS = ("cls", "mean", "normed_mean", "map")
+MULTI_LABEL_LOSSES = ("bce", "asymmetric")
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -154,6 +155,9 @@ class CLCAViTConfig(ViTConfig):
             Its published baseline was made so; without a reduction or cache only.
         num_selected_features (`int`, *optional*):
             Features that `select_features` left to the H2T or VQT head.
+        multi_label_loss (`str`, defaults to `"bce"`):
+            Loss of `problem_type="multi_label_classification"`: `bce`, binary cross-entropy averaged over the classes, or
+            `asymmetric` (https://huggingface.co/papers/2009.14119), summed over them; either averaged over images.
         group_lasso_weight (`float`, defaults to 0.0):
             Weight of a group lasso on the head in training, one group per input feature.
         layerscale_value (`float`, *optional*): Initial LayerScale; `None` for no LayerScale.
@@ -212,6 +216,7 @@ class CLCAViTConfig(ViTConfig):
     num_query_tokens: int = 5
     vqt_original_slicing: bool = False
     num_selected_features: int | None = None
+    multi_label_loss: str = "bce"
     group_lasso_weight: float | int = 0.0
 
     layerscale_value: float | int | None = None
@@ -445,6 +450,10 @@ def _check_head(config: CLCAViTConfig) -> None:
         if config.head not in PROBING_HEADS:
             raise ValueError(f"`num_selected_features` is for the heads h2t and vqt, not for {config.head!r}.")
         _check_minimum(config, "num_selected_features", 1)
+    if config.multi_label_loss not in MULTI_LABEL_LOSSES:
+        raise ValueError(
+            f"`multi_label_loss` must be one of {', '.join(MULTI_LABEL_LOSSES)}, got {config.multi_label_loss!r}."
+        )
     if not 0 <= config.group_lasso_weight < math.inf:
         raise ValueError(f"`group_lasso_weight` must be a number of at least 0, got {config.group_lasso_weight}.")
     if config.num_labels == 0 and (config.head in AGGREGATING_HEADS or config.group_lasso_weight):

@@ -20,7 +20,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: CLCA
             and label smoothing make those), or zeros and ones (B, K) with `problem_type="multi_label_classification"`, or
             targets (B,) for regression with one label. Without a `problem_type`, integer labels (B,) are classes and
             (B, K) labels are multi-label.
-        config: read, never changed.
+        config: read, never changed; `multi_label_loss` chooses between two losses of multi-label classification.
 
     Raises:
         ValueError: labels whose shape does not fit.
@@ -30,7 +30,10 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: CLCA
         return nn.functional.mse_loss(logits.squeeze(-1), labels.squeeze(-1).to(logits.dtype))
     if problem == "multi_label_classification":
         _check_same_shape(logits, labels, problem)
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        targets = labels.to(logits.dtype)
+        if config.multi_label_loss == "asymmetric":
+            return asymmetric_loss(logits, targets) / len(logits)
+        return nn.functional.binary_cross_entropy_with_logits(logits, targets)
     if labels.dim() > 1:
         _check_same_shape(logits, labels, problem)
         return nn.functional.cross_entropy(logits, labels.to(logits.dtype))

@@ -19,7 +19,6 @@ from clca import CLCAViTForImageClassification
 from ufgir.arguments import RecipeParser
 
 
-ARGUMENTS = (run_ufgir.ModelArguments, run_ufgir.DataArguments, run_ufgir.TrainingArguments)
 CLASSES = ["blue", "green", "red"]
 MODEL = {
     "image_size": 16,
@@ -103,7 +102,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def parse(*argv: str):
-    return RecipeParser(ARGUMENTS, prog="run_ufgir.py").parse(list(argv))
+    """Options of the model, the data and the training."""
+    options = run_ufgir.Options(*RecipeParser(run_ufgir.GROUPS, prog="run_ufgir.py").parse(list(argv)))
+    return options.model, options.data, options.training
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
@@ -182,7 +183,7 @@ def test_help_says_something_about_every_option(capsys):
         run("--help")
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    parser = RecipeParser(ARGUMENTS)
+    parser = RecipeParser(run_ufgir.GROUPS)
     for name, declared in parser.options.items():
         assert f"--{name}" in text and declared.metadata.get("help"), name
     assert "--no_" not in text and "--keep-rate" not in text

@@ -10,21 +10,62 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import hf_api
 from transformers.trainer_utils import get_last_checkpoint
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
+from .distillation import Distillation
+from .optimization import OptimizationMixin
 from .resample import resample_weights
 
 
-class UFGIRTrainer(transformers.Trainer):
-    """A Trainer that evaluates every image, and that leaves our model card alone.
+class UFGIRTrainer(OptimizationMixin, transformers.Trainer):
+    """A Trainer that evaluates every image, learns from a teacher, logs the parts of the loss, and leaves our model card
+    alone.
 
     `dataloader_drop_last` is for training (a last batch of one image breaks a BatchNorm); transformers would apply it
     to evaluation, too, and silently leave images out.
+
+    Args:
+        distillation: a teacher and how much is learnt from it, None for none.
+        optimization: parameter groups, schedule and freezing, see `OptimizationMixin`; None for the defaults.
     """
+
+    def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation
+        self._loss_terms: dict[str, list[torch.Tensor]] = {}  # name -> values since the last log line
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The model's loss, with the teacher's share while training."""
+        teacher = {}
+        if self.distillation is not None and model.training:
+            teacher = self.distillation.inputs(inputs["pixel_values"])
+            if self.distillation.by_method:
+                inputs, teacher = {**inputs, **teacher}, {}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if teacher:
+            loss = self.distillation.loss(outputs, teacher["teacher_logits"])
+        if model.training and len(outputs.loss_terms or {}) > 1:
+            for name, term in outputs.loss_terms.items():
+                self._loss_terms.setdefault(name, []).append(term)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Beside the loss, the means of its parts since the last line, where it has several."""
+        if "loss" in logs:
+            logs |= {f"loss_{name}": torch.stack(v).mean().item() for name, v in self._loss_terms.items()}
+            self._loss_terms = {}
+        super().log(logs, *args, **kwargs)
 
     @contextlib.contextmanager
     def _keeping_last_batch(self) -> Iterator[None]:

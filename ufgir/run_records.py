@@ -1,0 +1,233 @@
+"""What a run was, and what came of it: `run.json` in its folder, for `ufgir sweep` and `ufgir results`."""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .model_card import write_text_atomically
+
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+MANIFEST = "sweep.json"  # in the folder of a sweep: its runs and how they ended
+PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
+NOT_RUNS = ("checkpoint-", "tensorboard", ".")  # folders that hold no runs, by how their names begin
+
+
+def write_run_record(
+    output_dir: str | os.PathLike,
+    *,
+    settings: Mapping[str, Any],
+    dataset: str,
+    split_sizes: Mapping[str, int],
+    config: Any,
+    metrics: Mapping[str, Mapping[str, float]],
+    macs: int,
+    dense_macs: int,
+    num_parameters: int,
+    seed: int,
+    train_seconds: float | None = None,
+    images_per_second: Mapping[str, float] | None = None,
+    model_images_per_second: float | None = None,
+    resumed_from: str | None = None,
+    command: Sequence[str] | None = None,
+) -> Path:
+    """Write `run.json` into `output_dir`, atomically, as the last act of a run: a run that has it is finished.
+
+    Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
+    the training of the same model left in that folder; the record of another model's training stays as it is, with a
+    warning.
+
+    Args:
+        output_dir: folder of the run.
+        settings: every option that was given, see `RecipeParser.settings`.
+        dataset: name, folder or Hub repository of the data.
+        split_sizes: split name -> number of images.
+        config: the model's `CLCAViTConfig`.
+        metrics: split name -> metric -> value, as they were computed (accuracies are fractions in [0, 1]).
+        macs: multiply-adds of one image.
+        dense_macs: the same for this backbone without reduction, cache and aggregation head.
+        num_parameters: parameters of the model.
+        seed: of the training.
+        train_seconds: seconds of training, None for a run that only evaluates; of a resumed run, those since.
+        images_per_second: split name -> images a second in its evaluation, loading and decoding included.
+        model_images_per_second: images a second of the model alone, where that was measured.
+        resumed_from: the checkpoint that this run went on from, if it did.
+        command: `sys.argv` by default.
+    """
+    path = Path(output_dir) / RECORD
+    config = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
+    config = json.loads(json.dumps(config, default=str))  # as it will be read
+    measured = {
+        "split_sizes": dict(split_sizes),
+        "metrics": {split: {k: float(v) for k, v in values.items()} for split, values in metrics.items()},
+        "images_per_second": dict(images_per_second or {}),
+    }
+    run = {"command": shlex.join(sys.argv if command is None else command), "date": now(), "host": describe_host()}
+    old = _read(path)
+    if train_seconds is None and isinstance(old, dict) and old.get("train_seconds") is not None:
+        if old["config"] != config:
+            logger.warning("%s holds the training of another model and was left alone", path)
+            return path
+        record = old | {name: old[name] | values for name, values in measured.items()}
+        record["evaluations"] = [*old.get("evaluations", []), run | {"splits": list(measured["metrics"])}]
+    else:
+        record = {
+            **run,
+            "seed": seed,
+            "dataset": dataset,
+            "settings": dict(settings),
+            "config": config,
+            **measured,
+            "macs": macs,
+            "dense_macs": dense_macs,
+            "num_parameters": num_parameters,
+            "train_seconds": train_seconds,
+            "model_images_per_second": model_images_per_second,
+            "resumed_from": resumed_from,
+            "peak_memory": peak_memory(),
+            "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        }
+    return write_text_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def remove_run_record(output_dir: str | os.PathLike) -> None:
+    """Before a training starts over in a folder: until it has ended, the folder holds no finished run."""
+    (Path(output_dir) / RECORD).unlink(missing_ok=True)
+
+
+def is_finished(folder: str | os.PathLike) -> bool:
+    """Whether a folder has the record of a run."""
+    return isinstance(_read(Path(folder) / RECORD), dict)
+
+
+class RunRecords(NamedTuple):
+    """The finished runs, each its record with its `folder`, and folder -> why for those that are not finished."""
+
+    finished: list[dict[str, Any]]
+    unfinished: dict[Path, str]
+
+
+def read_run_records(folders: Iterable[str | os.PathLike]) -> RunRecords:
+    """All runs in or below some folders, in the order of their names; each once, however often a folder is named.
+
+    Not finished are: a run that a sweep lists and that has no record, a folder with checkpoints and no record, and a
+    record that cannot be read.
+
+    Raises:
+        ValueError: there is no such folder, or no run in it.
+    """
+    finished: dict[Path, dict[str, Any]] = {}
+    unfinished: dict[Path, str] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+        before = len(finished) + len(unfinished)
+        seen = False
+        for place, names, files in os.walk(folder):
+            place = Path(place)
+            checkpoints = any(name.startswith("checkpoint-") for name in names)
+            names[:] = sorted(name for name in names if not name.startswith(NOT_RUNS))
+            if MANIFEST in files:
+                seen = True
+                for name, why in _missing_runs(place).items():
+                    unfinished.setdefault((place / name).resolve(), why)
+            if RECORD in files:
+                seen = True
+                record = _read(place / RECORD)
+                if isinstance(record, str):
+                    unfinished[place.resolve()] = record
+                else:
+                    finished[place.resolve()] = record | {"folder": str(place)}
+            elif checkpoints:
+                seen = True
+                unfinished.setdefault(place.resolve(), "interrupted, with checkpoints")
+        if not seen and before == len(finished) + len(unfinished):
+            raise ValueError(f"there are no runs in {folder}: a finished one has a {RECORD}")
+    return RunRecords(list(finished.values()), unfinished)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the sweep in `folder`, None where there is none.
+
+    Raises:
+        ValueError: it is not one that `ufgir sweep` wrote.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["runs"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the manifest of a sweep: {error!r}") from error
+    return manifest
+
+
+def _missing_runs(folder: Path) -> dict[str, str]:
+    """name -> how it stands, for the runs of a sweep that left no record."""
+    runs = (read_manifest(folder) or {"runs": {}})["runs"]
+    missing = {name: run for name, run in runs.items() if not (folder / name / RECORD).exists()}
+    return {name: ": ".join(filter(None, (run["status"], run.get("error")))) for name, run in missing.items()}
+
+
+def _read(path: Path) -> dict[str, Any] | str | None:
+    """A record; None where there is none, a sentence where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"settings", "config", "metrics", "split_sizes", "macs", "seed"} - set(record)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{RECORD} cannot be read: {error}"
+    return f"{RECORD} lacks {', '.join(sorted(missing))}" if missing else record
+
+
+def now() -> str:
+    """Date and time with the offset from UTC, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def describe_host() -> str:
+    """The machine in a few words: accelerators, cores, processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    parts = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+    return ", ".join([*parts, f"{os.cpu_count()} CPU cores ({processor})", platform.system()])
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes at the highest: `host`, resident, of this process; `gpu`, allocated by torch, on its fullest GPU."""
+    memory = {}
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        memory["gpu"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return memory
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout, not installed
+        return None
