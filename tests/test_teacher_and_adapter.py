@@ -1,0 +1,124 @@
+"""run_ufgir.py with a teacher, and with LoRA."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from clca import CLCAViTForImageClassification
+from clca.loss_clca import distillation_loss
+from ufgir.distillation import Distillation, DistillationArguments
+
+from .helpers import images, labels, tiny_config, tiny_model
+from .test_run_ufgir import CLASSES, leaves, mistake, recipe, run  # noqa: F401 (leaves is a fixture)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A stock ViT with the classes of `leaves`."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(3)
+    names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    size = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**size, intermediate_size=32, **names)).save_pretrained(folder)
+    return folder
+
+
+def test_the_teacher_takes_its_share_of_the_loss(teacher):
+    names = dict(enumerate(CLASSES))
+    student = tiny_model(image_size=16, patch_size=4, reduction="evit", keep_rate=0.5, id2label=names).float()
+    pixels, targets = images(3, 16, 16).float(), labels(3)
+    logits = AutoModelForImageClassification.from_pretrained(teacher)(pixels).logits
+    for kind, default in (("soft", 0.5), ("hard", 0.3)):
+        distillation = Distillation(DistillationArguments(teacher=str(teacher), distillation=kind), student.config)
+        said = distillation.inputs(pixels)
+        torch.testing.assert_close(said["teacher_logits"], logits)
+        output = student(pixels, targets)
+        plain = output.loss
+        expected = (1 - default) * plain + default * distillation_loss(output.logits, logits, kind)
+        torch.testing.assert_close(distillation.loss(output, **said), expected)
+        assert set(output.loss_terms) == {"classification", "distillation"}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"distillation": "warm"}, "`distillation` must be soft or hard, got 'warm'"),
+        ({"distillation_weight": 2.0}, "must be in [0, 1], got 2.0"),
+        ({"distillation_temperature": 0.0}, "must be positive"),
+        ({"distillation_weight": 0.1}, "without a `teacher`"),
+    ],
+)
+def test_mistaken_options(options, words):
+    with pytest.raises(ValueError) as caught:
+        DistillationArguments(**options)
+    assert words in str(caught.value)
+
+
+def test_teachers_that_do_not_fit(teacher, tmp_path):
+    config = tiny_config(image_size=16, patch_size=4, id2label={0: "a", 1: "b", 2: "c"})
+    with pytest.raises(ValueError, match="must be the same, in the same order"):
+        Distillation(DistillationArguments(teacher=str(teacher)), config)
+    config = tiny_config(id2label=dict(enumerate(CLASSES)))
+    with pytest.raises(ValueError, match="takes images of 16 pixels, the student 32"):
+        Distillation(DistillationArguments(teacher=str(teacher)), config)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Distillation(DistillationArguments(teacher=str(tmp_path)), config)
+    config = tiny_config(image_size=16, patch_size=4, id2label=dict(enumerate(CLASSES)), reduction="dyvit")
+    with pytest.raises(ValueError, match="`reduction_kwargs`"):
+        Distillation(DistillationArguments(teacher=str(teacher), distillation_weight=0.5), config)
+
+
+@pytest.mark.parametrize("reduction", ["evit", "dyvit"])
+def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):  # noqa: F811
+    """The log tells the parts of the loss; the teacher changes the weights."""
+    changes = {"reduction": reduction, "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
+    changes |= {"save_strategy": "no", "load_best_model_at_end": False}
+    weights = []
+    for name, options in (("plain", []), ("taught", ["--teacher", str(teacher)])):
+        out = tmp_path / name
+        run(recipe(tmp_path, leaves, out, **changes), *options)
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        terms = {key for line in history for key in line if key.startswith("loss_")}
+        weights.append(load_file(out / "model.safetensors"))
+    assert terms >= {"loss_classification"} and len(terms) > 1
+    assert terms >= ({"loss_distillation"} if reduction == "evit" else {"loss_keep_ratio", "loss_token_distillation"})
+    for line in history:
+        if "loss_classification" in line:
+            parts = [value for key, value in line.items() if key.startswith("loss_")]
+            if reduction == "dyvit":  # there, all parts add up
+                assert sum(parts) == pytest.approx(line["loss"], abs=2e-3)
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
+def test_lora_trains_little_and_leaves_a_whole_model(leaves, tmp_path):  # noqa: F811
+    base, out = tmp_path / "base", tmp_path / "out"
+    run(recipe(tmp_path, leaves, base, num_train_epochs=1, reduction="sit"))
+    options = ["--model_name_or_path", str(base), "--lora_rank", "2", "--do_predict", "true", "--weight_decay", "0"]
+    metrics = run(recipe(tmp_path, leaves, out, reduction="sit"), *options)
+    assert {file.name for file in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    model = CLCAViTForImageClassification.from_pretrained(out)
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and 0 <= metrics["test"]["top1"] <= 1
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "vit.layers.0.attention.q_proj.weight" in changed and any(n.startswith("classifier") for n in changed)
+    assert any(".reduction." in name for name in changed)  # its own parameters are new, and train
+    assert not {"vit.embeddings.cls_token", "vit.layers.0.attention.k_proj.weight", "vit.layernorm.weight"} & changed
+    # what the adapter's checkpoints were evaluated with is what was saved
+    again = run("--model_name_or_path", str(out), "--dataset", str(leaves), "--do_predict", "--use_cpu", "true",
+                "--output_dir", str(tmp_path / "again"))  # fmt: skip
+    assert again["test"] == metrics["test"] and model.config.num_labels == 3
+
+
+def test_mistaken_adapters(capsys, leaves, tmp_path):  # noqa: F811
+    path = recipe(tmp_path, leaves, tmp_path / "out")
+    for options, words in (
+        (["--lora_rank", "0"], "`lora_rank` must be at least 1"),
+        (["--lora_alpha", "4"], "need a `lora_rank`"),
+        (["--lora_rank", "2", "--lora_targets", "heads"], "must be attention, mlp or both"),
+        (["--lora_rank", "2", "--lora_dropout", "1"], "must be in [0, 1)"),
+    ):
+        assert words in mistake(capsys, path, *options)
