@@ -27,13 +27,15 @@ from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import check_config
 from ufgir.adapters import AdapterArguments, merge
 from ufgir.arguments import RecipeParser, one_sentence, option, switch
-from ufgir.augmentation import AugmentationArguments
-from ufgir.callbacks import CallbackArguments
+from ufgir.augmentation import AugmentationArguments, prepare_augmentation
+from ufgir.callbacks import CallbackArguments, make_callbacks
 from ufgir.data import load_ufgir_dataset
+from ufgir.data_labels import class_feature, is_multi_label
 from ufgir.distillation import Distillation, DistillationArguments
-from ufgir.metrics import compute_metrics
-from ufgir.model_card import write_model_card
-from ufgir.optimization import OptimizationArguments
+from ufgir.distributed import DistributedArguments
+from ufgir.metrics import compute_metrics, compute_multilabel_metrics
+from ufgir.model_card import METRIC_NAMES, write_model_card
+from ufgir.optimization import OptimizationArguments, set_precision
 from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table, write_predictions
 from ufgir.run_records import write_run_record
@@ -41,7 +43,6 @@ from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remov
 from ufgir.transforms import (
     EvalTransform,
     SetEpoch,
-    TrainTransform,
     TransformedImages,
     make_image_processor,
     random_subset,
@@ -91,6 +92,7 @@ class ModelArguments:
     head: str | None = option("linear, cla, ifa, h2t or vqt [linear]")
     cla_multiplier: int | None = option("channels of the CLA convolution per input channel [2]")
     num_query_tokens: int | None = option("queries a layer of the vqt head [5]")
+    multi_label_loss: str | None = option("loss where images have several classes: bce or asymmetric [bce]")
     group_lasso_weight: float | None = option("weight of a group lasso on the head, a group per input feature [0]")
     layerscale_value: float | None = option("initial LayerScale [none]")
     pre_norm: bool | None = switch("LayerNorm before the first layer, as CLIP [false]")
@@ -102,11 +104,8 @@ class ModelArguments:
     use_swiglu_ffn: bool | None = switch("SwiGLU in the MLP [false]")
 
 
-LOADING = (
-    "image_column",
-    "label_column",
-    "validation_fraction",
-)  # what load_ufgir_dataset takes, beside the CSV files
+# what load_ufgir_dataset takes, beside the CSV files
+LOADING = ("image_column", "label_column", "label_separator", "validation_fraction", "validation_split", "shots")
 LOCAL = (
     "output_dir",
     "overwrite_output_dir",
@@ -130,9 +129,12 @@ class DataArguments:
     dataset_revision: str | None = option("branch, tag or commit of a data set on the Hub [main]")
     image_column: str | None = option("column of the images [found by its type and name]")
     label_column: str | None = option("column of the classes [found by its type and name]")
+    label_separator: str | None = option("what stands between several classes in one label, e.g. ; [one class]")
     validation_fraction: float = option(
         "share of each class's training images to validate on, if no split is there", 0.2
     )
+    validation_split: str = option("last: the last of each class validate, as the original; or random", "last")
+    shots: int | None = option("train on at most that many images of each class, chosen at random [all]")
     csv_train: str | None = option("CSV file (class_id,dir) in the folder [train.csv]")
     csv_validation: str | None = option("the same for validation [val.csv]")
     csv_test: str | None = option("the same for test [test.csv]")
@@ -171,7 +173,7 @@ class TrainingArguments(transformers.TrainingArguments):
     per_device_train_batch_size: int = option("training images a step and device", 32)
     per_device_eval_batch_size: int = option("evaluation images a step and device", 64)
     learning_rate: float = option("highest learning rate", 1e-4)
-    weight_decay: float = option("weight decay; none on biases and norms", 0.05)
+    weight_decay: float = option("weight decay; of the weights of linear and convolution layers", 0.05)
     lr_scheduler_type: str = option("course of the learning rate: cosine, linear, constant_with_warmup, ...", "cosine")
     warmup_steps: float = option("steps of linear warmup; below 1: share of all steps", 0.04)
     num_train_epochs: float = option("epochs", 50.0)
@@ -210,7 +212,9 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
     return config
 
 
-def load_data(data_args: DataArguments, args: TrainingArguments, synthetic_size: int) -> dict[str, Any]:
+def load_data(
+    data_args: DataArguments, args: TrainingArguments, synthetic_size: int, class_names: list[str] | None
+) -> dict[str, Any]:
     """split -> images, the splits and numbers of them that were asked for; ValueError where one is missing."""
     given = vars(data_args)
     if data_args.dataset == "synthetic_leaves":
@@ -219,6 +223,7 @@ def load_data(data_args: DataArguments, args: TrainingArguments, synthetic_size:
     else:
         options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
         options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
+    options |= {"class_names": class_names, "split_seed": args.seed}
     try:
         data = dict(load_ufgir_dataset(data_args.dataset, **options))
     except ValueError as error:
@@ -248,6 +253,7 @@ class Options:
     distillation: DistillationArguments
     adapter: AdapterArguments
     callbacks: CallbackArguments
+    distributed: DistributedArguments
     training: TrainingArguments
 
 
@@ -276,24 +282,27 @@ def prepare(options: Options) -> Run:
         ValueError, OSError: a mistake of the user.
     """
     model_args, data_args, args = options.model, options.data, options.training
+    set_precision(args, options.optimization.mixed_precision)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
     if Path(data_args.predictions_file).suffix not in (".csv", ".jsonl"):
         raise ValueError(f"`predictions_file` must end in .csv or .jsonl, got {data_args.predictions_file}")
     checkpoint = find_checkpoint(args) if args.do_train else None
+    options.augmentation.check(args)
     config = make_config(model_args)
     pretrained = {"checkpoint": model_args.model_name_or_path, "revision": model_args.model_revision}
     numbers = (data_args.resize_size, data_args.image_mean, data_args.image_std)
     image_processor = make_image_processor(config.image_size, *numbers, **pretrained)
-    data = load_data(data_args, args, image_processor.size["height"])
+    known = None  # a trained model's classes; the data's may be fewer, and in another order
+    if pretrained["checkpoint"] and not args.do_train:
+        known = [config.id2label[index] for index in range(config.num_labels)]
+    data = load_data(data_args, args, image_processor.size["height"], known)
 
-    names = next(iter(data.values())).features["label"].names
-    known = [config.id2label[index] for index in range(config.num_labels)]
-    if pretrained["checkpoint"] and not args.do_train and known != names:
-        raise ValueError(f"`dataset` has the classes {names[:5]}..., the model was trained for {known[:5]}...")
+    label = next(iter(data.values())).features["label"]
+    names, multi_label = class_feature(label).names, is_multi_label(label)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
     distillation = None
     if options.distillation.teacher is not None and args.do_train:
         distillation = Distillation(options.distillation, config)
@@ -308,22 +317,27 @@ def prepare(options: Options) -> Run:
         model = options.adapter.adapt(model)
 
     # While training, the best checkpoint is chosen on validation images, never on test images.
-    images = {split: TransformedImages(data[split], EvalTransform(image_processor)) for split in data}
-    callbacks = []
+    labels = {"num_labels": config.num_labels} if multi_label else {}
+    images = {split: TransformedImages(data[split], EvalTransform(image_processor), **labels) for split in data}
+    callbacks, collator = [], None
     if args.do_train:
-        images["train"] = TransformedImages(data["train"], TrainTransform(image_processor), seed=args.seed)
-        callbacks = [SetEpoch(images["train"])]
+        transform, collator = prepare_augmentation(options.augmentation, args, image_processor, config.num_labels)
+        copies = options.augmentation.repeated_augmentation
+        images["train"] = TransformedImages(data["train"], transform, seed=args.seed, copies=copies, **labels)
         if "validation" not in images:
             logger.info("No validation images: the last weights are kept, not the best.")
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        callbacks = [SetEpoch(images["train"]), *make_callbacks(options.callbacks, args)]
     trainer = UFGIRTrainer(
-        model=model,
+        model=options.distributed.prepare(model, args),
         args=args,
+        data_collator=collator,
         train_dataset=images.get("train"),
         eval_dataset=images.get("validation"),
         processing_class=image_processor,
-        compute_metrics=compute_metrics,
+        compute_metrics=compute_multilabel_metrics if multi_label else compute_metrics,
         callbacks=callbacks,
+        optimization=options.optimization if args.do_train else None,
         distillation=distillation,
     )
     return Run(checkpoint, config, image_processor, data, images, names, trainer)
@@ -348,7 +362,8 @@ def evaluate(run: Run, args: TrainingArguments, split: str) -> PredictionOutput:
     """Logits, labels and metrics of all images of a split."""
     output = run.trainer.predict(run.images[split], metric_key_prefix=split)
     run.trainer.save_metrics(split, output.metrics)
-    run.metrics[split] = {name: output.metrics[f"{split}_{name}"] for name in ("top1", "top5", "macro_f1")}
+    measured = {name: output.metrics.get(f"{split}_{name}") for name in METRIC_NAMES}
+    run.metrics[split] = {name: value for name, value in measured.items() if value is not None}
     seconds = output.metrics[f"{split}_runtime"]
     run.rows.append({"split": split, "images": len(run.images[split]), "seconds": seconds, **run.metrics[split]})
     return output

@@ -45,6 +45,14 @@ def rows(count: int = 12, size: int = 40) -> list[dict]:
     return [{"image": picture("RGB", size, size, seed=i), "label": i % 3} for i in range(count)]
 
 
+def coordinates(height: int, width: int) -> Image.Image:
+    """A picture whose pixels hold their own row and column."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = np.arange(height)[:, None]
+    pixels[..., 1] = np.arange(width)[None, :]
+    return Image.fromarray(pixels)
+
+
 @pytest.fixture
 def processor() -> ViTImageProcessorPil:
     return make_image_processor(24)
@@ -91,13 +99,10 @@ def test_default_sizes():
 def test_train_transform_crops_everywhere_and_flips_half(processor):
     """Every pixel holds its own coordinates, so crop and flip can be read off the result."""
     side = processor.size["height"]
-    coordinates = np.zeros((side, side, 3), dtype=np.uint8)
-    coordinates[..., 0] = np.arange(side)[:, None]
-    coordinates[..., 1] = np.arange(side)[None, :]
     transform = TrainTransform(processor)
     seen = set()
     for seed in range(400):
-        pixels = transform(Image.fromarray(coordinates), np.random.default_rng(seed))
+        pixels = transform(coordinates(side, side), np.random.default_rng(seed))
         mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
         values = ((pixels * std + mean) * 255).round().long()
         top, left, right = values[0, 0, 0].item(), values[1, 0, 0].item(), values[1, 0, -1].item()
@@ -117,6 +122,34 @@ def test_flip_probability(processor, probability, flips):
     pixels = TrainTransform(plain, probability)(image, np.random.default_rng(0))
     expected = EvalTransform(plain)(image)
     torch.testing.assert_close(pixels, expected.flip(-1) if flips else expected)
+
+
+def test_random_resized_crop(processor):
+    """Corners of the crop, read off the colours: areas, shapes and places are those asked for."""
+    transform = TrainTransform(processor, flip_probability=0.0, random_resized_crop=0.3)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    boxes = []
+    for seed in range(300):
+        pixels = transform(coordinates(200, 160), np.random.default_rng(seed))
+        assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.float32
+        values = (pixels * std + mean) * 255
+        steps = [(values[0, -4, 0] - values[0, 3, 0]) / 17, (values[1, 0, -4] - values[1, 0, 3]) / 17]
+        boxes.append([values[0, 3, 0] - 3.5 * steps[0], values[1, 0, 3] - 3.5 * steps[1], *(24 * s for s in steps)])
+    top, left, height, width = np.array(boxes).T
+    area = height * width / (200 * 160)
+    assert 0.28 < area.min() < 0.35 and 0.8 < area.max() < 1.02
+    assert 0.72 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.36
+    assert top.min() > -2 and left.min() > -2 and (top + height).max() < 202 and (left + width).max() < 162
+    assert top.max() > 60 and left.max() > 50
+
+
+def test_random_resized_crop_of_a_long_picture(processor):
+    """Where no rectangle of that shape is large enough, the middle."""
+    transform = TrainTransform(processor, flip_probability=0.0, random_resized_crop=0.9)
+    pixels = transform(coordinates(20, 255), np.random.default_rng(0))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    columns = ((pixels * std + mean) * 255)[1, 0]
+    assert columns[0] == pytest.approx(114, abs=1) and columns[-1] == pytest.approx(140, abs=1)  # 27 of 255
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(processor):
@@ -163,6 +196,51 @@ def test_labels_and_length(processor):
     assert len(pickle.loads(pickle.dumps(dataset))) == 12  # what worker processes that are spawned need
 
 
+def test_several_labels(processor):
+    data = [{"image": picture("RGB"), "label": labels} for labels in ([0, 2], [], [1])]
+    dataset = TransformedImages(data, EvalTransform(processor), num_labels=4)
+    labels = next(iter(DataLoader(dataset, batch_size=3)))["labels"]
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    with pytest.raises(ValueError, match="image 0 has the class 2, which is not in 0 to 1"):
+        TransformedImages(data, EvalTransform(processor), num_labels=2)[0]
+
+
+def test_pictures_without_labels(processor):
+    dataset = TransformedImages([{"image": picture("RGB")}], EvalTransform(processor), label_column=None)
+    assert set(dataset[0]) == {"pixel_values"}
+
+
+def test_copies_differ_and_the_first_is_the_image_itself(processor):
+    plain = TransformedImages(rows(), TrainTransform(processor), seed=3)
+    copies = TransformedImages(rows(), TrainTransform(processor), seed=3, copies=3)
+    assert len(copies) == 12
+    differ = 0
+    for i in range(12):
+        assert torch.equal(copies[i]["pixel_values"], plain[i]["pixel_values"])
+        assert copies[i + 24]["labels"] == plain[i]["labels"]
+        differ += not torch.equal(copies[i + 12]["pixel_values"], copies[i + 24]["pixel_values"])
+    assert differ > 8
+    assert torch.equal(copies[-1]["pixel_values"], copies[11]["pixel_values"])
+    with pytest.raises(IndexError):
+        copies[36]
+
+
+def test_an_augmentation_gets_8_bit_images_and_the_same_generator(processor):
+    class Numbers:
+        def draw(self, generator):
+            return torch.tensor([generator.random()])
+
+    image = picture("RGB")
+    sample = TrainTransform(processor, augmentation=Numbers())(image, np.random.default_rng(1))
+    assert sample["pixel_values"].dtype == torch.uint8
+    generator = np.random.default_rng(1)
+    expected = TrainTransform(processor)(image, generator)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    torch.testing.assert_close((sample["pixel_values"] / 255 - mean) / std, expected)
+    assert sample["draws"] == torch.tensor([generator.random()])
+
+
 def test_callback_follows_the_trainer_also_after_a_resume(processor):
     dataset = TransformedImages(rows(), TrainTransform(processor))
     callback = SetEpoch(dataset)
@@ -199,6 +277,10 @@ def test_wrong_numbers_are_refused(processor):
         make_image_processor(24, image_std=[0.5, 0.5, 0])
     with pytest.raises(ValueError, match="`flip_probability`"):
         TrainTransform(processor, 1.5)
+    with pytest.raises(ValueError, match="`random_resized_crop`"):
+        TrainTransform(processor, random_resized_crop=1.5)
+    with pytest.raises(ValueError, match="`copies`"):
+        TransformedImages(rows(), EvalTransform(processor), copies=0)
     with pytest.raises(ValueError, match="`seed`"):
         TransformedImages(rows(), EvalTransform(processor), seed=-1)
     with pytest.raises(ValueError, match="`size`"):

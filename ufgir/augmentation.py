@@ -14,8 +14,6 @@ is asked for, a pair is never torn apart, and the number of processes changes no
 incomplete batch of an epoch, which several processes fill up with images from its beginning.
 """
 
-
-
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
@@ -142,12 +140,12 @@ class AugmentationArguments:
         """Whether there is anything for `Augmentation` to do."""
         return bool(self.num_operations or self.num_erasings or self.mixes or self.label_smoothing)
 
-    def check_training_arguments(self, args: TrainingArguments) -> None:
+    def check(self, args: TrainingArguments) -> None:
         """What does not go together with the arguments of Trainer.
 
         Raises:
-            ValueError: `label_smoothing_factor` is set; images are to be mixed in batches that are odd; copies of images
-                are to be sampled in an order other than random.
+            ValueError: `label_smoothing_factor` is set; images are to be mixed in odd batches; copies of images are to be
+                sampled in an order other than random; columns would be removed.
         """
         if args.label_smoothing_factor:
             raise ValueError(
@@ -159,6 +157,8 @@ class AugmentationArguments:
                 "`per_device_train_batch_size` must be even, since `mixup_alpha` and `cutmix_alpha` mix neighbours, "
                 f"got {args.per_device_train_batch_size}."
             )
+        if self.beyond_crop_and_flip and args.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be false: what is drawn for an image is a column, too.")
         if self.repeated_augmentation > 1 and args.train_sampling_strategy != "random":
             raise ValueError(
                 "`train_sampling_strategy` must be random with `repeated_augmentation`, which has a sampler of its "
@@ -171,8 +171,8 @@ class Augmentation:
 
     The draws of an image are a row of D numbers, in this order and as many as the arguments ask for:
 
-        operations   index and value of each, see `image_operations.apply_operations`
-        erasing      top, left, height, width and seed of the noise, for each rectangle; nothing is erased if it is empty
+        operations   index and value, see `image_operations.apply_operations`, of each operation
+        erasings     top, left, height, width and seed of the noise of each rectangle; an empty one erases nothing
         mixing       weight of the image in MixUp; top, left, height, width of what the partner covers in CutMix
 
     Args:
@@ -191,40 +191,34 @@ class Augmentation:
         """The draws of one image, (D,), float32."""
         options = self.arguments
         draws: list[float] = []
-        level = None if options.trivial_augment else options.rand_augment_magnitude
         for _ in range(options.num_operations):
+            level = None if options.trivial_augment else options.rand_augment_magnitude
             draws += draw_operation(generator, self.size, level)
         for _ in range(options.num_erasings):
-            draws += self._draw_erasing(generator)
+            wanted = generator.random() < options.random_erasing_probability
+            limits = (options.random_erasing_area, options.random_erasing_aspect)
+            rectangle = random_rectangle(generator, self.size, self.size, *limits) if wanted else None
+            draws += [*(rectangle or (0, 0, 0, 0)), generator.integers(2**24)]  # a seed that float32 holds
         if options.mixes:
             draws += self._draw_mixing(generator)
         return torch.tensor(draws, dtype=torch.float32)
 
-    def _draw_erasing(self, generator: np.random.Generator) -> list[float]:
-        options = self.arguments
-        wanted = generator.random() < options.random_erasing_probability
-        rectangle = random_rectangle(
-            generator, self.size, self.size, options.random_erasing_area, options.random_erasing_aspect
-        )
-        seed = int(generator.integers(2**24))  # a whole number that float32 can hold
-        return [*(rectangle if wanted and rectangle else (0, 0, 0, 0)), seed]
-
     def _draw_mixing(self, generator: np.random.Generator) -> list[float]:
         options = self.arguments
         wanted, switch = generator.random(2)
-        cutmix = switch < options.mix_switch_probability if options.mixup_alpha and options.cutmix_alpha else (
-            options.cutmix_alpha > 0
-        )
-        alpha = options.cutmix_alpha if cutmix else options.mixup_alpha
-        weight = float(generator.beta(alpha, alpha))
-        centre = generator.integers(self.size, size=2)
         if wanted >= options.mix_probability:
             return [1, 0, 0, 0, 0]
+        cutmix = options.cutmix_alpha > 0
+        if options.mixup_alpha > 0 and switch >= options.mix_switch_probability:
+            cutmix = False
+        alpha = options.cutmix_alpha if cutmix else options.mixup_alpha
+        weight = generator.beta(alpha, alpha)
         if not cutmix:
             return [weight, 0, 0, 0, 0]
         side = round(self.size * math.sqrt(1 - weight))
-        start, end = (np.clip(centre + half, 0, self.size) for half in (-(side // 2), side - side // 2))
-        return [1, *start.tolist(), *(end - start).tolist()]
+        start = generator.integers(self.size, size=2) - side // 2
+        start, end = np.clip(start, 0, self.size), np.clip(start + side, 0, self.size)
+        return [1, *start, *(end - start)]
 
     @torch.no_grad()
     def __call__(
@@ -234,15 +228,189 @@ class Augmentation:
 
         Args:
             pixel_values: (B, 3, H, W), uint8, cropped and flipped.
-            draws: (B, D), see `draw`; on the CPU it costs no wait for the device.
-            labels: classes (B,), or zeros and ones (B, K) of images with several classes; None where there are none.
+            draws: (B, D), see `draw`.
+            labels: classes (B,), or zeros and ones (B, K) for images of several classes, or None.
 
         Returns:
-            (B, 3, H, W) float32, normalised, and labels: as they were if neither mixed nor smoothed, else (B, K) float32.
+            (B, 3, H, W) float32, normalised, and the labels: (B, K) float32 if they were mixed or smoothed.
         """
-        options, draws = self.arguments, draws.cpu()
-        drawn = draws.split([2 * options.num_operations, 5 * options.num_erasings, 5 * options.mixes], dim=1)
+        draws = draws.cpu()
+        # A CPU is faster with one image at a time, which stays in its cache.
+        size = 1 if pixel_values.device.type == "cpu" else len(pixel_values)
+        parts = zip(pixel_values.split(size), draws.split(size), strict=True)
+        pixels = torch.cat([self.change_images(*part) for part in parts])
+        if not self.arguments.mixes:
+            return pixels, self._soft_labels(labels)
+        partners = [min(row ^ 1, len(pixels) - 1) for row in range(len(pixels))]  # a last one alone: itself
+        pixels, shares = self._mix(pixels, partners, draws[:, -5:])
+        return pixels, self._soft_labels(labels, partners, shares)
+
+    def change_images(self, pixel_values: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """What is done to every image by itself: operations, normalisation, erasing. Arguments as `__call__`."""
+        options = self.arguments
         pixels = from_levels(pixel_values)
-        for i, (operations, values) in enumerate(drawn[0].unflatten(1, (-1, 2)).unbind(2) if 0 else ()):
-            pass
-        return pixels, labels
+        for i in range(options.num_operations):
+            if i > 0:
+                pixels = from_levels(to_levels(pixels))
+            operations, values = draws[:, 2 * i : 2 * i + 2].unbind(1)
+            pixels = apply_operations(pixels, operations, values, options.augment_interpolation)
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        pixels = (pixels * (255 * self.scale)).sub_(mean).div_(std)
+        for i in range(options.num_erasings):
+            first = 2 * options.num_operations + 5 * i
+            self._erase(pixels, draws[:, first : first + 5])
+        return pixels
+
+    def _erase(self, pixels: torch.Tensor, rectangles: torch.Tensor) -> None:
+        """Fill a rectangle of each image, in place. After normalisation zero is the mean colour."""
+        for image, rectangle in zip(pixels, rectangles.int().tolist(), strict=True):
+            top, left, height, width, seed = rectangle
+            if height * width == 0:
+                continue
+            area = image[:, top : top + height, left : left + width]
+            if self.arguments.random_erasing_fill == "mean":
+                area.zero_()
+            else:
+                noise = np.random.default_rng(seed).standard_normal(area.shape, dtype=np.float32)
+                area.copy_(torch.from_numpy(noise))
+
+    def _mix(
+        self, pixels: torch.Tensor, partners: Sequence[int], mixing: torch.Tensor
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Images mixed with their partners, and the share of each that is its own."""
+        mixed, shares = pixels.clone(), []
+        for image, original, partner, draws in zip(mixed, pixels, pixels[partners], mixing.tolist(), strict=True):
+            weight, (top, left, height, width) = draws[0], map(int, draws[1:])
+            if weight < 1:
+                image.copy_(weight * original + (1 - weight) * partner)
+            area = (slice(None), slice(top, top + height), slice(left, left + width))
+            image[area] = partner[area]
+            shares.append(weight * (1 - height * width / image[0].numel()))  # one of the two factors is 1
+        return mixed, shares
+
+    def _soft_labels(
+        self, labels: torch.Tensor | None, partners: Sequence[int] = (), shares: Sequence[float] = ()
+    ) -> torch.Tensor | None:
+        """Labels mixed as the images were, then smoothed; classes (B,) become (B, K), unless nothing is to be done."""
+        smoothing = self.arguments.label_smoothing
+        if labels is None or (not shares and smoothing == 0):
+            return labels
+        one_class = labels.dim() == 1
+        targets = torch.nn.functional.one_hot(labels, self.num_labels).float() if one_class else labels
+        if shares:
+            share = torch.tensor(shares, device=labels.device)[:, None]
+            targets = share * targets + (1 - share) * targets[partners]
+        return (1 - smoothing) * targets + smoothing / (self.num_labels if one_class else 2)  # else yes or no
+
+
+class AugmentingCollator:
+    """Samples to batches, for Trainer. Training samples carry `draws` and are augmented; others are only stacked.
+
+    Args:
+        augmentation: what to do to training samples.
+        on_device: leave it to `finish`, which `UFGIRTrainer` calls once the batch is on the device.
+    """
+
+    def __init__(self, augmentation: Augmentation, on_device: bool = False) -> None:
+        self.augmentation = augmentation
+        self.on_device = on_device
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The columns of all samples, stacked."""
+        batch = default_data_collator(samples)
+        return batch if self.on_device else self.finish(batch)
+
+    def finish(self, batch: dict[str, torch.Tensor], device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """Augment a batch that still has `draws`, and take these away; on `device`, by default where the batch is.
+
+        Batches without draws, of evaluation images, stay as they are.
+
+        Raises:
+            ValueError: the draws of training images were lost on the way.
+        """
+        if "draws" not in batch:
+            if batch["pixel_values"].dtype == torch.uint8:
+                raise ValueError("`remove_unused_columns` must be false: the column `draws` of the images is missing.")
+            return batch
+        rest = {name: column for name, column in batch.items() if name != "draws"}
+        pixels, labels = self.augmentation(rest["pixel_values"].to(device), batch["draws"], rest.get("labels"))
+        rest["pixel_values"] = pixels
+        return rest if labels is None else rest | {"labels": labels}
+
+
+class RepeatedSampler(torch.utils.data.Sampler[int]):
+    """Repeated augmentation (https://huggingface.co/papers/1901.09335): several copies of an image close together.
+
+    An epoch is as long as without. Two images take turns, so that a neighbour, the partner in MixUp and CutMix, is
+    another image. The order depends on the seed and the epoch of the data set; every process goes through all of it,
+    and accelerate gives each its batches.
+
+    Args:
+        dataset: one with `copies` of more than 1, whose index counts all images, then all second copies, and so on.
+    """
+
+    def __init__(self, dataset: TransformedImages) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._in_turns(), len(self))
+
+    def _in_turns(self) -> Iterator[int]:
+        count, copies = len(self.dataset), self.dataset.copies
+        # no image has the index `count`: none of them shares this generator
+        generator = np.random.default_rng((self.dataset.seed, self.dataset.epoch, count))
+        chosen = generator.permutation(count)[: math.ceil(count / copies)].tolist()
+        for first in range(0, len(chosen), 2):
+            for copy in range(copies):
+                yield from (image + copy * count for image in chosen[first : first + 2])
+
+
+class AugmentationMixin:
+    """What a Trainer needs for `AugmentingCollator` and for data sets with `copies`."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(self.data_collator, AugmentingCollator):  # first: DeepSpeed's half precision comes after it
+            inputs = self.data_collator.finish(inputs, self.args.device)
+        return super()._prepare_inputs(inputs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if getattr(dataset, "copies", 1) > 1:
+            return RepeatedSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
+
+
+def prepare_augmentation(
+    arguments: AugmentationArguments, args: TrainingArguments, image_processor: Any, num_labels: int
+) -> tuple[TrainTransform, AugmentingCollator | None]:
+    """What Trainer and its data set need: the transform of training images, and the collator.
+
+    The data set also needs `copies=arguments.repeated_augmentation`.
+
+    Args:
+        arguments: what is wanted.
+        args: of the training.
+        image_processor: size, mean and deviation of the images.
+        num_labels: number of classes.
+
+    Returns:
+        A transform, and a collator or None for Trainer's own.
+
+    Raises:
+        ValueError: see `AugmentationArguments.check`.
+    """
+    arguments.check(args)
+    augmentation = None
+    if arguments.beyond_crop_and_flip:
+        augmentation = Augmentation(arguments, image_processor, num_labels)
+    transform = TrainTransform(
+        image_processor, arguments.flip_probability, arguments.random_resized_crop, augmentation
+    )
+    if augmentation is None:
+        return transform, None
+    wanted = arguments.augmentation_device
+    on_device = wanted == "device" or (wanted == "auto" and args.device.type != "cpu")
+    return transform, AugmentingCollator(augmentation, on_device)

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,20 @@ from huggingface_hub.utils import validate_repo_id
 
 
 # our metric -> (name on the Hub, name for people)
-METRIC_NAMES = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "macro_f1": ("f1", "macro-F1")}
+METRIC_NAMES = {
+    "top1": ("accuracy", "top-1"),
+    "top5": ("accuracy", "top-5"),
+    "map": ("mean_average_precision", "mAP"),
+    "micro_f1": ("f1", "micro-F1"),
+    "macro_f1": ("f1", "macro-F1"),
+}
 SHOWN_CLASSES = 20
+
+
+def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Those of `METRIC_NAMES` that any of the rows has."""
+    rows = list(rows)
+    return [key for key in METRIC_NAMES if any(key in row for row in rows)]
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
@@ -97,8 +109,8 @@ def write_model_card(
         dataset_name: name of the data, for people.
         class_names: names of the classes, by index.
         split_sizes: split name -> number of images.
-        metrics: split name -> {"top1", "top5", "macro_f1"}, fractions in [0, 1]; other entries and numbers that are not finite
-            are left out.
+        metrics: split name -> metrics of `METRIC_NAMES`, fractions in [0, 1]; other entries and numbers that are not finite are
+            left out.
         settings: every setting that is not left at the script's default, written down as a recipe.
         macs: multiply-adds of one image.
         dense_macs: the same for this backbone without reduction, cache and aggregation head.
@@ -143,7 +155,7 @@ def write_model_card(
         pipeline_tag="image-classification",
         tags=tags + ([config.reduction] if config.reduction else []),
         datasets=[dataset_id] if dataset_id else None,
-        metrics=["accuracy", "f1"],
+        metrics=list(dict.fromkeys(METRIC_NAMES[key][0] for values in metrics.values() for key in values)) or None,
         base_model=base_id,
         model_name=title,
         eval_results=results or None,
@@ -171,12 +183,16 @@ def write_model_card(
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Split x metric as a Markdown table, in percent."""
-    if not metrics:
+    """Split x metric as a Markdown table, in percent; only metrics that were measured."""
+    shown = measured(metrics.values())
+    if not shown:
         return "Not evaluated."
-    lines = ["| split | top-1 % | top-5 % | macro-F1 % |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        f"| split | {' | '.join(f'{METRIC_NAMES[key][1]} %' for key in shown)} |",
+        "| --- " + "| ---: " * len(shown) + "|",
+    ]
     for split, values in metrics.items():
-        cells = [f"{100 * values[key]:.2f}" if key in values else "" for key in METRIC_NAMES]
+        cells = [f"{100 * values[key]:.2f}" if key in values else "" for key in shown]
         lines.append(f"| {split} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

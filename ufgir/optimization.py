@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import has_length
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .arguments import option
@@ -35,15 +36,15 @@ CHOICES = {
     "parameter_groups": ("default", "original"),
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
 }
-# Options of a schedule in epochs: those that have it, the default, the least value.
-SCHEDULE_OPTIONS: dict[str, tuple[tuple[str, ...], Any, float]] = {
-    "schedule_per": (("cosine_epochs",), "epoch", 0),
-    "schedule_epochs": (("cosine_epochs",), None, 0),
-    "min_learning_rate": (("cosine_epochs",), 1e-5, 0),
-    "warmup_epochs": (("cosine_epochs", "step_epochs"), 2.0, 0),
-    "warmup_learning_rate": (("cosine_epochs", "step_epochs"), 1e-6, 0),
-    "decay_epochs": (("step_epochs",), 30.0, 0),
-    "decay_rate": (("step_epochs",), 0.1, 0),
+# Options of a schedule in epochs: the schedules that have it, and its default.
+SCHEDULE_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "schedule_per": (("cosine_epochs",), "epoch"),
+    "schedule_epochs": (("cosine_epochs",), None),
+    "min_learning_rate": (("cosine_epochs",), 1e-5),
+    "warmup_epochs": (("cosine_epochs", "step_epochs"), 2.0),
+    "warmup_learning_rate": (("cosine_epochs", "step_epochs"), 1e-6),
+    "decay_epochs": (("step_epochs",), 30.0),
+    "decay_rate": (("step_epochs",), 0.1),
 }
 
 
@@ -104,7 +105,7 @@ class OptimizationArguments:
                 close = get_close_matches(str(value), allowed, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"`{name}` must be {_listed(allowed)}, got {value}{hint}")
-        for name, (schedules, _, _) in SCHEDULE_OPTIONS.items():
+        for name, (schedules, _) in SCHEDULE_OPTIONS.items():
             if getattr(self, name) is not None and self.schedule not in schedules:
                 raise ValueError(f"`{name}` needs `schedule` {_listed(schedules)}, got {self.schedule}")
         self._check_numbers()
@@ -245,7 +246,7 @@ def make_schedule(
     Raises:
         ValueError: `schedule` is trainer, whose schedules are transformers' own.
     """
-    names = [name for name, (schedules, _, _) in SCHEDULE_OPTIONS.items() if args.schedule in schedules]
+    names = [name for name, (schedules, _) in SCHEDULE_OPTIONS.items() if args.schedule in schedules]
     values = {name: args.schedule_value(name) for name in names}
     if args.schedule == "cosine_epochs":
         values["schedule_epochs"] = values["schedule_epochs"] or num_training_steps / steps_per_epoch
@@ -322,12 +323,10 @@ class OptimizationMixin:
         target = self.model if model is None else model
         kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
         if is_optimizer_factory(kind) or {"params", "model", "optimizer_dict"} & kwargs.keys():
-            default = OptimizationArguments()
+            default, optim = OptimizationArguments(), OptimizerNames(self.args.optim).value
             for name in ("parameter_groups", "backbone_lr_scale", "layer_lr_decay", "freeze_epochs"):
                 if getattr(self.optimization, name) != getattr(default, name):
-                    raise ValueError(
-                        f"`{name}` does not go with `optim` {self.args.optim}, which makes its own groups"
-                    )
+                    raise ValueError(f"`{name}` does not go with `optim` {optim}, which makes its own groups")
             return super().create_optimizer(model)
         groups = parameter_groups(target, self.optimization, self.args.learning_rate, self.args.weight_decay)
         for group in groups:
@@ -368,7 +367,9 @@ class OptimizationMixin:
         start with its first step. With the groups of the `original` they grow from the beginning."""
         loss = super().training_step(*args, **kwargs)
         if self.optimization.freeze_epochs and self.optimization.parameter_groups == "default":
-            for group, held in zip(self.optimizer.param_groups, getattr(self.lr_scheduler, "held_steps", ())):
+            for group, held in zip(
+                self.optimizer.param_groups, getattr(self.lr_scheduler, "held_steps", ()), strict=False
+            ):
                 if self.lr_scheduler.last_epoch < held:
                     for parameter in group["params"]:
                         parameter.grad = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .model_card import METRIC_NAMES, write_text_atomically
+from .model_card import METRIC_NAMES, measured, write_text_atomically
 
 
 def write_predictions(
@@ -74,9 +74,10 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: {"split", "images", "seconds"} and any of the metrics, fractions in [0, 1].
     """
-    table = [["split", "images", *(f"{name} %" for _, name in METRIC_NAMES.values()), "seconds"]]
+    shown = measured(rows)
+    table = [["split", "images", *(f"{METRIC_NAMES[key][1]} %" for key in shown), "seconds"]]
     for row in rows:
-        metrics = [f"{100 * row[key]:.2f}" if key in row else "-" for key in METRIC_NAMES]
+        metrics = [f"{100 * row[key]:.2f}" if key in row else "-" for key in shown]
         table.append([row["split"], f"{row['images']:,}", *metrics, f"{row['seconds']:.1f}"])
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     return "\n".join(

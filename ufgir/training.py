@@ -1,11 +1,7 @@
 """What `run_ufgir.py` adds to transformers' loading and Trainer: care with weights, checkpoints and the model card."""
 
 import contextlib
-import json
-import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +9,26 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import hf_api
-from transformers.trainer_utils import get_last_checkpoint
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
+from .augmentation import AugmentationMixin
+from .callbacks import ObserverMixin
+from .checkpointing import CheckpointMixin
+from .checkpointing import find_checkpoint as find_checkpoint
+from .checkpointing import remove_checkpoints as remove_checkpoints
 from .distillation import Distillation
+from .distributed import DistributedMixin
 from .optimization import OptimizationMixin
 from .resample import resample_weights
 
 
-class UFGIRTrainer(OptimizationMixin, transformers.Trainer):
+class UFGIRTrainer(
+    ObserverMixin, CheckpointMixin, DistributedMixin, OptimizationMixin, AugmentationMixin, transformers.Trainer
+):
     """A Trainer that evaluates every image, learns from a teacher, logs the parts of the loss, and leaves our model card
-    alone.
+    alone. The mixins say what they add: averaged weights and other observers, whole checkpoints and exact resumption, several
+    processes, parameter groups and schedules, augmentation.
 
     `dataloader_drop_last` is for training (a last batch of one image breaks a BatchNorm); transformers would apply it
     to evaluation, too, and silently leave images out.
@@ -135,41 +139,3 @@ def load_pretrained(
             f"`ignore_mismatched_sizes` starts those anew: {error}"
         ) from error
     return model
-
-
-def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
-    """The checkpoint to resume from, or None to start afresh.
-
-    Args:
-        args: `resume_from_checkpoint` is "true" for the last one in `output_dir`, a checkpoint's folder, or "false" or
-            None; with `overwrite_output_dir`, checkpoints found in `output_dir` do not matter.
-
-    Raises:
-        ValueError: there is nothing to resume from, or nothing left to do; or `output_dir` holds the checkpoints of
-            another training, with which those of a new one would mix.
-    """
-    output_dir, max_steps = args.output_dir, args.max_steps
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    wanted = (args.resume_from_checkpoint or "false").strip()
-    if wanted.lower() == "false":
-        if last and not args.overwrite_output_dir:
-            raise ValueError(
-                f"`output_dir` holds {last}: continue with --resume_from_checkpoint true, start over with "
-                "--overwrite_output_dir true, or choose another folder"
-            )
-        return None
-    checkpoint = last if wanted.lower() == "true" else wanted
-    state = Path(checkpoint or output_dir) / "trainer_state.json"
-    if checkpoint is None or not state.is_file():
-        raise ValueError(f"`resume_from_checkpoint`: there is no checkpoint in {checkpoint or output_dir}")
-    done = json.loads(state.read_text(encoding="utf-8"))["global_step"]
-    if 0 < max_steps <= done:  # Trainer would do one step more
-        raise ValueError(f"`resume_from_checkpoint`: {checkpoint} has already done {done} of {max_steps} `max_steps`")
-    return checkpoint
-
-
-def remove_checkpoints(output_dir: str | Path) -> None:
-    """Delete the folders `checkpoint-<number>` in `output_dir`, and nothing else."""
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name):
-            shutil.rmtree(folder)

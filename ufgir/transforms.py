@@ -6,13 +6,15 @@ Both transforms take every number from the image processor that is saved with th
     evaluation   RGB -> resize to the square `size` -> centre crop `crop_size` -> rescale -> normalise
     training     RGB -> resize to the square `size` -> random crop `crop_size` -> horizontal flip -> rescale -> normalise
 
-The resize does not keep the aspect ratio: the original squashes every picture into a square.
+The resize does not keep the aspect ratio: the original squashes every picture into a square. What training may do
+besides is `ufgir.augmentation`.
 
 Random decisions come from a generator seeded with (seed, epoch, sample index) and from nothing else. A sample therefore
 looks the same whatever the number of workers or processes, and whether or not training was interrupted before it.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -95,6 +97,13 @@ def _side(name: str, size: Any) -> int:
     return int(height)
 
 
+def normalization(image_processor: Any) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """(scale, mean, deviation): 8-bit levels times scale, less the mean, over the deviation, are `pixel_values`."""
+    scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+    mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else ([0], [1])
+    return scale, *(torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+
+
 class _Transform:
     """The numbers that both transforms share, read from an image processor.
 
@@ -115,9 +124,7 @@ class _Transform:
                 f"`crop_size` ({self.crop_size}) must not be larger than `size` ({self.resize_size}), both in pixels."
             )
         self.resample = int(image_processor.resample)
-        self.scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
-        self.mean = np.asarray(image_processor.image_mean if image_processor.do_normalize else [0.0], dtype=np.float32)
-        self.std = np.asarray(image_processor.image_std if image_processor.do_normalize else [1.0], dtype=np.float32)
+        self.scale, self.mean, self.std = normalization(image_processor)
 
     def _resize(self, image: Image.Image) -> Image.Image:
         return to_rgb(image).resize((self.resize_size, self.resize_size), resample=self.resample)
@@ -125,10 +132,12 @@ class _Transform:
     def _crop(self, image: Image.Image, top: int, left: int) -> Image.Image:
         return image.crop((left, top, left + self.crop_size, top + self.crop_size))
 
+    @staticmethod
+    def _levels(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W), uint8
+
     def _to_tensor(self, image: Image.Image) -> torch.Tensor:
-        pixels = (np.asarray(image, dtype=np.float64) * self.scale).astype(np.float32)  # (H, W, 3)
-        pixels = (pixels - self.mean) / self.std
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, H, W)
+        return (self._levels(image) * self.scale).sub_(self.mean).div_(self.std)  # (3, H, W), float32
 
 
 class EvalTransform(_Transform):
@@ -140,27 +149,90 @@ class EvalTransform(_Transform):
         return self._to_tensor(self._crop(self._resize(image), margin, margin))
 
 
+def random_rectangle(
+    generator: np.random.Generator, height: int, width: int, areas: Sequence[float], aspects: Sequence[float]
+) -> tuple[int, int, int, int] | None:
+    """A random rectangle inside a picture.
+
+    Args:
+        generator: where chance comes from.
+        height, width: of the picture, pixels.
+        areas: smallest and largest share of the picture's area; all between are alike.
+        aspects: smallest and largest height / width; all ratios between are alike.
+
+    Returns:
+        Top, left, height and width in pixels, or None if ten rectangles did not fit.
+    """
+    areas_drawn = height * width * generator.uniform(*areas, size=10)
+    ratios = np.exp(generator.uniform(*np.log(aspects), size=10))
+    heights = np.maximum(np.sqrt(areas_drawn * ratios).round().astype(int), 1)
+    widths = np.maximum(np.sqrt(areas_drawn / ratios).round().astype(int), 1)
+    fitting = np.flatnonzero((heights <= height) & (widths <= width))
+    if len(fitting) == 0:
+        return None
+    own_height, own_width = int(heights[fitting[0]]), int(widths[fitting[0]])
+    top, left = generator.integers(0, [height - own_height + 1, width - own_width + 1])
+    return int(top), int(left), own_height, own_width
+
+
+class RandomDraws(Protocol):
+    """What `TrainTransform` asks of an augmentation: the numbers that it will need for one image."""
+
+    def draw(self, generator: np.random.Generator) -> torch.Tensor: ...
+
+
 class TrainTransform(_Transform):
     """Resize to a square, crop anywhere, flip left to right.
 
     Args:
         image_processor: see `_Transform`.
         flip_probability: chance of a horizontal flip, in [0, 1].
+        random_resized_crop: where given, crop a random rectangle of at least this share of the picture's area, in (0, 1],
+            3:4 to 4:3 in shape, and resize that (https://huggingface.co/papers/1409.4842).
+        augmentation: what happens to the image next, elsewhere, see `ufgir.augmentation`.
     """
 
-    def __init__(self, image_processor: Any, flip_probability: float = 0.5) -> None:
+    def __init__(
+        self,
+        image_processor: Any,
+        flip_probability: float = 0.5,
+        random_resized_crop: float | None = None,
+        augmentation: RandomDraws | None = None,
+    ) -> None:
         super().__init__(image_processor)
         if not 0 <= flip_probability <= 1:
             raise ValueError(f"`flip_probability` must be in [0, 1], got {flip_probability}.")
+        if random_resized_crop is not None and not 0 < random_resized_crop <= 1:
+            raise ValueError(f"`random_resized_crop` must be in (0, 1], got {random_resized_crop}.")
         self.flip_probability = flip_probability
+        self.random_resized_crop = random_resized_crop
+        self.augmentation = augmentation
 
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor:
-        """A picture of any mode and size -> (3, crop_size, crop_size), float32, all chance drawn from `generator`."""
-        top, left = generator.integers(0, self.resize_size - self.crop_size + 1, size=2)
-        image = self._crop(self._resize(image), int(top), int(left))
+    def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor | dict[str, torch.Tensor]:
+        """A picture of any mode and size -> (3, crop_size, crop_size), all chance drawn from `generator`.
+
+        float32, normalised; with an augmentation instead `{"pixel_values": uint8, not normalised, "draws": (D,)}`.
+        """
+        if self.random_resized_crop is None:
+            top, left = generator.integers(0, self.resize_size - self.crop_size + 1, size=2)
+            image = self._crop(self._resize(image), int(top), int(left))
+        else:
+            image = self._resize_random_crop(to_rgb(image), generator)
         if generator.random() < self.flip_probability:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._to_tensor(image)
+        if self.augmentation is None:
+            return self._to_tensor(image)
+        return {"pixel_values": self._levels(image), "draws": self.augmentation.draw(generator)}
+
+    def _resize_random_crop(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+        width, height = image.size
+        box = random_rectangle(generator, height, width, (self.random_resized_crop, 1.0), (3 / 4, 4 / 3))
+        if box is None:  # a very long picture: as much of its middle as the shape allows
+            own_height, own_width = min(height, math.ceil(width * 4 / 3)), min(width, math.ceil(height * 4 / 3))
+            box = (height - own_height) // 2, (width - own_width) // 2, own_height, own_width
+        top, left, own_height, own_width = box
+        corners = (left, top, left + own_width, top + own_height)
+        return image.resize((self.crop_size, self.crop_size), resample=self.resample, box=corners)
 
 
 def random_subset(dataset: Any, count: int | None, seed: int) -> Any:
@@ -173,20 +245,29 @@ def random_subset(dataset: Any, count: int | None, seed: int) -> Any:
 
 
 class ImageTransform(Protocol):
-    """What `TransformedImages` applies: a picture and a generator in, (3, H, W) out."""
+    """What `TransformedImages` applies: a picture and a generator in, (3, H, W) or several columns out."""
 
-    def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor: ...
+    def __call__(
+        self, image: Image.Image, generator: np.random.Generator
+    ) -> torch.Tensor | dict[str, torch.Tensor]: ...
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """A map-style dataset of `{"pixel_values": (3, H, W) float32, "labels": int}`, the columns a model takes.
+    """A map-style dataset of `{"pixel_values": (3, H, W), "labels": int}` and what else the transform gives.
 
     Args:
         dataset: rows are dicts, e.g. a `datasets.Dataset`.
         transform: `TrainTransform` or `EvalTransform`.
         seed: first part of (seed, epoch, index), a non-negative integer.
         image_column: name of the column of PIL pictures.
-        label_column: name of the column of class indices.
+        label_column: name of the column of class indices; None for pictures without labels.
+        num_labels: the number of classes K, if the column holds a list of class indices for each picture; labels are then
+            (K,) float32, one where the picture has the class.
+        copies: how often an epoch may show a picture, differently each time: index `i + c * len(dataset)` is copy `c` of
+            picture `i`. The length is that of `dataset`; see `augmentation.RepeatedSampler`.
+
+    Raises:
+        ValueError: a negative seed, or less than one copy.
     """
 
     def __init__(
@@ -195,15 +276,21 @@ class TransformedImages(torch.utils.data.Dataset):
         transform: ImageTransform,
         seed: int = 0,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
+        num_labels: int | None = None,
+        copies: int = 1,
     ) -> None:
         if seed < 0:
             raise ValueError(f"`seed` must not be negative, got {seed}.")
+        if copies < 1:
+            raise ValueError(f"`copies` must be at least 1, got {copies}.")
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
         self.image_column = image_column
         self.label_column = label_column
+        self.num_labels = num_labels
+        self.copies = copies
         # Shared memory: worker processes that outlive an epoch see the change, whatever their start method.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -220,15 +307,27 @@ class TransformedImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside a dataset of {len(self)} images")
-        index = int(index) % len(self)
+        count = len(self)
+        if not -count <= index < count * self.copies:
+            raise IndexError(f"index {index} is outside a dataset of {count} images")
+        copy, index = divmod(int(index) + (count if index < 0 else 0), count)
         row = self.dataset[index]
-        generator = np.random.default_rng((self.seed, self.epoch, index))
-        return {
-            "pixel_values": self.transform(row[self.image_column], generator),
-            "labels": int(row[self.label_column]),
-        }
+        generator = np.random.default_rng((self.seed, self.epoch, index, copy))
+        columns = self.transform(row[self.image_column], generator)
+        sample = columns if isinstance(columns, dict) else {"pixel_values": columns}
+        if self.label_column is not None:
+            sample["labels"] = self._labels(row[self.label_column], index)
+        return sample
+
+    def _labels(self, value: Any, index: int) -> int | torch.Tensor:
+        if self.num_labels is None:
+            return int(value)
+        wrong = [label for label in value if not 0 <= label < self.num_labels]
+        if wrong:
+            raise ValueError(f"image {index} has the class {wrong[0]}, which is not in 0 to {self.num_labels - 1}.")
+        labels = torch.zeros(self.num_labels)
+        labels[list(value)] = 1.0
+        return labels
 
 
 class SetEpoch(TrainerCallback):

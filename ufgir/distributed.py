@@ -1,0 +1,99 @@
+"""Training in more than one process: what Trainer leaves to be done so that the numbers are those of one process.
+
+Each of P processes takes every P-th batch of `per_device_train_batch_size` images, and the gradients are averaged: a step is
+that of one process with P times the batch. Two things cannot be: a BatchNorm sees the images of its own process only (see
+`DistributedArguments`), and a loss that is no mean over the images, such as token distillation over the tokens kept, is
+averaged over processes all the same.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .arguments import option
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DistributedArguments:
+    """Training in more than one process, started with torchrun or accelerate launch."""
+
+    _argument_group_name = "more than one process (torchrun --nproc_per_node N run_ufgir.py ...)"
+
+    sync_batchnorm: bool = option(
+        "the BatchNorms of the cla head normalise by the images of all processes, not by their own; GPUs only", False
+    )
+
+    def prepare(self, model: nn.Module, args: transformers.TrainingArguments) -> nn.Module:
+        """The model for this process, with other BatchNorms if that was asked for. Before a Trainer is made of it.
+
+        Raises:
+            ValueError: `sync_batchnorm` on a CPU.
+        """
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        if self.sync_batchnorm and args.device.type == "cpu":
+            raise ValueError(
+                "`sync_batchnorm` needs GPUs, torch's SyncBatchNorm refuses a CPU's tensors: leave it out"
+            )
+        if not norms or args.world_size == 1:
+            return model
+        batch = args.per_device_train_batch_size
+        if self.sync_batchnorm:
+            logger.info("BatchNorm normalises by the %d images of all processes", batch * args.world_size)
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        logger.warning(
+            "BatchNorm normalises by the %d images of its own process, not by the %d of a step, and the statistics of the "
+            "first process are kept: the run differs from one process with the larger batch%s",
+            batch,
+            batch * args.world_size,
+            "" if args.device.type == "cpu" else " (`sync_batchnorm` makes them equal)",
+        )
+        return model
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers, such as a BatchNorm's statistics. Nothing happens in one process."""
+    if torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+class DistributedMixin:
+    """For a `transformers.Trainer`: several processes train and evaluate as one would."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of training images. From here on each process draws dropout and the like for itself."""
+        loader = super().get_train_dataloader()  # all have drawn the same order of images
+        if self.args.process_index > 0:
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        return loader
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with the statistics of the first process, which are those that are saved.
+
+        (DDP copies them to the others when a training step begins, and takes no part in an evaluation.)
+        """
+        broadcast_buffers(self.model)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """Loss, logits and labels of a batch.
+
+        The last batches are filled up with images from the beginning of the data set, so that every process has as many.
+        Trainer leaves their logits and labels out, but their loss would count.
+        """
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        loading = self.accelerator.gradient_state
+        if loss is not None and self.args.world_size > 1 and loading.end_of_dataloader and loading.remainder > 0:
+            count = len(inputs["pixel_values"])
+            real = loading.remainder - self.args.process_index * count
+            if 0 < real < count:
+                loss = super().prediction_step(model, {k: v[:real] for k, v in inputs.items()}, True)[0]
+        return loss, logits, labels

@@ -1,0 +1,243 @@
+"""The wider fine-grained data sets that the original code is configured for: one table, for the loader, `ufgir datasets` and
+the README.
+
+Classes and numbers of images are those of the original's lists of files. Ids on the Hub were seen there, but the data behind
+them were not loaded here: which columns they have and in which order they number the classes is only known where the table
+says so.
+"""
+
+from dataclasses import dataclass
+
+
+NOT_FOUND = "not found"
+
+
+@dataclass(frozen=True)
+class FineGrainedDataset:
+    """A row of the table.
+
+    Args:
+        name: the original's short name.
+        title: what it shows.
+        num_classes: K.
+        train: images of train and validation together.
+        test: images of the test split.
+        source: where the data come from.
+        hub_id: the data set on the Hub that the short name loads; None where none was found that can be loaded.
+        image_column, label_column: its columns; None where not looked up: they are found by their types.
+        splits: its names of splits -> ours, where they mislead; only these are taken.
+        note: what else to know.
+    """
+
+    name: str
+    title: str
+    num_classes: int
+    train: int
+    test: int
+    source: str
+    hub_id: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    splits: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+    @property
+    def columns(self) -> str:
+        """The columns on the Hub, for people."""
+        if self.hub_id is None:
+            return ""
+        return f"{self.image_column}, {self.label_column}" if self.image_column else "not looked up: found by type"
+
+    def how_to_get(self) -> str:
+        """What to do where the short name cannot be loaded."""
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.name!r} ({self.title}, {self.num_classes:,} classes) cannot be loaded by its short name: no data set of "
+            f"the Hub that fits was found{note}. Get it from {self.source} and give a folder train/<class>/<image>, "
+            "test/<class>/<image>, or train_val.csv and test.csv with `class_id,dir` beside the images."
+        )
+
+
+FINE_GRAINED: dict[str, FineGrainedDataset] = {
+    row.name: row
+    for row in (
+        FineGrainedDataset(
+            "aircraft",
+            "aircraft variants, FGVC-Aircraft",
+            100,
+            6_667,
+            3_333,
+            "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+            note="HuggingFaceM4/FGVC-Aircraft is a loading script, Voxel51/FGVC-Aircraft is for FiftyOne",
+        ),
+        FineGrainedDataset(
+            "cars",
+            "car models, Stanford Cars",
+            196,
+            8_144,
+            8_041,
+            "the Hub",
+            "tanganke/stanford_cars",
+            note="also Donghyun99/Stanford-Cars",
+        ),
+        FineGrainedDataset(
+            "cub",
+            "birds, CUB-200-2011",
+            200,
+            5_994,
+            5_794,
+            "https://www.vision.caltech.edu/datasets/cub_200_2011/",
+            "bentrevett/caltech-ucsd-birds-200-2011",
+            note="also efekankavalci/CUB_200_2011, Donghyun99/CUB-200-2011",
+        ),
+        FineGrainedDataset(
+            "dogs",
+            "dog breeds, Stanford Dogs",
+            120,
+            12_000,
+            8_580,
+            "http://vision.stanford.edu/aditya86/ImageNetDogs/",
+            "Donghyun99/Stanford-Dogs",
+        ),
+        FineGrainedDataset(
+            "flowers",
+            "flowers, Oxford 102",
+            102,
+            2_040,
+            6_149,
+            "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+            note="nelorth/oxford-flowers has another split, 7,169 and 1,020",
+        ),
+        FineGrainedDataset(
+            "food",
+            "dishes, Food-101",
+            101,
+            75_750,
+            25_250,
+            "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+            "ethz/food101",
+            "image",
+            "label",
+            (("train", "train"), ("validation", "test")),
+            "its split validation is the test split",
+        ),
+        FineGrainedDataset(
+            "nabirds",
+            "birds, NABirds",
+            555,
+            23_929,
+            24_633,
+            "https://dl.allaboutbirds.org/nabirds",
+            note="gjuggler/bird-data is a loading script; QianC95/NABirds was seen, its contents were not",
+        ),
+        FineGrainedDataset(
+            "pets",
+            "cats and dogs, Oxford-IIIT Pet",
+            37,
+            3_680,
+            3_669,
+            "https://www.robots.ox.ac.uk/~vgg/data/pets/",
+            "timm/oxford-iiit-pet",
+            "image",
+            "label",
+        ),
+        FineGrainedDataset(
+            "vegfru",
+            "vegetables and fruit, VegFru",
+            292,
+            43_800,
+            116_931,
+            "https://github.com/ustc-vim/vegfru",
+            note="also zhaoyj688/vegfru on Kaggle; another count of its test images is 116,391",
+        ),
+        FineGrainedDataset(
+            "inat17",
+            "species, iNaturalist 2017",
+            5_089,
+            579_184,
+            95_986,
+            "https://github.com/visipedia/inat_comp/tree/master/2017",
+        ),
+        FineGrainedDataset(
+            "moe",
+            "anime faces, moeimouto-faces",
+            173,
+            11_454,
+            2_943,
+            "mylesoneill/tagged-anime-illustrations on Kaggle",
+        ),
+        FineGrainedDataset(
+            "dafb",
+            "anime characters, DAF:re",
+            3_263,
+            368_997,
+            94_440,
+            "Google Drive, through the original's download_daf_moe.py",
+        ),
+        FineGrainedDataset(
+            "imagenet",
+            "ImageNet-1k",
+            1_000,
+            1_281_167,
+            50_000,
+            "https://www.image-net.org",
+            "ILSVRC/imagenet-1k",
+            "image",
+            "label",
+            (("train", "train"), ("validation", "test")),
+            "gated; its split test has no labels, so that validation is ours to test on",
+        ),
+        FineGrainedDataset(
+            "cifar10",
+            "CIFAR-10",
+            10,
+            50_000,
+            10_000,
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            "uoft-cs/cifar10",
+            "img",
+            "label",
+        ),
+        FineGrainedDataset(
+            "cifar100",
+            "CIFAR-100",
+            100,
+            50_000,
+            10_000,
+            "https://www.cs.toronto.edu/~kriz/cifar.html",
+            "uoft-cs/cifar100",
+            "img",
+            "fine_label",
+        ),
+    )
+}
+
+HEADER = ("name", "what", "classes", "train + validation", "test", "on the Hub", "columns", "source", "note")
+
+
+def table_rows() -> list[tuple[str, ...]]:
+    """One row a data set, under `HEADER`."""
+    return [
+        (
+            row.name,
+            row.title,
+            f"{row.num_classes:,}",
+            f"{row.train:,}",
+            f"{row.test:,}",
+            row.hub_id or NOT_FOUND,
+            row.columns,
+            row.source,
+            row.note,
+        )
+        for row in FINE_GRAINED.values()
+    ]
+
+
+def markdown_table() -> str:
+    """The table as Markdown, without a line break at its end."""
+    lines = [f"| {' | '.join(HEADER)} |", "| --- | --- | ---: | ---: | ---: | --- | --- | --- | --- |"]
+    for name, title, classes, train, test, hub, columns, source, note in table_rows():
+        hub = hub if hub == NOT_FOUND else f"[{hub}](https://huggingface.co/datasets/{hub})"
+        source = f"<{source}>" if source.startswith("http") else source
+        lines.append(f"| `{name}` | {title} | {classes} | {train} | {test} | {hub} | {columns} | {source} | {note} |")
+    return "\n".join(lines)
