@@ -17,8 +17,14 @@ from typing import NoReturn
 # name of the subcommand -> what it does. The module of the name, `-` being `_`, is imported only when it is called.
 COMMANDS = {
     "convert": "turn a pretrained ViT, or checkpoint files of the original code, into model folders",
+    "data-report": "count, measure and look through a data set: classes, sizes, copies, leaks, broken images",
+    "datasets": "wider fine-grained data sets: classes, images, ids on the Hub, where they come from",
+    "export": "write a model as ONNX or as a torch.export program, checked against the model",
     "pretrained": "pretrainings of timm that can be loaded, and what they become",
+    "prepare": "turn a raw download of Ultra-FGVC into checked parquet files",
     "profile": "tokens in each layer, parameters and multiply-adds of a model, beside those of the dense one",
+    "results": "gather runs into tables, mean and deviation over seeds, and draw the figures of the paper",
+    "sweep": "run a recipe with every combination of some options, as a queue that can be interrupted",
     "visualize": "draw which patches a model keeps at each stage",
 }
 

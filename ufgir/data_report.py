@@ -197,15 +197,16 @@ def data_report(
     }
     numbers |= _mean_std(sum(s.histogram for s in sums.values()))
     numbers |= _copies(raw, sums, class_names)
-    return DataReport(numbers, _sheet(thumbnails, [class_names[k] for k in sheet_rows], sheet_images))
+    return DataReport(numbers, _sheet(thumbnails, [class_names[k] for k in sheet_rows]))
 
 
-def _sheet(thumbnails: Sequence[tuple[int, Image.Image]], names: Sequence[str], columns: int) -> Image.Image | None:
+def _sheet(thumbnails: Sequence[tuple[int, Image.Image]], names: Sequence[str]) -> Image.Image | None:
     if not thumbnails:
         return None
-    columns_of = {"image": [image for _, image in thumbnails], "label": [row for row, _ in thumbnails]}
+    longest = max(Counter(row for row, _ in thumbnails).values())
+    columns = {"image": [image for _, image in thumbnails], "label": [row for row, _ in thumbnails]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
-    return contact_sheet(datasets.Dataset.from_dict(columns_of, features=features), columns=columns)
+    return contact_sheet(datasets.Dataset.from_dict(columns, features=features), columns=longest)
 
 
 def _mean_std(histogram: np.ndarray) -> dict[str, Any]:
@@ -335,6 +336,11 @@ def describe(numbers: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def bin_name(step: Mapping[str, int]) -> str:
+    """3, or 3 to 5."""
+    return str(step["from"]) if step["from"] == step["to"] else f"{step['from']} to {step['to']}"
+
+
 def findings(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
     """Broken images, duplicates and leakage, one line each."""
 
@@ -373,7 +379,7 @@ def html_page(report: DataReport) -> str:
         bins = s["images_per_class"]["histogram"]
         most = max(b["classes"] for b in bins)
         bars = "".join(
-            f"<tr><td>{b['from']} to {b['to']}</td><td>{b['classes']}</td>"
+            f"<tr><td>{bin_name(b)}</td><td>{b['classes']}</td>"
             f'<td style="text-align: left"><span class="bar" style="width: {20 * b["classes"] / most:.2f}rem"></span></td></tr>'
             for b in bins
         )
