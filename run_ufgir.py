@@ -38,7 +38,7 @@ from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
 from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table, write_predictions
-from ufgir.run_records import write_run_record
+from ufgir.run_records import remove_run_record, write_run_record
 from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remove_checkpoints
 from ufgir.transforms import (
     EvalTransform,
@@ -112,6 +112,7 @@ LOCAL = (
     "resume_from_checkpoint",
     "disable_tqdm",
     "hub_token",
+    "run_name",
 )  # not in the card
 NOT_IN_CONFIG = ("model_name_or_path", "model_revision", "ignore_mismatched_sizes", "attn_implementation")
 
@@ -189,6 +190,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         if not self.do_train:  # without this, evaluation is switched on by the strategy
             self.eval_strategy, self.save_strategy, self.load_best_model_at_end = "no", "no", False
+        self.run_name = self.run_name or Path(self.output_dir).name  # of trackers, which would invent one
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
 
@@ -346,8 +348,10 @@ def prepare(options: Options) -> Run:
 def train(run: Run, args: TrainingArguments) -> None:
     """Train, and save the model."""
     trainer = run.trainer
-    if run.checkpoint is None and args.overwrite_output_dir and trainer.is_world_process_zero():
-        remove_checkpoints(args.output_dir)
+    if trainer.is_world_process_zero():
+        remove_run_record(args.output_dir)
+        if run.checkpoint is None and args.overwrite_output_dir:
+            remove_checkpoints(args.output_dir)
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
     if hasattr(trainer.model, "peft_config"):  # the adapter stays in a folder of its own, the model is whole again
         trainer.save_model(str(Path(args.output_dir) / "adapter"))

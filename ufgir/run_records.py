@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 RECORD = "run.json"
 MANIFEST = "sweep.json"  # in the folder of a sweep: its runs and how they ended
 PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
-NOT_RUNS = ("checkpoint-", "tensorboard", ".")  # folders that hold no runs, by how their names begin
+# of a configuration: names of classes, and what says where and how it was saved instead of what the model is
+NOT_STORED = {"id2label", "label2id", "architectures", "auto_map", "dtype", "_name_or_path"}
+NOT_STORED |= {"transformers_version", "clca_version"}  # stand among the versions
+NOT_RUNS = ("checkpoint-", "tensorboard", ".", "_")  # folders that hold no runs, by how their names begin
 
 
 def write_run_record(
@@ -43,7 +46,7 @@ def write_run_record(
     resumed_from: str | None = None,
     command: Sequence[str] | None = None,
 ) -> Path:
-    """Write `run.json` into `output_dir`, atomically, as the last act of a run: a run that has it is finished.
+    """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished.
 
     Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
     the training of the same model left in that folder; the record of another model's training stays as it is, with a
@@ -67,8 +70,8 @@ def write_run_record(
         command: `sys.argv` by default.
     """
     path = Path(output_dir) / RECORD
-    config = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
-    config = json.loads(json.dumps(config, default=str))  # as it will be read
+    described = {k: v for k, v in config.to_dict().items() if k not in NOT_STORED} | {"num_labels": config.num_labels}
+    described = json.loads(json.dumps(described, default=str))  # as it will be read
     measured = {
         "split_sizes": dict(split_sizes),
         "metrics": {split: {k: float(v) for k, v in values.items()} for split, values in metrics.items()},
@@ -77,10 +80,10 @@ def write_run_record(
     run = {"command": shlex.join(sys.argv if command is None else command), "date": now(), "host": describe_host()}
     old = _read(path)
     if train_seconds is None and isinstance(old, dict) and old.get("train_seconds") is not None:
-        if old["config"] != config:
+        if old["config"] != described:
             logger.warning("%s holds the training of another model and was left alone", path)
             return path
-        record = old | {name: old[name] | values for name, values in measured.items()}
+        record = old | {name: old.get(name, {}) | values for name, values in measured.items()}
         record["evaluations"] = [*old.get("evaluations", []), run | {"splits": list(measured["metrics"])}]
     else:
         record = {
@@ -88,7 +91,7 @@ def write_run_record(
             "seed": seed,
             "dataset": dataset,
             "settings": dict(settings),
-            "config": config,
+            "config": described,
             **measured,
             "macs": macs,
             "dense_macs": dense_macs,
@@ -179,7 +182,11 @@ def _missing_runs(folder: Path) -> dict[str, str]:
     """name -> how it stands, for the runs of a sweep that left no record."""
     runs = (read_manifest(folder) or {"runs": {}})["runs"]
     missing = {name: run for name, run in runs.items() if not (folder / name / RECORD).exists()}
-    return {name: ": ".join(filter(None, (run["status"], run.get("error")))) for name, run in missing.items()}
+    told = {"running": "running, or killed"}  # whoever is killed cannot say so
+    return {
+        name: ": ".join(filter(None, (told.get(run["status"], run["status"]), run.get("error"))))
+        for name, run in missing.items()
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | str | None:

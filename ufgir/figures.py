@@ -1,0 +1,166 @@
+"""Figures in one style: colours that colour-blind readers tell apart, and a line style and a marker for print in grey.
+
+Each method of token reduction, and each of base, CLC, CLA and CLCA, looks the same in every figure:
+
+    with style():
+        figure, axes = new_figure()
+        axes.plot(rates, accuracies, **variant_style("CLCA"))
+        label(axes, x="Keep rate", y="Test top-1 (%)")
+        save_figure(figure, "accuracy.png")
+
+matplotlib is imported when a figure is drawn, not with this module; no window is opened and pyplot is not used.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color), without its yellow, which white paper swallows.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = [
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+]
+PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
+
+# Name -> what `Axes.plot` takes.
+VARIANT_STYLES: dict[str, dict[str, Any]] = {
+    "base": {"color": BLACK, "linestyle": ":", "marker": "o"},
+    "CLC": {"color": ORANGE, "linestyle": "--", "marker": "s"},
+    "CLA": {"color": SKY, "linestyle": "-.", "marker": "^"},
+    "CLCA": {"color": BLUE, "linestyle": "-", "marker": "D"},
+}
+METHOD_STYLES: dict[str, dict[str, Any]] = {
+    "none": {"color": BLACK, "linestyle": "-", "marker": "*"},
+    # pruning: solid lines
+    "ats": {"color": GREEN, "linestyle": "-", "marker": "^"},
+    "dyvit": {"color": RED, "linestyle": "-", "marker": "v"},
+    "evit": {"color": BLUE, "linestyle": "-", "marker": "o"},
+    "heuristic": {"color": PINK, "linestyle": "-", "marker": "x"},
+    "topk": {"color": ORANGE, "linestyle": "-", "marker": "s"},
+    # merging: dashed lines
+    "dpcknn": {"color": GREEN, "linestyle": "--", "marker": "D"},
+    "kmedoids": {"color": SKY, "linestyle": "--", "marker": "P"},
+    "patchmerger": {"color": RED, "linestyle": "--", "marker": "X"},
+    "sinkhorn": {"color": PINK, "linestyle": "--", "marker": "h"},
+    "sit": {"color": ORANGE, "linestyle": "--", "marker": "p"},
+    "tome": {"color": BLUE, "linestyle": "--", "marker": "<"},
+}
+
+_WIDTH, _HEIGHT = 5.0, 3.4  # inches: a column and a half of a page
+_RC: dict[str, Any] = {
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#D9D9D9",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,  # long enough to tell dashes apart
+    "errorbar.capsize": 2.5,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "ufgir",  # the same figure, the same file
+    "pdf.fonttype": 42,
+}
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'clca-vit[visualization]'") from error
+    return matplotlib
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Draw in the project's style inside this context; matplotlib's settings are as before after it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    with _matplotlib().rc_context(_RC):
+        yield
+
+
+def new_figure(rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple["Figure", Any]:
+    """A figure and its axes, one `Axes` or an array of them; to be called inside `style()`.
+
+    Args:
+        rows, columns: of axes; each adds its own width and height to the figure.
+        kwargs: more arguments of `matplotlib.figure.Figure.subplots`, such as `sharey`.
+    """
+    figure = _matplotlib().figure.Figure(figsize=(_WIDTH * columns, _HEIGHT * rows))
+    return figure, figure.subplots(rows, columns, **kwargs)
+
+
+def label(axes: "Axes", x: str, y: str, title: str | None = None, legend: bool = True) -> None:
+    """Name the axes, with units, and put the legend where it hides least."""
+    axes.set(xlabel=x, ylabel=y, title=title)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def variant_style(name: str) -> dict[str, Any]:
+    """What `Axes.plot` takes for base, CLC, CLA or CLCA, the label included; ValueError for another name."""
+    return _known(name, VARIANT_STYLES, "variant")
+
+
+def method_style(name: str | None) -> dict[str, Any]:
+    """What `Axes.plot` takes for a method of token reduction or for None, the dense model; ValueError for another name."""
+    return _known(name or "none", METHOD_STYLES, "method")
+
+
+def plain_style(name: str, position: int = 0) -> dict[str, Any]:
+    """What `Axes.plot` takes for anything: the style of the variant or method that `name` begins with, such as
+    `CLCA 53.2 %`, or else the colour at `position` of the palette, counted round and round; the label included."""
+    word = (name.split() or [""])[0].rstrip(",:;").lower()
+    styles = {known.lower(): look for known, look in (METHOD_STYLES | VARIANT_STYLES).items()}
+    return {"label": name, **styles.get(word, {"color": PALETTE[position % len(PALETTE)], "linestyle": "-"})}
+
+
+def _known(name: str, table: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
+    if name not in table:
+        raise ValueError(f"`{kind}` must be one of {', '.join(table)}, got {name!r}.")
+    return {"label": name, **table[name]}
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+    """Write a figure as .png, .svg or .pdf, whole or not at all; folders are made; to be called inside `style()`.
+
+    Raises:
+        ValueError: another ending.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("png", "svg", "pdf"):
+        raise ValueError(f"`path` of a figure must end in .png, .svg or .pdf, got {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # no date inside: the same numbers give the same file
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    try:
+        figure.savefig(beside, format=kind, metadata=undated)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
