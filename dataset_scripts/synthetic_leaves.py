@@ -671,15 +671,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="write split/class/*.png into this new folder")
     parser.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help="write one picture of all classes")
-    parser.add_argument("--num_classes", type=int, default=10)
+    parser.add_argument("--num_classes", type=int, default=10, help="cultivars [%(default)s]")
     parser.add_argument(
-        "--images_per_class", type=int, nargs=3, default=(80, 20, 20), metavar=("TRAIN", "VALIDATION", "TEST")
+        "--images_per_class",
+        type=int,
+        nargs=3,
+        default=(80, 20, 20),
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="pictures of each class [80 20 20]",
     )
-    parser.add_argument("--image_size", type=int, default=112, help="pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--difficulty", default="easy", help=", ".join(DIFFICULTIES))
-    parser.add_argument("--rows", type=int, help="classes on the contact sheet (all)")
-    parser.add_argument("--columns", type=int, default=8, help="images of each class on the contact sheet")
+    parser.add_argument("--image_size", type=int, default=112, help="side of a picture, pixels [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
+    parser.add_argument("--difficulty", default="easy", help=f"{', '.join(DIFFICULTIES)} [%(default)s]")
+    parser.add_argument("--rows", type=int, help="classes on the contact sheet [all]")
+    parser.add_argument("--columns", type=int, default=8, help="pictures of a class on the contact sheet [%(default)s]")
     options = parser.parse_args(argv)
     if options.output is None and options.contact_sheet is None:
         parser.error("nothing to do: give --output, --contact_sheet or both")
