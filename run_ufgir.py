@@ -33,6 +33,7 @@ from ufgir.data import load_ufgir_dataset
 from ufgir.data_labels import class_feature, is_multi_label
 from ufgir.distillation import Distillation, DistillationArguments
 from ufgir.distributed import DistributedArguments
+from ufgir.fine_grained import FINE_GRAINED
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
 from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
@@ -230,6 +231,8 @@ def load_data(
         data = dict(load_ufgir_dataset(data_args.dataset, **options))
     except ValueError as error:
         raise ValueError(str(error).replace("`name_or_path`", "`dataset`")) from error
+    if data_args.train_on_trainval and data_args.shots is not None:
+        raise ValueError("`shots` limits train, not validation: leave out `train_on_trainval`")
     if data_args.train_on_trainval and {"train", "validation"} <= set(data):
         data["train"] = concatenate_datasets([data["train"], data.pop("validation")])
     evaluates = args.do_eval and not args.do_train
@@ -440,12 +443,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             resumed_from=run.checkpoint,
         )
         if args.do_train or args.push_to_hub:
+            known = FINE_GRAINED.get(data_args.dataset)
             on_hub = data_args.dataset != "synthetic_leaves" and not Path(data_args.dataset).exists()
             write_model_card(
                 output_dir,
                 config=config,
                 dataset_name=Path(data_args.dataset).name,
-                dataset_id=data_args.dataset if on_hub else None,
+                dataset_id=(known.hub_id if known else data_args.dataset) if on_hub else None,
                 dataset_config=data_args.dataset_config_name,
                 dataset_revision=data_args.dataset_revision,
                 revision=args.hub_revision,

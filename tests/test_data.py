@@ -1,37 +1,16 @@
-"""The drawn leaves (determinism, difficulty, what varies) and the loader (every layout, every refusal by name)."""
+"""The loader: every layout, every refusal by name."""
 
-import hashlib
 import io
-import os
+import logging
 import shutil
-import subprocess
-import sys
-from dataclasses import astuple, replace
-from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
 
 from dataset_scripts import synthetic_leaves as leaves
-from ufgir.data import DatasetError, load_ufgir_dataset, verify_images
-
-
-ROOT = Path(__file__).parents[1]
-HASHES = """
-import hashlib, sys
-from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
-config = SyntheticLeavesConfig(num_classes=3, image_size=33, seed=5, difficulty="medium")
-for split in ("train", "validation", "test"):
-    sys.stdout.write(hashlib.sha256(config.draw(split, 2, 7).tobytes()).hexdigest() + "\\n")
-"""
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+from tests.image_layouts import make_csv, make_folder, save_image
+from ufgir.data import LISTED, DatasetError, load_images, load_ufgir_dataset, verify_images
 
 
 @pytest.fixture(scope="module")
@@ -39,247 +18,7 @@ def drawn(tmp_path_factory):
     return leaves.synthetic_leaves(3, (5, 2, 2), image_size=32, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
-def pixels(image):
-    return np.asarray(image, dtype=np.float64)
-
-
-def save_image(file, value):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (value % 256, 90, 30)).save(file)
-
-
-def make_folder(root, splits=("train", "val", "test"), classes=("a", "b"), images=5):
-    """split/class/0.png ...; an empty split name makes class/0.png. No two images are equal."""
-    value = 0
-    for split in splits:
-        for name in classes:
-            for index in range(images):
-                save_image(root / split / name / f"{index}.png", value)
-                value += 1
-    return root
-
-
-def make_csv(root, counts, classes=2, folder="images"):
-    """`counts`: images of each class in each CSV file."""
-    for stem, images in counts.items():
-        lines = ["class_id,dir"]
-        for class_id in range(classes):
-            for index in range(images):
-                save_image(root / folder / f"{stem}_{class_id}_{index}.png", 10 * class_id + index)
-                lines.append(f"{class_id},{stem}_{class_id}_{index}.png")
-        (root / f"{stem}.csv").write_text("\n".join(lines) + "\n")
-    return root
-
-
-# The drawing
-
-
-def test_images_are_equal_in_separate_processes():
-    outputs = []
-    for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", HASHES], env=environment, capture_output=True, text=True, check=True
-        )
-        outputs.append(done.stdout.split())
-    assert outputs[0] == outputs[1]
-    assert len(set(outputs[0])) == 3
-
-
-def test_images_do_not_touch_or_read_the_global_generator():
-    config = leaves.SyntheticLeavesConfig(num_classes=2, image_size=24)
-    np.random.seed(0)
-    first, state = config.draw("train", 0, 0), np.random.get_state()[1].copy()
-    np.random.seed(1)
-    assert config.draw("train", 0, 0).tobytes() == first.tobytes()
-    np.random.seed(0)
-    assert (np.random.get_state()[1] == state).all()
-
-
-@pytest.mark.parametrize("change", [{"seed": 1}, {"difficulty": "hard"}, {"num_classes": 5}, {"image_size": 48}])
-def test_every_argument_changes_the_images(change):
-    base = leaves.SyntheticLeavesConfig(num_classes=4, image_size=32)
-    changed = replace(base, **change)
-    assert base.draw("train", 1, 0).tobytes() != changed.draw("train", 1, 0).tobytes()
-    assert changed.draw("train", 1, 0).size == (changed.image_size, changed.image_size)
-
-
-@pytest.mark.parametrize("image_size", [16, 17, 33, 400])
-def test_any_size_draws_a_green_leaf_in_the_middle(image_size):
-    traits = leaves.cultivar_traits(1)[0]
-    image = pixels(leaves.draw_leaf(traits, np.random.default_rng(3), image_size))
-    assert image.shape == (image_size, image_size, 3)
-    third = image_size // 3
-    middle = image[third:-third, third:-third]
-    assert (middle[..., 1] > middle[..., 2] + 10).mean() > 0.8  # more green than blue
-
-
-def test_the_same_photo_at_two_sizes():
-    traits = leaves.cultivar_traits(1)[0]
-    small, large = (leaves.draw_leaf(traits, np.random.default_rng(4), size) for size in (48, 96))
-    other = leaves.draw_leaf(traits, np.random.default_rng(5), 48)
-    gap = np.abs(pixels(small) - pixels(large.reduce(2))).mean()
-    assert gap < 0.25 * np.abs(pixels(small) - pixels(other)).mean()
-
-
-def test_no_leaf_is_cut_by_the_box_it_is_drawn_in(monkeypatch):
-    seen, halve = [], leaves._halve
-
-    def record(image):
-        if image.ndim == 2:  # the cover of leaf and petiole
-            seen.append(image)
-        return halve(image)
-
-    monkeypatch.setattr(leaves, "_halve", record)
-    level = replace(leaves.DIFFICULTIES["hard"], shift=0.0, length=(0.9, 0.9))  # away from the border of the photo
-    monkeypatch.setitem(leaves.DIFFICULTIES, "hard", level)
-    wide = replace(leaves.cultivar_traits(1)[0], tip=0.0, base=1.0, tooth_depth=0.05, tooth_sharpness=0.0)
-    for seed in range(60):
-        leaves.draw_leaf(wide, np.random.default_rng(seed), 40, "hard")
-    assert len(seen) == 60
-    for cover in seen:
-        assert cover.max() > 0.99
-        assert max(cover[0].max(), cover[-1].max(), cover[:, 0].max(), cover[:, -1].max()) == 0
-
-
-def test_difficulty_narrows_the_traits():
-    spread = {}
-    for difficulty in leaves.DIFFICULTIES:
-        values = np.array([astuple(traits) for traits in leaves.cultivar_traits(8, difficulty=difficulty)])
-        low, high = np.array(list(leaves.TRAIT_RANGES.values())).T
-        assert (values >= low).all() and (values <= high).all()
-        spread[difficulty] = np.ptp(values, axis=0) / (high - low)
-    assert (spread["easy"] > 0.8).all()  # 8 evenly spaced values span 7/8 of each range
-    assert (spread["easy"] > spread["medium"] * 1.3).all()
-    assert (spread["medium"] > spread["hard"] * 1.3).all()
-
-
-def test_traits_are_evenly_spaced_and_no_two_cultivars_are_close():
-    values = np.array([astuple(traits) for traits in leaves.cultivar_traits(10, seed=2)])
-    low, high = np.array(list(leaves.TRAIT_RANGES.values())).T
-    places = (values - low) / (high - low)
-    np.testing.assert_allclose(
-        np.sort(places, axis=0), np.repeat((np.arange(10)[:, None] + 0.5) / 10, places.shape[1], 1)
-    )
-    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)[~np.eye(10, dtype=bool)]
-    assert distances.min() > 0.6 * distances.mean()
-
-
-@pytest.mark.parametrize("difficulty", sorted(leaves.DIFFICULTIES))
-def test_photos_of_one_cultivar_differ_more_than_cultivars_in_one_photo(difficulty):
-    """Pixels of two photos of a cultivar against those of two cultivars with all accidents equal."""
-    traits = leaves.cultivar_traits(6, difficulty=difficulty)
-    photos = np.array(
-        [[pixels(leaves.draw_leaf(t, np.random.default_rng(i), 32, difficulty)) for i in range(6)] for t in traits]
-    )
-    within = np.abs(photos[:, :, None] - photos[:, None]).mean()
-    between = np.abs(photos[:, None] - photos[None]).mean()
-    assert 2 * between < within
-    assert between > 1.0  # but the cultivars do differ
-
-
-def test_splits_features_and_lossless_storage(drawn):
-    assert {name: len(split) for name, split in drawn.items()} == {"train": 15, "validation": 6, "test": 6}
-    for split in drawn.values():
-        assert split.column_names == ["image", "label"]
-        assert split.features["label"].names == ["cultivar_00", "cultivar_01", "cultivar_02"]
-        assert split["label"] == sorted(split["label"])
-    config = leaves.SyntheticLeavesConfig(num_classes=3, image_size=32)
-    row = drawn["validation"][3]
-    assert (row["image"].mode, row["image"].size, row["label"]) == ("RGB", (32, 32), 1)
-    assert row["image"].tobytes() == config.draw("validation", 1, 1).tobytes()
-    raw = drawn["train"].cast_column("image", datasets.Image(decode=False))[0]["image"]
-    assert raw["bytes"].startswith(b"\x89PNG")
-
-
-def test_no_image_appears_twice(drawn):
-    digests = [hashlib.sha256(row["image"].tobytes()).hexdigest() for split in drawn.values() for row in split]
-    assert len(set(digests)) == len(digests) == 27
-
-
-def test_cache_is_used_and_follows_the_drawing(tmp_path, monkeypatch):
-    def build():
-        return leaves.synthetic_leaves(1, (1, 0, 0), image_size=16, cache_dir=tmp_path)
-
-    first = build()
-    assert list(first) == ["train"]
-    monkeypatch.setattr(leaves, "draw_leaf", lambda *args: Image.new("RGB", (16, 16), (1, 2, 3)))
-    assert pixels(build()["train"][0]["image"]).std() > 5  # from the cache
-    monkeypatch.setattr(leaves, "DRAWING_VERSION", "99.0.0")
-    assert pixels(build()["train"][0]["image"]).std() < 1  # drawn anew
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"num_classes": 0},
-        {"num_classes": 2.0},
-        {"images_per_class": -1},
-        {"images_per_class": (4, -2, 1)},
-        {"images_per_class": (4, 2)},
-        {"images_per_class": (0, 0, 0)},
-        {"image_size": 15},
-        {"seed": -1},
-        {"difficulty": "trivial"},
-    ],
-    ids=str,
-)
-def test_bad_arguments_are_named(arguments):
-    name, value = next(iter(arguments.items()))
-    with pytest.raises(ValueError, match=f"`{name}` must") as error:
-        leaves.synthetic_leaves(**arguments)
-    assert any(str(v) in str(error.value) for v in (value if isinstance(value, tuple) else (value,)))
-
-
-@pytest.mark.parametrize("call", [leaves.cultivar_traits, lambda n: leaves.contact_sheet(columns=n)])
-def test_zero_is_refused_by_the_other_functions(call):
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        call(0)
-
-
-def test_contact_sheet_of_a_split_and_of_arguments(drawn):
-    of_split = leaves.contact_sheet(drawn["test"], columns=2)
-    of_arguments = leaves.contact_sheet(columns=2, num_classes=3, image_size=32)
-    assert of_split.tobytes() == of_arguments.tobytes()
-    first = pixels(drawn["test"][0]["image"])
-    left = of_split.width - 2 * (32 + 2)
-    np.testing.assert_array_equal(pixels(of_split)[:32, left : left + 32], first)
-    assert pixels(of_split)[:32, :left].min() < 128  # the label
-    assert leaves.contact_sheet(drawn["test"], rows=1, columns=2).height == 34
-    with pytest.raises(TypeError, match="seed"):
-        leaves.contact_sheet(drawn["test"], seed=1)
-
-
-def test_command_line_writes_a_folder_that_loads_back(tmp_path, capsys):
-    target, sheet = tmp_path / "leaves", tmp_path / "sheet.png"
-    arguments = ["--num_classes", "2", "--images_per_class", "3", "1", "1", "--image_size", "16", "--columns", "2"]
-    leaves.main(["--output", str(target), "--contact_sheet", str(sheet), *arguments])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["leaves", "sheet.png"]
-    assert capsys.readouterr().out.split() == [str(sheet), str(target)]
-    with Image.open(sheet) as image:
-        assert image.height == 2 * 18
-    loaded = load_ufgir_dataset(target)
-    assert {name: len(split) for name, split in loaded.items()} == {"train": 6, "validation": 2, "test": 2}
-    config = leaves.SyntheticLeavesConfig(num_classes=2, image_size=16)
-    assert loaded["train"][5]["image"].tobytes() == config.draw("train", 1, 2).tobytes()
-
-    with pytest.raises(SystemExit) as stop:
-        leaves.main(["--output", str(target), *arguments])
-    assert stop.value.code == 2
-    assert "not an empty folder" in capsys.readouterr().err
-
-
-def test_an_interrupted_command_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("interrupted")
-
-    monkeypatch.setattr(leaves, "draw_leaf", fail)
-    with pytest.raises(RuntimeError, match="interrupted"):
-        leaves.write_image_folder(tmp_path / "leaves", num_classes=1, images_per_class=1, image_size=16)
-    assert not list(tmp_path.iterdir())
-
-
-# The loader: layouts
+# Layouts
 
 
 def check(loaded, sizes, names):
@@ -406,30 +145,117 @@ def test_columns_by_name_and_plain_labels(tmp_path, drawn, values):
     assert labels_of(loaded["train"]) == [str(value) for value in values]
 
 
-def test_hub_ids_go_to_load_dataset(monkeypatch, drawn):
-    calls = []
-
-    def load_dataset(name, config_name, revision, cache_dir):
-        calls.append((name, config_name, revision))
-        return drawn
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = load_ufgir_dataset("someone/leaves", config_name="soy", revision="v1")
-    assert calls == [("someone/leaves", "soy", "v1")]
-    check(loaded, {"train": 15, "validation": 6, "test": 6}, drawn["train"].features["label"].names)
+# Classes that are given
 
 
-# The loader: refusals
+def test_a_subset_of_the_classes_keeps_the_ids_of_the_model(tmp_path):
+    make_folder(tmp_path, ("test",), ("b", "d"), images=2)
+    loaded = load_ufgir_dataset(tmp_path, class_names=["d", "c", "b", "a"])
+    check(loaded, {"test": 4}, ["d", "c", "b", "a"])
+    assert loaded["test"]["label"] == [2, 2, 0, 0]
+
+
+def test_splits_may_have_different_subsets(tmp_path):
+    make_folder(tmp_path, ("train",), ("a", "b", "c"), images=2)
+    make_folder(tmp_path, ("test",), ("c",), images=2)
+    with pytest.raises(DatasetError, match=r"test lacks a, b, which train has .*`class_names`"):
+        load_ufgir_dataset(tmp_path)
+    loaded = load_ufgir_dataset(tmp_path, class_names=["a", "b", "c", "d"], validation_fraction=0)
+    check(loaded, {"train": 6, "test": 2}, ["a", "b", "c", "d"])
+    assert loaded["test"]["label"] == [2, 2]
+
+
+@pytest.mark.parametrize("layout", ["folder", "csv", "save_to_disk", "text", "integers"])
+def test_classes_that_the_model_does_not_know_are_named(tmp_path, drawn, layout):
+    known = ["cultivar_00", "cultivar_02", "2"]
+    unknown = "cultivar_01"
+    if layout == "folder":
+        make_folder(tmp_path, ("test",), ("cultivar_00", "cultivar_01"), images=1)
+    elif layout == "csv":
+        make_csv(tmp_path, {"test": 1})
+        unknown = "0, 1"
+    else:
+        split = drawn["test"]
+        if layout != "save_to_disk":
+            values = [f"cultivar_0{label}" if layout == "text" else label for label in split["label"]]
+            split = split.remove_columns("label").add_column("label", values)
+            unknown = unknown if layout == "text" else "0, 1"
+        datasets.DatasetDict({"test": split}).save_to_disk(tmp_path)
+    message = rf"not among the 3 `class_names`: {unknown}\. Known are cultivar_00, cultivar_02, 2"
+    with pytest.raises(DatasetError, match=message):
+        load_ufgir_dataset(tmp_path, class_names=known)
+
+
+@pytest.mark.parametrize("kind", ["ClassLabel", "text", "integers"])
+def test_tables_are_mapped_by_name(tmp_path, drawn, kind):
+    split = drawn["train"]
+    names = [f"cultivar_0{label}" for label in split["label"]]
+    if kind != "ClassLabel":
+        values = names if kind == "text" else split["label"]
+        split = split.remove_columns("label").add_column("label", list(values))
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path)
+    given = ["x", *(["cultivar_02", "cultivar_01", "cultivar_00"] if kind != "integers" else ["2", "1", "0"])]
+    loaded = load_ufgir_dataset(tmp_path, class_names=given, validation_fraction=0)
+    check(loaded, {"train": 15}, given)
+    found = [given[label] for label in loaded["train"]["label"]]
+    assert found == (names if kind != "integers" else [name[-1] for name in names])
+    assert loaded["train"][4]["image"].tobytes() == drawn["train"][4]["image"].tobytes()
+
+
+# Images without classes
+
+
+def test_load_images_of_a_folder_in_natural_order(tmp_path):
+    for number, name in enumerate(
+        ["leaf10.png", "leaf2.png", "Leaf1.PNG", "b/leaf1.png", "b/.hidden/x.png", ".y.png"]
+    ):
+        save_image(tmp_path / name, number)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = load_images(tmp_path)
+    assert images.column_names == ["image", "path"]
+    assert images["path"] == [str(tmp_path / name) for name in ("b/leaf1.png", "Leaf1.PNG", "leaf2.png", "leaf10.png")]
+    assert [row["image"].getpixel((0, 0))[0] for row in images] == [3, 2, 1, 0]
+    assert images[0]["image"].mode == "RGB"
+
+
+def test_load_images_of_files_keeps_their_order(tmp_path):
+    make_folder(tmp_path, ("",), ("a",), images=3)
+    files = [tmp_path / "a" / f"{index}.png" for index in (2, 0)]
+    assert load_images(files)["path"] == [str(file) for file in files]
+    assert load_images([*files, tmp_path / "a"])["path"][2:] == [str(tmp_path / "a" / f"{i}.png") for i in range(3)]
+    assert load_images(str(files[0]))["path"] == [str(files[0])]
+
+
+def test_load_images_names_what_cannot_be_read(tmp_path, caplog):
+    make_folder(tmp_path, ("",), ("a",), images=3)
+    broken = tmp_path / "a" / "1.png"
+    broken.write_text("not an image")
+    with pytest.raises(DatasetError, match=r"1 of 3 images cannot be read:\n  .*1\.png"):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path, verify=False)) == 3
+    with caplog.at_level(logging.WARNING, "ufgir"):
+        kept = load_images(tmp_path, skip_broken=True)
+    assert [path[-5:] for path in kept["path"]] == ["0.png", "2.png"]
+    assert "1 of 3 images cannot be read and are left out" in caplog.text and str(broken) in caplog.text
+    with pytest.raises(DatasetError, match="none of 1 images can be read"):
+        load_images(broken, skip_broken=True)
+
+
+def test_load_images_without_images(tmp_path):
+    with pytest.raises(DatasetError, match=r"`folder_or_files`: 1 of 2 do not exist: .*gone\.png"):
+        load_images([tmp_path, tmp_path / "gone.png"])
+    with pytest.raises(DatasetError, match=r"`folder_or_files`: no image in .*\(suffixes \.bmp"):
+        load_images(tmp_path)
+    with pytest.raises(DatasetError, match="no image in an empty list"):
+        load_images([])
+
+
+# Refusals
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(DatasetError, match="nowhere does not exist"):
         load_ufgir_dataset(tmp_path / "nowhere")
-
-
-def test_neither_folder_nor_hub(tmp_path):
-    with pytest.raises(DatasetError, match="'nobody/nowhere': there is no such folder"):
-        load_ufgir_dataset("nobody/nowhere", cache_dir=tmp_path)
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -442,6 +268,32 @@ def test_a_file_is_no_folder(tmp_path):
 def test_folder_without_images(tmp_path, inner):
     (tmp_path / inner).mkdir(parents=True, exist_ok=True)
     with pytest.raises(DatasetError, match="holds no images"):
+        load_ufgir_dataset(tmp_path)
+
+
+def test_pictures_without_a_class_folder_are_named(tmp_path, caplog):
+    make_folder(tmp_path, ("train", "test"), images=1)
+    for name in ("train/loose.png", "top.jpg", "train/.hidden.png"):
+        save_image(tmp_path / name, 0)
+    (tmp_path / "train" / "readme.txt").write_text("no image")
+    with caplog.at_level(logging.WARNING, "ufgir"):
+        assert len(load_ufgir_dataset(tmp_path)["train"]) == 2
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("ufgir")]
+    assert [m for m in messages if "belong to no class" in m] == [
+        f"{tmp_path}: 1 images beside the folders belong to no class and are left out: top.jpg",
+        f"{tmp_path / 'train'}: 1 images beside the folders belong to no class and are left out: loose.png",
+    ]
+
+
+@pytest.mark.parametrize("inner", ["", "test"])
+def test_pictures_without_any_class_folder(tmp_path, inner):
+    if inner:
+        make_folder(tmp_path, ("train",))
+    for index in range(3):
+        save_image(tmp_path / inner / f"{index}.png", index)
+    split, name = inner or "train", (tmp_path / inner).name
+    message = rf"holds 3 images but no class folders.*\({name}/<class>/0\.png\).*{split}\.csv.*`load_images`"
+    with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path)
 
 
@@ -494,6 +346,19 @@ def test_all_unreadable_images_are_named_at_once(tmp_path):
         verify_images(loaded)
 
 
+def test_many_unreadable_images_are_one_a_line_and_then_a_number(tmp_path):
+    make_folder(tmp_path, ("train",), images=15)
+    for file in tmp_path.rglob("*.png"):
+        file.write_text("not an image")
+    with pytest.raises(DatasetError) as error:
+        load_ufgir_dataset(tmp_path)
+    lines = str(error.value).split("\n")
+    assert lines[0] == "30 of 30 images cannot be read:"
+    assert len(lines) == 1 + LISTED + 1
+    assert all("UnidentifiedImageError" in line for line in lines[1:-1])
+    assert lines[-1].strip() == "and 10 more"
+
+
 def test_verify_images_counts_good_ones(drawn):
     assert verify_images(drawn) == 27
 
@@ -525,17 +390,25 @@ def test_class_names_that_differ_between_tables(tmp_path, drawn):
         load_ufgir_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("values", [[0.5, 1.0, 2.0], ["a", None, "b"]], ids=["floats", "missing"])
-def test_labels_that_are_no_classes(tmp_path, drawn, values):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.5, 1.0, 2.0], "labels of train must be all integers or all text, got float"),
+        (["a", None, "b"], "train has images without a class: label None"),
+        (["a", "", "b"], "train has images without a class: label"),
+    ],
+    ids=["floats", "missing", "empty"],
+)
+def test_labels_that_are_no_classes(tmp_path, drawn, values, message):
     drawn["train"].select(range(3)).remove_columns("label").add_column("label", values).save_to_disk(tmp_path)
-    with pytest.raises(DatasetError, match="labels of train must be all integers or all text, got"):
+    with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path)
 
 
 def test_label_columns_of_two_kinds(tmp_path, drawn):
     plain = drawn["test"].cast_column("label", datasets.Value("int64"))
     datasets.DatasetDict({"train": drawn["train"], "test": plain}).save_to_disk(tmp_path)
-    with pytest.raises(DatasetError, match=r"labels are ClassLabel.* in train, but Value.* in test"):
+    with pytest.raises(DatasetError, match="labels are ClassLabel in train, but integers in test"):
         load_ufgir_dataset(tmp_path)
 
 
@@ -547,18 +420,26 @@ def test_unlabelled_test_split(tmp_path, drawn):
         load_ufgir_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("values", [[0, 2, 2], [-1, 0, 1]], ids=["gap", "negative"])
-def test_integer_labels_of_tables(tmp_path, drawn, values):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0, 2, 2], "from 0 to 2 without a gap; no image of train has 1"),
+        ([-1, 0, 1], "from 0 to 1 without a gap; got -1"),
+    ],
+    ids=["gap", "negative"],
+)
+def test_integer_labels_of_tables(tmp_path, drawn, values, message):
     drawn["train"].select(range(3)).remove_columns("label").add_column("label", values).save_to_disk(tmp_path)
-    with pytest.raises(DatasetError, match=f"without a gap, got {', '.join(map(str, sorted(set(values))))}"):
+    with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("train.csv", "class_id,path\n0,x.png\n", r"train\.csv lacks the column dir\. Available: class_id, path"),
-        ("train.csv", "", r"train\.csv lacks the column class_id, dir\. Available: no header"),
+        ("train.csv", "class_id,url\n0,x.png\n", r"train\.csv lacks the column dir .*Available: class_id, url"),
+        ("train.csv", "kind,dir\n0,x.png\n", r"train\.csv lacks the column class_id .*Available: kind, dir"),
+        ("train.csv", "", r"train\.csv lacks the column dir .*Available: no header"),
         ("train.csv", "class_id,dir\n", r"train\.csv lists no images"),
         (
             "train.csv",
@@ -585,7 +466,7 @@ def test_csv_class_ids_with_a_gap(tmp_path):
     for name in ("train", "test"):
         file = tmp_path / f"{name}.csv"
         file.write_text(file.read_text().replace("\n1,", "\n3,"))
-    with pytest.raises(DatasetError, match="from 0 to 3 without a gap; no image has 1, 2"):
+    with pytest.raises(DatasetError, match="from 0 to 3 without a gap; no image of train has 1, 2"):
         load_ufgir_dataset(tmp_path)
 
 

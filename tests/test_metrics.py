@@ -7,6 +7,7 @@ from sklearn.metrics import f1_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
 from ufgir.metrics import MacroF1, TopKAccuracy, compute_metrics, macro_f1, predicted_classes, top_k_accuracy
+from ufgir.results import summary_table
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,30 @@ def test_compute_metrics_for_trainer(wrap):
         "macro_f1": pytest.approx(f1_score(labels, logits.argmax(axis=1), average="macro")),
     }
     assert all(type(value) is float for value in results.values())  # they go into JSON
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6])
+def test_top5_is_left_out_where_it_says_nothing(classes):
+    logits, labels = draw(20, classes)
+    results = compute_metrics((logits, labels))
+    assert set(results) == {"top1", "macro_f1"} | ({"top5"} if classes == 6 else set())
+    table = summary_table([{"split": "test", "images": 20, "seconds": 1.0, **results}])
+    assert ("top-5 %" in table) == (classes == 6)
+    assert len({len(line) for line in table.split("\n")}) == 1
+
+
+def test_summary_of_splits_with_different_metrics():
+    rows = [
+        {"split": "train", "images": 2_000, "seconds": 1.0},
+        {"split": "test", "images": 20, "seconds": 2.0, "map": 0.5, "micro_f1": 0.25, "macro_f1": 1.0},
+    ]
+    lines = [line.split() for line in summary_table(rows).split("\n")]
+    assert lines == [
+        ["split", "images", "mAP", "%", "micro-F1", "%", "macro-F1", "%", "seconds"],
+        ["train", "2,000", "-", "-", "-", "1.0"],
+        ["test", "20", "50.00", "25.00", "100.00", "2.0"],
+    ]
+    assert summary_table(rows[:1]).split() == ["split", "images", "seconds", "train", "2,000", "1.0"]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_numbers_that_are_none_are_left_out(tmp_path, config):
     metrics = {"test": {"top1": 0.5, "top5": float("nan"), "macro_f1": float("inf")}}
     found = card(tmp_path, config, metrics=metrics)
     assert [(r.metric_name, r.metric_value) for r in found.data.eval_results] == [("top-1", 0.5)]
-    assert "| test | 50.00 |  |  |" in found.text and "nan" not in found.text
+    assert "| test | 50.00 |\n" in found.text and "nan" not in found.text
 
 
 def test_revision_is_in_the_code(tmp_path, config):

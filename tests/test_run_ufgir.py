@@ -90,8 +90,10 @@ def mistake(capsys, *argv: str) -> str:
     error = capsys.readouterr().err
     assert caught.value.code == 2
     said = [line for line in error.splitlines() if line.startswith("run_ufgir.py: error: ")]
-    assert len(said) == 1 and error.splitlines()[-1] == said[0] and "Traceback" not in error, error
-    return said[0]
+    rest = error[error.index(said[0]) :]  # a list of files has a line each
+    assert len(said) == 1 and "Traceback" not in error, error
+    assert all(line.startswith("  ") for line in rest.splitlines()[1:]), error
+    return rest
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -25,8 +25,9 @@ def switch(help: str) -> Any:
 
 
 def one_sentence(error: Exception) -> str:
-    """The text of an error on one line."""
-    return " ".join(str(error).split())
+    """The text of an error on one line; but an error with `has_list` keeps the lines of its list."""
+    lines = str(error).splitlines() if getattr(error, "has_list", False) else [str(error)]
+    return "\n  ".join(" ".join(line.split()) for line in lines)
 
 
 class RecipeParser(HfArgumentParser):

@@ -21,6 +21,7 @@ COMMANDS = {
     "datasets": "wider fine-grained data sets: classes, images, ids on the Hub, where they come from",
     "export": "write a model as ONNX or as a torch.export program, checked against the model",
     "pretrained": "pretrainings of timm that can be loaded, and what they become",
+    "predict": "classify pictures whose classes are not known, any number of them",
     "prepare": "turn a raw download of Ultra-FGVC into checked parquet files",
     "profile": "tokens in each layer, parameters and multiply-adds of a model, beside those of the dense one",
     "results": "gather runs into tables, mean and deviation over seeds, and draw the figures of the paper",

@@ -26,6 +26,8 @@ LISTED = 20  # names that one message lists at most
 class DatasetError(ValueError):
     """The data cannot be used as they are; the message names what is wrong."""
 
+    has_list = True  # it may name one thing a line
+
 
 def listed(names: Iterable[Any], separator: str = ", ") -> str:
     """The first names, and how many more there are."""

@@ -35,7 +35,8 @@ def _encode(
 
     if separator is not None:
         labels = [split_text(text, separator) for text in labels]
-    return {"label": [[code(part) for part in label] if isinstance(label, list) else code(label) for label in labels]}
+    codes = (list(dict.fromkeys(map(code, label))) if isinstance(label, list) else code(label) for label in labels)
+    return {"label": list(codes)}
 
 
 def unify_stream_labels(

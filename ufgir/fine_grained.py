@@ -1,11 +1,12 @@
 """The wider fine-grained data sets that the original code is configured for: one table, for the loader, `ufgir datasets` and
 the README.
 
-Classes and numbers of images are those of the original's lists of files. Ids on the Hub were seen there, but the data behind
-them were not loaded here: which columns they have and in which order they number the classes is only known where the table
-says so.
+Classes and numbers of images are those of the original's lists of files; of imagenet and cifar, those that are published.
+The data behind the ids on the Hub were not loaded here: which columns they have is only known where the table says so, and
+whether they number the classes as the original does, not at all.
 """
 
+import difflib
 from dataclasses import dataclass
 
 
@@ -56,6 +57,18 @@ class FineGrainedDataset:
             f"the Hub that fits was found{note}. Get it from {self.source} and give a folder train/<class>/<image>, "
             "test/<class>/<image>, or train_val.csv and test.csv with `class_id,dir` beside the images."
         )
+
+    def describe(self) -> str:
+        """All that the table holds, a line each."""
+        lines = [f"{self.name}: {self.title}"]
+        lines.append(f"classes: {self.num_classes:,}; images: {self.train:,} train + validation, {self.test:,} test")
+        if self.hub_id is None:
+            lines.append(f"on the Hub: {NOT_FOUND}")
+        else:
+            lines += [f"on the Hub: {self.hub_id}", f"columns there: {self.columns}"]
+            lines.append(f"load it: load_ufgir_dataset({self.name!r}), or --dataset {self.name}")
+        lines += [f"source: {self.source}"] + ([f"note: {self.note}"] if self.note else [])
+        return "\n".join(lines)
 
 
 FINE_GRAINED: dict[str, FineGrainedDataset] = {
@@ -211,6 +224,16 @@ FINE_GRAINED: dict[str, FineGrainedDataset] = {
         ),
     )
 }
+
+
+def find_dataset(name: str) -> FineGrainedDataset:
+    """The row of a short name; ValueError, with a similar name, if there is none."""
+    if name not in FINE_GRAINED:
+        close = difflib.get_close_matches(name, FINE_GRAINED, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"`NAME` must be one of {', '.join(FINE_GRAINED)}, got {name}.{hint}")
+    return FINE_GRAINED[name]
+
 
 HEADER = ("name", "what", "classes", "train + validation", "test", "on the Hub", "columns", "source", "note")
 
