@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, Image, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import ViTImageProcessorPil, set_seed
-from transformers.trainer_utils import IntervalStrategy, PredictionOutput
+from transformers.trainer_utils import IntervalStrategy
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import check_config
@@ -37,8 +37,9 @@ from ufgir.fine_grained import FINE_GRAINED
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
 from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
+from ufgir.prediction import file_names, predict_to_file, read_predictions
 from ufgir.profiling import count_macs, dense_config
-from ufgir.results import summary_table, write_predictions
+from ufgir.results import summary_table
 from ufgir.run_records import remove_run_record, write_run_record
 from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remove_checkpoints
 from ufgir.transforms import (
@@ -277,6 +278,7 @@ class Run:
     class_names: list[str]
     trainer: UFGIRTrainer
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    images_per_second: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
 
 
@@ -365,30 +367,48 @@ def train(run: Run, args: TrainingArguments) -> None:
     run.rows.append({"split": "train", "images": len(run.images["train"]), "seconds": metrics["train_runtime"]})
 
 
-def evaluate(run: Run, args: TrainingArguments, split: str) -> PredictionOutput:
-    """Logits, labels and metrics of all images of a split."""
+def evaluate(run: Run, split: str) -> None:
+    """Metrics of all images of a split."""
     output = run.trainer.predict(run.images[split], metric_key_prefix=split)
     run.trainer.save_metrics(split, output.metrics)
-    measured = {name: output.metrics.get(f"{split}_{name}") for name in METRIC_NAMES}
-    run.metrics[split] = {name: value for name, value in measured.items() if value is not None}
-    seconds = output.metrics[f"{split}_runtime"]
-    run.rows.append({"split": split, "images": len(run.images[split]), "seconds": seconds, **run.metrics[split]})
-    return output
+    metrics = {name: output.metrics.get(f"{split}_{name}") for name in METRIC_NAMES}
+    keep_metrics(run, split, metrics, output.metrics[f"{split}_runtime"], len(run.images[split]))
 
 
-def write_outcome(run: Run, output: PredictionOutput, data_args: DataArguments, output_dir: Path) -> None:
-    """The predictions on the test images as a table, and a picture of the patches that were kept of some of them."""
-    names, logits, labels = run.class_names, output.predictions, output.label_ids
-    files = [image["path"] for image in run.data["test"].cast_column("image", Image(decode=False))["image"]]
-    path = write_predictions(output_dir / data_args.predictions_file, logits, labels, names, files)
+def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Metrics and a file of predictions of the test images, and a picture of the patches that were kept of some of them."""
+    output_dir, trainer = Path(args.output_dir), run.trainer
+    path = output_dir / data_args.predictions_file
+    outcome = predict_to_file(
+        trainer.model,
+        run.images["test"],
+        path,
+        run.class_names,
+        files=file_names(run.data["test"]),
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        progress=not args.disable_tqdm,
+    )
     logger.info("Predictions: %s", path)
-    if run.config.reduction is not None and data_args.num_pictures > 0:
-        chosen = np.linspace(0, len(files) - 1, min(data_args.num_pictures, len(files))).astype(int)
-        titles = [f"{names[labels[i]]} -> {names[logits[i].argmax()]}" for i in chosen]
-        pictures = [run.data["test"][int(i)]["image"] for i in chosen]
-        picture = kept_patches_image(run.trainer.model, run.image_processor, pictures, titles)
+    trainer.save_metrics("test", {f"test_{name}": value for name, value in outcome.metrics.items()})
+    keep_metrics(run, "test", outcome.metrics, outcome.seconds, outcome.predicted)
+    if trainer.is_world_process_zero() and run.config.reduction is not None and data_args.num_pictures > 0:
+        count = len(run.images["test"])
+        chosen = np.linspace(0, count - 1, min(data_args.num_pictures, count)).astype(int).tolist()
+        rows = read_predictions(path, chosen)
+        titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
+        pictures = [run.data["test"][i]["image"] for i in chosen]
+        picture = kept_patches_image(trainer.model, run.image_processor, pictures, titles)
         picture.save(output_dir / "kept_patches.png")
         logger.info("Patches kept: %s", output_dir / "kept_patches.png")
+
+
+def keep_metrics(run: Run, split: str, metrics: dict[str, float | None], seconds: float, images: int) -> None:
+    """For the table, the record and the card: the metrics by name, and how fast they were measured."""
+    run.metrics[split] = {name: metrics[name] for name in METRIC_NAMES if metrics.get(name) is not None}
+    run.images_per_second[split] = images / seconds
+    run.rows.append({"split": split, "images": len(run.images[split]), "seconds": seconds, **run.metrics[split]})
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
@@ -416,17 +436,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     if args.do_train:
         train(run, args)
     if args.do_eval and "validation" in run.images:
-        evaluate(run, args, "validation")
+        evaluate(run, "validation")
     if args.do_predict:
-        output = evaluate(run, args, "test")
-        if trainer.is_world_process_zero():
-            write_outcome(run, output, data_args, output_dir)
+        predict(run, data_args, args)
 
     num_parameters = trainer.model.num_parameters()
     if trainer.is_world_process_zero():
         settings = parser.settings(*vars(options).values(), leave_out=LOCAL)
         sizes = {split: len(images) for split, images in run.images.items()}
-        seconds = {row["split"]: row["seconds"] for row in run.rows}
         write_run_record(
             output_dir,
             settings=settings,
@@ -438,8 +455,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             dense_macs=dense_macs,
             num_parameters=num_parameters,
             seed=args.seed,
-            train_seconds=seconds.get("train"),
-            images_per_second={split: sizes[split] / seconds[split] for split in run.metrics},
+            train_seconds=next((row["seconds"] for row in run.rows if row["split"] == "train"), None),
+            images_per_second=run.images_per_second,
             resumed_from=run.checkpoint,
         )
         if args.do_train or args.push_to_hub:

@@ -7,6 +7,7 @@ averaged over processes all the same.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +36,37 @@ class DistributedArguments:
         """The model for this process, with other BatchNorms if that was asked for. Before a Trainer is made of it.
 
         Raises:
-            ValueError: `sync_batchnorm` on a CPU.
+            ValueError: `sync_batchnorm` on a CPU, or `do_predict` in the same run as a training with FSDP or DeepSpeed.
         """
+        if args.do_train and args.do_predict and is_sharded(args):
+            raise ValueError(
+                "`do_predict` needs whole weights, FSDP and DeepSpeed cut them in pieces: run it after the training, with "
+                "`model_name_or_path`"
+            )
         norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         if self.sync_batchnorm and args.device.type == "cpu":
             raise ValueError(
                 "`sync_batchnorm` needs GPUs, torch's SyncBatchNorm refuses a CPU's tensors: leave it out"
             )
-        if not norms or args.world_size == 1:
+        if not norms or args.world_size == 1 or not args.do_train:
             return model
-        batch = args.per_device_train_batch_size
         if self.sync_batchnorm:
-            logger.info("BatchNorm normalises by the %d images of all processes", batch * args.world_size)
             return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        logger.warning(
-            "BatchNorm normalises by the %d images of its own process, not by the %d of a step, and the statistics of the "
-            "first process are kept: the run differs from one process with the larger batch%s",
-            batch,
-            batch * args.world_size,
-            "" if args.device.type == "cpu" else " (`sync_batchnorm` makes them equal)",
-        )
+        if args.process_index == 0:
+            logger.warning(
+                "BatchNorm normalises by the %d images of its own process, not by the %d of a step, and the statistics of "
+                "the first process are kept: the run differs from that of one process with the larger batch%s",
+                args.per_device_train_batch_size,
+                args.per_device_train_batch_size * args.world_size,
+                "" if args.device.type == "cpu" else " (`sync_batchnorm` makes them equal)",
+            )
         return model
+
+
+def is_sharded(args: transformers.TrainingArguments) -> bool:
+    """Whether weights, or what belongs to them, are cut in pieces: FSDP or DeepSpeed, by an option or by accelerate launch."""
+    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or any(value.lower() in ("1", "true") for value in launched)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -82,6 +93,12 @@ class DistributedMixin:
         """
         broadcast_buffers(self.model)
         return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; with FSDP whole, also where checkpoints are sharded (Trainer would save nothing)."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         """Loss, logits and labels of a batch.
