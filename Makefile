@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TORCHAO := $(VENV)/torchao
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test hf-tests style quality clean
+.PHONY: help browser demo test hf-tests style quality clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
@@ -18,7 +18,7 @@ help:  ## print this list
 demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
 
-test: quality $(TORCHAO)  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
+test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
@@ -37,6 +37,12 @@ style: $(READY)  ## repair what of the style can be repaired
 clean:  ## delete caches and builds; the environment and outputs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hf_tests
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The tests of the web page need a Chromium. Where Debian's can be had it is, elsewhere they are skipped and say so.
+browser:
+	@which chromium chromium-browser google-chrome 2>/dev/null | grep -q . || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && echo "Installing Debian's Chromium (once)" && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	    || echo "There is no Chromium: the tests of the web page are skipped"
 
 # Apart from the rest: where torchao is installed, every import of transformers' Trainer complains about its GPU kernels.
 $(TORCHAO): $(READY)
