@@ -29,6 +29,7 @@ from ufgir.adapters import AdapterArguments, merge
 from ufgir.arguments import RecipeParser, one_sentence, option, switch
 from ufgir.augmentation import AugmentationArguments, prepare_augmentation
 from ufgir.callbacks import CallbackArguments, make_callbacks
+from ufgir.checkpointing import check_fits, find_checkpoint, remove_checkpoints
 from ufgir.data import load_ufgir_dataset
 from ufgir.data_labels import class_feature, is_multi_label
 from ufgir.distillation import Distillation, DistillationArguments
@@ -41,7 +42,7 @@ from ufgir.prediction import file_names, predict_to_file, read_predictions
 from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table
 from ufgir.run_records import remove_run_record, write_run_record
-from ufgir.training import UFGIRTrainer, find_checkpoint, load_pretrained, remove_checkpoints
+from ufgir.training import UFGIRTrainer, load_pretrained
 from ufgir.transforms import (
     EvalTransform,
     SetEpoch,
@@ -83,6 +84,9 @@ class ModelArguments:
     reduction: str | None = option("token reduction method, e.g. evit, topk; none switches it off [none]")
     reduction_layers: list[int] | None = option("layers, counted from 0, that reduce; the CLA head reads them [3 6 9]")
     keep_rate: list[float] | None = option("share of tokens kept, in (0, 1]: one number or one a stage [1]")
+    train_keep_rates: list[float] | None = option(
+        "train at one of these rates a step, drawn at random: one model for all of them [keep_rate]"
+    )
     keep_tokens: list[int] | None = option("tokens kept, one count a stage, instead of keep_rate")
     reduction_kwargs: str | None = option("the method's own options, as JSON [{}]")
     cross_layer_cache: bool | None = switch("cross-layer cache (CLC) [false]")
@@ -155,6 +159,7 @@ class DataArguments:
     image_mean: list[float] | None = option("mean of red, green, blue in [0, 1] [the checkpoint's, or ImageNet's]")
     image_std: list[float] | None = option("deviation of red, green, blue [the checkpoint's, or ImageNet's]")
     train_on_trainval: bool = option("train on train + validation; only test is left to evaluate", False)
+    verify_images: bool | None = switch("open every image before anything else [only those in a local folder]")
     max_train_samples: int | None = option("use that many random training images [all]")
     max_eval_samples: int | None = option("use that many random validation images [all]")
     max_predict_samples: int | None = option("use that many random test images [all]")
@@ -187,6 +192,10 @@ class TrainingArguments(transformers.TrainingArguments):
     load_best_model_at_end: bool = option("end with the best checkpoint instead of the last", True)
     metric_for_best_model: str | None = option("what best means: top1, top5, macro_f1 or loss", "top1")
     dataloader_drop_last: bool = option("drop the last incomplete training batch; evaluation drops nothing", True)
+    resume_from_checkpoint: str | None = option(
+        "true: the last complete checkpoint in output_dir; auto: that, or from the beginning; or a checkpoint's folder [false]"
+    )
+    ddp_find_unused_parameters: bool | None = option("look for parameters that a step does not use; none are", False)
     remove_unused_columns: bool = option("must stay false: the transforms need the columns", False)
 
     def __post_init__(self) -> None:
@@ -227,7 +236,7 @@ def load_data(
     else:
         options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
         options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
-    options |= {"class_names": class_names, "split_seed": args.seed}
+    options |= {"class_names": class_names, "split_seed": args.seed, "verify": data_args.verify_images}
     try:
         data = dict(load_ufgir_dataset(data_args.dataset, **options))
     except ValueError as error:
@@ -322,6 +331,8 @@ def prepare(options: Options) -> Run:
         model = CLCAViTForImageClassification._from_config(config, **attention)
     if args.do_train:
         model = options.adapter.adapt(model)
+    if checkpoint:
+        check_fits(checkpoint, model)
 
     # While training, the best checkpoint is chosen on validation images, never on test images.
     labels = {"num_labels": config.num_labels} if multi_label else {}
@@ -355,8 +366,8 @@ def train(run: Run, args: TrainingArguments) -> None:
     trainer = run.trainer
     if trainer.is_world_process_zero():
         remove_run_record(args.output_dir)
-        if run.checkpoint is None and args.overwrite_output_dir:
-            remove_checkpoints(args.output_dir)
+        if args.overwrite_output_dir:
+            remove_checkpoints(args.output_dir, after=run.checkpoint)
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
     if hasattr(trainer.model, "peft_config"):  # the adapter stays in a folder of its own, the model is whole again
         trainer.save_model(str(Path(args.output_dir) / "adapter"))
@@ -489,3 +500,5 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

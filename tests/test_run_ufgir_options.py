@@ -80,6 +80,22 @@ def test_shots_and_random_validation(leaves, tmp_path, capsys):  # noqa: F811
     assert "`train_on_trainval`" in mistake(capsys, path, "--train_on_trainval", "true")
 
 
+def test_one_model_for_several_keep_rates(leaves, tmp_path):  # noqa: F811
+    """Its head keeps statistics of each rate, and it is evaluated at any by `keep_rate`."""
+    out = tmp_path / "out"
+    run(recipe(tmp_path, leaves, out, train_keep_rates=[0.25, 0.5, 1.0], keep_rate=0.5, num_train_epochs=3))
+    config = CLCAViTConfig.from_pretrained(out)
+    assert config.train_keep_rates == [0.25, 0.5, 1.0] and config.keep_rate == [0.5]
+    means = load_file(out / "model.safetensors")["classifier.norm_in.rate_mean"]
+    assert means.shape[0] == 3 and (means.abs().sum(dim=1) > 0).all() and not torch.equal(means[0], means[2])
+    macs = []
+    for rate in ("0.25", "0.7"):
+        options = ["--dataset", str(leaves), "--do_predict", "--use_cpu", "true", "--output_dir", str(tmp_path / rate)]
+        run("--model_name_or_path", str(out), *options, "--keep_rate", rate)
+        macs.append(json.loads((tmp_path / rate / "run.json").read_text())["macs"])
+    assert macs[0] < macs[1]
+
+
 def test_everything_that_changes_training_at_once(leaves, tmp_path):  # noqa: F811
     """Groups, schedule, augmentation, EMA, gradients: they go together, and a second run is the same to the last bit."""
     options = {

@@ -1,7 +1,6 @@
 """What watches a training: gradient records, a guard against NaN, averaged weights (EMA), early stopping."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from .arguments import option
+from .distributed import is_sharded
 from .ema import EMACallback
 from .folders import new_folder
 from .gradients import GradientRecorder
@@ -82,7 +82,7 @@ def make_callbacks(args: CallbackArguments, training: transformers.TrainingArgum
     if args.nan_guard:  # before anything is made of what it refuses
         callbacks.append(NaNGuard())
     if args.ema_decay:
-        if _is_sharded(training):
+        if is_sharded(training):
             raise ValueError("`ema_decay` does not work with FSDP and DeepSpeed, which cut weights in pieces: use DDP")
         callbacks.append(EMACallback(args.ema_decay, args.ema_warmup, args.ema_as_final))
     if args.early_stopping_patience is not None:
@@ -95,11 +95,6 @@ def make_callbacks(args: CallbackArguments, training: transformers.TrainingArgum
     if args.save_last_model:
         callbacks.append(LastModel())
     return callbacks
-
-
-def _is_sharded(training: transformers.TrainingArguments) -> bool:
-    launched = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
-    return bool(training.fsdp or training.deepspeed) or any(value.lower() in ("1", "true") for value in launched)
 
 
 class ObserverMixin:
@@ -152,11 +147,15 @@ class ObserverMixin:
         self._tell("on_load_best", self)
         super()._load_best_model()
 
+    def _average(self) -> EMACallback | None:
+        """The average of this model's weights, if there is one."""
+        averages = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback))
+        return next((average for average in averages if average.belongs_to(self.model)), None)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; where there is an average of the weights, the average, too (`<prefix>_ema_top1`), or it alone."""
-        own = super().evaluation_loop
-        average = next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
-        if average is None or not average.belongs_to(self.model):
+        own, average = super().evaluation_loop, self._average()
+        if average is None:
             return own(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if average.as_final:
             with average.swapped(self.model):
@@ -166,6 +165,19 @@ class ObserverMixin:
             averaged = own(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
         output.metrics.update(averaged.metrics)
         return output
+
+    def evaluate_average(self, images: torch.utils.data.Dataset, metric_key_prefix: str = "test") -> dict[str, float]:
+        """Metrics of the averaged weights alone, `<prefix>_ema_top1` etc.; none where there is no average beside the model.
+
+        For an evaluation that is not made with `evaluation_loop`.
+        """
+        average = self._average()
+        if average is None:
+            return {}
+        with average.swapped(self.model):
+            loader = self.get_test_dataloader(images)
+            name = f"{metric_key_prefix}_ema"
+            return super().evaluation_loop(loader, description="EMA", metric_key_prefix=name).metrics
 
 
 class NaNGuard(TrainerCallback):

@@ -118,13 +118,17 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     return None
 
 
-def complete_checkpoint(folder: Path, target: Path) -> None:
-    """Bring the files of `folder` to the disk, list them, and rename the folder to `target`, in whose place it comes."""
+def complete_checkpoint(folder: Path, target: Path, **about: Any) -> None:
+    """Bring the files of `folder` to the disk, list them, and rename the folder to `target`, in whose place it comes.
+
+    Args:
+        about: what else the list says.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != FILE_LIST)
     for file in files:
         _to_disk(file)
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-    (folder / FILE_LIST).write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
+    (folder / FILE_LIST).write_text(json.dumps({**about, "files": sizes}, indent=1) + "\n", encoding="utf-8")
     _to_disk(folder / FILE_LIST)
     _to_disk(folder)
     replaced = folder.with_name(f"{target.name}.replaced")
@@ -197,8 +201,10 @@ def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
                 "--overwrite_output_dir true, or choose another folder"
             )
         return None
-    if wanted.lower() == "true":
+    if wanted.lower() in ("true", "auto"):
         checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint is None and wanted.lower() == "auto":
+            return None
         if checkpoint is None:
             which = "complete checkpoint" if found else "checkpoint"
             raise ValueError(f"`resume_from_checkpoint`: there is no {which} in {output_dir}")
@@ -288,6 +294,7 @@ class CheckpointMixin:
                 )
         if checkpoint is not None:
             check_fits(checkpoint, self.model)
+            self._compare_steps(Path(checkpoint) / FILE_LIST)
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / INCOMPLETE, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -297,6 +304,19 @@ class CheckpointMixin:
             return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
             self.callback_handler.callbacks.remove(flow)
+
+    def _step(self) -> dict[str, int]:
+        return {"images_per_step": self.get_total_train_batch_size(self.args), "processes": self.args.world_size}
+
+    def _compare_steps(self, listed: Path) -> None:
+        """Warn where a training cannot go on as if it had not stopped."""
+        saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+        for name, now in self._step().items():
+            if saved.get(name, now) != now:
+                logger.warning(
+                    "%s was written with %s %d, it is %d now: training goes on, but not as it would have without a stop",
+                    *(listed.parent, name, saved[name], now),
+                )
 
     def _stateful(self) -> list[ExportableState]:
         return [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
@@ -350,7 +370,7 @@ class CheckpointMixin:
             self._aside = False
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
-            complete_checkpoint(folder, target)
+            complete_checkpoint(folder, target, **self._step())
             shutil.rmtree(folder.parent, ignore_errors=True)
             rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -16,9 +16,15 @@ from typing import NoReturn
 
 # name of the subcommand -> what it does. The module of the name, `-` being `_`, is imported only when it is called.
 COMMANDS = {
+    "analyze": "what a model says of every image, kept patches, features: parquet files and statistics, in one pass",
+    "app": "a web page that shows what a model keeps of a leaf, what it predicts and what that costs",
+    "benchmark": "time and memory of models beside the dense ViT of transformers, and of the input pipeline",
+    "compare": "how alike two models, or the layers of one, are: CKA, CCA, norms, kept and merged patches",
     "convert": "turn a pretrained ViT, or checkpoint files of the original code, into model folders",
+    "correlate": "rank correlation of the similarity of models with the gap between their accuracies",
     "data-report": "count, measure and look through a data set: classes, sizes, copies, leaks, broken images",
     "datasets": "wider fine-grained data sets: classes, images, ids on the Hub, where they come from",
+    "embed": "lay the features of images out in the plane, by t-SNE and PCA, coloured by class",
     "export": "write a model as ONNX or as a torch.export program, checked against the model",
     "pretrained": "pretrainings of timm that can be loaded, and what they become",
     "predict": "classify pictures whose classes are not known, any number of them",

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from .adapters import merge
 from .folders import new_folder
 
 
@@ -84,7 +85,7 @@ class EMACallback(TrainerCallback):
         self.average.update_parameters(model)
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether there is an average of this model, which is not so before training and after a LoRA was merged."""
+        """Whether there is an average of this model, or of one like it: not so before training."""
         return self.average is not None and _names(self.average.module) == _names(model)
 
     @contextlib.contextmanager
@@ -123,9 +124,12 @@ class EMACallback(TrainerCallback):
         if self.as_final:
             self._swap(model)
             self.average = None
-        elif args.should_save:
-            with new_folder(Path(args.output_dir) / EMA_FOLDER) as folder, self.swapped(model):
-                model.save_pretrained(folder)
+            return
+        if hasattr(self.average.module, "peft_config"):  # a whole model, as the one in output_dir will be
+            self.average.module = merge(self.average.module)
+        if args.should_save:
+            with new_folder(Path(args.output_dir) / EMA_FOLDER) as folder:
+                self.average.module.save_pretrained(folder)
                 if processing_class is not None:
                     processing_class.save_pretrained(folder)
 

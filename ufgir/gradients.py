@@ -34,10 +34,17 @@ STATISTICS = {  # column -> what it is, see `gradient_statistics`
 
 def _sizes(gradients: list[torch.Tensor]) -> torch.Tensor:
     """Largest and summed absolute value of each gradient: (2, P)."""
-    if gradients[0].device.type != "cpu":
-        maxima = torch._foreach_norm(gradients, math.inf)  # two fused kernels
-        return torch.stack([*maxima, *torch._foreach_norm(gradients, 1)]).view(2, -1)
-    # On a CPU these norms are slow, and so is new memory for each |g|: a third of the time with one place for all.
+    return (_sizes_in_place if gradients[0].device.type == "cpu" else _sizes_fused)(gradients)
+
+
+def _sizes_fused(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Two fused kernels: fast on a GPU, slow on a CPU."""
+    maxima = torch._foreach_norm(gradients, math.inf)
+    return torch.stack([*maxima, *torch._foreach_norm(gradients, 1)]).view(2, -1)
+
+
+def _sizes_in_place(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """One place in memory for the absolute values of each gradient in turn, which on a CPU takes a third of the time."""
     place = gradients[0].new_empty(max(gradient.numel() for gradient in gradients))
     maxima, sums = [], []
     for gradient in gradients:

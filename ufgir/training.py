@@ -15,10 +15,9 @@ from clca import CLCAViTConfig, CLCAViTForImageClassification
 from .augmentation import AugmentationMixin
 from .callbacks import ObserverMixin
 from .checkpointing import CheckpointMixin
-from .checkpointing import find_checkpoint as find_checkpoint
-from .checkpointing import remove_checkpoints as remove_checkpoints
 from .distillation import Distillation
 from .distributed import DistributedMixin
+from .elastic import draw_keep_rate
 from .optimization import OptimizationMixin
 from .resample import resample_weights
 
@@ -50,8 +49,12 @@ class UFGIRTrainer(
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The model's loss, with the teacher's share while training."""
+        """The model's loss; while training at the keep rate drawn for the step, if there are several, and with the teacher's
+        share."""
         teacher = {}
+        rates = getattr(self.model.config, "train_keep_rates", None)
+        if rates and model.training:
+            inputs = {**inputs, "keep_rate": draw_keep_rate(rates, self.args.seed, self.state.global_step)}
         if self.distillation is not None and model.training:
             teacher = self.distillation.inputs(inputs["pixel_values"])
             if self.distillation.by_method:
