@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TORCHAO := $(VENV)/torchao
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo test hf-tests style quality clean
+.PHONY: help browser demo test hf-tests style quality docs notebooks clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
@@ -17,6 +17,8 @@ help:  ## print this list
 
 demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
+	@test -d outputs/leaves || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/leaves --images_per_class 1 1 1
+	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo outputs/leaves/test/*/00000.png --what rollout --output outputs/demo/rollout.png
 
 test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
@@ -25,6 +27,12 @@ test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt parameterized
 	HF_HUB_OFFLINE=1 $(BIN)/python -m hf_tests $(PYTEST_ARGS)
+
+docs: $(READY)  ## build the documentation site: docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+
+notebooks: $(READY)  ## run the notebooks of docs/ and store what they show
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/run_notebooks.py
 
 quality: $(READY)  ## check the style without changing anything
 	$(BIN)/ruff check .
@@ -35,7 +43,7 @@ style: $(READY)  ## repair what of the style can be repaired
 	$(BIN)/ruff format .
 
 clean:  ## delete caches and builds; the environment and outputs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hf_tests
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The tests of the web page need a Chromium. Where Debian's can be had it is, elsewhere they are skipped and say so.

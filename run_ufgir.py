@@ -38,6 +38,7 @@ from ufgir.fine_grained import FINE_GRAINED
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
 from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
+from ufgir.picture_sheets import save_picture
 from ufgir.prediction import file_names, predict_to_file, read_predictions
 from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table
@@ -411,7 +412,7 @@ def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None
         titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
         pictures = [run.data["test"][i]["image"] for i in chosen]
         picture = kept_patches_image(trainer.model, run.image_processor, pictures, titles)
-        picture.save(output_dir / "kept_patches.png")
+        save_picture(picture, output_dir / "kept_patches.png")
         logger.info("Patches kept: %s", output_dir / "kept_patches.png")
 
 

@@ -32,7 +32,7 @@ COMMANDS = {
     "profile": "tokens in each layer, parameters and multiply-adds of a model, beside those of the dense one",
     "results": "gather runs into tables, mean and deviation over seeds, and draw the figures of the paper",
     "sweep": "run a recipe with every combination of some options, as a queue that can be interrupted",
-    "visualize": "draw which patches a model keeps at each stage",
+    "visualize": "draw what a model keeps, merges and attends to, also side by side",
 }
 
 

@@ -246,6 +246,9 @@ def read_gradients(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return columns | {"step": columns["step"].astype(np.int64)}
 
 
+LONG = 100  # steps: the curves of longer trainings are drawn with their level
+
+
 def stability_figure(
     csv_files: Sequence[str | os.PathLike[str]],
     labels: Sequence[str] | None = None,
@@ -253,6 +256,8 @@ def stability_figure(
     log: bool = False,
 ) -> "Figure":
     """The paper's figure "Max Gradient Absolute Value vs Train Step"; to be called inside `ufgir.figures.style()`.
+
+    Trainings of more than 100 steps have thin lines, each step a point, and over them a median of 5 % of the steps.
 
     Args:
         csv_files: written by `GradientRecorder`, one a training.
@@ -278,12 +283,17 @@ def stability_figure(
     looks = {name: plain_style(name, i) for i, name in enumerate(dict.fromkeys(names))}
     figure, axes = new_figure()
     for position, (name, table) in enumerate(zip(names, tables, strict=True)):
-        every = max(len(table["step"]) // 10, 1)  # a marker now and then tells the lines apart in grey
-        markers = {"markevery": (list(looks).index(name) * every // 4, every), "markersize": 4}
-        look = looks[name] | {"linestyle": "-", "linewidth": 0.8, "alpha": 0.85} | markers
-        if name in names[:position]:
-            look["label"] = None
-        axes.plot(table["step"], table[column], **look)
+        steps, values = table["step"], table[column]
+        look = looks[name] | ({"label": None} if name in names[:position] else {})
+        if len(steps) <= LONG:
+            axes.plot(steps, values, **look | {"linewidth": 1.0, "markersize": 4})
+            continue
+        # Every step, thin, for the peaks; over them a running median with the style of the label, for the level.
+        axes.plot(steps, values, color=look["color"], linewidth=0.5, alpha=0.35)
+        width = len(steps) // 20
+        level = [np.median(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(steps))]
+        marks = (list(looks).index(name) * width // 2, 2 * width)
+        axes.plot(steps, level, markevery=marks, **look | {"linewidth": 1.4, "markersize": 4, "zorder": 3})
     if log:
         axes.set_yscale("log")
     else:
