@@ -405,6 +405,11 @@ def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None
     logger.info("Predictions: %s", path)
     trainer.save_metrics("test", {f"test_{name}": value for name, value in outcome.metrics.items()})
     keep_metrics(run, "test", outcome.metrics, outcome.seconds, outcome.predicted)
+    if averaged := trainer.evaluate_average(run.images["test"], "test"):
+        trainer.save_metrics("test_ema", averaged)
+        shown = {name: averaged[f"test_ema_{name}"] for name in METRIC_NAMES if f"test_ema_{name}" in averaged}
+        text = ", ".join(f"{METRIC_NAMES[name][1]} {100 * value:.2f} %" for name, value in shown.items())
+        logger.info("Averaged weights (EMA), test: %s", text)
     if trainer.is_world_process_zero() and run.config.reduction is not None and data_args.num_pictures > 0:
         count = len(run.images["test"])
         chosen = np.linspace(0, count - 1, min(data_args.num_pictures, count)).astype(int).tolist()
@@ -446,7 +451,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     logger.info("%s: %d classes, %s images; %s", data_args.dataset, len(run.class_names), sizes, cost)
 
     if args.do_train:
-        train(run, args)
+        try:
+            train(run, args)
+        except FloatingPointError as error:  # of the guard: the checkpoints are sound
+            parser.exit(1, f"{parser.prog}: error: {one_sentence(error)}\n")
     if args.do_eval and "validation" in run.images:
         evaluate(run, "validation")
     if args.do_predict:

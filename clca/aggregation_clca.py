@@ -6,7 +6,8 @@ the layers by a probe and classify all of them linearly.
 Shapes: B batch, N tokens, M layers that are read, D width, Q queries, K classes.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,31 +19,88 @@ from .configuration_clca import CLCAViTConfig, as_pair
 from .reduction_base import AttentionContext, TokenState
 
 
+class SwitchableBatchNorm(nn.Module):
+    """BatchNorm that keeps running statistics for each of several keep rates apart, since CLS is distributed otherwise
+    after each; scale and shift are shared (as in https://huggingface.co/papers/1812.08928).
+
+    Training at a rate moves the statistics of that rate only. Evaluation at a rate between two takes statistics between
+    theirs, linear in the logarithm of the rate, and outside of all those of the nearest.
+
+    Args:
+        num_features: channels C.
+        rates: R keep rates, ascending.
+    """
+
+    def __init__(self, num_features: int, rates: Sequence[float]) -> None:
+        super().__init__()
+        self.rates = list(rates)
+        self.eps, self.momentum = 1e-5, 0.1  # those of `nn.BatchNorm1d`
+        self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("rate_mean", torch.zeros(len(rates), num_features))
+        self.register_buffer("rate_var", torch.ones(len(rates), num_features))
+
+    def init_weights(self) -> None:
+        for zeros, ones in ((self.bias, self.weight), (self.rate_mean, self.rate_var)):
+            init.zeros_(zeros)
+            init.ones_(ones)
+
+    def forward(self, hidden: torch.Tensor, rate: float) -> torch.Tensor:
+        """Normalise `hidden` (B, C, ...) at a keep rate.
+
+        Raises:
+            ValueError: training at a rate that is not one of the module's.
+        """
+        if self.training:
+            if rate not in self.rates:
+                raise ValueError(
+                    f"`keep_rate` {rate} is none of `train_keep_rates` {self.rates}, whose statistics the head keeps. Pass "
+                    "one of them to the forward of each training step (`ufgir.elastic.draw_keep_rate`)."
+                )
+            row = self.rates.index(rate)
+            mean, var = self.rate_mean[row], self.rate_var[row]
+        else:
+            mean, var = self.at(rate, self.rate_mean), self.at(rate, self.rate_var)
+        return nn.functional.batch_norm(
+            hidden, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def at(self, rate: float, statistics: torch.Tensor) -> torch.Tensor:
+        """Statistics (C,) at any rate, of those (R, C) at the module's rates."""
+        above = sum(own < rate for own in self.rates)
+        if above == 0 or above == len(self.rates):
+            return statistics[min(above, len(self.rates) - 1)]
+        low, high = self.rates[above - 1], self.rates[above]
+        return statistics[above - 1].lerp(statistics[above], math.log(rate / low) / math.log(high / low))
+
+
 class CLAHead(nn.Module):
     """Cross-layer aggregation (https://huggingface.co/papers/2501.00243): a depth-wise convolution over the layers mixes
     the CLS tokens channel by channel, a point-wise one classifies.
 
     BatchNorm -> depth-wise Conv1d, kernel M, `cla_multiplier` channels out per channel in -> BatchNorm -> GELU -> classes.
+    With `config.train_keep_rates` each BatchNorm is a `SwitchableBatchNorm`.
     """
 
     def __init__(self, config: CLCAViTConfig, num_labels: int) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.hidden_size * config.cla_multiplier
-        self.norm_in = nn.BatchNorm1d(width)
+        rates = config.train_keep_rates
+        self.norm_in = SwitchableBatchNorm(width, rates) if rates else nn.BatchNorm1d(width)
         self.aggregate = nn.Conv1d(width, inner, kernel_size=len(config.aggregation_layers), groups=width)
-        self.norm_out = nn.BatchNorm1d(inner)
+        self.norm_out = SwitchableBatchNorm(inner, rates) if rates else nn.BatchNorm1d(inner)
         self.activation = nn.GELU()
         self.out_proj = nn.Conv1d(inner, num_labels, kernel_size=1)
 
-    def forward(self, cls_tokens: torch.Tensor) -> torch.Tensor:
-        """CLS tokens (B, M, D), not normalised, to logits (B, K)."""
+    def forward(self, cls_tokens: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
+        """CLS tokens (B, M, D), not normalised, that come from a backbone at a keep rate, to logits (B, K)."""
         if self.training and cls_tokens.shape[0] < 2:
             raise ValueError(
                 "`pixel_values` must hold at least two images to train `head`='cla': its BatchNorm needs more than one. "
                 "Use a larger batch, or drop the last incomplete one (`dataloader_drop_last`)."
             )
-        hidden = self.norm_in(cls_tokens.transpose(1, 2))  # (B, D, M)
-        hidden = self.activation(self.norm_out(self.aggregate(hidden)))  # (B, D * multiplier, 1)
+        at_rate = (rate,) if isinstance(self.norm_in, SwitchableBatchNorm) else ()
+        hidden = self.norm_in(cls_tokens.transpose(1, 2), *at_rate)  # (B, D, M)
+        hidden = self.activation(self.norm_out(self.aggregate(hidden), *at_rate))  # (B, D * multiplier, 1)
         return self.out_proj(hidden).squeeze(-1)
 
 

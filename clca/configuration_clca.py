@@ -137,6 +137,9 @@ class CLCAViTConfig(ViTConfig):
             as a list.
         keep_tokens (`list[int]`, *optional*):
             Tokens each stage keeps, one count per stage, instead of `keep_rate`.
+        train_keep_rates (`list[float]`, *optional*):
+            Keep rates that one model is trained for, one drawn per training step, so that it serves them all and those
+            between. A CLA head keeps the statistics of its BatchNorms for each of them apart. Stored in ascending order.
         reduction_kwargs (`dict`, *optional*):
             Options of the method, checked against its signature.
         cross_layer_cache (`bool`, defaults to `False`):
@@ -202,6 +205,7 @@ class CLCAViTConfig(ViTConfig):
     reduction_layers: list[int] | tuple[int, ...] = field(default_factory=lambda: [3, 6, 9])
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = field(default_factory=lambda: [1.0])
     keep_tokens: int | list[int] | tuple[int, ...] | None = None
+    train_keep_rates: list[float | int] | tuple[float | int, ...] | None = None
     reduction_kwargs: dict[str, Any] | None = None
 
     cross_layer_cache: bool = False
@@ -334,6 +338,8 @@ def check_config(config: CLCAViTConfig) -> None:
             setattr(config, name, list(getattr(config, name)))
     _check_sizes(config)
     _check_reduction(config)
+    if config.train_keep_rates is not None:
+        _check_train_keep_rates(config)
     _check_cache(config)
     _check_head(config)
     _check_without_class_token(config)
@@ -373,7 +379,7 @@ def _check_sizes(config: CLCAViTConfig) -> None:
 
 
 def _check_reduction(config: CLCAViTConfig) -> None:
-    _check_rates(config.keep_rate)
+    check_rates(config.keep_rate)
     layers = config.reduction_layers
     if any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
         raise ValueError(f"`reduction_layers` must be integers, got {layers}.")
@@ -407,9 +413,14 @@ def _check_reduction(config: CLCAViTConfig) -> None:
     get_reduction(config.reduction).check(config)
 
 
-def _check_rates(rates: list[float]) -> None:
+def check_rates(rates: Sequence[float]) -> None:
+    """Refuse what is not a list of keep rates.
+
+    Raises:
+        ValueError: a rate out of (0, 1], something that is no number, or no rate at all.
+    """
     for rate in rates:
-        if isinstance(rate, bool) or not 0 < rate <= 1:  # NaN fails the comparison, too
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:  # NaN is neither
             raise ValueError(f"`keep_rate` must be in (0, 1], got {rate}.")
     if not rates:
         raise ValueError("`keep_rate` must hold at least one rate, got [].")
@@ -426,6 +437,23 @@ def _check_keep_tokens(config: CLCAViTConfig) -> None:
                 f"`keep_tokens` must be integers in 1 .. {config.num_patches}, the patches of an image, got "
                 f"{config.keep_tokens}."
             )
+
+
+def _check_train_keep_rates(config: CLCAViTConfig) -> None:
+    from .reductions_clca import checked_budget
+
+    rates = config.train_keep_rates = sorted(set(config.train_keep_rates))
+    if not rates:
+        raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
+    if config.keep_tokens is not None:
+        raise ValueError(
+            f"`train_keep_rates` {rates} and `keep_tokens` {config.keep_tokens} exclude each other: use `keep_rate`."
+        )
+    try:
+        for rate in rates:
+            checked_budget(config, rate)
+    except ValueError as error:
+        raise ValueError(f"`train_keep_rates` {rates} cannot be: {error}") from error
 
 
 def _check_cache(config: CLCAViTConfig) -> None:

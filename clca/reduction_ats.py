@@ -10,16 +10,10 @@ import math
 import torch
 from torch import nn
 
+from .attention_clca import FIRST_ROW, AttentionContext, at_least_float32
+from .budget_clca import Budget
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import (
-    AttentionContext,
-    TokenReduction,
-    TokenState,
-    at_least_float32,
-    keep_of_patches,
-    one_hot_assignment,
-    stage_tokens,
-)
+from .reduction_base import TokenReduction, TokenState, one_hot_assignment
 
 
 class ATSReduction(TokenReduction):
@@ -40,16 +34,22 @@ class ATSReduction(TokenReduction):
     def __init__(self, config: CLCAViTConfig, stage: int, *, pad_to_bound: bool = False) -> None:
         super().__init__(config, stage)
         self.pad_to_bound = pad_to_bound
+        self.make_constants()
+
+    def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """`quantile_bits`: the stage's quantiles, their float32 taken for integers, which no change of dtype rounds."""
+        samples = self.samples(budget, self.stage, math.prod(grid))
+        return {"quantile_bits": quantiles(samples).view(torch.int32)}
 
     @classmethod
-    def samples(cls, config: CLCAViTConfig, stage: int, num_patches: int) -> int:
+    def samples(cls, budget: Budget, stage: int, num_patches: int) -> int:
         """K: one more than the share of patches, or what `keep_tokens` says."""
-        return keep_of_patches(config, stage, num_patches) + (stage_tokens(config, stage) is None)
+        return budget.of_patches(stage, num_patches) + (budget.tokens(stage) is None)
 
     @classmethod
     def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
         """An upper bound."""
-        return min(1 + num_quantiles(cls.samples(config, stage, state.num_patches)), num_rows)
+        return min(1 + num_quantiles(cls.samples(state.budget, stage, state.num_patches)), num_rows)
 
     @classmethod
     def visible(cls, state: TokenState) -> torch.Tensor | None:
@@ -75,7 +75,7 @@ class ATSReduction(TokenReduction):
     @torch.no_grad()
     def sample(self, context: AttentionContext, state: TokenState) -> torch.Tensor:
         """Rows (B, n) nearest to the n quantiles of the significance of rows 1 .. N - 1."""
-        attention = context.attention_rows(slice(0, 1)).squeeze(2)[..., 1:]  # (B, H, N - 1)
+        attention = context.attention_rows(FIRST_ROW).squeeze(2)[..., 1:]  # (B, H, N - 1)
         norms = context.value[:, :, 1:].norm(dim=-1)
         significance = at_least_float32((attention * norms).sum(dim=1))
         significance = significance / (significance.sum(dim=1, keepdim=True) + 1e-6)
@@ -83,7 +83,7 @@ class ATSReduction(TokenReduction):
         valid = self.visible(state)
         if valid is not None:
             cumulative = cumulative.masked_fill(~valid[:, 1:], 2.0)  # further from any quantile than a real row
-        steps = quantiles(self.samples(self.config, self.stage, state.num_patches)).to(cumulative)
+        steps = self.constant("quantile_bits", state).view(torch.float32).to(cumulative.dtype)
         if cumulative.shape[1] == 0:
             return cumulative.new_zeros((cumulative.shape[0], 0), dtype=torch.long)
         return (cumulative.unsqueeze(1) - steps[:, None]).abs().argmin(dim=2) + 1
@@ -97,4 +97,5 @@ def num_quantiles(samples: int) -> int:
 
 def quantiles(samples: int) -> torch.Tensor:
     """1 / 2K, 3 / 2K, ... in float32, as published models were trained with."""
-    return torch.arange(1 / (2 * samples), (2 * samples - 1) / (2 * samples), 1 / samples, dtype=torch.float32)
+    first, last, step = 1 / (2 * samples), (2 * samples - 1) / (2 * samples), 1 / samples
+    return torch.arange(first, last, step, dtype=torch.float32, device="cpu")

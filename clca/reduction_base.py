@@ -17,7 +17,8 @@ parameters, and a few class methods that every layer of the model calls. It over
 | `attention_mask` | in every layer's attention | tome (log size, a bias); by default what `visible` says |
 | `attend` | in every layer, instead of softmax attention | dyvit in training (masked, smoothed softmax) |
 | `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
-| `before_mlp` | in a stage's layer, between attention and MLP | topk, evit, tome |
+| `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, tome |
+| `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | |
 | `observe` | after every layer's attention | kmedoids (what each token received in the layer before its stage) |
 | `recalled_value` | when the cache appends rows | what those rows get in each track |
 | `loss_terms` | with labels, in training | dyvit |
@@ -33,19 +34,22 @@ Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToM
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
+from .attention_clca import AttentionContext, RowMap, TakenRows, full_precision, gather_rows
+from .budget_clca import Budget
 from .configuration_clca import CLCAViTConfig
 
 
 class TokenState(NamedTuple):
     """What travels with the hidden states (B, N, D) from layer to layer. Only the model's forward owns one."""
 
+    budget: Budget  # what stages keep, in this forward
     grid: tuple[int, int]  # patches of the image: rows, columns
     prefix: int  # CLS and registers, as embedded
     suffix: int  # CLR and every row recalled so far
@@ -85,14 +89,9 @@ class LossInputs(NamedTuple):
     reports: dict[str, tuple[torch.Tensor, ...]]  # what the stages reported, by name
     logits: torch.Tensor  # (B, K)
     tokens: torch.Tensor  # (B, N, D), after the final norm
+    budget: Budget  # of this forward
     teacher_logits: torch.Tensor | None = None  # (B, K)
     teacher_tokens: torch.Tensor | None = None  # (B, P, D), of the image's P patches
-
-
-def gather_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of `values` (B, N, ...) at the indices `rows` (B, M): (B, M, ...)."""
-    index = rows.reshape(*rows.shape, *(1,) * (values.dim() - 2)).expand(*rows.shape, *values.shape[2:])
-    return values.gather(1, index)
 
 
 def one_hot_assignment(rows: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -101,110 +100,10 @@ def one_hot_assignment(rows: torch.Tensor, num_rows: int, dtype: torch.dtype) ->
     return (rows.unsqueeze(-1) == columns).to(dtype)
 
 
-def identity_assignment(hidden_states: torch.Tensor) -> torch.Tensor:
-    """(B, N, N): every row of `hidden_states` (B, N, D) is what it was."""
-    batch, num_rows = hidden_states.shape[:2]
-    return torch.eye(num_rows, dtype=hidden_states.dtype, device=hidden_states.device).expand(batch, -1, -1)
-
-
-def stage_rate(config: CLCAViTConfig, stage: int) -> float:
-    """The stage's own keep rate: a share of the tokens that reach it."""
-    return config.keep_rate[stage if len(config.keep_rate) > 1 else 0]
-
-
-def stage_tokens(config: CLCAViTConfig, stage: int) -> int | None:
-    """The stage's absolute count where `keep_tokens` is used, else None."""
-    if config.keep_tokens is None:
-        return None
-    return config.keep_tokens[stage if len(config.keep_tokens) > 1 else 0]
-
-
-def cumulative_rate(config: CLCAViTConfig, stage: int) -> float:
-    """Share of the image's patches left after a stage: the product of the rates so far."""
-    if len(config.keep_rate) == 1:
-        return config.keep_rate[0] ** (stage + 1)  # not a product: the published counts were rounded from a power
-    return math.prod(config.keep_rate[: stage + 1])
-
-
-def keep_of_current(config: CLCAViTConfig, stage: int, candidates: int) -> int:
-    """Tokens a stage keeps of those that reach it: ceil(rate * candidates). 0.1 of 785 candidates: 79."""
-    count = stage_tokens(config, stage)
-    return min(math.ceil(stage_rate(config, stage) * candidates) if count is None else count, candidates)
-
-
-def keep_of_patches(config: CLCAViTConfig, stage: int, num_patches: int) -> int:
-    """Tokens left after a stage as a share of the image's patches: int(patches * product of rates). At 448 px, patch
-    16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
-    count = stage_tokens(config, stage)
-    return int(num_patches * cumulative_rate(config, stage)) if count is None else min(count, num_patches)
-
-
-class AttentionContext:
-    """Answers a method's questions about the attention of one layer, each computed only when asked for.
-
-    The full map (B, H, N, N) is never needed for them, so the fast kernels stay in use: a row is one query against all
-    keys, column sums are taken over chunks of query rows.
-
-    Attributes:
-        hidden_states: normalised input of the attention, (B, N, D).
-        key, value: (B, H, N, d), the key after its norm if it has one.
-        mask: boolean or additive, (B, 1, 1, N), or None.
-        rows: indices (B, M) of the rows that were queries, None for all.
-    """
-
-    def __init__(
-        self,
-        attention: nn.Module,
-        hidden_states: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> None:
-        self.attention = attention
-        self.hidden_states = hidden_states
-        self.key = key
-        self.value = value
-        self.mask = mask
-        self.rows: torch.Tensor | None = None
-        self._query: torch.Tensor | None = None
-
-    def remember_query(self, query: torch.Tensor) -> None:
-        """Queries (B, H, N, d) of all rows, once the attention has them: no row is projected twice."""
-        self._query = query
-
-    def query(self, rows: slice) -> torch.Tensor:
-        """Queries (B, H, n, d) of a slice of rows."""
-        if self._query is not None:
-            return self._query[:, :, rows]
-        return self.attention.project_query(self.hidden_states[:, rows])
-
-    def attention_rows(self, rows: slice) -> torch.Tensor:
-        """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
-        by them, and half precision would make ties."""
-        with full_precision(self.key):
-            query, key = at_least_float32(self.query(rows)), at_least_float32(self.key)
-            return attention_softmax(query @ key.transpose(-1, -2) * self.attention.scaling, self.mask)
-
-    def cls_attention(self) -> torch.Tensor:
-        """What row 0 attends to: (B, N), averaged over heads."""
-        return self.attention_rows(slice(0, 1)).mean(dim=1).squeeze(1)
-
-    def received_attention(self, chunk: int = 256) -> torch.Tensor:
-        """What each row receives, summed over heads and query rows: (B, N)."""
-        num_rows = self.key.shape[2]
-        parts = (self.attention_rows(slice(i, i + chunk)).sum(dim=(1, 2)) for i in range(0, num_rows, chunk))
-        return sum(parts)
-
-
-def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of attention logits (B, H, n, N) under a boolean mask (True: attend) or an additive one, in float32 at
-    least, given back in the logits' dtype."""
-    if mask is not None:
-        logits = (
-            logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
-        )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(dim=-1, dtype=dtype).to(logits.dtype)
+def identity_assignment(rows: torch.Tensor) -> torch.Tensor:
+    """(B, N, N): every one of `rows` (B, N, ...) is what it was."""
+    batch, num_rows = rows.shape[:2]
+    return torch.eye(num_rows, dtype=rows.dtype, device=rows.device).expand(batch, -1, -1)
 
 
 def _fits(value: Any, annotation: Any) -> bool:
@@ -256,7 +155,34 @@ class TokenReduction(nn.Module):
         """Initialise parameters that belong to the stage itself (those of its modules are done), with the functions of
         `transformers.initialization`, which leave alone what was loaded."""
 
+    def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Tensors, on the CPU, that follow from a budget and a grid of patches (rows, columns) alone. Not floating-point
+        ones: those would be rounded when the model is brought to half precision."""
+        return {}
+
+    def make_constants(self) -> None:
+        """Keep the `constants` of the configuration as buffers that are not saved. Called when a stage is made, where
+        transformers loads a model (it leaves such buffers empty), and when the configuration's keep rate has changed."""
+        for name, value in self.constants(Budget.of(self.config), self.config.image_grid).items():
+            if name in self._buffers and self._buffers[name].shape == value.shape:
+                init.copy_(self._buffers[name], value)
+            else:
+                device = self._buffers[name].device if name in self._buffers else None
+                self.register_buffer(name, value.to(device), persistent=False)
+
+    def constant(self, name: str, state: TokenState) -> torch.Tensor:
+        """One of the `constants`: the buffer, or made anew for a budget or an image size of this forward alone."""
+        own = self._buffers[name]
+        if state.budget == Budget.of(self.config) and state.grid == self.config.image_grid:
+            return own
+        return self.constants(state.budget, state.grid)[name].to(own.device)
+
     # What the configuration and the token schedule ask.
+
+    @classmethod
+    def fixed_rate(cls, config: CLCAViTConfig) -> str | None:
+        """Why the keep rate of a trained model cannot be changed; None if it can."""
+        return None
 
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
@@ -297,7 +223,8 @@ class TokenReduction(nn.Module):
 
     @classmethod
     def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
-        """Rows that leave a stage which `num_rows` enter. The layers and `token_schedule` both ask this function."""
+        """Rows that leave a stage which `num_rows` enter. The layers and `token_schedule` both ask this function. What the
+        stage may keep is `state.budget`, which need not be the configuration's."""
         return num_rows
 
     # What every layer calls.
@@ -342,8 +269,10 @@ class TokenReduction(nn.Module):
         """The state after `count` rows were appended to the sequence."""
         tracks = {}
         for name, track in state.tracks.items():
-            value = torch.as_tensor(cls.recalled_value(name, track, training), dtype=track.dtype, device=track.device)
-            rows = value.expand(track.shape[0], count, *track.shape[2:])
+            value = cls.recalled_value(name, track, training)
+            shape = (track.shape[0], count, *track.shape[2:])
+            # A number becomes a tensor where the track is, without a copy from the host.
+            rows = value.to(track.dtype).expand(shape) if torch.is_tensor(value) else track.new_full(shape, value)
             tracks[name] = torch.cat([track, rows], dim=1)
         return state._replace(tracks=tracks)
 
@@ -373,11 +302,33 @@ class TokenReduction(nn.Module):
         for all rows."""
         return None, state
 
+    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+        """How the rows between attention and MLP are made of those before the attention, known from its keys and some of
+        its queries, and the state that belongs to them. None for all rows as they are.
+
+        A method that says so here instead of in `before_mlp` saves what the attention would compute for nothing: where new
+        rows are old ones (`RowMap.rows`) the queries of all others, else the output projection of rows that are summed."""
+        return None, state
+
     def before_mlp(
         self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
     ) -> tuple[torch.Tensor, TokenState]:
         """Reduce between attention and MLP."""
-        return hidden_states, state
+        row_map, state = self.merge_rows(context, state)
+        return (hidden_states if row_map is None else row_map(hidden_states)), state
+
+
+class FusedRows(RowMap):
+    """Some of the rows as they are, and last a weighted sum of all."""
+
+    def __init__(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
+        """`rows`: indices (B, M - 1). `weights`: (B, 1, N)."""
+        self.taken, self.weights = TakenRows(rows), weights
+        self.weight_sums = nn.functional.pad(weights.sum(dim=2, keepdim=True), (0, 0, rows.shape[1], 0), value=1.0)
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        fused = (self.weights.to(values.dtype) @ values).to(values.dtype)  # autocast halves the precision
+        return torch.cat([self.taken(values), fused], dim=1)
 
 
 class ScoredPruning(TokenReduction):
@@ -398,27 +349,31 @@ class ScoredPruning(TokenReduction):
     @classmethod
     def keep(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
         """Rows kept beside row 0."""
-        return keep_of_current(config, stage, num_rows - 1)
+        return state.budget.of_current(stage, num_rows - 1)
 
     def prune(
         self, hidden_states: torch.Tensor, state: TokenState, scores: torch.Tensor
     ) -> tuple[torch.Tensor, TokenState]:
         """Keep row 0 and the rows of `hidden_states` (B, N, D) with the best `scores` (B, N - 1)."""
-        num_rows = hidden_states.shape[1]
+        row_map, state = self.keep_best(state, scores)
+        return (hidden_states if row_map is None else row_map(hidden_states)), state
+
+    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[RowMap | None, TokenState]:
+        """The same, for rows that do not exist yet."""
+        num_rows = scores.shape[1] + 1
         keep = self.keep(self.config, self.stage, num_rows, state)
         if keep == num_rows - 1:
-            return hidden_states, state.with_assignment(lambda: identity_assignment(hidden_states))
+            return None, state.with_assignment(lambda: identity_assignment(nn.functional.pad(scores, (1, 0))))
         best = scores.topk(keep, dim=1).indices
         rows = nn.functional.pad(best + 1, (1, 0))  # row 0 first
-        pruned, state = gather_rows(hidden_states, rows), state.select(rows)
+        state = state.select(rows)
         if not self.fuse_rest:
-            return pruned, state.with_assignment(lambda: one_hot_assignment(rows, num_rows, hidden_states.dtype))
+            return TakenRows(rows), state.with_assignment(lambda: one_hot_assignment(rows, num_rows, scores.dtype))
         weights = nn.functional.pad(scores.scatter(1, best, 0.0), (1, 0)).unsqueeze(1)  # (B, 1, N), 0 where kept
-        fused = (weights.to(hidden_states.dtype) @ hidden_states).to(pruned.dtype)  # autocast halves the precision
         state = self.extend_tracks(state, 1, self.training).with_assignment(
             lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), weights], dim=1)
         )
-        return torch.cat([pruned, fused], dim=1), state
+        return FusedRows(rows, weights), state
 
 
 class AttentionPruning(ScoredPruning):
@@ -439,14 +394,15 @@ class AttentionPruning(ScoredPruning):
         super().check(config)
         cls.check_option(config, "score_by", lambda v: v in (None, "cls", "received"), "'cls' or 'received'")
 
-    def before_mlp(
-        self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
-    ) -> tuple[torch.Tensor, TokenState]:
+    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+        if self.fuse_rest:
+            context.query()  # of all rows, which will be needed: CLS is not projected by itself
         if self.score_by == "cls":
             scores = context.cls_attention()
         else:
-            scores = context.received_attention() / (self.config.num_attention_heads * hidden_states.shape[1])
-        return self.prune(hidden_states, state, scores[:, 1:])
+            scores = context.received_attention()
+            scores = scores / (self.config.num_attention_heads * scores.shape[1])
+        return self.keep_best(state, scores[:, 1:])
 
 
 class Regrouping(TokenReduction):
@@ -462,7 +418,7 @@ class Regrouping(TokenReduction):
     @classmethod
     def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
         """New rows M that take the place of `num_rows`."""
-        return keep_of_patches(config, stage, state.num_patches)
+        return state.budget.of_patches(stage, state.num_patches)
 
     @classmethod
     def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
@@ -491,10 +447,16 @@ class LearntSlots(Regrouping):
     """Regrouping into slots that are parameters: their number follows from `config.image_size`, whatever the image's."""
 
     @classmethod
+    def fixed_rate(cls, config: CLCAViTConfig) -> str:
+        slots = ", ".join(str(cls.num_slots(config, stage)) for stage in range(len(config.reduction_layers)))
+        return f"its slots, {slots} of them, are parameters"
+
+    @classmethod
     def num_slots(cls, config: CLCAViTConfig, stage: int) -> int:
         """Slots of a stage; at least one where nothing else would be left of the sequence."""
-        slots = keep_of_patches(config, stage, config.num_patches)
-        state = TokenState(config.image_grid, config.num_prefix_tokens, config.num_clr_tokens, pool_len=0)
+        budget = Budget.of(config)
+        slots = budget.of_patches(stage, config.num_patches)
+        state = TokenState(budget, config.image_grid, config.num_prefix_tokens, config.num_clr_tokens, pool_len=0)
         return slots if sum(cls.protected(state)) else max(slots, 1)
 
     @classmethod
@@ -510,22 +472,16 @@ def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights
 
 
 def pairwise_distance(tokens: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances (B, n, n) between the rows of `tokens` (B, n, D), as one matrix product; exactly zero on the
-    diagonal. (`torch.cdist` does not export to ONNX.)"""
+    """Euclidean distances (B, n, n) between the rows of `tokens` (B, n, D), as one matrix product in one matrix; exactly
+    zero on the diagonal. Without gradients. (`torch.cdist` does not export to ONNX.)"""
     squares = tokens.square().sum(dim=-1)
     with full_precision(tokens):
-        products = tokens @ tokens.transpose(1, 2)
-    distances = (squares.unsqueeze(2) + squares.unsqueeze(1) - 2 * products).clamp(min=0).sqrt()
-    return distances * (1 - torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device))
+        distances = torch.baddbmm(squares.unsqueeze(1), tokens, tokens.transpose(1, 2), alpha=-2)
+    distances = distances.add_(squares.unsqueeze(2)).clamp_(min=0).sqrt_()
+    distances.diagonal(dim1=1, dim2=2).zero_()
+    return distances
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision is too coarse to compare scores in; float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
-    """A context in which autocast does not compute products of such tensors in half precision."""
-    if tensor.device.type == "meta":  # where nothing is computed, autocast does not exist
-        return nullcontext()
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+def nearest_row(distances: torch.Tensor, rows: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+    """For each of the n points of `distances` (B, n, n), which of `rows` (B, M) is nearest to it: (B, n) of 0 .. M - 1."""
+    return torch.cat([gather_rows(part, rows).argmin(dim=1) for part in distances.split(chunk, dim=2)], dim=1)

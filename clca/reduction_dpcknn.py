@@ -7,18 +7,9 @@ rows are protected; ties between densities are broken by position instead of noi
 import torch
 from torch import nn
 
+from .attention_clca import at_least_float32
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import (
-    Regrouping,
-    TokenState,
-    Weights,
-    at_least_float32,
-    gather_rows,
-    keep_of_patches,
-    one_hot_assignment,
-    pairwise_distance,
-    stage_tokens,
-)
+from .reduction_base import Regrouping, TokenState, Weights, nearest_row, one_hot_assignment, pairwise_distance
 
 
 _FEWEST_CLUSTERS = 5  # before the last stage; the original's guard for 5 neighbours, whatever `k_neighbors` is
@@ -51,8 +42,8 @@ class DPCKNNReduction(Regrouping):
 
     @classmethod
     def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
-        clusters = keep_of_patches(config, stage, state.num_patches)
-        if stage_tokens(config, stage) is None:
+        clusters = state.budget.of_patches(stage, state.num_patches)
+        if state.budget.tokens(stage) is None:
             last = stage == len(config.reduction_layers) - 1
             clusters = max(clusters, 1 if last else _FEWEST_CLUSTERS)
         return min(clusters, num_rows)
@@ -73,15 +64,24 @@ class DPCKNNReduction(Regrouping):
         """Centres (B, M) in the order of falling score, and the cluster (B, n) of each of `tokens` (B, n, D)."""
         tokens = at_least_float32(tokens)
         batch, num_tokens, width = tokens.shape
-        distance = pairwise_distance(tokens) / width**0.5
+        distance = pairwise_distance(tokens).div_(width**0.5)
         nearest = distance.topk(min(self.k_neighbors, num_tokens), dim=-1, largest=False).values
         density = (-nearest.square().mean(dim=-1)).exp()
-        mine, theirs = density.unsqueeze(2), density.unsqueeze(1)
-        earlier = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=tokens.device).tril(-1)  # j < i
-        denser = (theirs > mine) | ((theirs == mine) & earlier)  # (B, i, j): j is denser than i, ties go to the first
-        farthest = distance.flatten(1).amax(dim=1)[:, None, None]
-        separation = torch.where(denser, distance, farthest).amin(dim=2)
-        centres = (separation * density).topk(clusters, dim=1).indices
-        labels = gather_rows(distance, centres).argmin(dim=1)  # of (B, M, n)
+        centres = (self.separation(distance, density) * density).topk(clusters, dim=1).indices
+        labels = nearest_row(distance, centres)
         own = torch.arange(clusters, device=tokens.device).expand(batch, -1)
         return centres, labels.scatter(1, centres, own)
+
+    @staticmethod
+    def separation(distance: torch.Tensor, density: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+        """Distance (B, n) of each token from the nearest denser one, for the densest the largest distance there is. Of
+        tokens of the same density the first is the denser."""
+        position = torch.arange(density.shape[1], device=density.device)
+        farthest = distance.amax(dim=(1, 2))[:, None, None]
+        theirs, parts = density.unsqueeze(1), []
+        for start in range(0, density.shape[1], chunk):  # squares of booleans would take more than the distances
+            part = slice(start, start + chunk)
+            mine, first = density[:, part].unsqueeze(2), position[part].unsqueeze(1)
+            denser = (theirs > mine) | ((theirs == mine) & (position < first))  # (B, i, j): j than i
+            parts.append(torch.where(denser, distance[:, part], farthest).amin(dim=2))
+        return torch.cat(parts, dim=1)

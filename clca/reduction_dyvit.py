@@ -11,17 +11,10 @@ keeps int(rate * (N - 2)) of its N rows instead of a share of the rows the netwo
 import torch
 from torch import nn
 
+from .budget_clca import Budget
 from .configuration_clca import CLCAViTConfig
 from .loss_clca import keep_ratio_loss, kl_divergence, token_distillation_loss
-from .reduction_base import (
-    LossInputs,
-    ScoredPruning,
-    TokenState,
-    cumulative_rate,
-    identity_assignment,
-    stage_rate,
-    stage_tokens,
-)
+from .reduction_base import LossInputs, ScoredPruning, TokenState, identity_assignment
 
 
 _SMOOTHING = 1e-6
@@ -85,12 +78,13 @@ class DyViTReduction(ScoredPruning):
         decisions = inputs.reports.get("decision")
         if decisions is None:  # a frozen backbone in evaluation mode decides nothing
             return {}
-        targets = cls.option(config, "ratio_targets")
-        if targets is None and config.keep_tokens is not None:
+        budget, stages = inputs.budget, range(len(decisions))
+        targets = cls.option(config, "ratio_targets") if budget == Budget.of(config) else None
+        if targets is None and budget.keep_tokens is not None:
             rows = decisions[0].shape[1]
-            targets = [min(stage_tokens(config, stage) / rows, 1.0) for stage in range(len(decisions))]
+            targets = [min(budget.tokens(stage) / rows, 1.0) for stage in stages]
         elif targets is None:
-            targets = [cumulative_rate(config, stage) for stage in range(len(decisions))]
+            targets = [budget.cumulative_rate(stage) for stage in stages]
         terms = {"keep_ratio": cls.option(config, "ratio_weight") * keep_ratio_loss(decisions, targets)}
         if inputs.teacher_logits is not None:
             weight = cls.option(config, "cls_distill_weight")
@@ -107,12 +101,12 @@ class DyViTReduction(ScoredPruning):
 
     @classmethod
     def keep(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
-        count = stage_tokens(config, stage)
+        count = state.budget.tokens(stage)
         if count is None and config.cross_layer_cache:
-            count = int((num_rows - 2) * stage_rate(config, stage))
+            count = int((num_rows - 2) * state.budget.rate(stage))
         elif count is None:
             first = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
-            count = int((first - 1) * cumulative_rate(config, stage))
+            count = int((first - 1) * state.budget.cumulative_rate(stage))
         return min(max(count, 0), num_rows - 1)
 
     @classmethod

@@ -7,9 +7,11 @@ CLR and recalled rows always are.
 import math
 
 import torch
+from torch import nn
 
+from .budget_clca import Budget
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import TokenReduction, TokenState, identity_assignment, keep_of_patches
+from .reduction_base import TokenReduction, TokenState, identity_assignment
 
 
 _NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
@@ -39,8 +41,7 @@ class HeuristicReduction(TokenReduction):
     ) -> None:
         super().__init__(config, stage)
         self.pattern, self.min_radius, self.contiguous = pattern, min_radius, contiguous
-        # Numbers, not tensors, and worked out here: they decide nothing that a compiler would have to trace.
-        self.inside = self.circle(config.image_grid)
+        self.make_constants()
 
     @classmethod
     def check(cls, config: CLCAViTConfig) -> None:
@@ -53,6 +54,10 @@ class HeuristicReduction(TokenReduction):
             )
 
     @classmethod
+    def fixed_rate(cls, config: CLCAViTConfig) -> str | None:
+        return "with `contiguous` it shrinks evenly" if cls.option(config, "contiguous") else None
+
+    @classmethod
     def layers(cls, config: CLCAViTConfig) -> list[int]:
         if cls.option(config, "contiguous"):
             return list(range(config.reduction_layers[0], config.reduction_layers[-1] + 1))
@@ -63,21 +68,21 @@ class HeuristicReduction(TokenReduction):
         return state.tracks.get("visible")
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        inside = self.inside if state.grid == self.config.image_grid else self.circle(state.grid)
         tail = hidden_states.shape[1] - state.prefix - state.num_patches
-        visible = torch.tensor([True] * state.prefix + inside + [True] * tail, device=hidden_states.device)
-        visible[0] = True  # the first patch in a model without CLS
+        visible = nn.functional.pad(self.constant("inside", state), (state.prefix, tail), value=True)
         visible = visible.expand(hidden_states.shape[:2])
         return hidden_states, state.with_tracks(visible=visible).with_assignment(
             lambda: identity_assignment(hidden_states) * visible.unsqueeze(-1)
         )
 
-    def circle(self, grid: tuple[int, int]) -> list[bool]:
-        """Whether each patch of a grid (rows, columns) lies inside the stage's circle, row by row."""
+    def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """`inside`: whether each patch of the grid lies inside the stage's circle, row by row."""
         radius = grid_radius(grid, self.pattern)
-        return (radius <= self.threshold(radius)).flatten().tolist()
+        inside = (radius <= self.threshold(radius, budget)).flatten()
+        inside[0] |= self.config.num_prefix_tokens == 0  # row 0 is seen, whatever it is
+        return {"inside": inside}
 
-    def threshold(self, radius: torch.Tensor) -> float:
+    def threshold(self, radius: torch.Tensor, budget: Budget) -> float:
         """Radius of the stage's circle on a grid of radii (rows, columns)."""
         if self.contiguous:
             layers = self.config.reduction_layers
@@ -86,7 +91,7 @@ class HeuristicReduction(TokenReduction):
             radii = torch.linspace(float(radius[0, 0]), float(smallest), steps, device=radius.device)
             # The full grid comes first, except where the first stage is layer 0.
             return float(radii[self.stage + (layers[0] > 0)])
-        target = keep_of_patches(self.config, self.stage, radius.numel())
+        target = budget.of_patches(self.stage, radius.numel())
         radii = radius.unique()  # ascending
         counts = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
         return float(radii[(counts - target).abs().argmin()])

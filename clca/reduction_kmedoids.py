@@ -6,17 +6,9 @@ random one; a stage in layer 0, which no attention precedes, weighs all tokens a
 
 import torch
 
+from .attention_clca import AttentionContext, at_least_float32, gather_rows
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import (
-    AttentionContext,
-    Regrouping,
-    TokenState,
-    Weights,
-    at_least_float32,
-    gather_rows,
-    one_hot_assignment,
-    pairwise_distance,
-)
+from .reduction_base import Regrouping, TokenState, Weights, nearest_row, one_hot_assignment, pairwise_distance
 
 
 class KMedoidsReduction(Regrouping):
@@ -74,22 +66,25 @@ class KMedoidsReduction(Regrouping):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Medoids (B, M) and the cluster (B, n) of each of `tokens` (B, n, D), which received attention (B, n)."""
         tokens = at_least_float32(tokens)
-        num_tokens = tokens.shape[1]
         distance = pairwise_distance(tokens)
         if received is None:
             cost, medoids = distance.sum(dim=2), self.spread(distance, tokens, clusters)
         else:
             cost, medoids = received * distance.sum(dim=2), received.topk(clusters, dim=1).indices
         for _ in range(self.cluster_iters):
-            labels = self.nearest(distance, medoids)
-            members = one_hot_assignment(labels, clusters, torch.bool).transpose(1, 2)  # (B, M, n)
-            medoids = torch.where(members, cost.unsqueeze(1), num_tokens * 1e6).argmin(dim=2)
-        return medoids, self.nearest(distance, medoids)
+            medoids = self.cheapest(cost, nearest_row(distance, medoids), clusters)
+        return medoids, nearest_row(distance, medoids)
 
     @staticmethod
-    def nearest(distance: torch.Tensor, medoids: torch.Tensor) -> torch.Tensor:
-        """Index (B, n) of the medoid nearest to each token."""
-        return gather_rows(distance, medoids).argmin(dim=1)
+    def cheapest(cost: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
+        """The member (B, M) of each cluster with the least cost, the first of several; token 0 of a cluster without any.
+        `cost`, `labels`: (B, n)."""
+        batch, num_tokens = cost.shape
+        least = cost.new_full((batch, clusters), torch.inf).scatter_reduce(1, labels, cost, "amin")
+        position = torch.arange(num_tokens, device=cost.device).expand_as(labels)
+        position = torch.where(cost == least.gather(1, labels), position, num_tokens)
+        first = position.new_full((batch, clusters), num_tokens).scatter_reduce(1, labels, position, "amin")
+        return first.where(first < num_tokens, 0)
 
     @staticmethod
     def spread(distance: torch.Tensor, tokens: torch.Tensor, clusters: int) -> torch.Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .attention_clca import at_least_float32
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import LearntSlots, TokenState, Weights, at_least_float32
+from .reduction_base import LearntSlots, TokenState, Weights
 
 
 class SinkhornReduction(LearntSlots):
@@ -57,12 +58,10 @@ class SinkhornReduction(LearntSlots):
         return weights.to(tokens.dtype) @ tokens, lambda: weights / weights.sum(dim=-1, keepdim=True)
 
     def transport(self, similarity: torch.Tensor) -> torch.Tensor:
-        """The plan (B, n, M) for similarities (B, n, M), in the log domain: slots first, then tokens."""
-        logits = at_least_float32(similarity) / self.sinkhorn_eps
-        mass = -torch.log(torch.tensor(float(sum(logits.shape[1:])), dtype=logits.dtype, device=logits.device))
-        row = torch.zeros_like(logits[:, :, :1])
-        column = torch.zeros_like(logits[:, :1, :])
+        """The plan (B, n, M) for similarities (B, n, M), in the log domain: slots first, then tokens. (The masses of both
+        are the same for all, so that they cancel.)"""
+        plan = at_least_float32(similarity) / self.sinkhorn_eps
         for _ in range(self.cluster_iters):
-            column = mass - (logits + row).logsumexp(dim=1, keepdim=True)
-            row = mass - (logits + column).logsumexp(dim=2, keepdim=True)
-        return (logits + row + column - mass).exp()
+            for dim in (1, 2):
+                plan = plan.log_softmax(dim=dim)
+        return plan.exp()

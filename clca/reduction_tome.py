@@ -7,16 +7,27 @@ rates; registers, CLR and recalled rows may be merged as well; attention is alwa
 import torch
 from torch import nn
 
+from .attention_clca import AttentionContext, RowMap, at_least_float32, full_precision
 from .configuration_clca import CLCAViTConfig
-from .reduction_base import (
-    AttentionContext,
-    TokenReduction,
-    TokenState,
-    at_least_float32,
-    full_precision,
-    identity_assignment,
-    keep_of_patches,
-)
+from .reduction_base import TokenReduction, TokenState, identity_assignment
+
+
+class MergedRows(RowMap):
+    """Sums of rows, each of which goes into one of them.
+
+    Args:
+        target: row of the new sequence each row goes to, (B, N).
+        share: of each row in it, (B, N); those of a new row add up to one.
+        num_rows: rows M of the new sequence.
+    """
+
+    def __init__(self, target: torch.Tensor, share: torch.Tensor, num_rows: int) -> None:
+        self.target, self.share, self.num_rows = target, share, num_rows
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        index = self.target.unsqueeze(-1).expand_as(values)
+        weighted = values * self.share.unsqueeze(-1).to(values.dtype)
+        return torch.zeros_like(values[:, : self.num_rows]).scatter_add(1, index, weighted)
 
 
 class ToMeReduction(TokenReduction):
@@ -35,8 +46,8 @@ class ToMeReduction(TokenReduction):
     @classmethod
     def num_merged(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
         """Rows that disappear: the step from the last target to this one, at most half of what can be matched."""
-        last = state.num_patches if stage == 0 else keep_of_patches(config, stage - 1, state.num_patches)
-        step = last - keep_of_patches(config, stage, state.num_patches)
+        last = state.num_patches if stage == 0 else state.budget.of_patches(stage - 1, state.num_patches)
+        step = last - state.budget.of_patches(stage, state.num_patches)
         return max(min(step, (num_rows - 1) // 2), 0)
 
     @classmethod
@@ -45,26 +56,22 @@ class ToMeReduction(TokenReduction):
         size = state.tracks.get("size")
         return None if size is None else size.log()[:, None, None, :]
 
-    def before_mlp(
-        self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
-    ) -> tuple[torch.Tensor, TokenState]:
-        num_rows = hidden_states.shape[1]
+    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+        key = context.key.mean(dim=1)  # (B, N, d)
+        num_rows = key.shape[1]
         merged = self.num_merged(self.config, self.stage, num_rows, state)
         if merged == 0:
-            return hidden_states, state.with_assignment(lambda: identity_assignment(hidden_states))
-        target = self.match(context.key.mean(dim=1), merged)  # (B, N): row of the new sequence each row goes to
+            return None, state.with_assignment(lambda: identity_assignment(key))
+        target = self.match(key, merged)  # (B, N): row of the new sequence each row goes to
         size = state.tracks.get("size")
         if size is None:
-            size = at_least_float32(hidden_states).new_ones(hidden_states.shape[:2])
+            size = at_least_float32(key).new_ones(key.shape[:2])
         new_size = size.new_zeros(size.shape[0], num_rows - merged).scatter_add(1, target, size)
         share = size / new_size.gather(1, target)  # of each row in the row it goes to, (B, N)
-        index = target.unsqueeze(-1).expand_as(hidden_states)
-        weighted = hidden_states * share.unsqueeze(-1).to(hidden_states.dtype)
-        new = torch.zeros_like(hidden_states[:, merged:]).scatter_add(1, index, weighted)
         state = state._replace(tracks={"size": new_size}).with_assignment(
             lambda: share.new_zeros(*new_size.shape, num_rows).scatter(1, target.unsqueeze(1), share.unsqueeze(1))
         )
-        return new, state
+        return MergedRows(target, share, num_rows - merged), state
 
     @staticmethod
     @torch.no_grad()

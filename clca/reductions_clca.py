@@ -1,9 +1,11 @@
 """The index of reduction methods, and the schedule of token counts that follows from a configuration."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from .budget_clca import Budget
 from .cache_clca import recovery_layers, rows_per_entry
-from .configuration_clca import CLCAViTConfig
+from .configuration_clca import CLCAViTConfig, check_rates
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
 from .reduction_dpcknn import DPCKNNReduction
@@ -67,6 +69,33 @@ def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
     return cls
 
 
+def checked_budget(config: CLCAViTConfig, keep_rate: float | Sequence[float] | None) -> Budget:
+    """What the stages of a model of this configuration keep: at a `keep_rate` of its own, or at this one, for all stages
+    or one per stage.
+
+    Raises:
+        ValueError: rates out of (0, 1] or not one per stage, or a method whose keep rate is fixed.
+    """
+    if keep_rate is None:
+        return Budget.of(config)
+    if config.reduction is None:
+        raise ValueError(f"`keep_rate` {keep_rate} means nothing to a model without a `reduction`. Leave it out.")
+    method = get_reduction(config.reduction)
+    reason = method.fixed_rate(config)
+    if reason is not None:
+        raise ValueError(
+            f"`keep_rate` of `reduction`={config.reduction!r} cannot be changed: {reason}. Train a model for each rate."
+        )
+    rates = (keep_rate,) if isinstance(keep_rate, int | float) else keep_rate
+    check_rates(rates)
+    stages = len(method.layers(config))
+    if len(rates) not in (1, stages):
+        raise ValueError(
+            f"`keep_rate` must hold one value for all stages or one per stage, {stages} of them, got {list(rates)}."
+        )
+    return Budget(tuple(rates))
+
+
 class TokenSchedule(NamedTuple):
     """Token counts of one image, CLS and all included.
 
@@ -79,7 +108,9 @@ class TokenSchedule(NamedTuple):
     after: list[int]
 
 
-def token_schedule(config: CLCAViTConfig, num_patches: int | None = None) -> TokenSchedule:
+def token_schedule(
+    config: CLCAViTConfig, num_patches: int | None = None, keep_rate: float | Sequence[float] | None = None
+) -> TokenSchedule:
     """How many tokens each layer gets, worked out from the configuration alone.
 
     At 448 px, ViT-B/16, EViT at keep rate 0.1 in layers 3, 6, 9, with a cache of GAP and one CLR: 786 tokens enter the
@@ -89,11 +120,16 @@ def token_schedule(config: CLCAViTConfig, num_patches: int | None = None) -> Tok
     Args:
         config: the configuration.
         num_patches: patches of the image, if not those of `config.image_size`.
+        keep_rate: that of the forward, if not the configuration's.
+
+    Raises:
+        ValueError: a keep rate that the model's forward refuses, too.
     """
     method = get_reduction(config.reduction)
     stages = {layer: stage for stage, layer in enumerate(method.layers(config))} if config.reduction else {}
     recovery = recovery_layers(config)
-    state = initial_state(config, config.image_grid if num_patches is None else (1, num_patches))
+    grid = config.image_grid if num_patches is None else (1, num_patches)
+    state = initial_state(config, grid, budget=checked_budget(config, keep_rate))
     rows = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
     cached = 0
     before, after = [], []
@@ -111,10 +147,14 @@ def token_schedule(config: CLCAViTConfig, num_patches: int | None = None) -> Tok
     return TokenSchedule([*before, rows], after)
 
 
-def initial_state(config: CLCAViTConfig, grid: tuple[int, int], record_assignments: bool = False) -> TokenState:
-    """The state of a freshly embedded sequence of `grid` (rows, columns) patches."""
+def initial_state(
+    config: CLCAViTConfig, grid: tuple[int, int], record_assignments: bool = False, budget: Budget | None = None
+) -> TokenState:
+    """The state of a freshly embedded sequence of `grid` (rows, columns) patches, by default with the configuration's
+    budget."""
     num_rows = config.num_prefix_tokens + grid[0] * grid[1] + config.num_clr_tokens
     return TokenState(
+        budget=budget or Budget.of(config),
         grid=grid,
         prefix=config.num_prefix_tokens,
         suffix=config.num_clr_tokens,

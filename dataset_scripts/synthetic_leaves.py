@@ -684,7 +684,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn [%(default)s]")
     parser.add_argument("--difficulty", default="easy", help=f"{', '.join(DIFFICULTIES)} [%(default)s]")
     parser.add_argument("--rows", type=int, help="classes on the contact sheet [all]")
-    parser.add_argument("--columns", type=int, default=8, help="pictures of a class on the contact sheet [%(default)s]")
+    parser.add_argument(
+        "--columns", type=int, default=8, help="pictures of a class on the contact sheet [%(default)s]"
+    )
     options = parser.parse_args(argv)
     if options.output is None and options.contact_sheet is None:
         parser.error("nothing to do: give --output, --contact_sheet or both")

@@ -2,7 +2,7 @@
 
 import io
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
@@ -13,7 +13,7 @@ CLASSES = 3
 LEAVES = SyntheticLeavesConfig(num_classes=CLASSES, image_size=16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def leaf(split: str, label: int, index: int) -> bytes:
     """PNG file of one leaf."""
     stream = io.BytesIO()

@@ -110,7 +110,12 @@ def predict_to_file(
     folder = output.with_name(f"_{output.name}.partial")
     ranges: list[Any] = [None]
     if state.is_main_process:
-        same = {"model": _hash(model), "data": _identity(dataset, names), "table": table, "precision": str(precision)}
+        same = {
+            "model": hash_weights(model),
+            "data": identity_of_data(dataset, names),
+            "table": table,
+            "precision": str(precision),
+        }
         ranges = [_begin(folder, same, dataset, state.num_processes)]
     ranges = broadcast_object_list(ranges)[0]
     if isinstance(dataset, IterableDataset) and len(ranges) != state.num_processes:
@@ -124,10 +129,10 @@ def predict_to_file(
             shard = Shard(folder, number, table)
             source, indices, count = _rest(dataset, ranges[number], shard.cut(batch_size))
             loader = DataLoader(
-                _Guarded(source) if skip_broken else source,
+                GuardedImages(source) if skip_broken else source,
                 batch_size=batch_size,
                 num_workers=num_workers,
-                collate_fn=functools.partial(_separate, collate=collate),
+                collate_fn=functools.partial(separate_broken, collate=collate),
                 pin_memory=state.device.type == "cuda",
             )
             hidden = not (progress and state.is_main_process)
@@ -135,7 +140,7 @@ def predict_to_file(
                 for batch, size, problems in loader:
                     rows = [(index, names(index)) for index in itertools.islice(indices, size)]
                     for position, why in problems.items():
-                        logger.warning("%s cannot be read and is left out: %s", _called(*rows[position]), why)
+                        logger.warning("%s cannot be read and is left out: %s", called(*rows[position]), why)
                     good = [position for position in range(size) if position not in problems]
                     records, lines = table.records(size), []
                     if good:
@@ -151,7 +156,7 @@ def predict_to_file(
         shards = [Shard(folder, number, table) for number in range(len(ranges))]
         streamed = isinstance(dataset, IterableDataset)
         starts = [0 if part is None else part[0] for part in ranges]
-        broken = [_called(index, names(index)) for index in left_out(shards, starts)]
+        broken = [called(index, names(index)) for index in left_out(shards, starts)]
         images = join(shards, table, folder / "joined", output, dataset.batch_size if streamed else None)
         answer = [(images, metrics(shards, table), broken)]
         shutil.rmtree(folder)
@@ -159,7 +164,7 @@ def predict_to_file(
     return Predictions(output, images, measured, broken, time.perf_counter() - start, predicted)
 
 
-def _called(index: int, name: str | None) -> str:
+def called(index: int, name: str | None) -> str:
     return name or f"image {index}"
 
 
@@ -198,7 +203,7 @@ def _check(output: Path, dataset: Dataset, batch_size: int, top: int, processes:
         )
 
 
-def _hash(model: nn.Module) -> str:
+def hash_weights(model: nn.Module) -> str:
     """Of weights and configuration."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
@@ -207,7 +212,7 @@ def _hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _identity(dataset: Dataset, names: Callable[[int], str | None]) -> dict[str, Any]:
+def identity_of_data(dataset: Dataset, names: Callable[[int], str | None]) -> dict[str, Any]:
     """Number, names, sizes and dates of the images, at most `SAMPLED` of them, and what is done to them."""
     count = None if isinstance(dataset, IterableDataset) else len(dataset)
     images = []
@@ -264,7 +269,7 @@ class _Broken(NamedTuple):
     why: str
 
 
-class _Guarded(Dataset):
+class GuardedImages(Dataset):
     """A data set that has `_Broken` where an image cannot be read."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -280,7 +285,7 @@ class _Guarded(Dataset):
             return _Broken(f"{type(error).__name__}: {one_sentence(error)}")
 
 
-def _separate(samples: list[Any], collate: Callable) -> tuple[Any, int, dict[int, str]]:
+def separate_broken(samples: list[Any], collate: Callable) -> tuple[Any, int, dict[int, str]]:
     """A batch of what could be read, the number of samples, and which of them could not be read, and why."""
     problems = {i: sample.why for i, sample in enumerate(samples) if isinstance(sample, _Broken)}
     good = [sample for sample in samples if not isinstance(sample, _Broken)]

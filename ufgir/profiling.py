@@ -13,12 +13,13 @@ from clca.configuration_clca import as_pair
 def dense_config(config: CLCAViTConfig) -> CLCAViTConfig:
     """The same network without reduction, cache and aggregation: what costs are compared with."""
     dense = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
+    dense |= {"train_keep_rates": None}
     dense |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}
     dense |= {"num_selected_features": None, "vqt_original_slicing": False}
     return CLCAViTConfig.from_dict({**config.to_dict(), **dense})
 
 
-def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
+def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None, as_executed: bool = False) -> int:
     """Multiply-adds of the forward pass of one image, as the paper reports them ("FLOPs" in its tables): projections,
     convolutions and attention products; norms, activations, softmax and indexing are free.
 
@@ -28,6 +29,8 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     Args:
         model: a CLCA model or any other image model of transformers.
         image_size: pixels, one number or (height, width); the model's own by default.
+        as_executed: count what really runs. By default a CLCA model is counted as the paper does it, with the queries,
+            projections and last layer of rows that nobody reads, which it leaves out.
 
     Returns:
         Multiply-adds (not FLOPs, which count two for each).
@@ -40,9 +43,12 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
         raise ValueError("`image_size` must be given: the configuration of this model names none.")
     size = as_pair(own_size if image_size is None else image_size)
     resized = own_size is not None and size != as_pair(own_size)
-    clone = copy.deepcopy(model).eval()
+    clone = copy.deepcopy(model).eval().requires_grad_(False)  # the counter follows gradients, and trips over VQT's
     if own_size is not None:  # the counter knows matrix products on every device, fused attention on some
         clone.set_attn_implementation("eager")
+    for module in clone.modules():
+        if hasattr(module, "skip_unread_rows"):
+            module.skip_unread_rows = as_executed
     reduction = getattr(model.config, "reduction", None)
     if reduction is None or REDUCTIONS[reduction].static_shapes:
         clone.to("meta")

@@ -24,7 +24,7 @@ def add_reduction_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reduction-layers", type=int, nargs="+", metavar="LAYER", help="counted from 0 [3 6 9]")
     group.add_argument("--keep-rate", type=float, nargs="+", metavar="RATE", help="in (0, 1]: one, or one a stage [1]")
     group.add_argument("--keep-tokens", type=int, nargs="+", metavar="COUNT", help="one a stage, instead of rates")
-    group.add_argument("--reduction-kwargs", type=_json_object, metavar="JSON", help="the method's own options")
+    group.add_argument("--reduction-kwargs", type=json_object, metavar="JSON", help="the method's own options")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=int, metavar="N")
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that is a JSON object."""
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
@@ -79,6 +80,8 @@ def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
         values = {"reduction_kwargs": None} | values
     if not Path(model).is_dir() and Path(model).exists():
         raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
+    if Path(model).is_dir() and not Path(model, "config.json").is_file():  # transformers would take its defaults
+        raise ValueError(f"there is no checkpoint in the folder {model}: it has no config.json.")
     try:
         config = CLCAViTConfig.from_pretrained(model, **values)
     except OSError as error:

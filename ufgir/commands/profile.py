@@ -2,10 +2,29 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from clca import CLCAViTConfig, token_schedule
+import torch
+from torch import nn
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.cache_clca import recovery_layers
+from clca.configuration_clca import as_pair
+from clca.reductions_clca import get_reduction
 
+from ..benchmark import ATTENTIVE, make_dense
+from ..benchmark_cases import Setting
+from ..benchmark_report import check_place, fill_in, markdown_table, origin, provenance
+from ..layer_profile import (
+    Part,
+    check_trace,
+    draw_layers,
+    layer_table,
+    profile_layers,
+    time_parts,
+    write_layers,
+    write_trace,
+)
 from ..profiling import count_macs, dense_config
 from .common import CLCA, add_network_options, add_reduction_options, align, config_values, load_config, on_meta
 
@@ -29,11 +48,34 @@ PAPER_GMACS = {
     (448, 1.0): (78.53, 79.52),
 }
 
+# Options of what runs: name -> help.
+TIMING = {
+    "batch_size": "images [1]",
+    "threads": "of torch on a CPU [its default]",
+    "repetitions": "timings of each model, interleaved [9]",
+}
+LAYERS = ("layers", "time", "trace", "output", "into", "device", *TIMING)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint: folder or Hub repository [ViT-B/16]")
     parser.add_argument("--paper", action="store_true", help="all models of the paper's accuracy-over-FLOPs figure")
+    group = parser.add_argument_group("layers")
+    group.add_argument("--layers", action="store_true", help="tokens, parameters and multiply-adds of each layer")
+    group.add_argument("--time", action="store_true", help="and time, measured beside transformers' dense ViT")
+    group.add_argument(
+        "--trace", metavar="FILE", help="write a Chrome trace of a forward pass, .json or .json.gz [none]"
+    )
+    group.add_argument(
+        "--output", metavar="FOLDER", help="write the layers there, as CSV, JSON, Markdown and a picture"
+    )
+    group.add_argument("--into", metavar="FILE", help="fill the place `layers` of a document; the picture beside it")
+    for name, text in TIMING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="of time and trace; auto: a GPU if there is one [auto]"
+    )
     add_reduction_options(parser)
     add_network_options(parser)
 
@@ -42,9 +84,10 @@ def run(args: argparse.Namespace) -> str:
     """Two tables."""
     values = config_values(args)
     if args.paper:
-        if values or args.model:
+        if values or args.model or any(getattr(args, name) for name in LAYERS):
             raise ValueError("`--paper` takes no model and no other option.")
         return paper_table()
+    _check(args)
     config = load_config(args.model, values)
     dense = dense_config(config)
     rows = [["", "this model", "dense", "share"]]
@@ -64,7 +107,98 @@ def run(args: argparse.Namespace) -> str:
     else:
         note = ""
         rows.append(["GMACs, one image", f"{macs / 1e9:.3f}", f"{dense_macs / 1e9:.3f}", f"{macs / dense_macs:.1%}"])
-    return "\n\n".join(part for part in (describe(config), token_table(config), align(rows), note) if part)
+    shown = [describe(config), token_table(config), align(rows), note]
+    if args.layers or args.trace:
+        shown += layers(args, config)
+    return "\n\n".join(part for part in shown if part)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be wrong about the layers is said before anything is computed."""
+    if not args.layers:
+        for name in ("time", "output", "into"):
+            if getattr(args, name):
+                raise ValueError(f"`--{name}` is about the layers: add `--layers`.")
+    for name in TIMING:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
+        if value is not None and not (args.time or args.trace):
+            raise ValueError(f"`--{name.replace('_', '-')}` is about `--time` and `--trace`.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`--device` cuda needs a GPU: torch finds none here.")
+    if args.trace is not None:
+        check_trace(Path(args.trace))
+    if args.into is not None:
+        check_place(Path(args.into), "layers")
+    if args.output is not None and Path(args.output).is_file():
+        raise ValueError(f"`--output` must be a folder, got the file {args.output}.")
+
+
+def layers(args: argparse.Namespace, config: CLCAViTConfig) -> list[str]:
+    """What each layer costs, and a trace: a table, and where it was written."""
+    there = torch.cuda.is_available() and args.device != "cpu"
+    device = torch.device("cuda" if there else "cpu")
+    runs = args.time or args.trace is not None
+    if runs or not get_reduction(config.reduction).static_shapes:
+        model = _load(args.model, config).to(device).eval()
+    else:
+        model = on_meta(config)
+    dense = on_meta(dense_config(config))
+    size = as_pair(config.image_size)
+    generator = torch.Generator().manual_seed(0)
+    batch = args.batch_size or 1
+    pixels = torch.randn(batch, config.num_channels, *size, generator=generator).to(device) if runs else None
+    told, seconds = [], None
+    if args.time:
+        setting = Setting(config.image_size, batch)
+        rival = make_dense(config, setting).to(device).eval()
+        seconds = time_parts([model, rival], pixels, args.threads, args.repetitions or 9)
+        told.append(_timing(rival, pixels, args))
+    if args.layers:
+        parts = profile_layers(model, dense, config, seconds)
+        told = [align(layer_table(parts)), *told, *_written(args, config, parts, told)]
+    if args.trace is not None:
+        told.append(f"wrote {write_trace(model, pixels, Path(args.trace))}: open it in https://ui.perfetto.dev")
+    return told
+
+
+def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassification:
+    """The weights of a checkpoint, or random ones whose attention is as uneven as after training."""
+    if model is None:
+        torch.manual_seed(0)
+        config.initializer_range = ATTENTIVE / config.hidden_size**0.5
+        return CLCAViTForImageClassification(config)
+    from ..training import load_pretrained  # here, as it takes seconds to import
+
+    return load_pretrained(model, config, ignore_mismatched_sizes=True)
+
+
+def _timing(rival: nn.Module, pixels: torch.Tensor, args: argparse.Namespace) -> str:
+    """How the times were measured."""
+    whose = "ours" if isinstance(rival, CLCAViTForImageClassification) else "transformers'"
+    threads = f", {args.threads or torch.get_num_threads()} threads" if pixels.device.type == "cpu" else ""
+    return (
+        f"Times: medians of {args.repetitions or 9} rounds, this model and the dense one ({whose}) in turn, batch "
+        f"{pixels.shape[0]}, float32, {pixels.device.type}{threads}. The rest of a model is what runs between its parts."
+    )
+
+
+def _written(args: argparse.Namespace, config: CLCAViTConfig, parts: list[Part], remarks: list[str]) -> list[str]:
+    """Write what is to be written; a line about each."""
+    facts = provenance()
+    content = "\n\n".join([markdown_table(layer_table(parts)), *remarks, f"{origin(facts)}."])
+    title = " ".join(describe(config).split("\n")[1:])
+    told = []
+    if args.output is not None:
+        files = write_layers(Path(args.output), parts, facts, title, content)
+        told.append("\n".join(f"wrote {file}" for file in files))
+    if args.into is not None:
+        document = Path(args.into)
+        picture = draw_layers(parts, document.parent / "figures" / "profile_layers.png", title)
+        fill_in(document, "layers", content, [picture])
+        told.append(f"filled in layers of {document}")
+    return told
 
 
 def describe(config: CLCAViTConfig) -> str:

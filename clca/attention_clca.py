@@ -1,0 +1,124 @@
+"""What a reduction may ask about the attention of a layer, and what it may answer: which rows become which.
+
+Shapes: B batch, N tokens in, M tokens out, D width, H heads, d head width.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+
+FIRST_ROW = slice(0, 1)
+
+
+class RowMap:
+    """How the M rows of a new sequence are made of the N rows of the old one: as weighted sums of them, whatever the rows
+    hold. So it does not matter whether attention's output is projected before or after.
+
+    Attributes:
+        rows: where each new row is an old one as it was, which: indices (B, M), or a slice. Else None.
+        weight_sums: what the weights of each new row add up to, (B, M, 1), or None if that is one for all.
+    """
+
+    rows: torch.Tensor | slice | None = None
+    weight_sums: torch.Tensor | None = None
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (B, N, C) of the old rows to those of the new ones, (B, M, C)."""
+        raise NotImplementedError
+
+
+class TakenRows(RowMap):
+    """Some of the rows as they are."""
+
+    def __init__(self, rows: torch.Tensor | slice) -> None:
+        self.rows = rows
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        return values[:, self.rows] if isinstance(self.rows, slice) else gather_rows(values, self.rows)
+
+
+class AttentionContext:
+    """Answers a method's questions about the attention of one layer, each computed only when asked for.
+
+    The full map (B, H, N, N) is never needed for them, so the fast kernels stay in use: a row is one query against all
+    keys, column sums are taken over chunks of query rows.
+
+    Attributes:
+        hidden_states: normalised input of the attention, (B, N, D).
+        key, value: (B, H, N, d), the key after its norm if it has one.
+        mask: boolean or additive, (B, 1, 1, N), or None.
+        row_map: how the rows that leave the attention are made of those that enter it, where that is known this early.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> None:
+        self.attention = attention
+        self.hidden_states = hidden_states
+        self.key = key
+        self.value = value
+        self.mask = mask
+        self.row_map: RowMap | None = None
+        self._query: torch.Tensor | None = None
+
+    def query(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Queries (B, H, n, d) of a slice of rows. Row 0 alone is projected alone; whoever asks for more has all of them
+        projected, once."""
+        if self._query is None and rows == FIRST_ROW:
+            return self.attention.project_query(self.hidden_states[:, rows])
+        if self._query is None:
+            self._query = self.attention.project_query(self.hidden_states)
+        return self._query[:, :, rows]
+
+    def attention_rows(self, rows: slice) -> torch.Tensor:
+        """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
+        by them, and half precision would make ties."""
+        with full_precision(self.key):
+            query, key = at_least_float32(self.query(rows)), at_least_float32(self.key)
+            return attention_softmax(query @ key.transpose(-1, -2) * self.attention.scaling, self.mask)
+
+    def cls_attention(self) -> torch.Tensor:
+        """What row 0 attends to: (B, N), averaged over heads."""
+        return self.attention_rows(FIRST_ROW).mean(dim=1).squeeze(1)
+
+    def received_attention(self, chunk: int = 256) -> torch.Tensor:
+        """What each row receives, summed over heads and query rows: (B, N)."""
+        num_rows = self.key.shape[2]
+        parts = (self.attention_rows(slice(i, i + chunk)).sum(dim=(1, 2)) for i in range(0, num_rows, chunk))
+        return sum(parts)
+
+
+def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of attention logits (B, H, n, N) under a boolean mask (True: attend) or an additive one, in float32 at
+    least, given back in the logits' dtype."""
+    if mask is not None:
+        logits = (
+            logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+        )
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(dim=-1, dtype=dtype).to(logits.dtype)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision is too coarse to compare scores in; float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
+    """A context in which autocast does not compute products of such tensors in half precision."""
+    if tensor.device.type == "meta":  # where nothing is computed, autocast does not exist
+        return nullcontext()
+    return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def gather_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of `values` (B, N, ...) at the indices `rows` (B, M): (B, M, ...)."""
+    index = rows.reshape(*rows.shape, *(1,) * (values.dim() - 2)).expand(*rows.shape, *values.shape[2:])
+    return values.gather(1, index)

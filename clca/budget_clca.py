@@ -1,0 +1,52 @@
+"""How many tokens the stages of a reduction keep: by the configuration, or as a forward was asked for."""
+
+import math
+from typing import NamedTuple
+
+from .configuration_clca import CLCAViTConfig
+
+
+class Budget(NamedTuple):
+    """Keep rates, or absolute counts in their place: one for all stages or one per stage."""
+
+    keep_rate: tuple[float, ...]
+    keep_tokens: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, config: CLCAViTConfig) -> "Budget":
+        """What the configuration says."""
+        return cls(tuple(config.keep_rate), None if config.keep_tokens is None else tuple(config.keep_tokens))
+
+    @property
+    def mean_rate(self) -> float:
+        """One rate that stands for those of all stages: their geometric mean, since rates compound."""
+        if len(set(self.keep_rate)) == 1:
+            return self.keep_rate[0]
+        return math.prod(self.keep_rate) ** (1 / len(self.keep_rate))
+
+    def rate(self, stage: int) -> float:
+        """The stage's own keep rate: a share of the tokens that reach it."""
+        return self.keep_rate[stage if len(self.keep_rate) > 1 else 0]
+
+    def tokens(self, stage: int) -> int | None:
+        """The stage's absolute count where `keep_tokens` is used, else None."""
+        if self.keep_tokens is None:
+            return None
+        return self.keep_tokens[stage if len(self.keep_tokens) > 1 else 0]
+
+    def cumulative_rate(self, stage: int) -> float:
+        """Share of the image's patches left after a stage: the product of the rates so far."""
+        if len(self.keep_rate) == 1:
+            return self.keep_rate[0] ** (stage + 1)  # not a product: the published counts were rounded from a power
+        return math.prod(self.keep_rate[: stage + 1])
+
+    def of_current(self, stage: int, candidates: int) -> int:
+        """Tokens a stage keeps of those that reach it: ceil(rate * candidates). 0.1 of 785 candidates: 79."""
+        count = self.tokens(stage)
+        return min(math.ceil(self.rate(stage) * candidates) if count is None else count, candidates)
+
+    def of_patches(self, stage: int, num_patches: int) -> int:
+        """Tokens left after a stage as a share of the image's patches: int(patches * product of rates). At 448 px, patch
+        16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
+        count = self.tokens(stage)
+        return int(num_patches * self.cumulative_rate(stage)) if count is None else min(count, num_patches)

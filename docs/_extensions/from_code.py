@@ -1,0 +1,89 @@
+"""Parts of pages that are made of the code:
+
+    ```{modules}
+    ufgir.data
+    ```
+
+the docstrings of modules and of all that is public in them; `{commands}`, the help of every subcommand of `ufgir`; and
+`{options}`, the options of run_ufgir.py.
+"""
+
+import argparse
+import importlib
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+
+
+_PLACE = re.compile(r"^```\{(modules|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def _plain(text: str) -> str:
+    """Text of a help message in which no character means anything to Markdown, but for `code` and names of options."""
+    parts = re.split(r"(`[^`]+`)", re.sub(r"(?<![\w`-])--\w[\w-]*", r"`\g<0>`", text))
+    return "".join(part if part[:1] == "`" else re.sub(r"([\\*_#<>\[\]|{}~$&])", r"\\\1", part) for part in parts)
+
+
+def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    formatter = parser._get_formatter()
+    text = formatter._expand_help(action) if action.help else ""
+    return _plain(" ".join(text.split())) or "-"
+
+
+def _definitions(parser: argparse.ArgumentParser, heading: str) -> list[str]:
+    """Every group of options under a heading, every option with its help."""
+    lines = []
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+        actions = [action for action in actions if not isinstance(action, argparse._HelpAction)]
+        if actions:
+            title, bracket, rest = group.title.partition(" (")
+            lines += [heading.format(_plain(title[0].upper() + title[1:])), "", _plain(bracket.strip() + rest), ""]
+        for action in actions:
+            invocation = parser._get_formatter()._format_action_invocation(action)
+            lines += [f"`{invocation}`", f": {_help(parser, action)}", ""]
+    return lines
+
+
+def modules(names: str) -> str:
+    lines = []
+    for name in names.split():
+        lines += [f"## {name}", "", "```{eval-rst}", f".. automodule:: {name}", "```", ""]
+    return "\n".join(lines)
+
+
+def commands(_: str) -> str:
+    from ufgir.cli import COMMANDS
+
+    lines = []
+    for name, text in COMMANDS.items():
+        parser = argparse.ArgumentParser(prog=f"ufgir {name}", allow_abbrev=False)
+        importlib.import_module(f"ufgir.commands.{name.replace('-', '_')}").configure(parser)
+        lines += [f"## ufgir {name}", "", _plain(text[0].upper() + text[1:]) + ".", ""]
+        lines += ["```text", parser.format_usage().removeprefix("usage: ").strip(), "```", ""]
+        lines += _definitions(parser, "**{}**")
+    return "\n".join(lines)
+
+
+def options(_: str) -> str:
+    from run_ufgir import GROUPS
+    from ufgir.arguments import RecipeParser
+
+    return "\n".join(_definitions(RecipeParser(GROUPS, prog="run_ufgir.py"), "## {}"))
+
+
+def _expand(app: Sphinx, docname: str, source: list[str]) -> None:
+    source[0] = _PLACE.sub(lambda match: globals()[match[1]](match[2]), source[0])
+
+
+def _no_way_back(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Source pages lose their links back: viewcode knows one name of a module, and `clca` shows objects of several."""
+    if pagename.startswith("_modules/"):
+        context["body"] = re.sub(r'<a class="viewcode-back".*?</a>', "", context["body"], flags=re.DOTALL)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("source-read", _expand)
+    app.connect("html-page-context", _no_way_back)
+    return {"parallel_read_safe": True}

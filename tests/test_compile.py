@@ -1,0 +1,100 @@
+"""torch.compile takes every method whole: one graph for all batch sizes, without a break, in evaluation and training."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from clca import CLCAViTForImageClassification
+from tests.helpers import METHODS, images, labels, tiny_model
+
+
+CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+SMALL = {"num_hidden_layers": 2, "reduction_layers": [0]}
+# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
+OPTIONS = {"ats": {"pad_to_bound": True}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        logging.getLogger("torch.__trace"), "disabled", True
+    )  # pytest would keep thousands of its records
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
+    reduction = {"reduction": method, "keep_rate": 0.5, "reduction_kwargs": OPTIONS.get(method)} if method else {}
+    return tiny_model(**SMALL | CLCA | reduction | options)
+
+
+def compiled(model: torch.nn.Module, backend: str = "eager") -> Any:
+    """Traced whole, or an error. The backend `eager` runs what was traced as it is: tracing alone is looked at here."""
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def batch(count: int, seed: int = 1) -> torch.Tensor:
+    """Images whose number is not a constant to the compiler."""
+    pixels = images(count, seed=seed)
+    torch._dynamo.mark_dynamic(pixels, 0)
+    return pixels
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_one_graph_for_every_batch_size(method: str | None) -> None:
+    model = make(method)
+    fast = compiled(model)
+    with torch.no_grad():
+        for count in (3, 5, 2):
+            pixels = batch(count, seed=count)
+            assert (fast(pixels).logits - model(pixels).logits).abs().max() <= 1e-10
+            assert graphs() == 1
+
+
+def test_one_graph_for_a_training_step() -> None:
+    """Ahead-of-time autograd included: the same loss and gradients."""
+    model = make("evit").train()
+    fast = compiled(model, "aot_eager")
+    results = []
+    for forward in (fast, model):
+        model.zero_grad()
+        for norm in (model.classifier.norm_in, model.classifier.norm_out):
+            norm.reset_running_stats()
+        loss = forward(pixel_values=images(4), labels=labels(4)).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert graphs() == 1
+    assert all((a - b).abs().max() <= 1e-9 for a, b in zip(*results, strict=True))
+
+
+def test_a_graph_for_every_budget() -> None:
+    """Shapes follow the keep rate: one more graph for each, none for a rate that came before."""
+    model = make("topk", train_keep_rates=[0.25, 0.5, 1.0])
+    fast = compiled(model)
+    with torch.no_grad():
+        for number, rate in enumerate((0.25, 0.5, 1.0), start=1):
+            assert (
+                fast(batch(3), keep_rate=rate).logits - model(images(), keep_rate=rate).logits
+            ).abs().max() <= 1e-10
+            assert graphs() == number
+        fast(batch(2), keep_rate=0.25)
+        assert graphs() == 3
+
+
+def test_shortcuts_are_compiled_too() -> None:
+    """What nobody reads is not in the graph; hooks, which a compiler cannot follow, do not bring it back."""
+    model, seen = make("evit"), []
+    fc2 = model.vit.layers[-1].mlp.fc2
+    forward = fc2.forward
+    fc2.forward = lambda rows: seen.append(rows.shape[1]) or forward(rows)
+    with torch.no_grad():
+        compiled(model)(images())
+    assert seen == [1]

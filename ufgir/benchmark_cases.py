@@ -1,0 +1,222 @@
+"""What `ufgir benchmark` may compare: cases, what they have in common with the dense model, and goals for some of them."""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from clca import REDUCTIONS, CLCAViTConfig
+from clca.reductions_clca import get_reduction
+
+
+BACKENDS = ("eager", "compiled", "onnx")
+MODES = ("inference", "training")
+DTYPES = ("float32", "bfloat16", "float16")
+
+_CACHE = {"cross_layer_cache": True, "num_clr_tokens": 1}
+# Name -> what it adds to a configuration.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "CLC": _CACHE,
+    "CLA": {"head": "cla"},
+    "CLCA": {**_CACHE, "head": "cla"},
+    "IFA": {"head": "ifa"},
+    "H2T": {"head": "h2t"},
+    "VQT": {"head": "vqt"},
+}
+# Name -> width, layers, heads.
+MODEL_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+class Setting(NamedTuple):
+    """What a case has in common with the dense model that it is compared with. Cases of one setting are timed in turn."""
+
+    image_size: int  # pixels
+    batch_size: int = 1
+    dtype: str = "float32"
+    backend: str = "eager"
+    mode: str = "inference"
+
+    def __str__(self) -> str:
+        return f"{self.mode}, {self.image_size} px, batch {self.batch_size}, {self.dtype}, {self.backend}"
+
+
+class Goal(NamedTuple):
+    """A bound for a measured value: `speedup` over dense, `realised` share of the ratio of GMACs, `activations` and `peak`
+    memory as shares of dense; the first two at least, the last two at most."""
+
+    measure: str
+    value: float
+
+    @property
+    def at_most(self) -> bool:
+        return self.measure in ("activations", "peak")
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value is good enough."""
+        return value <= self.value if self.at_most else value >= self.value
+
+    def __str__(self) -> str:
+        words = {
+            "speedup": "{}x",
+            "realised": "{} of GMACs",
+            "activations": "activations {}",
+            "peak": "peak memory {}",
+        }
+        sign = "≤" if self.at_most else "≥"
+        return words[self.measure].format(f"{sign} {self.value:g}")
+
+
+class Case(NamedTuple):
+    """One model to be measured."""
+
+    setting: Setting
+    method: str | None  # of token reduction
+    variant: str = "base"
+    keep_rate: float = 1.0
+    goals: tuple[Goal, ...] = ()
+
+    def __str__(self) -> str:
+        name = self.method or "no reduction"
+        name = name if self.variant == "base" else f"{name} + {self.variant}"
+        return f"{name}, {self.keep_rate:g}" if self.method else name
+
+
+def case_config(base: CLCAViTConfig, case: Case) -> CLCAViTConfig:
+    """The configuration of a case.
+
+    Args:
+        base: the network without reduction; its `reduction_layers` are those of the case.
+        case: a method whose token counts depend on the image is padded to its bound where the backend needs static shapes.
+
+    Raises:
+        ValueError: what `CLCAViTConfig` refuses.
+    """
+    values = base.to_dict() | {"image_size": case.setting.image_size} | VARIANTS[case.variant]
+    if case.method is not None:
+        values |= {"reduction": case.method, "keep_rate": [case.keep_rate]}
+        if case.setting.backend != "eager" and not get_reduction(case.method).static_shapes:
+            values["reduction_kwargs"] = {"pad_to_bound": True}
+    return CLCAViTConfig.from_dict(values)
+
+
+def quarters(num_layers: int) -> list[int]:
+    """Reduction layers at a quarter, half and three quarters of the depth: 3, 6, 9 of 12."""
+    return sorted({num_layers * i // 4 for i in (1, 2, 3)})
+
+
+def cross(
+    methods: Iterable[str | None],
+    variants: Iterable[str],
+    keep_rates: Iterable[float],
+    settings: Iterable[Setting],
+) -> list[Case]:
+    """Every combination; a model without reduction has no keep rate, so it comes once."""
+    cases = []
+    for setting, method, variant, rate in product(settings, methods, variants, keep_rates):
+        cases.append(Case(setting, method, variant, rate if method else 1.0))
+    return list(dict.fromkeys(cases))
+
+
+def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
+    """The cases that are compared with the same dense model."""
+    groups: dict[Setting, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.setting, []).append(case)
+    return groups
+
+
+class Preset(NamedTuple):
+    """Cases for one table, and how they are measured.
+
+    Attributes:
+        title: of the table.
+        cases: with the goals for ViT-B/16.
+        device: cpu or cuda.
+        threads: of torch on a CPU; None for its default.
+        repetitions: timings of each case.
+        model_size: of `MODEL_SIZES`.
+        time_limit: seconds after which no more is begun.
+    """
+
+    title: str
+    cases: list[Case]
+    device: str = "cpu"
+    threads: int | None = 2
+    repetitions: int = 9
+    model_size: str = "base"
+    time_limit: float | None = None
+
+
+def _at_least(speedup: float) -> tuple[Goal, ...]:
+    return (Goal("speedup", speedup),)
+
+
+def _cpu448() -> Preset:
+    at = Setting(448, 4)
+    own = {"evit": _at_least(3.0), "topk": _at_least(3.2), "ats": _at_least(3.1)}
+    own["heuristic"] = _at_least(0.97)  # it hides patches and removes none
+    others = (Goal("realised", 0.95),)
+    cases = [Case(at, None, "base", goals=_at_least(1.05)), Case(at, None, "CLCA", goals=_at_least(1.0))]
+    cases += [Case(at, method, "CLCA", 0.1, own.get(method, others)) for method in sorted(REDUCTIONS)]
+    cases.append(Case(at, "evit", "CLCA", 0.7, _at_least(1.5)))
+    return Preset("ViT-B/16, 448 px, batch 4, float32 on two cores of a CPU, inference", cases)
+
+
+def _cpu224() -> Preset:
+    goals = {1: _at_least(2.6), 8: _at_least(2.7)}
+    cases = []
+    for batch in (1, 2, 4, 8):
+        at = Setting(224, batch)
+        cases += [Case(at, None), Case(at, "evit", "CLCA", 0.1, goals.get(batch, ())), Case(at, "topk", "CLCA", 0.1)]
+    cases += cross(["evit"], ["base", "CLCA"], [0.25, 0.5, 0.7], [Setting(224, 8)])
+    return Preset("ViT-B/16, 224 px, float32 on two cores of a CPU, inference", cases, repetitions=15)
+
+
+def _backends() -> Preset:
+    static = [method for method in sorted(REDUCTIONS) if REDUCTIONS[method].static_shapes]
+    cases = cross(static, ["CLCA"], [0.1], [Setting(224, 1), Setting(224, 1, backend="onnx")])
+    cases += cross(["evit", "topk", "tome"], ["CLCA"], [0.1], [Setting(224, 1, backend="compiled")])
+    return Preset(
+        "ViT-B/16, 224 px, batch 1, float32 on two cores of a CPU: eager, ONNX Runtime, torch.compile", cases
+    )
+
+
+def _training() -> Preset:
+    at = Setting(448, 4, mode="training")
+    goals = {"evit": (Goal("speedup", 2.8), Goal("activations", 0.45))}
+    cases = [Case(at, method, "CLCA", 0.1, goals.get(method, ())) for method in ("evit", "topk", "ats")]
+    return Preset("ViT-B/16, 448 px, batch 4, float32 on two cores of a CPU, training step", cases, repetitions=5)
+
+
+def _gpu() -> Preset:
+    cases = []
+    for backend, goal in (("eager", 2.8), ("compiled", 2.9)):
+        at = Setting(448, 128, "bfloat16", backend)
+        cases.append(Case(at, "evit", "CLCA", 0.1, _at_least(goal)))
+    at = Setting(448, 1, "bfloat16", "compiled")
+    static = [method for method in sorted(REDUCTIONS) if REDUCTIONS[method].static_shapes]
+    cases += [Case(at, method, "CLCA", 0.1, _at_least(1.0)) for method in static]
+    at = Setting(448, 32, "bfloat16", mode="training")
+    cases.append(Case(at, "evit", "CLCA", 0.1, (Goal("speedup", 2.6), Goal("peak", 0.5))))
+    return Preset("ViT-B/16, 448 px, bfloat16 on a GPU", cases, device="cuda", threads=None, repetitions=20)
+
+
+def _quick() -> Preset:
+    every = [None, *sorted(REDUCTIONS)]
+    cases = cross([None, "evit"], ["CLCA"], [0.25, 0.5], [Setting(224, 1), Setting(224, 4)])
+    cases += cross(every, ["CLCA"], [0.25], [Setting(224, 4)])
+    cases += cross(["evit"], ["CLCA"], [0.25], [Setting(224, 4, mode="training")])
+    cases += cross(["evit"], ["CLCA"], [0.25], [Setting(224, 1, backend=b) for b in ("onnx", "compiled")])
+    cases = list(dict.fromkeys(cases))
+    title = "ViT-Ti/16, 224 px, float32: a look at everything, too short for exact numbers"
+    return Preset(title, cases, "auto", None, repetitions=5, model_size="tiny", time_limit=110.0)
+
+
+PRESETS = {
+    "cpu448": _cpu448(),
+    "cpu224": _cpu224(),
+    "backends": _backends(),
+    "training": _training(),
+    "gpu": _gpu(),
+    "quick": _quick(),
+}
