@@ -2,21 +2,17 @@
 
 import gc
 import json
-import time
 
 import pytest
 import torch
-from PIL import Image
-from torch import nn
 from transformers import ViTForImageClassification
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from ufgir import benchmark, cli, export, growth, input_pipeline, timing
+from ufgir import benchmark, cli, export, growth
 from ufgir.benchmark import Benchmark, Report, Result, make_dense
 from ufgir.benchmark_cases import (
     MODEL_SIZES,
     PRESETS,
-    VARIANTS,
     Case,
     Goal,
     Setting,
@@ -27,7 +23,7 @@ from ufgir.benchmark_cases import (
 )
 from ufgir.benchmark_report import check_place, csv_rows, fill_in, setting_table, throughput_panels
 from ufgir.profiling import count_macs
-from ufgir.timing import OtherLoad, Quartiles, Race, TensorMemory, peak_growth, quartiles, steady
+from ufgir.timing import Race
 
 from .helpers import tiny_config
 
@@ -72,103 +68,6 @@ def refused(capsys, *argv):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "Traceback" not in error
     return error
-
-
-class TestTiming:
-    def test_quartiles(self):
-        assert quartiles([5.0]) == Quartiles(5.0, 5.0, 5.0)
-        assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == Quartiles(3.0, 2.0, 4.0)
-        assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]).spread == pytest.approx(2 / 3)
-
-    def test_every_round_times_each_once_in_changing_order(self):
-        calls = []
-        race = Race({name: lambda name=name: calls.append(name) for name in "abcd"}, CPU)
-        race.go(20)
-        rounds = ["".join(calls[i : i + 4]) for i in range(0, 80, 4)]
-        assert all(sorted(r) == list("abcd") for r in rounds)
-        assert len(set(rounds)) > 5
-        assert all(len(seconds) == 20 for seconds in race.seconds.values())
-        again = []
-        Race({name: lambda name=name: again.append(name) for name in "abcd"}, CPU).go(20)
-        assert again == calls  # the order is that of the seed
-
-    def test_what_fails_leaves_and_the_others_go_on(self):
-        race = Race({"bad": lambda: 1 / 0, "good": lambda: None}, CPU)
-        race.warm_up()
-        race.go(2)
-        assert isinstance(race.failures["bad"], ZeroDivisionError) and race.seconds["bad"] == []
-        assert len(race.seconds["good"]) == 2
-
-    def test_quick_calls_are_repeated_within_one_timing(self, monkeypatch):
-        monkeypatch.setattr(timing, "time_call", lambda run, device, calls: run() / calls)
-        race = Race({"short": lambda: 0.003, "long": lambda: 1.0}, CPU)
-        race.warm_up()
-        assert race.calls == {"short": 7, "long": 1}  # 20 ms are enough
-
-    def test_interrupted_rounds_are_kept(self):
-        calls = []
-
-        def run():
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-
-        race = Race({"a": run}, CPU)
-        with pytest.raises(KeyboardInterrupt):
-            race.go(5)
-        assert len(race.seconds["a"]) == 2
-
-    def test_steady(self):
-        threads = torch.get_num_threads()
-        with pytest.raises(RuntimeError, match="inside"), steady(1) as used:
-            assert used == torch.get_num_threads() == 1 and not gc.isenabled()
-            raise RuntimeError("inside")
-        assert torch.get_num_threads() == threads and gc.isenabled()
-
-    def test_load_of_others_leaves_out_this_process(self, monkeypatch):
-        moments = iter([(100.0, 10.0), (130.0, 20.0)])
-        monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: next(moments)))
-        assert OtherLoad().cores(10.0) == pytest.approx(2.0)
-        monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: None))
-        assert OtherLoad().cores(10.0) is None
-
-
-class TestMemory:
-    def test_peak_of_living_tensors(self):
-        given = torch.zeros(1000)
-        with TensorMemory() as memory:
-            first = given + 1  # 4000 bytes
-            view = first[:10].reshape(2, 5)  # no storage of its own
-            first.mul_(2)
-            second = first * 2
-            assert memory.now == 8000
-            del first, view, second
-            third = given.double()
-            assert (memory.now, memory.peak) == (8000, 8000)
-            del third
-        assert (memory.now, memory.peak) == (0, 8000)
-
-    def test_what_training_keeps_for_backward(self):
-        first, second = nn.Linear(64, 128, bias=False), nn.Linear(128, 1, bias=False)
-        images = torch.zeros(32, 64)
-
-        def gradients():
-            second(first(images).relu()).sum().backward()
-
-        model = nn.Sequential(first, second)
-        hidden = 32 * 128 * 4
-        grown = benchmark.activation_memory(model, gradients, CPU)
-        # forward keeps relu's output; backward adds its gradient, that of the row before, and those of the weights
-        assert 2 * hidden <= grown <= 4 * hidden + (64 * 128 + 128) * 4 + 32 * 8
-        assert all(p.grad is None for p in model.parameters())
-
-    def test_reduction_needs_less(self, report):
-        dense, reduced = (r for r in report.results if r.setting == Setting(32, 2, mode="training"))
-        assert 0 < reduced.activation_memory < reduced.peak_memory
-        assert 0 < dense.activation_memory < dense.peak_memory
-        weights = 3 * 4 * dense.parameters  # and two moments of AdamW
-        assert dense.peak_memory > weights
-        assert reduced.memory_ratio("activation_memory") == reduced.activation_memory / dense.activation_memory
 
 
 class TestCases:
@@ -241,7 +140,7 @@ class TestBenchmark:
         dense = report.results[0]
         for r in report.results[1:7]:
             assert r.dense is dense and len(r.seconds) == len(dense.seconds) == 3 and r.error is None
-            config = case_config(dense_base(base), r.case)
+            config = case_config(base, r.case)
             torch.manual_seed(0)
             model = CLCAViTForImageClassification(config)
             assert r.parameters == model.num_parameters()
@@ -381,11 +280,15 @@ class TestBenchmark:
         assert dense.vit.embeddings.position_embeddings.shape[1] == 37  # resampled
 
 
-def dense_base(base):
-    return CLCAViTConfig.from_dict(base.to_dict())
-
-
 class TestReport:
+    def test_reduction_needs_less(self, report):
+        dense, reduced = (r for r in report.results if r.setting == Setting(32, 2, mode="training"))
+        assert 0 < reduced.activation_memory < reduced.peak_memory
+        assert 0 < dense.activation_memory < dense.peak_memory
+        weights = 3 * 4 * dense.parameters  # and two moments of AdamW
+        assert dense.peak_memory > weights
+        assert reduced.memory_ratio("activation_memory") == reduced.activation_memory / dense.activation_memory
+
     def test_rows(self, report):
         rows = csv_rows(report)
         assert len(rows) == len(report.results) and len({tuple(row) for row in rows}) == 1
@@ -552,82 +455,9 @@ class TestGrowth:
         assert "GB of memory" in points.points[1].skipped
 
 
-@pytest.fixture(scope="module")
-def leaves(tmp_path_factory):
-    """A folder of six PNG images of noise."""
-    folder = tmp_path_factory.mktemp("leaves")
-    for index in range(6):
-        file = folder / "train" / f"class_{index % 2}" / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        noise = torch.randint(256, (24, 20, 3), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(file)
-    return folder
-
-
-class TestInputPipeline:
-    def test_formats_hold_the_same_pictures(self, leaves, tmp_path):
-        images = input_pipeline.sample(str(leaves), 5, 32)
-        formats = input_pipeline.as_formats(images, tmp_path)
-        assert list(formats) == ["as stored", "PNG files", "PNG in parquet", "JPEG files", "JPEG in parquet"]
-        assert len(list(tmp_path.glob("*.parquet"))) == 2 * input_pipeline.SHARDS
-        for name, data in formats.items():
-            assert len(data) == 5
-            same = [a.tobytes() == b.tobytes() for a, b in zip(data["image"], images["image"], strict=True)]
-            assert all(same) or name.startswith("JPEG")
-
-    def test_speeds_and_what_crosses(self, leaves, tmp_path):
-        found = input_pipeline.measure_pipeline(str(leaves), [32], [0, 1], count=4, batch_size=2, repetitions=1)
-        assert len(found.stages) == 5 * 3 and set(found.loaders) == {(32, 0), (32, 1)}
-        assert all(speed > 0 for speed in (*found.stages.values(), *found.loaders.values()))
-        assert found.crossing["pixel_values"] == "float32 (3, 32, 32)" and not found.pictures_cross
-        assert found.crossing_bytes == 3 * 32 * 32 * 4 + 8
-        assert any("no picture is pickled" in text for text in input_pipeline.remarks(found))
-        facts = {"command": "c", "host": "h", "date": "d", "versions": {}}
-        files = input_pipeline.write_pipeline(tmp_path, found, facts)
-        assert [f.name for f in files] == ["pipeline.csv", "pipeline.md", "pipeline.json"]
-
-    def test_pictures_that_cross_are_noticed(self, leaves, monkeypatch):
-        images = input_pipeline.sample(str(leaves), 2, 32)
-        monkeypatch.setattr(
-            input_pipeline, "transforms", lambda size: {"training transform": lambda image, generator: image}
-        )
-        monkeypatch.setattr(
-            input_pipeline,
-            "default_data_collator",
-            lambda samples: {"pixel_values": [s["pixel_values"] for s in samples]},
-        )
-        assert input_pipeline.crossing(images, 32)[2]
-
-    @pytest.mark.parametrize(
-        ("device", "model", "words"),
-        [
-            ("cpu", 10.0, "the model is the bottleneck; preparing an image costs 4.8%"),
-            ("cpu", 1000.0, "the input pipeline is the bottleneck"),
-            ("cuda", 150.0, "the model is the bottleneck as long as there are 2 workers"),
-            ("cuda", 1000.0, "the input pipeline is the bottleneck on this machine, whose 2 cores feed 20%"),
-        ],
-    )
-    def test_the_bottleneck_is_named(self, device, model, words):
-        found = input_pipeline.Pipeline("x", 4, (1.0, 1.0), device=device, cores=2)
-        found.stages["as stored", "decode + training transform", 32] = 100.0
-        found.models[32] = "evit", model
-        assert words in input_pipeline.verdict(found, 32)
-
-    def test_command(self, capsys, leaves, tmp_path):
-        argv = ["--input-pipeline", str(leaves), *TINY, "--count", "4", "--workers", "0", "--output", str(tmp_path)]
-        assert cli.main(["benchmark", *argv]) == 0
-        text = capsys.readouterr().out
-        assert "images/s on one core" in text and "bottleneck" in text and "evit + CLCA, 0.1" in text
-
-
 def test_quick_is_planned_to_end_in_three_minutes():
     """It begins nothing after its limit; what takes longest, compiling, comes last."""
     preset = PRESETS["quick"]
     assert preset.time_limit <= 120 and preset.model_size == "tiny"
     assert preset.cases[-1].setting.backend == "compiled"
     assert {c.method for c in preset.cases} == {None, *REDUCTIONS}
-
-
-def test_peak_growth_counts_what_a_run_makes():
-    assert peak_growth(lambda: torch.zeros(10) + 1, CPU) == 80
-    assert set(VARIANTS) == {"base", "CLC", "CLA", "CLCA", "IFA", "H2T", "VQT"} and time.monotonic() > 0

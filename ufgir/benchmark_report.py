@@ -227,7 +227,8 @@ def latency_panels(report: Report) -> dict[str, list[Result]]:
 
 
 def _draw_panels(panels: Mapping[str, list[Result]], draw_one: Any, path: Path) -> Path:
-    rows, columns = -(-len(panels) // COLUMNS), min(len(panels), COLUMNS)
+    columns = 2 if len(panels) == 4 else min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
     figure, axes = new_figure(rows, columns, squeeze=False)
     for place, (title, results) in zip(axes.flat, panels.items(), strict=False):
         draw_one(place, title, results)

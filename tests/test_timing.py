@@ -1,0 +1,105 @@
+"""Timing in turn, and the memory of tensors: what `ufgir benchmark` stands on."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from ufgir import benchmark, timing
+from ufgir.timing import OtherLoad, Quartiles, Race, TensorMemory, peak_growth, quartiles, steady
+
+
+CPU = torch.device("cpu")
+
+
+class TestTiming:
+    def test_quartiles(self):
+        assert quartiles([5.0]) == Quartiles(5.0, 5.0, 5.0)
+        assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == Quartiles(3.0, 2.0, 4.0)
+        assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]).spread == pytest.approx(2 / 3)
+
+    def test_every_round_times_each_once_in_changing_order(self):
+        calls = []
+        race = Race({name: lambda name=name: calls.append(name) for name in "abcd"}, CPU)
+        race.go(20)
+        rounds = ["".join(calls[i : i + 4]) for i in range(0, 80, 4)]
+        assert all(sorted(r) == list("abcd") for r in rounds)
+        assert len(set(rounds)) > 5
+        assert all(len(seconds) == 20 for seconds in race.seconds.values())
+        again = []
+        Race({name: lambda name=name: again.append(name) for name in "abcd"}, CPU).go(20)
+        assert again == calls  # the order is that of the seed
+
+    def test_what_fails_leaves_and_the_others_go_on(self):
+        race = Race({"bad": lambda: 1 / 0, "good": lambda: None}, CPU)
+        race.warm_up()
+        race.go(2)
+        assert isinstance(race.failures["bad"], ZeroDivisionError) and race.seconds["bad"] == []
+        assert len(race.seconds["good"]) == 2
+
+    def test_quick_calls_are_repeated_within_one_timing(self, monkeypatch):
+        monkeypatch.setattr(timing, "time_call", lambda run, device, calls: run() / calls)
+        race = Race({"short": lambda: 0.003, "long": lambda: 1.0}, CPU)
+        race.warm_up()
+        assert race.calls == {"short": 7, "long": 1}  # 20 ms are enough
+
+    def test_interrupted_rounds_are_kept(self):
+        calls = []
+
+        def run():
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        race = Race({"a": run}, CPU)
+        with pytest.raises(KeyboardInterrupt):
+            race.go(5)
+        assert len(race.seconds["a"]) == 2
+
+    def test_steady(self):
+        threads = torch.get_num_threads()
+        with pytest.raises(RuntimeError, match="inside"), steady(1) as used:
+            assert used == torch.get_num_threads() == 1 and not gc.isenabled()
+            raise RuntimeError("inside")
+        assert torch.get_num_threads() == threads and gc.isenabled()
+
+    def test_load_of_others_leaves_out_this_process(self, monkeypatch):
+        moments = iter([(100.0, 10.0), (130.0, 20.0)])
+        monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: next(moments)))
+        assert OtherLoad().cores(10.0) == pytest.approx(2.0)
+        monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: None))
+        assert OtherLoad().cores(10.0) is None
+
+
+class TestMemory:
+    def test_peak_of_living_tensors(self):
+        given = torch.zeros(1000)
+        with TensorMemory() as memory:
+            first = given + 1  # 4000 bytes
+            view = first[:10].reshape(2, 5)  # no storage of its own
+            first.mul_(2)
+            second = first * 2
+            assert memory.now == 8000
+            del first, view, second
+            third = given.double()
+            assert (memory.now, memory.peak) == (8000, 8000)
+            del third
+        assert (memory.now, memory.peak) == (0, 8000)
+
+    def test_what_training_keeps_for_backward(self):
+        first, second = nn.Linear(64, 128, bias=False), nn.Linear(128, 1, bias=False)
+        images = torch.zeros(32, 64)
+
+        def gradients():
+            second(first(images).relu()).sum().backward()
+
+        model = nn.Sequential(first, second)
+        hidden = 32 * 128 * 4
+        grown = benchmark.activation_memory(model, gradients, CPU)
+        # forward keeps relu's output; backward adds its gradient, that of the row before, and those of the weights
+        assert 2 * hidden <= grown <= 4 * hidden + (64 * 128 + 128) * 4 + 32 * 8
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_growth_of_a_run(self):
+        assert peak_growth(lambda: torch.zeros(10) + 1, CPU) == 80
