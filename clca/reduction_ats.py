@@ -83,7 +83,10 @@ class ATSReduction(TokenReduction):
         valid = self.visible(state)
         if valid is not None:
             cumulative = cumulative.masked_fill(~valid[:, 1:], 2.0)  # further from any quantile than a real row
-        steps = self.constant("quantile_bits", state).view(torch.float32).to(cumulative.dtype)
+        if torch.compiler.is_exporting():  # ONNX cannot take integers for floats
+            steps = quantiles(self.samples(state.budget, self.stage, state.num_patches)).to(cumulative)
+        else:
+            steps = self.constant("quantile_bits", state).view(torch.float32).to(cumulative.dtype)
         if cumulative.shape[1] == 0:
             return cumulative.new_zeros((cumulative.shape[0], 0), dtype=torch.long)
         return (cumulative.unsqueeze(1) - steps[:, None]).abs().argmin(dim=2) + 1

@@ -478,8 +478,8 @@ def pairwise_distance(tokens: torch.Tensor) -> torch.Tensor:
     with full_precision(tokens):
         distances = torch.baddbmm(squares.unsqueeze(1), tokens, tokens.transpose(1, 2), alpha=-2)
     distances = distances.add_(squares.unsqueeze(2)).clamp_(min=0).sqrt_()
-    distances.diagonal(dim1=1, dim2=2).zero_()
-    return distances
+    diagonal = torch.eye(distances.shape[1], dtype=torch.bool, device=distances.device)
+    return distances.masked_fill_(diagonal, 0)  # zeroing a view of the diagonal does not export to ONNX
 
 
 def nearest_row(distances: torch.Tensor, rows: torch.Tensor, chunk: int = 256) -> torch.Tensor:

@@ -512,7 +512,11 @@ def test_held_backbone(schedule: str, tmp_path: Path) -> None:
     assert all((rates[-1] == 0) == (i < 6) for i, rates in enumerate(run.record.rates[:-1]))
     probe = trainer(tmp_path, OptimizationArguments(schedule=schedule, freeze=["backbone"]), max_grad_norm=1.0)
     probe.train()  # the same as a linear probe until then
-    for name in trains(probe.model):
+    # What a softmax or a BatchNorm takes out again has no gradient but rounding, of which AdamW makes steps.
+    without_effect = re.compile(r"slot_logits\.\d+\.bias|norm_in\.bias|aggregate\.bias")
+    compared = [name for name in trains(probe.model) if not without_effect.search(name)]
+    assert len(compared) > 10
+    for name in compared:
         torch.testing.assert_close(probe.record.weights[5][name], run.record.weights[5][name])
 
 
