@@ -50,6 +50,7 @@ class AttentionContext:
         key, value: (B, H, N, d), the key after its norm if it has one.
         mask: boolean or additive, (B, 1, 1, N), or None.
         row_map: how the rows that leave the attention are made of those that enter it, where that is known this early.
+        output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class AttentionContext:
         self.value = value
         self.mask = mask
         self.row_map: RowMap | None = None
+        self.output: torch.Tensor | None = None
         self._query: torch.Tensor | None = None
+        self._records_gradients = torch.is_grad_enabled()
 
     def query(self, rows: slice = slice(None)) -> torch.Tensor:
         """Queries (B, H, n, d) of a slice of rows. Row 0 alone is projected alone; whoever asks for more has all of them
@@ -74,7 +77,9 @@ class AttentionContext:
         if self._query is None and rows == FIRST_ROW:
             return self.attention.project_query(self.hidden_states[:, rows])
         if self._query is None:
-            self._query = self.attention.project_query(self.hidden_states)
+            # Also where the question is asked without gradients: the attention itself needs them.
+            with torch.set_grad_enabled(self._records_gradients):
+                self._query = self.attention.project_query(self.hidden_states)
         return self._query[:, :, rows]
 
     def attention_rows(self, rows: slice) -> torch.Tensor:
@@ -82,17 +87,41 @@ class AttentionContext:
         by them, and half precision would make ties."""
         with full_precision(self.key):
             query, key = at_least_float32(self.query(rows)), at_least_float32(self.key)
-            return attention_softmax(query @ key.transpose(-1, -2) * self.attention.scaling, self.mask)
+            return attention_softmax(query * self.attention.scaling @ key.transpose(-1, -2), self.mask)
 
     def cls_attention(self) -> torch.Tensor:
         """What row 0 attends to: (B, N), averaged over heads."""
         return self.attention_rows(FIRST_ROW).mean(dim=1).squeeze(1)
 
-    def received_attention(self, chunk: int = 256) -> torch.Tensor:
-        """What each row receives, summed over heads and query rows: (B, N)."""
-        num_rows = self.key.shape[2]
-        parts = (self.attention_rows(slice(i, i + chunk)).sum(dim=(1, 2)) for i in range(0, num_rows, chunk))
-        return sum(parts)
+    def received_attention(self) -> torch.Tensor:
+        """What each row receives, summed over heads and query rows: (B, N).
+
+        The weights, all of which this takes, are those of the attention itself: where nothing else is expected of that,
+        its output is computed with them, and not once more by a kernel."""
+        num_rows, with_output = self.key.shape[2], self._may_give_output()
+        received, outputs = 0, []
+        # Each chunk is to stay in the cache of a CPU; a compiler, or a GPU, has less to do for fewer of them.
+        chunk = 64 if self.key.device.type == "cpu" and not torch.compiler.is_compiling() else 256
+        for start in range(0, num_rows, chunk):
+            weights = self.attention_rows(slice(start, start + chunk))
+            received = received + weights.sum(dim=(1, 2))
+            if with_output:
+                with full_precision(self.value):
+                    outputs.append((weights.to(self.value.dtype) @ self.value).transpose(1, 2))
+        if with_output:
+            self.output = torch.cat(outputs, dim=1)
+        return received
+
+    def _may_give_output(self) -> bool:
+        """Whether attention is softmax attention without dropout and gradients, by no kernel of the user's own choice, with
+        a query for each key."""
+        attention = self.attention
+        return (
+            attention.config._attn_implementation in (None, "sdpa", "eager")
+            and not (attention.training and attention.config.attention_probs_dropout_prob > 0)
+            and not any(tensor.requires_grad for tensor in (self.query(), self.key, self.value))
+            and self.hidden_states.shape[1] == self.key.shape[2]
+        )
 
 
 def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

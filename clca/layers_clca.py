@@ -10,13 +10,14 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.vit.modeling_vit import ViTMLP
 
 from .aggregation_clca import H2TProbe, LayerTrace, VQTProbe
 from .attention_clca import FIRST_ROW, AttentionContext, RowMap, TakenRows, attention_softmax
 from .configuration_clca import CLCAViTConfig, as_pair
+from .linear_clca import CLCAViTLinear
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
 
@@ -145,8 +146,8 @@ class CLCAViTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         for name in ("q_proj", "k_proj", "v_proj"):
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias))
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.add_module(name, CLCAViTLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias))
+        self.o_proj = CLCAViTLinear(config.hidden_size, config.hidden_size)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.use_qk_norm:
             self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
@@ -164,7 +165,7 @@ class CLCAViTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         state: TokenState,
-        choose_rows: ChooseRows | None = None,
+        choose_rows: ChooseRows,
         output_attentions: bool = False,
         hidden_keys: int = 0,
         **kwargs,
@@ -175,12 +176,15 @@ class CLCAViTAttention(nn.Module):
         if mask is not None and mask.is_floating_point():
             mask = mask.to(key.dtype)
         context, before = AttentionContext(self, hidden_states, key, value, mask), state
-        if choose_rows is not None:
-            context.row_map, state = choose_rows(context, state)
+        context.row_map, state = choose_rows(context, state)
         row_map = context.row_map
-        from_rows = row_map is None or row_map.rows is None
-        query = context.query() if from_rows else self.project_query(row_map(hidden_states))
-        output, weights = self.attend(query, context, before, output_attentions, from_rows, **kwargs)
+        has_output = context.output is not None and not output_attentions
+        from_rows = row_map is None or row_map.rows is None or has_output
+        if has_output:
+            output, weights = context.output.flatten(2), None
+        else:
+            query = context.query() if from_rows else self.project_query(row_map(hidden_states))
+            output, weights = self.attend(query, context, before, output_attentions, from_rows, **kwargs)
         if row_map is None:
             return self.o_proj(output), weights, state, context
         output = row_map(output) if from_rows else output
@@ -224,11 +228,14 @@ class CLCAViTAttention(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
 
-class CLCAViTMLP(ViTMLP):
+class CLCAViTMLP(nn.Module):
     """fc2(gelu(fc1 x)), in two steps, between which a probe may look."""
 
     def __init__(self, config: CLCAViTConfig) -> None:
-        super().__init__(config)
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = CLCAViTLinear(config.hidden_size, config.intermediate_size)
+        self.fc2 = CLCAViTLinear(config.intermediate_size, config.hidden_size)
         self.is_gelu = config.hidden_act == "gelu"
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -252,9 +259,9 @@ class CLCAViTSwiGLU(nn.Module):
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = CLCAViTLinear(config.hidden_size, config.intermediate_size)
+        self.up_proj = CLCAViTLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = CLCAViTLinear(config.intermediate_size, config.hidden_size)
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, intermediate_size)."""
@@ -318,12 +325,11 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if config.layerscale_value:
             self.layer_scale1, self.layer_scale2 = CLCAViTLayerScale(config), CLCAViTLayerScale(config)
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
-        # A probe of all rows, or a method that looks at all of them in `observe`, needs them before they are merged. (What
-        # is drawn per row, as dropout is, must be drawn before, too.)
+        # A probe of all rows needs them before they are merged. (What is drawn per row, as dropout is, must be drawn
+        # before, too.)
         self.can_merge_early = (
             self.reduction is not None
             and self.method.before_mlp is TokenReduction.before_mlp
-            and self.method.observe.__func__ is TokenReduction.observe.__func__
             and not isinstance(self.probe, H2TProbe)
         )
 
@@ -353,15 +359,12 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         normed = self.layernorm_before(hidden_states)
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
         # The probe, too, gets a function and not a module: accelerate moves modules among the arguments to a device.
-        choose_rows = first_row if only_first else None
-        if self.reduction is not None:
-            choose_rows = partial(self.choose_rows, merge_early)
+        choose_rows = partial(self.choose_rows, merge_early, only_first)
         attended, _, state, context = self.attention(normed, state, choose_rows, output_attentions, **kwargs)
         attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
         if context.row_map is not None:
             hidden_states = context.row_map(hidden_states)
-        hidden_states = hidden_states + attended
-        state = between = self.method.observe(context, state, self.before_stage)
+        hidden_states, between = hidden_states + attended, state
 
         if self.reduction is not None and not merge_early:
             hidden_states, state = self.reduction("before_mlp", hidden_states, state, context)
@@ -377,9 +380,12 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         return hidden_states + transformed, state
 
     def choose_rows(
-        self, merge_early: bool, context: AttentionContext, state: TokenState
+        self, merge_early: bool, only_first: bool, context: AttentionContext, state: TokenState
     ) -> tuple[RowMap | None, TokenState]:
-        """Which rows the stage's attention is computed for, and which it makes of them, as far as the stage says so early."""
+        """Which rows the layer's attention is computed for, and which a stage makes of them, as far as it says so early."""
+        state = self.method.observe(context, state, self.before_stage)
+        if self.reduction is None:
+            return first_row(state) if only_first else (None, state)
         rows, state = self.reduction("choose_rows", context, state)
         if rows is not None:
             return TakenRows(rows), state
@@ -399,7 +405,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         return queries + self.drop_path(self.layer_scale2(self.dropout(transformed)))
 
 
-def first_row(context: AttentionContext, state: TokenState) -> tuple[RowMap, TokenState]:
+def first_row(state: TokenState) -> tuple[RowMap, TokenState]:
     """Of all rows, only row 0."""
     rows = TakenRows(FIRST_ROW)
     return rows, state._replace(tracks={name: rows(track) for name, track in state.tracks.items()})
@@ -429,9 +435,9 @@ class CLCAViTAttentionPooling(nn.Module):
         self.num_attention_heads = config.num_attention_heads
         self.query = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
+            self.add_module(name, CLCAViTLinear(config.hidden_size, config.hidden_size))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ViTMLP(config)
+        self.mlp = CLCAViTMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = (

@@ -19,7 +19,7 @@ parameters, and a few class methods that every layer of the model calls. It over
 | `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
 | `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, tome |
 | `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | |
-| `observe` | after every layer's attention | kmedoids (what each token received in the layer before its stage) |
+| `observe` | in every layer's attention, once its keys exist | kmedoids (what tokens receive in the layer before its stage) |
 | `recalled_value` | when the cache appends rows | what those rows get in each track |
 | `loss_terms` | with labels, in training | dyvit |
 
@@ -256,7 +256,8 @@ class TokenReduction(nn.Module):
 
     @classmethod
     def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
-        """Take note of a layer's attention. `before_stage`: the next layer holds a stage."""
+        """Take note of a layer's attention, before a stage chooses or merges rows. `before_stage`: the next layer holds a
+        stage."""
         return state
 
     @classmethod

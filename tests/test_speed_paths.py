@@ -1,5 +1,6 @@
 """What a forward leaves out because nobody reads it: results stay equal, and what is left out is really not computed."""
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,16 +11,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from clca import (
     REDUCTIONS,
     CLCAViTConfig,
     CLCAViTForImageClassification,
     TokenReduction,
+    linear_clca,
     register_reduction,
     token_schedule,
 )
 from clca.attention_clca import TakenRows
+from clca.linear_clca import CLCAViTLinear
 from clca.reduction_ats import quantiles
 from clca.reduction_base import ScoredPruning
 from tests.helpers import METHODS, images, labels, tiny_model
@@ -130,6 +134,91 @@ def test_in_single_and_half_precision(method: str) -> None:
             assert (logits[False] - logits[True]).abs().max() <= tolerance
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 assert model(images()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["kmedoids", "topk", "evit"])
+def test_what_rows_receive_brings_the_output_along(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the layers that ask what their rows receive call no kernel beside; logits and answers stay equal."""
+    options = {} if method == "kmedoids" else {"reduction_kwargs": {"score_by": "received"}}
+    model = make(method, **CACHE, head="cla", **options)
+    kernels: list[torch.Tensor] = []
+    sdpa = nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kernels.append(query)
+        return sdpa(query, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    with torch.no_grad():
+        logits = model(images()).logits
+    assert len(kernels) == 5 - 2  # layers, less those that ask
+    kernels.clear()
+    outputs = model(images())  # with gradients all go through the kernel
+    assert len(kernels) == 5
+    assert (outputs.logits - logits).abs().max() <= 1e-10
+    outputs.logits.sum().backward()
+    assert model.vit.layers[0].attention.q_proj.weight.grad.abs().max() > 0
+    model.train()
+    model.config.attention_probs_dropout_prob = 0.5
+    kernels.clear()
+    with torch.no_grad():
+        model(images())
+    assert len(kernels) == 5
+
+
+# Linear layers by oneDNN.
+
+
+def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what oneDNN is called with."""
+    seen: list[tuple[int, ...]] = []
+    original = linear_clca._onednn_linear
+
+    def watched(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(tuple(rows.shape))
+        return original(rows, *args)
+
+    monkeypatch.setattr(linear_clca, "_onednn_linear", watched)
+    return seen
+
+
+def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 and without gradients, for any rows; the same numbers, and never where its operator would be in the way."""
+    seen, layer = count_onednn(monkeypatch), CLCAViTLinear(16, 24)
+    rows = torch.randn(3, 17, 16)
+    for part in (rows, rows[:, :1], rows[:, 1::2], rows[:, :0], rows[:0], rows[0], rows[0, 0], rows.transpose(0, 1)):
+        expected = nn.functional.linear(part, layer.weight, layer.bias)
+        with torch.no_grad():
+            assert torch.allclose(layer(part), expected, atol=1e-5)
+    assert len(seen) == 8
+    seen.clear()
+    layer(rows)  # with gradients
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(rows).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            layer(rows)
+        assert counter.get_total_flops() == 2 * rows.numel() * 24
+        assert torch.vmap(layer)(rows).shape == (3, 17, 24)
+        with torch.backends.mkldnn.flags(enabled=False):
+            layer(rows)
+        for dtype in (torch.float64, torch.bfloat16):
+            copy.deepcopy(layer).to(dtype)(rows.to(dtype))
+        copy.deepcopy(layer).to("meta")(rows.to("meta"))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(torch.randn(3, 15))
+    assert not seen
+
+
+@pytest.mark.parametrize("method", ["evit", None])
+def test_onednn_changes_no_logits(method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All linear layers of the backbone go through it, and logits stay equal; where it is missing, too."""
+    seen, model = count_onednn(monkeypatch), make(method, **CACHE, head="cla").float()
+    with torch.inference_mode():
+        logits = model(images().float()).logits
+        assert len(seen) == 5 * 6  # q, k, v, o, fc1 and fc2 of every layer
+        monkeypatch.setattr(linear_clca, "_onednn_linear", None)
+        assert (model(images().float()).logits - logits).abs().max() <= 1e-5
 
 
 # What is left out.
@@ -355,15 +444,14 @@ LARGE = {"image_size": 144, "reduction_layers": [1, 2], "num_hidden_layers": 4} 
 @every_method
 def test_no_attention_map_is_made(method: str | None, cache: dict[str, Any]) -> None:
     """The largest tensor of an evaluation is smaller than an attention map (B, H, N, N). (With sdpa; k-medoids takes what
-    tokens receive from 256 rows of it at a time.)"""
+    tokens receive from some rows of it at a time.)"""
     model = make(method, **LARGE | cache)
     rows = token_schedule(model.config).before[0]
     with torch.no_grad(), Watch() as watch:
         model(images(2, 144, 144))
     assert 0 < watch.most < 2 * 2 * rows * rows * 8
-    model.set_attn_implementation("eager")
     with torch.no_grad(), Watch() as watch:
-        model(images(2, 144, 144))
+        model(images(2, 144, 144), output_attentions=True)
     assert watch.most >= 2 * 2 * rows * rows * 8  # which the watch would see
 
 
