@@ -5,12 +5,14 @@ import logging
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
 from dataset_scripts import synthetic_leaves as leaves
 from tests.image_layouts import make_csv, make_folder, save_image
 from ufgir.data import LISTED, DatasetError, load_images, load_ufgir_dataset, verify_images
+from ufgir.transforms import to_rgb
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def check(loaded, sizes, names):
     assert {name: len(split) for name, split in loaded.items()} == sizes
     for split in loaded.values():
         assert split.column_names == ["image", "label"]
-        assert split.features["image"].mode == "RGB"
+        assert split.features["image"] == datasets.Image()
         assert split.features["label"] == datasets.ClassLabel(names=names)
         assert split[0]["image"].mode == "RGB"
 
@@ -75,13 +77,23 @@ def test_folder_with_a_test_split_only(tmp_path):
     check(load_ufgir_dataset(make_folder(tmp_path, ("test",))), {"test": 10}, ["a", "b"])
 
 
-def test_grey_and_transparent_images_become_rgb(tmp_path):
-    make_folder(tmp_path, ("train", "test"), images=2)
-    Image.new("L", (8, 8), 7).save(tmp_path / "train" / "a" / "0.png")
-    Image.new("RGBA", (8, 8), (1, 2, 3, 0)).save(tmp_path / "train" / "a" / "1.png")
-    loaded = load_ufgir_dataset(tmp_path)
-    assert [row["image"].mode for row in loaded["train"]] == ["RGB"] * 2  # one of each class is validation
-    assert loaded["validation"][0]["image"].mode == "RGB"
+def test_images_of_any_mode_keep_what_they_show(tmp_path):
+    """`to_rgb`, with which the transforms begin, lays them over white or scales them: a loader that converts cannot."""
+    make_folder(tmp_path, ("train",), images=2)
+    Image.new("RGBA", (8, 8), (1, 2, 3, 0)).save(tmp_path / "train" / "a" / "0.png")
+    Image.fromarray(np.full((8, 8), 257 * 9, np.uint16)).save(tmp_path / "train" / "a" / "1.png")
+    Image.new("L", (8, 8), 7).save(tmp_path / "train" / "b" / "0.png")
+    loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
+    assert [to_rgb(row["image"]).getpixel((0, 0))[0] for row in loaded["train"]] == [255, 9, 7, 3]
+    stream = load_ufgir_dataset(tmp_path, validation_fraction=0, streaming=True)
+    assert [to_rgb(row["image"]).getpixel((0, 0))[0] for row in stream["train"]] == [255, 9, 7, 3]
+
+
+def test_images_of_numbers_that_are_no_brightness_are_named(tmp_path):
+    make_folder(tmp_path, ("train",))
+    Image.fromarray(np.full((8, 8), -1, np.float32)).save(tmp_path / "train" / "a" / "height.tif")
+    with pytest.raises(DatasetError, match=r"height\.tif.*mode F"):
+        load_ufgir_dataset(tmp_path)
 
 
 def test_csv_layout(tmp_path):

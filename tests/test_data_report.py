@@ -19,6 +19,7 @@ from ufgir import data_report as module
 from ufgir.cli import main
 from ufgir.data import load_ufgir_dataset
 from ufgir.data_report import data_report, describe, findings
+from ufgir.transforms import to_rgb
 
 
 CLASSES = ["a<b>", "b", "c", "d"]
@@ -73,9 +74,7 @@ def test_numbers_are_those_of_the_pixels(mixed):
     for split, rows in mixed.items():
         found = numbers["splits"][split]
         opened = [Image.open(io.BytesIO(content)) for content, _ in rows]
-        pixels = (
-            np.concatenate([np.asarray(image.convert("RGB"), np.float64).reshape(-1, 3) for image in opened]) / 255
-        )
+        pixels = np.concatenate([np.asarray(to_rgb(image), np.float64).reshape(-1, 3) for image in opened]) / 255
         every.append(pixels)
         np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-12)
         np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-12)
@@ -123,10 +122,9 @@ def test_broken_images_are_reported_and_the_others_counted(mixed):
     assert train["broken"][0]["problem"].startswith("UnidentifiedImageError")
     assert train["broken"][1]["problem"].startswith("OSError")
     assert train["images"] == 9 and train["images_per_class"]["counts"]["a<b>"] == 5
-    sound = [np.asarray(Image.open(io.BytesIO(c)).convert("RGB")).reshape(-1, 3) for c, _ in rows["train"][:1]]
+    sound = [np.asarray(to_rgb(Image.open(io.BytesIO(c)))).reshape(-1, 3) for c, _ in rows["train"][:1]]
     sound += [
-        np.asarray(Image.open(io.BytesIO(rows["train"][i][0])).convert("RGB")).reshape(-1, 3)
-        for i in (2, 3, 5, 6, 7, 8)
+        np.asarray(to_rgb(Image.open(io.BytesIO(rows["train"][i][0])))).reshape(-1, 3) for i in (2, 3, 5, 6, 7, 8)
     ]
     np.testing.assert_allclose(train["mean"], np.concatenate(sound).mean(0) / 255, rtol=1e-12)
     assert [test[key] for key in ("mean", "std", "width", "height")] == [None] * 4 and len(test["broken"]) == 3

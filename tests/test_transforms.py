@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, TrainerState, ViTImageProcessorPil
 
@@ -15,6 +15,7 @@ from ufgir.transforms import (
     TrainTransform,
     TransformedImages,
     make_image_processor,
+    open_picture,
     random_subset,
     to_rgb,
 )
@@ -252,8 +253,51 @@ def test_callback_follows_the_trainer_also_after_a_resume(processor):
 def test_to_rgb_lays_transparency_over_white():
     image = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
+    premultiplied = image.convert("RGBa")
+    assert to_rgb(premultiplied).getpixel((0, 0)) == (255, 255, 255)
     opaque = Image.new("RGB", (2, 2), (1, 2, 3))
     assert to_rgb(opaque) is opaque
+
+
+@pytest.mark.parametrize(
+    "numbers, levels",
+    [
+        (np.array([[0, 257, 32896, 65535]], np.uint16), [0, 1, 128, 255]),
+        (np.array([[0, 257, 32896, 65535]], np.int32), [0, 1, 128, 255]),
+        (np.array([[0, 1, 128, 255]], np.int32), [0, 1, 128, 255]),
+        (np.array([[0, 0.25, 0.5, 1]], np.float32), [0, 64, 128, 255]),
+        (np.array([[0, 1.2, 128, 255]], np.float32), [0, 1, 128, 255]),
+    ],
+)
+def test_more_than_8_bits_are_scaled_and_not_cut_off(tmp_path, numbers, levels):
+    file = tmp_path / "a.tif"
+    Image.fromarray(numbers).save(file)
+    image = open_picture(file)
+    assert image.mode == "RGB" and np.asarray(image)[0].tolist() == [[level] * 3 for level in levels]
+
+
+@pytest.mark.parametrize(
+    "numbers", [np.array([[-0.1, 0.5]]), np.array([[0, 256.0]]), np.array([[0, np.nan]]), np.array([[0, 70000]])]
+)
+def test_numbers_that_are_no_brightness_are_refused_by_name(tmp_path, numbers):
+    file = tmp_path / "heights.tif"
+    Image.fromarray(numbers.astype(np.int32 if numbers.dtype == int else np.float32)).save(file)
+    with pytest.raises(ValueError, match=r"heights\.tif: .*8 or 16 bits"):
+        open_picture(file)
+
+
+def test_a_transparent_grey_of_16_bits_becomes_white(tmp_path):
+    Image.fromarray(np.array([[7, 65535 // 5]], np.uint16)).save(tmp_path / "a.png", transparency=7)
+    assert np.asarray(open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 51]
+
+
+def test_pictures_are_turned_as_the_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the top is on the right
+    coordinates(2, 3).save(tmp_path / "a.png", exif=exif)
+    image = open_picture(tmp_path / "a.png")
+    assert image.size == (2, 3) and image.getpixel((0, 0))[:2] == (1, 0)
+    assert to_rgb(image) is image  # once
 
 
 def test_random_subset():

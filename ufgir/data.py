@@ -183,7 +183,9 @@ def load_ufgir_dataset(
     cache_dir: str | os.PathLike | None = None,
     **synthetic_kwargs: Any,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Any of the layouts below as splits train / validation / test with the columns `image` (RGB) and `label`.
+    """Any of the layouts below as splits train / validation / test with the columns `image` and `label`.
+
+    Images are decoded as they are; `ufgir.transforms.to_rgb` makes RGB of any of them, and all transforms begin with it.
 
     `name_or_path` is one of:
       - `"synthetic_leaves"`, drawn here, with the arguments of `dataset_scripts.synthetic_leaves.synthetic_leaves`;

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import datasets
-from PIL import Image
 from tqdm.auto import tqdm
+
+from .transforms import open_picture
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ def problem_of(image: dict[str, Any]) -> str | None:
     """Why the undecoded `image` cannot be read; None if it can."""
     try:
         source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-        with Image.open(source) as opened:
-            opened.convert("RGB")
+        open_picture(source)
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
         return f"{type(error).__name__}: {error}"
     return None

@@ -102,7 +102,7 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
     if not known_classes:
         check_same_classes({split: set(classes) for split, classes in images.items()}, str(path))
     names = sorted({name for classes in images.values() for name in classes})
-    features = datasets.Features({"image": datasets.Image(mode="RGB"), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     splits = {}
     for split, classes in images.items():
         rows = [(str(file), label) for label, name in enumerate(names) for file in classes.get(name, ())]
@@ -119,7 +119,7 @@ def _natural(text: str) -> list[str | int]:
 def load_images(
     folder_or_files: str | os.PathLike | Sequence[str | os.PathLike], *, verify: bool = True, skip_broken: bool = False
 ) -> datasets.Dataset:
-    """Images whose classes are not known, e.g. to predict them: a dataset with the columns `image` (RGB) and `path`.
+    """Images whose classes are not known, e.g. to predict them: a dataset with the columns `image` and `path`.
 
     Args:
         folder_or_files: an image, a folder, or a list of both. Of a folder, all images in it and below it, in natural order
@@ -167,5 +167,5 @@ def load_images(
 
 def _with_paths(files: Iterable[str]) -> datasets.Dataset:
     files = list(files)
-    features = datasets.Features({"image": datasets.Image(mode="RGB"), "path": datasets.Value("string")})
+    features = datasets.Features({"image": datasets.Image(), "path": datasets.Value("string")})
     return datasets.Dataset.from_dict({"image": files, "path": files}, features=features)

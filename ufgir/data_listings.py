@@ -276,9 +276,7 @@ def load_listings(
     id_names = _id_names(path, class_names_file, set(flat)) if integers else None
     value: Any = datasets.Value("int64" if integers else "string")
     lists = any(isinstance(label, list) for values in labels.values() for label in values)
-    features = datasets.Features(
-        {"image": datasets.Image(mode="RGB"), "label": datasets.List(value) if lists else value}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.List(value) if lists else value})
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict(

@@ -25,6 +25,7 @@ from dataset_scripts.synthetic_leaves import contact_sheet
 
 from .data_labels import class_feature
 from .model_card import write_text_atomically
+from .transforms import to_rgb
 
 
 BATCH = 32  # images in memory at the same time
@@ -52,7 +53,7 @@ def _look(image: dict[str, Any], thumbnail: bool) -> _Look:
         content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             mode, format_name = opened.mode, opened.format or "unknown"
-            rgb = opened.convert("RGB")
+            rgb = to_rgb(opened)
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
         return _Look(f"{type(error).__name__}: {error}")
     digest = hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()

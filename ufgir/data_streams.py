@@ -82,7 +82,7 @@ def unify_stream_labels(
         kind = datasets.ClassLabel(names=names)
         arguments = {"names": kinds[name] and kinds[name].names, "index": index, "separator": separator}
         encode = functools.partial(_encode, where=f"{source}: {name}", **arguments)
-        features = {"image": datasets.Image(mode="RGB"), "label": datasets.List(kind) if lists else kind}
+        features = {"image": datasets.Image(), "label": datasets.List(kind) if lists else kind}
         # not decoded for the sake of the labels; and no `features` for map, after which a cast is no longer heeded
         raw = split.cast_column("image", datasets.Image(decode=False))
         streams[name] = raw.map(encode, input_columns=["label"], batched=True).cast(datasets.Features(features))

@@ -192,7 +192,7 @@ def our_splits(loaded: Any, source: str, rename: Mapping[str, str] | None = None
 def our_columns(
     splits: Mapping[str, Any], source: str, image_column: str | None, label_column: str | None
 ) -> dict[str, Any]:
-    """The two columns `image`, decoded to RGB, and `label`, of map-style or streamed data."""
+    """The two columns `image`, decoded as it is, and `label`, of map-style or streamed data."""
     ours: dict[str, Any] = {}
     for name, split in splits.items():
         if split.features is None:
@@ -205,7 +205,7 @@ def our_columns(
         renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
         split = split.rename_columns(renamed) if renamed else split
         try:
-            ours[name] = split.cast_column("image", datasets.Image(mode="RGB"))
+            ours[name] = split.cast_column("image", datasets.Image())
         except (TypeError, ValueError, NotImplementedError) as error:  # what Arrow raises for a cast it does not know
             raise DatasetError(
                 f"{source}: column {image!r} of the {name} split does not hold images: {error}."

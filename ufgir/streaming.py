@@ -14,7 +14,7 @@ from .data_labels import class_feature, is_multi_label, to_multi_hot
 from .transforms import ImageTransform
 
 
-_DECODER = datasets.Image(mode="RGB")
+_DECODER = datasets.Image()
 
 
 class StreamedImages(IterableDataset):

@@ -3,8 +3,8 @@
 Both transforms take every number from the image processor that is saved with the model, so a model and its
 `preprocessor_config.json` cannot disagree:
 
-    evaluation   RGB -> resize to the square `size` -> centre crop `crop_size` -> rescale -> normalise
-    training     RGB -> resize to the square `size` -> random crop `crop_size` -> horizontal flip -> rescale -> normalise
+    evaluation   upright RGB -> resize to the square `size` -> centre crop `crop_size` -> rescale -> normalise
+    training     upright RGB -> resize to the square `size` -> random crop `crop_size` -> horizontal flip -> rescale -> normalise
 
 The resize does not keep the aspect ratio: the original squashes every picture into a square. What training may do
 besides is `ufgir.augmentation`.
@@ -15,12 +15,13 @@ looks the same whatever the number of workers or processes, and whether or not t
 
 import logging
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from transformers import AutoImageProcessor, TrainerCallback, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -76,16 +77,63 @@ def make_image_processor(
     )
 
 
+def open_picture(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """A picture file, or an open one, as RGB: see `to_rgb`.
+
+    Raises:
+        ValueError: its numbers cannot be taken for brightness.
+        OSError: it is no picture, or a broken one. (Pillow's decoders raise other errors, too.)
+    """
+    with Image.open(source) as picture:
+        return to_rgb(picture)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB. Transparent pixels are laid over white, as transformers' image processors do."""
+    """Any picture, turned as its camera says, in 8-bit RGB.
+
+    Transparent pixels are laid over white, as transformers' image processors do. Grey levels of more than 8 bits are scaled,
+    where Pillow would cut them off at 255: integers up to 255 are levels already, those up to 65535 are of 16 bits;
+    floating-point numbers lie in [0, 1], or are levels up to 255.
+
+    Raises:
+        ValueError: other numbers, which cannot be taken for brightness.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation) is not None:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
         return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _levels_of_8_bits(image).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(f"{image.mode[:-1]}A")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         canvas.alpha_composite(image)
         return canvas.convert("RGB")
     return image.convert("RGB")
+
+
+def _levels_of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey numbers of 16 or 32 bits, or floating-point ones, as levels (mode L)."""
+    numbers = np.asarray(image).astype(np.float64)
+    low, high = numbers.min(), numbers.max()  # NaN if one of them is
+    if image.mode == "F":
+        highest = 1 if high <= 1 else 255
+    else:
+        highest = 65535 if image.mode.startswith("I;16") or high > 255 else 255
+    if not 0 <= low <= high <= highest:
+        name = getattr(image, "filename", "") or "the picture"
+        allowed = "[0, 1] or [0, 255]" if image.mode == "F" else "[0, 65535]"
+        raise ValueError(
+            f"{name}: its numbers (mode {image.mode}) must lie in {allowed} to be brightness, got {low:g} to {high:g}: save "
+            "it with 8 or 16 bits."
+        )
+    levels = np.rint(numbers * (255 / highest)).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        levels[numbers == transparent] = 255
+    return Image.fromarray(levels)
 
 
 def _side(name: str, size: Any) -> int:
