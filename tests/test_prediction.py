@@ -23,10 +23,10 @@ from torch import nn
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY
 from ufgir.cli import main
-from ufgir.data import load_images
+from ufgir.data import load_images, load_ufgir_dataset
 from ufgir.data_streams import to_stream
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
-from ufgir.prediction import file_names, predict_to_file, read_predictions
+from ufgir.prediction import file_names, identity_of_data, predict_to_file, read_predictions
 from ufgir.streaming import StreamedImages
 from ufgir.transforms import EvalTransform, TransformedImages, make_image_processor
 
@@ -317,6 +317,64 @@ def test_other_models_and_data_start_again(model: nn.Module, tmp_path: Path, cha
     )
     assert again.asked == list(range(len(again))) and result.images == len(again)
     assert len(rows_of(result.path)) == len(again)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., datasets.Dataset]:
+    """Test images that are in no files: 8 of each of 3 classes."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def draw(count: int = 8, **options: Any) -> datasets.Dataset:
+        numbers = {"num_classes": 3, "images_per_class": [1, 1, count], "image_size": 32}
+        return load_ufgir_dataset("synthetic_leaves", **numbers, cache_dir=cache, **options)["test"]
+
+    return draw
+
+
+def identity(rows: Any) -> str:
+    images = TransformedImages(rows, EvalTransform(PROCESSOR))
+    if isinstance(rows, datasets.IterableDataset):
+        images = StreamedImages(rows, EvalTransform(PROCESSOR), batch_size=4)
+    return json.dumps(identity_of_data(images, lambda index: None))
+
+
+@pytest.mark.parametrize("other", [{"difficulty": "hard"}, {"seed": 1}, {"count": 7}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_images_that_are_no_files_are_told_apart(drawn: Callable, other: dict[str, Any], streamed: bool) -> None:
+    def rows(**options: Any) -> Any:
+        split = drawn(**options)
+        return to_stream(datasets.DatasetDict({"test": split}))["test"] if streamed else split
+
+    assert identity(rows()) == identity(rows()) != identity(rows(**other))
+
+
+def test_labels_tell_data_sets_apart(drawn: Callable) -> None:
+    rows = drawn()
+    swapped = rows.map(lambda row: {"label": 2 - row["label"]})
+    assert identity(rows) != identity(swapped)
+    plain = [dict(row) for row in rows]
+    changed = [*plain[:-1], plain[-1] | {"label": 0}]
+    assert identity(plain) == identity([dict(row) for row in plain]) != identity(changed)
+
+
+def test_an_interrupted_prediction_does_not_go_on_with_other_data(
+    model: nn.Module, drawn: Callable, tmp_path: Path
+) -> None:
+    class Fatal(TransformedImages):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return stop() if index == 9 else super().__getitem__(index)
+
+    transform = EvalTransform(PROCESSOR)
+    for rows, data in ((drawn(seed=7), None), (drawn(), {"split": "validation"})):
+        with pytest.raises(Stopped):
+            predict_to_file(model, Fatal(drawn(), transform), tmp_path / "p.csv", NAMES, batch_size=4)
+        images = TransformedImages(rows, transform)
+        result = predict_to_file(model, images, tmp_path / "p.csv", NAMES, batch_size=4, data=data)
+        assert result.predicted == 24
+    with pytest.raises(Stopped):
+        predict_to_file(model, Fatal(drawn(), transform), tmp_path / "p.csv", NAMES, batch_size=4)
+    result = predict_to_file(model, TransformedImages(drawn(), transform), tmp_path / "p.csv", NAMES, batch_size=4)
+    assert result.predicted == 16
 
 
 def test_interrupted_when_all_was_done(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 ENDINGS = (".csv", ".jsonl")
 STATE = "state.json"
 SAMPLED = 1000  # images whose names, sizes and dates tell one data set from another
+HASHED = 64  # images whose contents do, where there are no files
 
 FileNames = Sequence[str | None] | Callable[[int], str | None]
 
@@ -72,6 +73,7 @@ def predict_to_file(
     precision: torch.dtype | None = None,
     skip_broken: bool = False,
     progress: bool = False,
+    data: Mapping[str, Any] | None = None,
 ) -> Predictions:
     """Classify every image of a data set and write a line for each: index, file, label, prediction, best guesses.
 
@@ -94,6 +96,8 @@ def predict_to_file(
         precision: of autocast, None for none.
         skip_broken: leave images that cannot be read out, with a warning that says why, instead of raising.
         progress: show a bar.
+        data: what else tells these images from others, such as data set, split and options: see `identity_of_data` for what
+            is compared anyway.
 
     Returns:
         The metrics are top1, top5 (with more than five classes) and macro_f1, or, with several classes an image, map, micro_f1
@@ -112,7 +116,7 @@ def predict_to_file(
     if state.is_main_process:
         same = {
             "model": hash_weights(model),
-            "data": identity_of_data(dataset, names),
+            "data": [identity_of_data(dataset, names), json.loads(json.dumps(dict(data or {}), default=str))],
             "table": table,
             "precision": str(precision),
         }
@@ -213,18 +217,85 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def identity_of_data(dataset: Dataset, names: Callable[[int], str | None]) -> dict[str, Any]:
-    """Number, names, sizes and dates of the images, at most `SAMPLED` of them, and what is done to them."""
-    count = None if isinstance(dataset, IterableDataset) else len(dataset)
-    images = []
-    for index in np.linspace(0, count - 1, min(count, SAMPLED)).astype(int).tolist() if count else ():
-        name = names(index)
-        try:
-            about = os.stat(name or "")
-            images.append([name, about.st_size, about.st_mtime_ns])
-        except OSError:  # inside an archive or a table
-            images.append([name])
+    """What tells the images of a data set from others, and what is done to them.
+
+    That is their number and all labels; of at most `SAMPLED` images the names, and the sizes and dates of their files; of at
+    most `HASHED` that are no files, in a table or drawn, the contents. Of a stream, of which nothing is known beforehand, the
+    first `HASHED` images and labels, and what its source says of its length.
+    """
     transform = vars(dataset.transform) if hasattr(dataset, "transform") else {}
-    return {"count": count, "images": images, "transform": {k: str(v) for k, v in transform.items()}}
+    identity: dict[str, Any] = {"transform": {k: str(v) for k, v in transform.items()}}
+    rows = getattr(dataset, "dataset", None)  # of TransformedImages or StreamedImages
+    columns = (getattr(dataset, "image_column", None), getattr(dataset, "label_column", None))
+    if isinstance(dataset, IterableDataset):
+        return identity | {"count": None, **_beginning(dataset, rows, *columns)}
+    images, inside = [], []
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED)).astype(int).tolist():
+        name = names(index)
+        images.append([name, *_about_file(name)])
+        if len(images[-1]) == 1:
+            inside.append(index)
+    identity |= {"count": len(dataset), "images": images, "labels": _hash_labels(rows, columns[1])}
+    if columns[0] is not None and inside:
+        raw = _undecoded(rows, columns[0])
+        chosen = np.linspace(0, len(inside) - 1, min(len(inside), HASHED)).astype(int)
+        identity["contents"] = [_hash_image(raw[inside[i]][columns[0]]) for i in chosen]
+    return identity
+
+
+def _about_file(name: str | None) -> list[int]:
+    """Size and date; nothing of what is no file."""
+    try:
+        about = os.stat(name or "")
+    except (OSError, ValueError):
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _undecoded(rows: Any, column: str) -> Any:
+    """The same rows, with images as names or bytes where `datasets` would decode them."""
+    is_image = isinstance((getattr(rows, "features", None) or {}).get(column), datasets.Image)
+    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
+
+
+def _hash_image(image: Any) -> Any:
+    """Of the bytes of a file, or of pixels; of a file that is only named, its name, size and date."""
+    if isinstance(image, dict):
+        if image["bytes"] is None:
+            return [image["path"], *_about_file(image["path"])]
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    pixels = np.asarray(image)
+    return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def _hash_labels(rows: Any, column: str | None) -> str | None:
+    """Of all labels, a batch at a time; None where they cannot be read without the images."""
+    digest = hashlib.sha256()
+    if column is None:
+        return None
+    if isinstance(rows, datasets.Dataset):
+        for batch in rows.select_columns([column]).iter(batch_size=SAMPLED):
+            digest.update(json.dumps(batch[column]).encode())
+    elif isinstance(rows, Sequence):
+        for row in rows:
+            digest.update(f"{row[column]},".encode())
+    else:
+        return None
+    return digest.hexdigest()
+
+
+def _beginning(
+    dataset: IterableDataset, rows: Any, image_column: str | None, label_column: str | None
+) -> dict[str, Any]:
+    """What is known of a stream without reading all of it."""
+    known: dict[str, Any] = {"rows": getattr(dataset, "num_rows", None)}
+    if isinstance(rows, datasets.IterableDataset) and image_column is not None:
+        splits = rows.info.splits or {}
+        known |= {"shards": rows.num_shards, "split": str(rows.split)}
+        known["splits"] = {str(name): split.num_examples for name, split in splits.items()}
+        first = itertools.islice(_undecoded(rows, image_column), HASHED)
+        known["first"] = [[_hash_image(row[image_column]), row.get(label_column)] for row in first]
+    return known
 
 
 def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int) -> list[Any]:
