@@ -175,7 +175,7 @@ class LayerTrace(NamedTuple):
 
     normed: torch.Tensor  # input of the attention, (B, N, D)
     attended: torch.Tensor  # what the attention adds, (B, N, D)
-    inner: torch.Tensor  # hidden units of the MLP, (B, N, intermediate_size)
+    inner: torch.Tensor | None  # hidden units of the MLP, (B, N, intermediate_size); for H2T only
     transformed: torch.Tensor  # what the MLP adds, (B, N, D)
     visible: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of the first, second, other two
     context: AttentionContext

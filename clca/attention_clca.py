@@ -66,6 +66,7 @@ class AttentionContext:
         self.key = key
         self.value = value
         self.mask = mask
+        self._comparable_key: torch.Tensor | None = None
         self.row_map: RowMap | None = None
         self.output: torch.Tensor | None = None
         self._query: torch.Tensor | None = None
@@ -85,8 +86,11 @@ class AttentionContext:
     def attention_rows(self, rows: slice) -> torch.Tensor:
         """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
         by them, and half precision would make ties."""
+        if self._comparable_key is None:
+            with torch.set_grad_enabled(self._records_gradients):
+                self._comparable_key = at_least_float32(self.key)
         with full_precision(self.key):
-            query, key = at_least_float32(self.query(rows)), at_least_float32(self.key)
+            query, key = at_least_float32(self.query(rows)), self._comparable_key
             return attention_softmax(query * self.attention.scaling @ key.transpose(-1, -2), self.mask)
 
     def cls_attention(self) -> torch.Tensor:

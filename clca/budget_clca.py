@@ -1,6 +1,7 @@
 """How many tokens the stages of a reduction keep: by the configuration, or as a forward was asked for."""
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 from .configuration_clca import CLCAViTConfig
@@ -15,7 +16,12 @@ class Budget(NamedTuple):
     @classmethod
     def of(cls, config: CLCAViTConfig) -> "Budget":
         """What the configuration says."""
-        return cls(tuple(config.keep_rate), None if config.keep_tokens is None else tuple(config.keep_tokens))
+        rates, tokens = (
+            config.keep_rate,
+            config.keep_tokens,
+        )  # numbers where somebody set them after the model was made
+        rates = (rates,) if isinstance(rates, Real) else tuple(rates)
+        return cls(rates, (tokens,) if isinstance(tokens, Real) else None if tokens is None else tuple(tokens))
 
     @property
     def mean_rate(self) -> float:

@@ -35,18 +35,25 @@ def mean_rows(hidden_states: torch.Tensor, start: int, stop: int, visible: torch
     if visible is None:
         return rows.mean(dim=1, keepdim=True)
     weights = visible[:, start:stop].unsqueeze(-1).to(rows.dtype)
-    count = weights.sum(dim=1, keepdim=True)
-    mean = (rows * weights).sum(dim=1, keepdim=True) / count.clamp(min=1)
-    return torch.where(count > 0, mean, hidden_states[:, :1])
+    # A sum over hundreds of rows may be larger than half precision can hold.
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    count = weights.sum(dim=1, keepdim=True, dtype=dtype)
+    mean = (rows * weights).sum(dim=1, keepdim=True, dtype=dtype) / count.clamp(min=1)
+    return torch.where(count > 0, mean.to(rows.dtype), hidden_states[:, :1])
 
 
 def last_rows(hidden_states: torch.Tensor, count: int, visible: torch.Tensor | None) -> torch.Tensor:
     """The last `count` rows of `hidden_states` (B, N, D) that are `visible` (B, N), in their order: (B, count, D). Where
     there are fewer, row 0 stands in for the rest."""
+    there = min(count, hidden_states.shape[1])
     if visible is None:
-        return hidden_states[:, -count:]
-    positions = torch.arange(visible.shape[1], device=visible.device) * visible  # (B, N), 0 where not visible
-    return gather_rows(hidden_states, positions.topk(count, dim=1).values.flip(1))
+        rows = hidden_states[:, hidden_states.shape[1] - there :]
+    else:
+        positions = torch.arange(visible.shape[1], device=visible.device) * visible  # (B, N), 0 where not visible
+        rows = gather_rows(hidden_states, positions.topk(there, dim=1).values.flip(1))
+    if there == count:
+        return rows
+    return torch.cat([hidden_states[:, :1].expand(-1, count - there, -1), rows], dim=1)
 
 
 class CrossLayerCache:
@@ -74,7 +81,8 @@ class CrossLayerCache:
         state = state._replace(pool_len=hidden_states.shape[1])
         if not self.entries:
             return hidden_states, state
-        rows = torch.cat(self.entries, dim=1)
+        # Layers may lie on different devices.
+        rows = torch.cat([entry.to(hidden_states.device) for entry in self.entries], dim=1)
         self.entries = []
         state = self.method.extend_tracks(state, rows.shape[1], self.training)
         state = state._replace(suffix=state.suffix + rows.shape[1])

@@ -51,7 +51,8 @@ _TRANSFORMERS_KEYS = frozenset(
         "trust_remote_code",
     ]
 )
-# Keys of configs that older transformers wrote. They mean nothing today, so they are dropped without a word.
+# Keys of files that older transformers wrote. They mean nothing today, so they are dropped from files without a word. (In a
+# call they are mistakes: `top_k` for `keep_tokens`, say.)
 _LEGACY_KEYS = frozenset(
     [
         "_num_labels",
@@ -236,12 +237,12 @@ class CLCAViTConfig(ViTConfig):
     clca_version: str = __version__
 
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS - _LEGACY_KEYS)
+        unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
             raise ValueError(_unknown_names(unknown, [f.name for f in fields(self)]))
         if (kwargs.get("num_labels") or 0) < 0:
             raise ValueError(f"`num_labels` must be at least 0, got {kwargs['num_labels']}.")
-        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in _LEGACY_KEYS})
+        super().__post_init__(**kwargs)
         check_config(self)
 
     @classmethod
@@ -275,8 +276,11 @@ class CLCAViTConfig(ViTConfig):
         switched = "reduction" in kwargs and kwargs["reduction"] != config_dict.get("reduction")
         if switched and "reduction_kwargs" not in kwargs:
             config_dict.pop("reduction_kwargs", None)
-        known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS | _LEGACY_KEYS
-        unknown = sorted(set(config_dict) - known)
+        rebudgeted = any(kwargs.get(name) is not None for name in ("keep_rate", "keep_tokens", "reduction_layers"))
+        if rebudgeted and "reduction_kwargs" not in kwargs:
+            config_dict["reduction_kwargs"] = without_targets(config_dict.get("reduction_kwargs"))
+        known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS
+        unknown = sorted(set(config_dict) - known - _LEGACY_KEYS)
         if unknown:
             logger.warning("Ignored unknown keys of the configuration file: %s.", ", ".join(unknown))
         return super().from_dict({k: v for k, v in config_dict.items() if k in known}, **kwargs)
@@ -313,6 +317,11 @@ class CLCAViTConfig(ViTConfig):
     def uses_reduction_layers(self) -> bool:
         """Whether `reduction_layers` means anything to this model."""
         return self.reduction is not None or self.cross_layer_cache or self.head != "linear"
+
+
+def without_targets(reduction_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Options of a method without `ratio_targets`, DynamicViT's, which belong to the keep rates that they came with."""
+    return {name: value for name, value in (reduction_kwargs or {}).items() if name != "ratio_targets"} or None
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -367,6 +376,12 @@ def _check_sizes(config: CLCAViTConfig) -> None:
         _check_minimum(config, name, 0)
     for name in ("cla_multiplier", "num_query_tokens"):
         _check_minimum(config, name, 1)
+    if not 0 < config.initializer_range < math.inf:
+        raise ValueError(f"`initializer_range` must be a positive number, got {config.initializer_range}.")
+    if config.layerscale_value is not None and not 0 < config.layerscale_value < math.inf:
+        raise ValueError(
+            f"`layerscale_value` must be a positive number, or None for no LayerScale, got {config.layerscale_value}."
+        )
     if not config.layer_norm_eps > 0:
         raise ValueError(f"`layer_norm_eps` must be positive, got {config.layer_norm_eps}.")
     if config.hidden_act not in ACT2FN:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -111,6 +111,11 @@ class CLCAViTPatchEmbeddings(nn.Module):
         if min(size[0] // self.patch_size[0], size[1] // self.patch_size[1]) < 1:
             raise ValueError(f"`pixel_values` of {size[0]} x {size[1]} pixels are smaller than a patch.")
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody sees what a module, or a part of it, gives or takes."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _token_parameter(count: int, width: int) -> nn.Parameter | None:
@@ -236,12 +241,12 @@ class CLCAViTMLP(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = CLCAViTLinear(config.hidden_size, config.intermediate_size)
         self.fc2 = CLCAViTLinear(config.intermediate_size, config.hidden_size)
-        self.is_gelu = config.hidden_act == "gelu"
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, intermediate_size)."""
         hidden = self.fc1(hidden_states)
-        if self.is_gelu and not (torch.is_grad_enabled() or self.fc1._forward_hooks or torch.compiler.is_compiling()):
+        in_place = type(self.activation_fn) is GELUActivation and not torch.is_grad_enabled()
+        if in_place and not (torch.compiler.is_compiling() or is_hooked(self.fc1) or is_hooked(self.activation_fn)):
             # The largest tensor of the model, which nobody else sees: a second one costs as much as the function itself.
             return torch.ops.aten.gelu_(hidden)
         return self.activation_fn(hidden)
@@ -371,8 +376,11 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
         if self.probe is None:  # what only a probe asks for is large
             del normed, attended, context
-        inner = self.mlp.hidden(self.layernorm_after(hidden_states))
-        transformed = self.drop_path(self.layer_scale2(self.dropout(self.mlp.project(inner))))
+        rows, inner = self.layernorm_after(hidden_states), None
+        if isinstance(self.probe, H2TProbe):  # looks into the MLP, which is otherwise called whole, as hooks expect
+            inner = self.mlp.hidden(rows)
+        transformed = self.mlp(rows) if inner is None else self.mlp.project(inner)
+        transformed = self.drop_path(self.layer_scale2(self.dropout(transformed)))
         if self.probe is not None:
             visible = tuple(self.method.visible(s) for s in (before, between, state))
             trace = LayerTrace(normed, attended, inner, transformed, visible, context, before)

@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -35,7 +35,14 @@ from .aggregation_clca import (
     mean_tokens,
 )
 from .cache_clca import CrossLayerCache, mean_rows, recovery_layers
-from .configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM, PROBING_HEADS, CLCAViTConfig, check_config
+from .configuration_clca import (
+    AGGREGATING_HEADS,
+    HEADS_BEFORE_NORM,
+    PROBING_HEADS,
+    CLCAViTConfig,
+    check_config,
+    without_targets,
+)
 from .layers_clca import (
     CLCAViTAttention,
     CLCAViTAttentionPooling,
@@ -58,7 +65,11 @@ logger = logging.get_logger(__name__)
 # DeiT's distillation token is a register to this model, and the class head of a DeiT with two is the one that stays.
 register_checkpoint_conversion_mapping(
     "CLCAViTModel",
-    [*get_checkpoint_conversion_mapping("ViTModel"), WeightRenaming("distillation_token", "register_tokens")],
+    [
+        *get_checkpoint_conversion_mapping("ViTModel"),
+        WeightRenaming("distillation_token", "register_tokens"),
+        WeightRenaming(r"^deit\.", ""),
+    ],
     overwrite=True,
 )
 register_checkpoint_conversion_mapping(
@@ -135,6 +146,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         r"mask_token",
         r"^decoder\.",
         r"^distillation_classifier\.",
+        r"^cls_classifier\.",
     ]  # heads of other tasks
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
@@ -165,9 +177,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         budget = checked_budget(self.config, keep_rate)
         self.config.keep_tokens = None
         self.config.keep_rate = list(budget.keep_rate)
-        if (self.config.reduction_kwargs or {}).get("ratio_targets"):  # dyvit's, which belonged to the rates before
-            kwargs = {k: v for k, v in self.config.reduction_kwargs.items() if k != "ratio_targets"}
-            self.config.reduction_kwargs = kwargs
+        self.config.reduction_kwargs = without_targets(self.config.reduction_kwargs)
         for module in self.modules():
             if isinstance(module, TokenReduction):
                 module.make_constants()
@@ -323,7 +333,8 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         return CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            cls_tokens=torch.stack(cls_tokens, dim=1) if cls_tokens else None,
+            # layers may lie on different devices
+            cls_tokens=torch.stack([t.to(hidden_states.device) for t in cls_tokens], dim=1) if cls_tokens else None,
             # nn.DataParallel gathers the outputs of its replicas, and only tensors can be gathered
             token_counts=None if getattr(self, "_is_replica", False) else tuple(token_counts),
             assignments=reports.pop("assignment", ()) if output_assignments else None,
@@ -334,15 +345,17 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         """The one place that decides which rows are not computed.
 
         Nothing is left out for whoever records hidden states, attention maps or assignments. In the last layer, also not for
-        whoever hooks into it, calls the backbone by itself, or has a head that reads more than row 0; and not where rows
-        still move there, in a stage or from the cache."""
+        whoever hooks into or behind it, calls the backbone by itself, or has a head that reads more than row 0; and not
+        where rows still move there, in a stage or from the cache."""
         skip_unread = self.skip_unread_rows and not recording
         head = self.config.head
         reads_first = head in HEADS_BEFORE_NORM or (head == "linear" and self.config.pooling == "cls")
         last = self.config.num_hidden_layers - 1
         moves = self.layers[last].reduction is not None or last in recovery_layers(self.config)
         only_first = for_head and reads_first and not moves and not self.config.vqt_original_slicing
-        return Shortcuts(skip_unread, skip_unread and only_first and not is_watched(self.layers[last]))
+        # Whoever hooks into the last layer, or onto what only passes its rows on, wants to see them all.
+        watched = is_watched([*self.layers[last].modules(), self.layernorm, self])
+        return Shortcuts(skip_unread, skip_unread and only_first and not watched)
 
     def collect(
         self,
@@ -356,8 +369,10 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         unit = partial(nn.functional.normalize, dim=-1)
         if self.config.head == "h2t":
             first, last = embeddings.mean(dim=1), mean_tokens(normalised, self.method.visible(state))
-            return torch.cat([unit(first), *probed, unit(last)], dim=-1)
-        return torch.cat([*(unit(answers.flatten(1)) for answers in probed), unit(hidden_states[:, 0])], dim=-1)
+            features = [unit(first), *probed, unit(last)]
+        else:
+            features = [*(unit(answers.flatten(1)) for answers in probed), unit(hidden_states[:, 0])]
+        return torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
 
     def pool(self, hidden_states: torch.Tensor, normalised: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What a linear head reads, (B, D), of the last tokens before and after the final norm."""
@@ -373,14 +388,18 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         return (mean if before else self.layernorm(mean)).squeeze(1)
 
 
-def is_watched(layer: nn.Module) -> bool:
-    """Whether somebody's hooks look at the inside of a layer. Those of libraries that move or record weights do not count,
-    and neither do any while a graph is compiled."""
+def is_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody's hooks look at what these modules take or give. Those of libraries that move or record weights do not
+    count, nor those that have an attribute `reads_no_rows`, and none do while a graph is compiled."""
     if torch.compiler.is_compiling():
         return False
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = (hook for module in layer.modules() for kind in kinds for hook in getattr(module, kind).values())
-    return any(not (getattr(hook, "__module__", None) or "").startswith(_HOOKING_LIBRARIES) for hook in hooks)
+    hooks = (hook for module in modules for kind in kinds for hook in getattr(module, kind).values())
+    return any(not (_is_of_library(hook) or getattr(hook, "reads_no_rows", False)) for hook in hooks)
+
+
+def _is_of_library(hook: Callable) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(_HOOKING_LIBRARIES)
 
 
 class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassification):

@@ -80,6 +80,8 @@ class TokenState(NamedTuple):
         return self.with_report(assignment=assignment().detach()) if self.record_assignments else self
 
 
+_KEPT_CONSTANTS = 64  # pairs of a budget and an image size that a stage remembers beside its own
+
 Weights = Callable[[], torch.Tensor]  # made only if somebody asks for assignments
 
 
@@ -163,7 +165,9 @@ class TokenReduction(nn.Module):
     def make_constants(self) -> None:
         """Keep the `constants` of the configuration as buffers that are not saved. Called when a stage is made, where
         transformers loads a model (it leaves such buffers empty), and when the configuration's keep rate has changed."""
-        for name, value in self.constants(Budget.of(self.config), self.config.image_grid).items():
+        self._made_for = Budget.of(self.config), self.config.image_grid
+        self._other_constants: dict[Any, dict[str, torch.Tensor]] = {}
+        for name, value in self.constants(*self._made_for).items():
             if name in self._buffers and self._buffers[name].shape == value.shape:
                 init.copy_(self._buffers[name], value)
             else:
@@ -171,11 +175,19 @@ class TokenReduction(nn.Module):
                 self.register_buffer(name, value.to(device), persistent=False)
 
     def constant(self, name: str, state: TokenState) -> torch.Tensor:
-        """One of the `constants`: the buffer, or made anew for a budget or an image size of this forward alone."""
-        own = self._buffers[name]
-        if state.budget == Budget.of(self.config) and state.grid == self.config.image_grid:
+        """One of the `constants`: the buffer, or what was made for another budget or image size of a forward, and kept: a
+        copy from the host each time would stop a GPU."""
+        own, asked = self._buffers[name], (state.budget, state.grid)
+        if asked == self._made_for:
             return own
-        return self.constants(state.budget, state.grid)[name].to(own.device)
+        if torch.compiler.is_compiling():  # a constant of the graph
+            return self.constants(*asked)[name].to(own.device)
+        key = (*asked, own.device)
+        if key not in self._other_constants:
+            if len(self._other_constants) >= _KEPT_CONSTANTS:
+                self._other_constants.clear()
+            self._other_constants[key] = {n: c.to(own.device) for n, c in self.constants(*asked).items()}
+        return self._other_constants[key][name]
 
     # What the configuration and the token schedule ask.
 
@@ -337,10 +349,12 @@ class ScoredPruning(TokenReduction):
     original. A method decides when it calls `prune`, and with which scores; `fuse_rest` adds one row, the sum of all that
     was dropped, weighted by the scores.
 
-    Kept rows are in the order of falling scores. Where nothing is dropped the sequence is left as it is.
+    Kept rows are in the order of falling scores. Where nothing is dropped the sequence is left as it is, unless the method
+    `always_sorts`.
     """
 
     fuse_rest: ClassVar[bool] = False
+    always_sorts: ClassVar[bool] = False
 
     @classmethod
     def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
@@ -363,7 +377,7 @@ class ScoredPruning(TokenReduction):
         """The same, for rows that do not exist yet."""
         num_rows = scores.shape[1] + 1
         keep = self.keep(self.config, self.stage, num_rows, state)
-        if keep == num_rows - 1:
+        if keep == num_rows - 1 and not self.always_sorts:
             return None, state.with_assignment(lambda: identity_assignment(nn.functional.pad(scores, (1, 0))))
         best = scores.topk(keep, dim=1).indices
         rows = nn.functional.pad(best + 1, (1, 0))  # row 0 first
@@ -483,6 +497,8 @@ def pairwise_distance(tokens: torch.Tensor) -> torch.Tensor:
     return distances.masked_fill_(diagonal, 0)  # zeroing a view of the diagonal does not export to ONNX
 
 
-def nearest_row(distances: torch.Tensor, rows: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+def nearest_row(distances: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """For each of the n points of `distances` (B, n, n), which of `rows` (B, M) is nearest to it: (B, n) of 0 .. M - 1."""
+    # Never anything near to the size of the distances, and otherwise few steps.
+    chunk = distances.shape[1] if 4 * rows.shape[1] <= distances.shape[1] else 256
     return torch.cat([gather_rows(part, rows).argmin(dim=1) for part in distances.split(chunk, dim=2)], dim=1)

@@ -32,6 +32,7 @@ class DyViTReduction(ScoredPruning):
     """
 
     name = "dyvit"
+    always_sorts = True  # as the original: with registers and mean pooling, which rows come first matters
     differentiable_tracks = True
     distils = True
 

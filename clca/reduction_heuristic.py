@@ -77,24 +77,37 @@ class HeuristicReduction(TokenReduction):
 
     def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
         """`inside`: whether each patch of the grid lies inside the stage's circle, row by row."""
-        radius = grid_radius(grid, self.pattern)
-        inside = (radius <= self.threshold(radius, budget)).flatten()
-        inside[0] |= self.config.num_prefix_tokens == 0  # row 0 is seen, whatever it is
-        return {"inside": inside}
-
-    def threshold(self, radius: torch.Tensor, budget: Budget) -> float:
-        """Radius of the stage's circle on a grid of radii (rows, columns)."""
         if self.contiguous:
             layers = self.config.reduction_layers
-            smallest = self.min_radius if self.min_radius > 0 else radius[radius.shape[0] // 2, radius.shape[1] // 2]
-            steps = layers[-1] - layers[0] + 3
-            radii = torch.linspace(float(radius[0, 0]), float(smallest), steps, device=radius.device)
             # The full grid comes first, except where the first stage is layer 0.
-            return float(radii[self.stage + (layers[0] > 0)])
-        target = budget.of_patches(self.stage, radius.numel())
-        radii = radius.unique()  # ascending
-        counts = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
-        return float(radii[(counts - target).abs().argmin()])
+            step, steps = self.stage + (layers[0] > 0), layers[-1] - layers[0] + 3
+            inside = inside_by_step(self.pattern, grid, self.min_radius, step, steps)
+        else:
+            inside = inside_by_count(self.pattern, grid, budget.of_patches(self.stage, math.prod(grid)))
+        inside = [self.config.num_prefix_tokens == 0 or inside[0], *inside[1:]]  # row 0 is seen, whatever it is
+        return {"inside": torch.tensor(inside, device="cpu")}
+
+
+# Whether each patch of a grid (rows, columns) lies inside a circle, row by row. The results are lists of plain values, which a
+# compiler takes for granted.
+
+
+@torch.compiler.assume_constant_result
+def inside_by_step(pattern: str, grid: tuple[int, int], min_radius: float, step: int, steps: int) -> list[bool]:
+    """The circle of one of a number of even steps from the whole grid down to `min_radius`."""
+    radius = grid_radius(grid, pattern)
+    smallest = min_radius if min_radius > 0 else radius[radius.shape[0] // 2, radius.shape[1] // 2]
+    radii = torch.linspace(float(radius[0, 0]), float(smallest), steps, device="cpu")
+    return (radius <= radii[step]).flatten().tolist()
+
+
+@torch.compiler.assume_constant_result
+def inside_by_count(pattern: str, grid: tuple[int, int], target: int) -> list[bool]:
+    """The circle whose number of patches is nearest to `target`, the smaller one of two."""
+    radius = grid_radius(grid, pattern)
+    radii = radius.unique()  # ascending
+    counts = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
+    return (radius <= radii[(counts - target).abs().argmin()]).flatten().tolist()
 
 
 def grid_radius(grid: tuple[int, int], pattern: str) -> torch.Tensor:

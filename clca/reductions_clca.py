@@ -1,6 +1,7 @@
 """The index of reduction methods, and the schedule of token counts that follows from a configuration."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 from .budget_clca import Budget
@@ -53,7 +54,8 @@ def get_reduction(name: str | None) -> type[TokenReduction]:
 
 
 def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
-    """Add a method of your own under its `name`; usable as a class decorator.
+    """Add a method of your own under its `name`; usable as a class decorator. The same class defined again, as when a cell of
+    a notebook runs twice, takes the place of the first.
 
     Raises:
         ValueError: not a `TokenReduction`, no lower-case identifier as `name`, or a name already taken.
@@ -63,7 +65,8 @@ def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
     if not isinstance(cls.name, str) or not cls.name.isidentifier() or cls.name != cls.name.lower():
         raise ValueError(f"`name` of {cls.__name__} must be a lower-case identifier, got {cls.name!r}.")
     taken = REDUCTIONS.get(cls.name)
-    if taken is not None and taken is not cls:
+    again = taken is not None and (taken.__module__, taken.__qualname__) == (cls.__module__, cls.__qualname__)
+    if taken is not None and not again:
         raise ValueError(f"`name` {cls.name!r} is taken. Choose another one.")
     REDUCTIONS[cls.name] = cls
     return cls
@@ -79,14 +82,20 @@ def checked_budget(config: CLCAViTConfig, keep_rate: float | Sequence[float] | N
     if keep_rate is None:
         return Budget.of(config)
     if config.reduction is None:
-        raise ValueError(f"`keep_rate` {keep_rate} means nothing to a model without a `reduction`. Leave it out.")
+        raise ValueError(
+            f"`keep_rate` {keep_rate} means nothing to a model without a `reduction`. Leave it out (None), or choose a method: "
+            "at 1.0 it keeps all tokens."
+        )
     method = get_reduction(config.reduction)
     reason = method.fixed_rate(config)
     if reason is not None:
         raise ValueError(
             f"`keep_rate` of `reduction`={config.reduction!r} cannot be changed: {reason}. Train a model for each rate."
         )
-    rates = (keep_rate,) if isinstance(keep_rate, int | float) else keep_rate
+    rates = (keep_rate,) if isinstance(keep_rate, Real) else keep_rate
+    if not isinstance(rates, Sequence):
+        raise ValueError(f"`keep_rate` must be a number or a list of them, got {keep_rate!r}.")
+    rates = [float(rate) if isinstance(rate, Real) and not isinstance(rate, bool) else rate for rate in rates]
     check_rates(rates)
     stages = len(method.layers(config))
     if len(rates) not in (1, stages):

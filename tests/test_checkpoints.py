@@ -99,3 +99,13 @@ def test_number_of_classes_is_read_off_the_head(golden_file: Any) -> None:
     assert isinstance(model, CLCAViTForImageClassification)
     assert model.num_labels == 7
     assert convert_original_state(golden.state, model.config).keys() <= model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["h2t", "vqt"])
+def test_probing_forks_ignore_cache_and_aggregation(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As the original does, and it is said."""
+    options = {"clc": True, "ifa_head": True, "reduction_loc": [1, 2]}
+    with caplog.at_level("WARNING"):
+        config = original_config({"method": method, "options": options, "dims": {"depth": 4}, "num_labels": 3})
+    assert config.head == method and not config.cross_layer_cache
+    assert "clc and ifa_head of" in caplog.text

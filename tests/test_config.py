@@ -92,6 +92,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
         for rate in (-0.1, 1.0, NAN, "0.1")
     ],
+    *[({name: value}, name) for name in ("initializer_range", "layerscale_value") for value in (0.0, -1.0, NAN)],
 ]
 refused = pytest.mark.parametrize(
     ("changes", "name"),
@@ -173,17 +174,33 @@ def test_a_misspelt_override_of_a_saved_model_is_refused(saved: Path) -> None:
         CLCAViTForImageClassification.from_pretrained(saved, keep_rates=0.5)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("auto_map", "name_or_path", "_name_or_path", "attn_implementation", "torch_dtype"),
-        *("_num_labels", "use_cache", "finetuning_task"),
-    ],
-)
+@pytest.mark.parametrize("key", ["auto_map", "name_or_path", "_name_or_path", "attn_implementation", "torch_dtype"])
 def test_keys_of_transformers_pass_at_construction(key: str) -> None:
     """They come along from checkpoints and Auto loading."""
-    value = {"auto_map": {}, "attn_implementation": "eager", "torch_dtype": "float32", "use_cache": True}
+    value = {"auto_map": {}, "attn_implementation": "eager", "torch_dtype": "float32"}
     assert tiny_config(**{key: value.get(key, "x")}).hidden_size == 16
+
+
+@pytest.mark.parametrize("key", ["top_k", "temperature", "prefix", "max_length", "pruned_heads", "use_cache"])
+def test_what_only_old_files_hold_is_refused_in_a_call(key: str) -> None:
+    """`top_k=8` would be an easy mistake for `keep_tokens`. A stock configuration, taken apart, passes."""
+    with pytest.raises(ValueError, match=f"no argument `{key}`"):
+        tiny_config(**{key: 8})
+    assert CLCAViTConfig(**ViTConfig(hidden_size=24, num_attention_heads=2).to_dict()).hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"keep_rate": 0.25}, {"keep_tokens": [8, 4]}, {"keep_rate": [0.25, 0.5]}, {"reduction_layers": [2, 3]}],
+)
+def test_targets_of_other_keep_rates_do_not_stay(override: dict[str, Any], tmp_path: Path) -> None:
+    """DynamicViT's targets belong to the rates they came with; its other options stay, and so do targets that are given."""
+    kwargs = {"ratio_targets": [0.8, 0.64], "ratio_weight": 3.0}
+    tiny_config(reduction="dyvit", keep_rate=0.8, reduction_kwargs=kwargs).save_pretrained(tmp_path)
+    assert CLCAViTConfig.from_pretrained(tmp_path).reduction_kwargs == kwargs
+    assert CLCAViTConfig.from_pretrained(tmp_path, **override).reduction_kwargs == {"ratio_weight": 3.0}
+    given = {"ratio_targets": [0.5, 0.25]}
+    assert CLCAViTConfig.from_pretrained(tmp_path, reduction_kwargs=given, **override).reduction_kwargs == given
 
 
 def own(config: CLCAViTConfig) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, TokenReduction, token_schedule
+from clca.cache_clca import mean_rows
 from clca.configuration_clca import HEADS, HEADS_BEFORE_NORM, PROBING_HEADS
 from clca.modeling_clca import eager_attention_forward
 from clca.reduction_base import ScoredPruning, gather_rows
@@ -254,7 +256,8 @@ def test_autocast_is_finite(case: Case) -> None:
 def test_hardly_anything_is_kept(case: Case) -> None:
     """At rates that leave one token or none: finite in evaluation and training, counts as foretold, images apart. Where
     the cache has nothing to average it takes row 0."""
-    model = case.model(keep_rate=0.05, reduction_layers=[0, 1, 2])
+    fewer_than_clr = {"num_clr_tokens": 4} if case.config().num_clr_tokens else {}  # rows, then: row 0 stands in
+    model = case.model(keep_rate=0.05, reduction_layers=[0, 1, 2], **fewer_than_clr)
     with torch.no_grad():
         output = model(images())
         alone = model(images()[:1]).logits
@@ -974,6 +977,30 @@ def test_mean_pooling_leaves_out_the_prefix() -> None:
         output = model.vit(images(), output_hidden_states=True)
         expected = model.vit.layernorm(output.hidden_states[-1][:, 3:].mean(dim=1))
     assert (output.pooler_output - expected).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("head", ["cla", "h2t", "vqt"])
+@pytest.mark.parametrize("method", [None, "topk", "tome", "ats"])
+def test_layers_on_different_devices(method: str | None, head: str) -> None:
+    """Cache and head join what layers on several devices have made. (The second device is one that computes no numbers.)"""
+    model = tiny_model(cross_layer_cache=True, num_clr_tokens=1, head=head, reduction=method)
+
+    def move(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return send_to_device(args, "meta"), kwargs
+
+    for part in (*model.vit.layers[2:], model.vit.layernorm, model.classifier):
+        part.to("meta").register_forward_pre_hook(move, with_kwargs=True)
+    if method == "ats":
+        model.vit.layers[2].reduction.pad_to_bound = True  # it cannot ask how many rows there are
+    with torch.no_grad():
+        assert model(images()).logits.device.type == "meta"
+
+
+def test_means_over_visible_rows_do_not_overflow() -> None:
+    """A sum over hundreds of rows is beyond half precision, their mean is not."""
+    rows = torch.full((1, 800, 4), 100.0, dtype=torch.float16)
+    visible = torch.ones(1, 800, dtype=torch.bool)
+    assert mean_rows(rows, 1, 800, visible).tolist() == [[[100.0] * 4]]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

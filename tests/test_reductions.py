@@ -6,9 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, TokenReduction, token_schedule
+from clca import (
+    REDUCTIONS,
+    CLCAViTConfig,
+    CLCAViTForImageClassification,
+    TokenReduction,
+    reductions_clca,
+    token_schedule,
+)
 from clca.reduction_ats import num_quantiles, quantiles
-from clca.reduction_base import ScoredPruning
+from clca.reduction_base import ScoredPruning, TokenState
 from clca.reductions_clca import register_reduction
 from ufgir.tracing import trace_patches, unmerge
 
@@ -422,7 +429,7 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="register_reduction"):
         tiny_config(reduction="every_second")
     register_reduction(EverySecond)
-    register_reduction(EverySecond)  # the same again, as when a notebook cell runs twice
+    register_reduction(EverySecond)  # the same again
     model = tiny_model(reduction="every_second", keep_rate=0.5, reduction_kwargs={"step": 3}, **CLCA)
     warnings = []
     monkeypatch.setattr("clca.modeling_clca.logger.warning", lambda text, *args: warnings.append(text % args))
@@ -433,6 +440,37 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     with pytest.raises(ValueError, match="register_reduction"):
         CLCAViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_dyvit_sorts_where_it_keeps_all() -> None:
+    """As the original: the first rows are those of the best scores, which registers, left out of a mean, then are not."""
+    model = tiny_model(reduction="dyvit", keep_rate=1.0, num_register_tokens=2, pooling="mean")
+    with torch.no_grad():
+        output = model(images(), output_assignments=True)
+        rows = output.assignments[0].argmax(dim=2)
+        stage = model.vit.layers[1].reduction
+        hidden = model.vit.layers[0](*first_layer_input(model))[0]
+        scores = stage.predict(hidden[:, 1:], torch.ones(3, hidden.shape[1] - 1))[..., 0]
+    assert torch.equal(rows[:, 1:] - 1, scores.argsort(dim=1, descending=True))
+    assert (rows[:, 0] == 0).all()
+
+
+def first_layer_input(model: CLCAViTForImageClassification) -> tuple[torch.Tensor, TokenState]:
+    hidden = model.vit.embeddings(images())
+    state = reductions_clca.initial_state(model.config, model.config.image_grid)
+    return hidden, model.vit.method.start(hidden, state, training=False)
+
+
+def test_a_cell_of_a_notebook_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of the second run is another one of the same name, and takes the place of the first."""
+    monkeypatch.setattr(reductions_clca, "REDUCTIONS", dict(REDUCTIONS))
+    cell = "class Mine(TokenReduction):\n    name = 'mine'\nregister_reduction(Mine)"
+    spaces = [{"TokenReduction": TokenReduction, "register_reduction": register_reduction, "__name__": "cell"}] * 2
+    classes = [exec(cell, space) or space["Mine"] for space in spaces]
+    assert classes[0] is not classes[1]
+    assert reductions_clca.get_reduction("mine") is classes[1]
+    with pytest.raises(ValueError, match="taken"):
+        register_reduction(type("Other", (TokenReduction,), {"name": "mine"}))
 
 
 def test_register_refuses() -> None:

@@ -321,14 +321,22 @@ def test_the_backbone_alone_gives_all_rows(method: str | None) -> None:
     assert short.token_counts == output.token_counts
 
 
-@pytest.mark.parametrize("part", ["", "mlp.fc1", "layernorm_after", "attention"])
+LAST = "layers.4"
+
+
+@pytest.mark.parametrize(
+    "part", [LAST, f"{LAST}.mlp", f"{LAST}.mlp.fc1", f"{LAST}.layernorm_after", f"{LAST}.attention", "layernorm", ""]
+)
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
-def test_hooks_in_the_last_layer_see_all_rows(part: str, kind: str) -> None:
+def test_hooks_in_or_behind_the_last_layer_see_all_rows(part: str, kind: str) -> None:
     """Grad-CAM and the like put hooks there. What they see is not changed behind their back, either."""
     model = make("evit", **CACHE)
     seen: list[torch.Tensor] = []
-    module = model.vit.layers[-1].get_submodule(part)
-    hook = getattr(module, kind)(lambda *args: seen.append(args[-1][0] if isinstance(args[-1], tuple) else args[-1]))
+    module = model.vit.get_submodule(part)
+    if part == "" and "backward" in kind:
+        pytest.skip("the output of the backbone is no tensor, which a backward hook would need")
+    first = lambda value: value if isinstance(value, torch.Tensor) else value[0]  # noqa: E731
+    hook = getattr(module, kind)(lambda *args: seen.append(first(args[-1])))
     output = model(images())
     output.logits.sum().backward()
     assert seen[0].shape[1] == output.token_counts[-1]
@@ -345,6 +353,38 @@ def test_hooks_of_libraries_do_not_count() -> None:
         model(images(), output_hidden_states=True)
         assert model.vit.layers[-1]._forward_hooks
         assert model.vit.shortcuts(for_head=True, recording=False).only_first
+
+
+def test_hooks_that_read_no_rows_do_not_count() -> None:
+    """A clock, say, which must not change what it measures."""
+    model = make(None)
+
+    def clock(*_: Any) -> None:
+        pass
+
+    clock.reads_no_rows = True
+    model.vit.layers[-1].register_forward_hook(clock)
+    model.vit.layernorm.register_forward_pre_hook(clock)
+    assert model.vit.shortcuts(for_head=True, recording=False).only_first
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("head", ["linear", "h2t"])
+def test_parts_of_the_mlp_are_called(head: str, grad: bool) -> None:
+    """The MLP and its activation, whoever took the place of it, with and without gradients."""
+    model, called = make("topk", head=head), []
+    mlp = model.vit.layers[0].mlp
+    with torch.set_grad_enabled(grad):
+        expected = model(images()).logits
+        hooks = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in (mlp, mlp.activation_fn)]
+        assert torch.allclose(model(images()).logits, expected, atol=1e-10)
+        assert set(called) == {mlp, mlp.activation_fn}
+        for hook in hooks:
+            hook.remove()
+        mlp.activation_fn = nn.ReLU()
+        assert not torch.allclose(model(images()).logits, expected, atol=1e-3)
+        relu = model(images()).logits
+    assert torch.allclose(model(images()).logits, relu, atol=1e-10)
 
 
 def test_what_a_hook_on_fc1_has_seen_stays() -> None:
@@ -480,17 +520,24 @@ def test_sinkhorn_keeps_one_plan() -> None:
     assert torch.allclose(plan, stage.transport(similarity.clone().requires_grad_()))
 
 
+@pytest.mark.parametrize("keep_rate", [None, 0.25])
 @every_method
-def test_the_host_waits_for_nothing(method: str | None) -> None:
-    """No operator reads a number back, or has a result whose shape depends on numbers; none makes a tensor on the host."""
+def test_the_host_waits_for_nothing(method: str | None, keep_rate: float | None) -> None:
+    """No operator reads a number back, or has a result whose shape depends on numbers; none makes a tensor on the host. At
+    another keep rate than the model's own, from the second forward on."""
     options = {"reduction_kwargs": {"pad_to_bound": True}} if method == "ats" else {}
     model = make(method, **CACHE | {"head": "cla"} | options).to("meta")
+    if keep_rate is not None and (method is None or model.vit.method.fixed_rate(model.config)):
+        pytest.skip("its keep rate is fixed")
     pixels = images().to("meta")
-    with torch.no_grad(), Watch() as watch:
-        output = model(pixels)
+    with torch.no_grad():
+        if keep_rate is not None:
+            model(pixels, keep_rate=keep_rate)
+        with Watch() as watch:
+            output = model(pixels, keep_rate=keep_rate)
     assert not watch.waiting
     assert watch.devices == {"meta"}
-    assert output.token_counts == tuple(token_schedule(model.config).before)
+    assert output.token_counts == tuple(token_schedule(model.config, keep_rate=keep_rate).before)
 
 
 def test_ats_waits_once_a_stage() -> None:
@@ -542,6 +589,22 @@ def make_like(model: CLCAViTForImageClassification) -> CLCAViTForImageClassifica
 def test_half_precision_does_not_round_the_quantiles() -> None:
     stage = make("ats", image_size=128).bfloat16().double().vit.layers[1].reduction
     assert torch.equal(stage.quantile_bits.view(torch.float32), quantiles(129))
+
+
+@pytest.mark.parametrize("method", ["ats", "heuristic"])
+def test_constants_follow_a_changed_configuration(method: str) -> None:
+    """Also where the keep rate is set on the configuration, as a number, and not by `set_keep_rate`; and there are not
+    more and more of them."""
+    model, other = make(method), make(method)
+    other.set_keep_rate(0.25)
+    model.config.keep_rate = 0.25
+    with torch.no_grad():
+        assert model(images()).token_counts == other(images()).token_counts
+        assert torch.equal(model(images()).logits, other(images()).logits)
+        for step in range(1, 100):
+            model(images(1), keep_rate=step / 100)
+    stage = model.vit.layers[1].reduction
+    assert 0 < len(stage._other_constants) <= 64
 
 
 @pytest.mark.parametrize("method", ["ats", "heuristic"])

@@ -1,5 +1,6 @@
 """Weights of the original CLCA code, turned into `CLCAViTForImageClassification`."""
 
+import logging
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from .filling import common_dtype, fill_model
 from .from_timm import load_timm as load_timm  # beside load_original, where a user looks for it
 from .timm_keys import convert_timm_tensor, translate
 
+
+logger = logging.getLogger(__name__)
 
 # Where the original puts the reduction in a plain ViT, whatever its options say.
 _LAYERS_OF_PLAIN_VIT = (3, 6, 9)
@@ -129,6 +132,8 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
     if options.get("ifa_head") and head == "linear":
         head = "cla" if options.get("ifa_dws_conv_groups", 2) > 0 else "ifa"
     has_cls = dims.get("class_token", True)
+    if method in _PROBING_METHODS and (ignored := [name for name in ("clc", "ifa_head") if options.get(name)]):
+        logger.warning("%s of %s: the original ignores it, so it is left out.", " and ".join(ignored), method)
     return CLCAViTConfig(
         image_size=dims.get("img_size", 224),
         patch_size=dims.get("patch_size", 16),
@@ -144,7 +149,7 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         reduction_layers=layers,
         reduction_kwargs=_reduction_kwargs(reduction, options, has_cls),
         **_budget(reduction, options, dims),
-        cross_layer_cache=bool(options.get("clc")),
+        cross_layer_cache=bool(options.get("clc")) and method not in _PROBING_METHODS,
         num_clr_tokens=options.get("num_clr", 0),
         cache_gap=options.get("clc_include_gap", True),
         cache_pool_cls=options.get("clc_pool_cls", False),
@@ -155,7 +160,7 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         num_query_tokens=options.get("num_query_tokens", 5),
         group_lasso_weight=options.get("lasso_loss_weight", 0.0),
         vqt_original_slicing=head == "vqt",
-        layerscale_value=dims.get("init_values"),
+        layerscale_value=dims.get("init_values") or None,  # zero means none there
         pre_norm=dims.get("pre_norm", False),
         num_register_tokens=dims.get("reg_tokens", 0),
         prefix_position_embeddings=not dims.get("no_embed_class", False),
@@ -308,7 +313,8 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
 
 def _num_labels(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> int:
     """Classes of the head that is used: the last layer of an aggregation head, else `head`."""
-    prefix = "ifa_head." if spec["options"].get("ifa_head") else "head."
+    aggregates = spec["options"].get("ifa_head") and spec["method"] not in _PROBING_METHODS
+    prefix = "ifa_head." if aggregates else "head."
     biases = [key for key in state_dict if key.startswith(prefix) and key.endswith("bias")]
     if not biases:
         raise ValueError(f"`state_dict` has no {prefix}* to tell the number of classes from: set `num_labels`.")
