@@ -225,6 +225,16 @@ class TestBenchmark:
         for r in report.results:
             assert r.error is None and r.seconds and r.setup_seconds > 0 and r.peak_memory is None
 
+    def test_compiled_on_a_gpu_is_a_cuda_graph_or_an_error(self, monkeypatch):
+        """torch would log that it cannot, and time something else. (The options are those that this torch has.)"""
+        asked = {}
+        monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+        assert benchmark._compiled(lambda x: x + 1, torch.device("cuda"))(1) == 2
+        known = torch._inductor.config.get_config_copy()
+        assert asked["fullgraph"] and all(known[name] != value for name, value in asked["options"].items())
+        assert asked["options"]["triton.cudagraphs"] and asked["options"]["triton.cudagraph_or_error"]
+
     def test_onnx(self, base, monkeypatch):
         helper = pytest.importorskip("onnx").helper
         pytest.importorskip("onnxruntime")
@@ -241,7 +251,7 @@ class TestBenchmark:
             )
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=9)
             path.write_bytes(model.SerializeToString())
-            return export.Exported(path, 0.0, {}, [])
+            return export.Exported(path, 0.0, {}, [], [])
 
         monkeypatch.setattr(export, "export_model", export_model)
         report = Benchmark(base, CPU, threads=1, repetitions=1).run([Case(AT._replace(backend="onnx"), "evit")])

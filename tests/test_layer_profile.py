@@ -21,7 +21,7 @@ from ufgir.layer_profile import (
 )
 from ufgir.profiling import count_macs, dense_config
 
-from .helpers import CACHES, METHODS, tiny_config
+from .helpers import CACHES, METHODS, images, tiny_config
 
 
 OPTIONS = (
@@ -114,6 +114,17 @@ def test_times_are_of_the_parts(topk, dense, monkeypatch):
     ours, theirs = time_parts([topk, dense], torch.zeros(2, 3, 32, 32), threads=1, repetitions=3)
     parts = len(parts_of(topk))
     assert ours == theirs == {**dict.fromkeys(parts_of(topk), 1.0), "rest": parts + 1.0}
+
+
+@pytest.mark.parametrize("method", [None, "topk"])
+def test_what_is_measured_is_the_model_as_it_runs(method, tmp_path, monkeypatch):
+    """The hooks of the clock and of the trace do not bring back what nobody reads: the last MLP sees one row."""
+    model = reduced(method, "plain")
+    rows, forward = [], model.vit.layers[-1].mlp.fc2.forward
+    monkeypatch.setattr(model.vit.layers[-1].mlp.fc2, "forward", lambda x: rows.append(x.shape[1]) or forward(x))
+    time_parts([model], images(2).float(), repetitions=1)
+    write_trace(model, images(2).float(), tmp_path / "trace.json")
+    assert set(rows) == {1}
 
 
 def test_hooks_leave_nothing(topk, dense):

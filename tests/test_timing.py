@@ -1,6 +1,7 @@
 """Timing in turn, and the memory of tensors: what `ufgir benchmark` stands on."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -37,6 +38,26 @@ class TestTiming:
         race.go(2)
         assert isinstance(race.failures["bad"], ZeroDivisionError) and race.seconds["bad"] == []
         assert len(race.seconds["good"]) == 2
+
+    def test_what_fails_leaves_no_tensors_behind(self):
+        """On a GPU the others would miss the memory."""
+        alive = []
+
+        def bad():
+            large = torch.zeros(1000)
+            alive.append(weakref.ref(large))
+            raise RuntimeError("out of memory")
+
+        race = Race({"bad": bad, "good": lambda: None}, CPU)
+        race.warm_up(after=lambda: None)
+        assert len(alive) == 1 and alive[0]() is None
+        assert str(race.failures["bad"]) == "out of memory"
+
+    def test_a_gpu_finishes_a_call_before_the_next(self, monkeypatch):
+        order = []
+        monkeypatch.setattr(timing, "synchronize", lambda device: order.append("wait"))
+        timing.time_call(lambda: order.append("call"), torch.device("cuda"), calls=2)
+        assert order == ["wait", "call", "wait", "call", "wait"]
 
     def test_quick_calls_are_repeated_within_one_timing(self, monkeypatch):
         monkeypatch.setattr(timing, "time_call", lambda run, device, calls: run() / calls)

@@ -127,14 +127,17 @@ class Exported(NamedTuple):
     Attributes:
         path: the file.
         difference: the largest absolute difference of its logits from the model's.
-        operators: operator -> how often it stands in the graph.
+        operators: operator -> how often it stands in the graph; one that reduces what meets in a place is called by its
+            reduction, too: `ScatterElements (add)`.
         not_in_tensorrt: those that TensorRT's published list lacks; of ONNX only.
+        doubtful_in_tensorrt: those that the list has, but without a word of the reduction that is asked of them here.
     """
 
     path: Path
     difference: float
     operators: dict[str, int]
     not_in_tensorrt: list[str]
+    doubtful_in_tensorrt: list[str]
 
 
 class _Logits(nn.Module):
@@ -198,8 +201,10 @@ def export_model(
             )
         for file in sorted(Path(folder).iterdir(), reverse=True):  # weights, if they lie apart, before the graph
             os.replace(file, path.parent / file.name)
-    lacking = sorted(set(operators) - TENSORRT_OPERATORS) if path.suffix == ".onnx" else []
-    return Exported(path, difference, operators, lacking)
+    names = sorted(operators) if path.suffix == ".onnx" else []
+    listed = [name for name in names if name.partition(" ")[0] in TENSORRT_OPERATORS]
+    doubtful = [name for name in listed if " " in name]
+    return Exported(path, difference, operators, [name for name in names if name not in listed], doubtful)
 
 
 def export_budgets(
@@ -272,4 +277,10 @@ def _write_onnx(
 
     graph = onnx.load(path, load_external_data=False)
     nodes = [*graph.graph.node, *(node for function in graph.functions for node in function.node)]
-    return run, dict(Counter(node.op_type for node in nodes))
+    return run, dict(Counter(map(_operator, nodes)))
+
+
+def _operator(node: Any) -> str:
+    """Name of a node's operator, with its reduction if it has one."""
+    reductions = [a.s.decode() for a in node.attribute if a.name == "reduction" and a.s not in (b"", b"none")]
+    return f"{node.op_type} ({reductions[0]})" if reductions else node.op_type

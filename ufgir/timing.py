@@ -68,12 +68,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_call(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Seconds of one call, the mean of `calls` in a row; a GPU has finished its work before and after."""
+    """Seconds of one call, the mean of `calls` in a row. A GPU has finished the work of a call before the next is made: else
+    the host would already be at the next, and what is measured would not be how long one takes."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    synchronize(device)
+        synchronize(device)
     return (time.perf_counter() - start) / calls
 
 
@@ -102,14 +103,19 @@ class Race:
         try:
             return time_call(self.runs[name], self.device, self.calls[name])
         except Exception as error:  # whatever it is, it must not end the others
-            self.failures[name] = error
-            return None
+            # Neither must what it has left in memory, which a traceback keeps alive with every frame.
+            self.failures[name] = error.with_traceback(None)
+            error.__context__ = error.__cause__ = None
+            del self.runs[name]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def warm_up(self, rounds: int = 2, after: Run | None = None) -> None:
         """Call each `rounds` times; what turns out to be quick is called several times for one timing from now on."""
-        for name in self.runs:
+        for name in list(self.runs):
             for _ in range(rounds):
-                seconds = None if name in self.failures else self._try(name)
+                seconds = self._try(name) if name in self.runs else None
             if seconds is not None:
                 self.calls[name] = max(1, math.ceil(SHORTEST / max(seconds, 1e-9)))
             if after:
@@ -123,7 +129,7 @@ class Race:
             after: called after each timing, e.g. to show progress.
         """
         for _ in range(rounds):
-            names = [name for name in self.runs if name not in self.failures]
+            names = list(self.runs)
             for name in self.order.sample(names, len(names)):
                 seconds = self._try(name)
                 if seconds is not None:

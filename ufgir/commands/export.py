@@ -5,10 +5,9 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor
 
-from clca import CLCAViTForImageClassification
-
 from ..export import FORMATS, Exported, export_budgets, export_model
-from .common import add_reduction_options, align, config_values, load_config
+from ..loading import load_model
+from .common import add_reduction_options, align, check_rates, config_values, load_config
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +40,9 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(
             "`--keep-rates` writes one file per rate, so `--keep-rate` and `--keep-tokens` have no place."
         )
+    check_rates(args.keep_rates, "--keep-rates")
     config = load_config(args.model, config_values(args))
-    model = CLCAViTForImageClassification.from_pretrained(args.model, config=config)
+    model = load_model(args.model, config).model
     facts = {"source": args.model}
     try:
         processor = AutoImageProcessor.from_pretrained(args.model)
@@ -77,4 +77,7 @@ def notes(exported: list[Exported]) -> list[str]:
         if lacking
         else ("all operators are in TensorRT's published list (TensorRT itself was not run)")
     )
+    doubtful = sorted({name for one in exported for name in one.doubtful_in_tensorrt})
+    if doubtful:
+        said += f"; that list does not say whether it takes the reduction of {', '.join(doubtful)}"
     return [said]
