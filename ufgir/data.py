@@ -116,7 +116,6 @@ class _Opened:
     id_names: dict[int, str] | None = None  # of integer labels
     entry: FineGrainedDataset | None = None
     listed: bool = False  # by files beside the images
-    may_lack: bool = True  # a split may lack classes of train
 
 
 def _open_hub(source: str, columns: dict[str, str | None], **arguments: Any) -> _Opened:
@@ -155,8 +154,8 @@ def _open_folder(
             return _Opened(load_parquet(files, cache_dir, streaming), columns)
     if files:
         data, id_names = load_listings(path, files, **columns, **of_listings)
-        return _Opened(data, dict.fromkeys(columns), id_names, listed=True, may_lack=False)
-    return _Opened(load_image_folder(path, known_classes), columns, may_lack=False)
+        return _Opened(data, dict.fromkeys(columns), id_names, listed=True)
+    return _Opened(load_image_folder(path, known_classes), columns)
 
 
 def load_ufgir_dataset(
@@ -167,7 +166,7 @@ def load_ufgir_dataset(
     label_separator: str | None = None,
     class_names: Sequence[str] | None = None,
     validation_fraction: float = 0.2,
-    validation_split: str = "last",
+    validation_split: str | None = None,
     shots: int | None = None,
     seed: int = 0,
     split_seed: int | None = None,
@@ -212,7 +211,7 @@ def load_ufgir_dataset(
         class_names: the classes by index, e.g. those of a trained model, `list(model.config.id2label.values())`. The data's
             classes are mapped onto them by name and may be fewer. By default those of the data.
         validation_fraction: in [0, 1); 0 makes no validation split.
-        validation_split: "last" or "random".
+        validation_split: "last" or "random", by default "last"; only for data without a validation split.
         shots: at most that many images of each class in train, chosen at random; validation is split off before.
         seed: of synthetic_leaves, and of what `split_seed` is for.
         split_seed: of a random validation split and of `shots`; by default `seed`.
@@ -236,7 +235,7 @@ def load_ufgir_dataset(
     """
     source = os.fspath(name_or_path)
     _refuse_unknown(synthetic_kwargs, source)
-    check_split_arguments(validation_fraction, validation_split, shots)
+    check_split_arguments(validation_fraction, validation_split or "last", shots)
     check_class_names(class_names)
     if label_separator == "":
         raise ValueError("`label_separator` must be at least one character, got ''.")
@@ -278,6 +277,8 @@ def load_ufgir_dataset(
 
     rename = dict(opened.entry.splits) if opened.entry else None
     splits = our_columns(our_splits(opened.data, source, rename), source, **opened.columns)
+    if validation_split is not None and "validation" in splits:
+        raise DatasetError(f"`validation_split` parts train, but {source} has a validation split: leave it out.")
     separator = None if opened.listed else label_separator  # labels of listings are lists by now
     if isinstance(next(iter(splits.values())), datasets.IterableDataset):
         if shots is not None:
@@ -287,10 +288,10 @@ def load_ufgir_dataset(
         return unify_stream_labels(splits, source, class_names, separator)
 
     options = {"class_names": class_names, "id_names": opened.id_names, "separator": separator}
-    splits = datasets.DatasetDict(unify_labels(splits, source, **options, may_lack=opened.may_lack))
+    splits = datasets.DatasetDict(unify_labels(splits, source, **options))
     if opened.entry is not None:
         _check_counts(splits, opened.entry)
-    splits = add_validation(splits, source, validation_fraction, validation_split, split_seed)
+    splits = add_validation(splits, source, validation_fraction, validation_split or "last", split_seed)
     if shots is not None:
         splits = limit_shots(splits, source, shots, split_seed)
     if verify if verify is not None else local and not streaming:

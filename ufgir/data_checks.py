@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import datasets
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .transforms import open_picture
@@ -20,7 +21,19 @@ SPLIT_NAMES = {  # ours: what folders and files may call it
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Formats that Pillow only recognises, leaves to another program, or opens as films and fonts.
+_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+
+def _readable_suffixes() -> frozenset[str]:
+    """Of all formats that Pillow decodes here, lower case, with the dot."""
+    Image.init()
+    formats = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in _NO_PICTURES)
+
+
+IMAGE_SUFFIXES = _readable_suffixes()
+USUAL_SUFFIXES = ".bmp, .gif, .jpg, .png, .tif, .webp and others that Pillow reads"  # for messages
 LISTED = 20  # names that one message lists at most
 
 
@@ -43,24 +56,19 @@ def split_of(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def check_same_classes(classes: dict[str, set[str]], source: str, may_lack: bool = False) -> None:
-    """The classes of each split must be those of the first one (train, if there is one).
-
-    With `may_lack` a split may lack some of them: that is logged, not refused.
-    """
+def check_same_classes(classes: dict[str, set[str]], source: str) -> None:
+    """No split may have classes that the first one (train, if there is one) lacks; one that lacks some of them is named in the
+    log."""
     first, reference = next(iter(classes.items()))
     problems = []
     for split, present in classes.items():
         if added := sorted(present - reference):
             problems.append(f"{split} has {listed(added)}, which {first} lacks")
         if lacking := sorted(reference - present):
-            if may_lack:
-                logger.warning("%s: %s has no image of %d classes: %s", source, split, len(lacking), listed(lacking))
-            else:
-                problems.append(f"{split} lacks {listed(lacking)}, which {first} has")
+            logger.warning("%s: %s has no image of %d classes: %s", source, split, len(lacking), listed(lacking))
     if problems:
         raise DatasetError(
-            f"{source}: classes differ between splits: {'; '.join(problems)} (`class_names` says which there are)."
+            f"{source}: classes differ between splits: {'; '.join(problems)}. Take their images out, or add some to {first}."
         )
 
 

@@ -11,6 +11,7 @@ import datasets
 from .data_checks import (
     IMAGE_SUFFIXES,
     SPLIT_NAMES,
+    USUAL_SUFFIXES,
     DatasetError,
     check_same_classes,
     find_broken,
@@ -32,23 +33,36 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The visible images in `folder` and below it, sorted."""
-    found = (file for file in folder.rglob("*") if _is_image(file))
+def _visible_files(folder: Path) -> list[Path]:
+    """The files in `folder` and below it, sorted, but hidden ones and those of hidden folders."""
+    found = (file for file in folder.rglob("*") if file.is_file())
     return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(folder).parts))
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The visible images in `folder` and below it, sorted."""
+    return [file for file in _visible_files(folder) if _is_image(file)]
+
+
 def _split_folders(path: Path) -> dict[str, Path]:
-    """Split to folder; `path` itself is train if it holds class folders."""
+    """Split to folder; `path` itself is train if it holds class folders.
+
+    Among class folders, one that is called as a split is a class, too, if it holds pictures and not folders of them.
+    """
     children = child_folders(path)
-    splits = [split_of(child.name) for child in children]
-    if "train" not in splits and (None in splits or not splits):
+    splits = {child: split for child in children if (split := split_of(child.name))}
+    if others := [child.name for child in children if child not in splits]:
+        if all(any(_is_image(file) for file in child.iterdir()) for child in splits):
+            return {"train": path}
+        allowed = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
+        raise DatasetError(
+            f"{path} holds the split folders {listed(child.name for child in splits)}, but {listed(others)} is not one of "
+            f"{allowed}: rename it, or put it elsewhere. (A class that is called as a split must hold its pictures directly.)"
+        )
+    if not splits:
         return {"train": path}
     found: dict[str, Path] = {}
-    for child, split in zip(children, splits, strict=True):
-        if split is None:
-            allowed = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
-            raise DatasetError(f"{path} holds split folders, but {child.name} is not one of {allowed}.")
+    for child, split in splits.items():
         if split in found:
             raise DatasetError(f"{path} holds two folders for the {split} split: {found[split].name}, {child.name}.")
         found[split] = child
@@ -84,17 +98,22 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
         known_classes: the caller knows which classes there are: no split needs to have all of them.
 
     Raises:
-        DatasetError: no images, or no class folders; a class folder without images; classes that differ between splits.
+        DatasetError: no images, or no class folders; a class folder without images; classes that train lacks.
     """
     roots = _split_folders(path)
-    images = {
-        split: {folder.name: images_in(folder) for folder in child_folders(root)} for split, root in roots.items()
+    files = {
+        split: {folder.name: _visible_files(folder) for folder in child_folders(root)} for split, root in roots.items()
     }
+    images = {s: {name: [f for f in own if _is_image(f)] for name, own in c.items()} for s, c in files.items()}
     _check_loose_images(path, roots, images)
+    others = [f for classes in files.values() for own in classes.values() for f in own if not _is_image(f)]
+    if others:
+        names = listed(file.relative_to(path) for file in others)
+        logger.warning("%s: %d files in class folders are no pictures by their suffix: %s", path, len(others), names)
     if not any(files for classes in images.values() for files in classes.values()):
         raise DatasetError(
             f"{path} holds no images. Expected split/class/image or class/image with one of the suffixes "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or a CSV, JSONL, parquet or save_to_disk layout."
+            f"{USUAL_SUFFIXES}, or a CSV, JSONL, parquet or save_to_disk layout."
         )
     empty = [roots[split] / name for split, classes in images.items() for name, files in classes.items() if not files]
     if empty:
@@ -145,9 +164,8 @@ def load_images(
         else:
             files.append(str(source))
     if not files:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DatasetError(
-            f"`folder_or_files`: no image in {listed(sources) or 'an empty list'} (suffixes {suffixes})."
+            f"`folder_or_files`: no image in {listed(sources) or 'an empty list'} (suffixes {USUAL_SUFFIXES})."
         )
     images = _with_paths(files)
     if not verify and not skip_broken:

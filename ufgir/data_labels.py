@@ -135,7 +135,6 @@ def unify_labels(
     class_names: Sequence[str] | None = None,
     id_names: Mapping[int, str] | None = None,
     separator: str | None = None,
-    may_lack: bool = True,
 ) -> dict[str, datasets.Dataset]:
     """`label` as `ClassLabel`, or `List(ClassLabel)` where images have several classes, with the same names in every split.
 
@@ -146,7 +145,6 @@ def unify_labels(
             sorted texts of the first split, or the integers from 0 to the highest.
         id_names: names of integer labels; by default the integers as text.
         separator: what stands between the classes of one image in a text.
-        may_lack: a split may lack classes that the first one has.
 
     Raises:
         DatasetError: labels that are missing, of mixed types, unknown, or different between splits.
@@ -172,7 +170,7 @@ def unify_labels(
         _check_known(found, names, source)
     else:
         names = _own_classes(labels, named, source)
-        check_same_classes(found, source, may_lack)
+        check_same_classes(found, source)
 
     index = {name: i for i, name in enumerate(names)}
     unified = {}
@@ -208,7 +206,8 @@ def _own_classes(labels: Mapping[str, _Labels], named: Mapping[str, dict[Any, st
     first = next(iter(labels.values()))
     if first.names is not None:
         check_same_classes({name: set(split.names) for name, split in labels.items()}, source)
-        if unordered := [name for name, split in labels.items() if split.names != first.names]:
+        same = {name for name, split in labels.items() if set(split.names) == set(first.names)}
+        if unordered := [name for name in labels if name in same and labels[name].names != first.names]:
             raise DatasetError(
                 f"{source}: {', '.join(unordered)} lists the same classes as {first.split} in another order."
             )
@@ -221,7 +220,7 @@ def _own_classes(labels: Mapping[str, _Labels], named: Mapping[str, dict[Any, st
     if present[0] < 0 or (gaps := sorted(set(range(present[-1] + 1)) - set(present))):
         problem = f"got {present[0]}" if present[0] < 0 else f"no image of {first.split} has {listed(gaps)}"
         raise DatasetError(
-            f"{source}: class ids must run from 0 to {present[-1]} without a gap; {problem} (`class_names` says which "
-            "classes there are)."
+            f"{source}: class ids must run from 0 to {present[-1]} without a gap; {problem}: number them "
+            "anew, or call classes by names."
         )
     return [named[first.split][label] for label in present]

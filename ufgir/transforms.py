@@ -283,12 +283,16 @@ class TrainTransform(_Transform):
         return image.resize((self.crop_size, self.crop_size), resample=self.resample, box=corners)
 
 
-def random_subset(dataset: Any, count: int | None, seed: int) -> Any:
-    """`count` rows of a `datasets.Dataset`, drawn at random and in their old order; all rows if `count` is None."""
+def random_subset(dataset: Any, count: int | None, seed: int, name: str = "count") -> Any:
+    """`count` rows of a `datasets.Dataset`, drawn at random and in their old order; all rows if `count` is None.
+
+    Raises:
+        ValueError: a count below 1, which the message calls `name`.
+    """
     if count is None or count >= len(dataset):
         return dataset
     if count < 1:
-        raise ValueError(f"the number of images to use must be at least 1, got {count}")
+        raise ValueError(f"`{name}`, a number of images, must be at least 1, got {count}.")
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count]))
 
 
