@@ -11,6 +11,9 @@ from torch import nn
 from .configuration_clca import CLCAViTConfig
 
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: CLCAViTConfig) -> torch.Tensor:
     """Mean loss of a batch. (transformers' own takes soft labels for multi-label ones and changes the config on the way.)
 
@@ -18,16 +21,20 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: CLCA
         logits: (B, K).
         labels: class indices (B,), or class probabilities (B, K) with `problem_type="single_label_classification"` (MixUp
             and label smoothing make those), or zeros and ones (B, K) with `problem_type="multi_label_classification"`, or
-            targets (B,) for regression with one label. Without a `problem_type`, integer labels (B,) are classes and
+            targets (B, K), or (B,) of one label, for regression. Without a `problem_type`, integer labels (B,) are classes and
             (B, K) labels are multi-label.
         config: read, never changed; `multi_label_loss` chooses between two losses of multi-label classification.
 
     Raises:
-        ValueError: labels whose shape does not fit.
+        ValueError: another `problem_type`, or labels whose shape does not fit.
     """
     problem = config.problem_type or _guess_problem(logits, labels)
+    if problem not in PROBLEMS:
+        raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEMS)}, got {problem!r}.")
     if problem == "regression":
-        return nn.functional.mse_loss(logits.squeeze(-1), labels.squeeze(-1).to(logits.dtype))
+        targets = labels[:, None] if labels.dim() == 1 else labels
+        _check_same_shape(logits, targets, problem)
+        return nn.functional.mse_loss(logits, targets.to(logits.dtype))
     if problem == "multi_label_classification":
         _check_same_shape(logits, labels, problem)
         targets = labels.to(logits.dtype)
@@ -62,12 +69,14 @@ def asymmetric_loss(
     clip: float = 0.05,
 ) -> torch.Tensor:
     """Multi-label loss that forgives easy negatives (https://huggingface.co/papers/2009.14119), summed over logits and
-    `targets` (B, K) of zeros and ones.
+    `targets` (B, K) of zeros and ones; in float32 at least, since half precision has no number as small as its bound.
 
     Args:
         gamma_negative, gamma_positive: focusing exponents.
         clip: probability below which a negative costs nothing.
     """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    logits, targets = logits.to(precise), targets.to(precise)
     positive = logits.sigmoid()
     negative = (1 - positive + clip).clamp(max=1.0)
     smallest = 1e-8

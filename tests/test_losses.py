@@ -178,6 +178,32 @@ def test_multi_label_needs_matching_shapes() -> None:
         losses.classification_loss(torch.zeros(2, 5), torch.zeros(2, 4), config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_asymmetric_in_half_precision(dtype: torch.dtype) -> None:
+    logits, targets = torch.tensor([[-20.0, 3.0, 20.0]]), torch.tensor([[0.0, 1.0, 0.0]])
+    half = logits.to(dtype).requires_grad_()
+    loss = losses.asymmetric_loss(half, targets.to(dtype))
+    loss.backward()
+    assert torch.equal(loss, losses.asymmetric_loss(logits, targets)) and half.grad.isfinite().all()
+
+
+def test_another_problem_is_refused() -> None:
+    config = tiny_config()
+    config.problem_type = "ranking"
+    with pytest.raises(ValueError, match=r"`problem_type` must be one of regression, .*got 'ranking'"):
+        losses.classification_loss(torch.zeros(2, 3), torch.zeros(2).long(), config)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (3, 1), (2,)])
+def test_regression_needs_a_target_a_logit(shape: tuple[int, ...]) -> None:
+    config = tiny_config()
+    config.problem_type = "regression"
+    with pytest.raises(ValueError, match=r"`labels` must have the shape of the logits, \(3, 2\)"):
+        losses.classification_loss(torch.zeros(3, 2), torch.zeros(shape), config)
+    one = losses.classification_loss(torch.ones(3, 1), torch.zeros(3), config)
+    assert one == losses.classification_loss(torch.ones(3, 2), torch.zeros(3, 2), config) == 1
+
+
 def test_multi_label_loss_can_be_asymmetric() -> None:
     logits, targets = torch.randn(4, 3), torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]])
     fields = tiny_config().to_diff_dict() | {"problem_type": "multi_label_classification"}
