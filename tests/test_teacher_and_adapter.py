@@ -2,14 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from clca import CLCAViTForImageClassification
 from clca.loss_clca import distillation_loss
 from ufgir.distillation import Distillation, DistillationArguments
+from ufgir.transforms import EvalTransform, make_image_processor
 
 from .helpers import images, labels, tiny_config, tiny_model
 from .test_run_ufgir import CLASSES, leaves, mistake, recipe, run  # noqa: F401 (leaves is a fixture)
@@ -40,6 +43,23 @@ def test_the_teacher_takes_its_share_of_the_loss(teacher):
         expected = (1 - default) * plain + default * distillation_loss(output.logits, logits, kind)
         torch.testing.assert_close(distillation.loss(output, **said), expected)
         assert set(output.loss_terms) == {"classification", "distillation"}
+
+
+def test_a_teacher_sees_images_as_it_was_trained_on_them(teacher, tmp_path, caplog):
+    """Normalised for a student with other numbers, and saved in half precision."""
+    model = AutoModelForImageClassification.from_pretrained(teacher)
+    model.half().save_pretrained(tmp_path)
+    own = make_image_processor(16, 16, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.3, 0.2])
+    own.save_pretrained(tmp_path)
+    processor = make_image_processor(16, 16)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    config = tiny_config(image_size=16, patch_size=4, id2label=dict(enumerate(CLASSES)))
+    distillation = Distillation(DistillationArguments(teacher=str(tmp_path)), config, processor)
+    said = distillation.inputs(EvalTransform(processor)(picture)[None])["teacher_logits"]
+    expected = model.float()(EvalTransform(own)(picture)[None]).logits
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
+    Distillation(DistillationArguments(teacher=str(teacher)), config, processor)
+    assert "has no image processor" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Learning from a teacher while training: options, and what the trainer adds to the loss."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from clca import CLCAViTConfig
 from clca.loss_clca import distillation_loss
@@ -13,6 +14,8 @@ from clca.reductions_clca import get_reduction
 from .arguments import option
 from .teacher import Teacher
 
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS = {"soft": 0.5, "hard": 0.3}  # of the original
 
@@ -49,6 +52,18 @@ class DistillationArguments:
             raise ValueError("`distillation_weight` is set without a `teacher` to learn from.")
 
 
+def _processor_of(args: DistillationArguments, student: Any) -> Any:
+    """The teacher's image processor; the student's, with a warning, where it has none."""
+    try:
+        return AutoImageProcessor.from_pretrained(args.teacher, revision=args.teacher_revision)
+    except (OSError, ValueError):
+        logger.warning(
+            "`teacher` %s has no image processor: its images are normalised with the student's `image_mean` and `image_std`",
+            args.teacher,
+        )
+        return student
+
+
 class Distillation:
     """What a teacher adds to a student's training, called by `UFGIRTrainer.compute_loss`.
 
@@ -59,13 +74,15 @@ class Distillation:
     Args:
         args: the options, with a teacher.
         config: of the student.
+        image_processor: of the student: where the teacher's normalises in another way, its images are normalised anew. None:
+            it takes them as they are.
 
     Raises:
         ValueError: a teacher that cannot be loaded, of other classes or another image size, or options that the student's
             method weighs itself.
     """
 
-    def __init__(self, args: DistillationArguments, config: CLCAViTConfig) -> None:
+    def __init__(self, args: DistillationArguments, config: CLCAViTConfig, image_processor: Any = None) -> None:
         self.args = args
         self.by_method = get_reduction(config.reduction).distils
         if self.by_method and (args.distillation_weight is not None or args.distillation == "hard"):
@@ -77,7 +94,9 @@ class Distillation:
         if self.weight is None:
             self.weight = DEFAULT_WEIGHTS[args.distillation]
         try:
-            model = AutoModelForImageClassification.from_pretrained(args.teacher, revision=args.teacher_revision)
+            model = AutoModelForImageClassification.from_pretrained(
+                args.teacher, revision=args.teacher_revision, dtype=torch.float32
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"`teacher` {args.teacher} cannot be loaded as an image classifier: {error}") from error
         names = list(config.id2label.values())
@@ -92,7 +111,8 @@ class Distillation:
             raise ValueError(
                 f"`teacher` {args.teacher} takes images of {size} pixels, the student {config.image_size}."
             )
-        self.teacher = Teacher(model, config.num_patches, use_tokens=self.by_method and args.distill_tokens)
+        processors = None if image_processor is None else (image_processor, _processor_of(args, image_processor))
+        self.teacher = Teacher(model, config.num_patches, self.by_method and args.distill_tokens, processors)
 
     def inputs(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the teacher says of images (B, C, height, width), on their device."""
