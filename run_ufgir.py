@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,16 @@ from ufgir.adapters import AdapterArguments, merge
 from ufgir.arguments import RecipeParser, one_sentence, option, switch
 from ufgir.augmentation import AugmentationArguments, prepare_augmentation
 from ufgir.callbacks import CallbackArguments, make_callbacks
-from ufgir.checkpointing import check_fits, find_checkpoint, remove_checkpoints
+from ufgir.checkpointing import (
+    ADAPTER_FOLDER,
+    check_fits,
+    check_settings,
+    find_checkpoint,
+    remove_checkpoints,
+    remove_results,
+)
 from ufgir.data import load_ufgir_dataset
-from ufgir.data_labels import class_feature, is_multi_label
+from ufgir.data_labels import class_feature, is_multi_label, unify_labels
 from ufgir.distillation import Distillation, DistillationArguments
 from ufgir.distributed import DistributedArguments
 from ufgir.fine_grained import FINE_GRAINED
@@ -42,6 +50,15 @@ from ufgir.picture_sheets import save_picture
 from ufgir.prediction import file_names, predict_to_file, read_predictions
 from ufgir.profiling import count_macs, dense_config
 from ufgir.results import summary_table
+from ufgir.run_checks import (
+    Need,
+    check_needs,
+    choose_best_metric,
+    digest_of_images,
+    evaluated_data,
+    free_settings,
+    training_settings,
+)
 from ufgir.run_records import remove_run_record, write_run_record
 from ufgir.training import UFGIRTrainer, load_pretrained
 from ufgir.transforms import (
@@ -50,6 +67,7 @@ from ufgir.transforms import (
     TransformedImages,
     make_image_processor,
     random_subset,
+    to_rgb,
 )
 from ufgir.visualization import kept_patches_image
 
@@ -111,6 +129,13 @@ class ModelArguments:
     use_swiglu_ffn: bool | None = switch("SwiGLU in the MLP [false]")
 
 
+# what load_ufgir_dataset says, and how the script calls it
+CALLED = {
+    "`name_or_path`": "`dataset`",
+    "`config_name`": "`dataset_config_name`",
+    "`revision`": "`dataset_revision`",
+    "`class_names`": "classes of the model",
+}
 # what load_ufgir_dataset takes, beside the CSV files
 LOADING = ("image_column", "label_column", "label_separator", "validation_fraction", "validation_split", "shots")
 LOCAL = (
@@ -141,7 +166,7 @@ class DataArguments:
     validation_fraction: float = option(
         "share of each class's training images to validate on, if no split is there", 0.2
     )
-    validation_split: str = option("last: the last of each class validate, as the original; or random", "last")
+    validation_split: str | None = option("last: the last of each class validate, as the original; or random [last]")
     shots: int | None = option("train on at most that many images of each class, chosen at random [all]")
     csv_train: str | None = option("CSV file (class_id,dir) in the folder [train.csv]")
     csv_validation: str | None = option("the same for validation [val.csv]")
@@ -191,7 +216,14 @@ class TrainingArguments(transformers.TrainingArguments):
     save_strategy: str = option("save checkpoints: no, steps, epoch or best", "epoch")
     save_total_limit: int | None = option("checkpoints to keep; the best is among them", 2)
     load_best_model_at_end: bool = option("end with the best checkpoint instead of the last", True)
-    metric_for_best_model: str | None = option("what best means: top1, top5, macro_f1 or loss", "top1")
+    metric_for_best_model: str | None = option(
+        "what best means: top1, top5, macro_f1 or loss; of images with several classes map [by default], micro_f1, macro_f1 "
+        "or loss; with ema_ in front of it that of the averaged weights",
+        "top1",
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "trackers: tensorboard, trackio, wandb, ..., all or none"}
+    )
     dataloader_drop_last: bool = option("drop the last incomplete training batch; evaluation drops nothing", True)
     resume_from_checkpoint: str | None = option(
         "true: the last complete checkpoint in output_dir; auto: that, or from the beginning; or a checkpoint's folder [false]"
@@ -231,17 +263,27 @@ def load_data(
 ) -> dict[str, Any]:
     """split -> images, the splits and numbers of them that were asked for; ValueError where one is missing."""
     given = vars(data_args)
+    limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+    for name in limits.values():
+        if given[name] is not None and given[name] < 1:
+            raise ValueError(f"`{name}`, a number of images, must be at least 1, got {given[name]}")
+    options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
+    options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
     if data_args.dataset == "synthetic_leaves":
-        options = {k.removeprefix("synthetic_"): v for k, v in given.items() if k.startswith("synthetic_")}
+        options |= {k.removeprefix("synthetic_"): v for k, v in given.items() if k.startswith("synthetic_")}
         options["image_size"] = options["image_size"] or synthetic_size
-    else:
-        options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
-        options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
     options |= {"class_names": class_names, "split_seed": args.seed, "verify": data_args.verify_images}
     try:
         data = dict(load_ufgir_dataset(data_args.dataset, **options))
     except ValueError as error:
-        raise ValueError(str(error).replace("`name_or_path`", "`dataset`")) from error
+        text = str(error)
+        for theirs, ours in CALLED.items():
+            text = text.replace(theirs, ours)
+        raise ValueError(text) from error
+    label = next(iter(data.values())).features["label"]
+    if class_feature(label).num_classes == 1 and not is_multi_label(label):
+        name = class_feature(label).names[0]
+        raise ValueError(f"`dataset` {data_args.dataset} has a single class, {name}: there is nothing to tell apart")
     if data_args.train_on_trainval and data_args.shots is not None:
         raise ValueError("`shots` limits train, not validation: leave out `train_on_trainval`")
     if data_args.train_on_trainval and {"train", "validation"} <= set(data):
@@ -250,12 +292,41 @@ def load_data(
     for split, wanted in (("train", args.do_train), ("validation", evaluates), ("test", args.do_predict)):
         if wanted and split not in data:
             raise ValueError(f"`dataset` {data_args.dataset} has no {split} images")
-    limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
-    data = {split: random_subset(data[split], getattr(data_args, limits[split]), args.seed) for split in data}
+    data = {split: random_subset(data[split], given[limits[split]], args.seed, limits[split]) for split in data}
     batch = args.per_device_train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(data["train"]) < batch:
-        raise ValueError(f"a training batch of {batch} images needs as many images, there are {len(data['train'])}")
+        raise ValueError(
+            f"a training batch of {batch} images needs as many images, there are {len(data['train'])}: lower "
+            "`per_device_train_batch_size`, or set `dataloader_drop_last` false"
+        )
     return data
+
+
+def match_classes(data: dict[str, Any], known: list[str], options: "Options") -> tuple[dict[str, Any], bool]:
+    """The training images with the classes of the checkpoint that is trained on, in its order where both have the same ones; and
+    whether its head knows none of these classes, but as many others.
+
+    Raises:
+        ValueError: the head is to be kept, but is of other classes.
+    """
+    source, checkpoint = options.data.dataset, options.model.model_name_or_path
+    names = class_feature(next(iter(data.values())).features["label"]).names
+    if sorted(names) == sorted(known):
+        return (data if names == known else unify_labels(data, source, class_names=known)), False
+    optimization = options.optimization
+    if "head" in optimization.freeze and "head" not in optimization.unfreeze:
+        theirs, ours = (f"{', '.join(some[:3])}{', ...' * (len(some) > 3)}" for some in (known, names))
+        raise ValueError(
+            f"`freeze` head would keep the head of {checkpoint}, which knows other classes ({theirs}) than `dataset` {source} "
+            f"has ({ours}): let it train"
+        )
+    return data, len(names) == len(known)
+
+
+def renew_head(model: CLCAViTForImageClassification) -> None:
+    """Start the classifier anew."""
+    fresh = CLCAViTForImageClassification._from_config(model.config)
+    model.classifier.load_state_dict(fresh.classifier.state_dict())
 
 
 @dataclass
@@ -287,13 +358,20 @@ class Run:
     images: dict[str, TransformedImages]  # split -> pixels
     class_names: list[str]
     trainer: UFGIRTrainer
+    macs: int  # multiply-adds of an image
+    dense_macs: int  # the same without reduction, cache and aggregation head
+    evaluated: dict[str, Any]  # options on which the images that are evaluated depend
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     images_per_second: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
 
 
-def prepare(options: Options) -> Run:
+def prepare(options: Options, typed: Collection[str] = (), given: Collection[str] = ()) -> Run:
     """Load everything; what can be wrong is looked at before anything is trained or written.
+
+    Args:
+        typed: names of the options that stand on the command line.
+        given: those, and the recipe's.
 
     Raises:
         ValueError, OSError: a mistake of the user.
@@ -304,30 +382,41 @@ def prepare(options: Options) -> Run:
         raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
     if Path(data_args.predictions_file).suffix not in (".csv", ".jsonl"):
         raise ValueError(f"`predictions_file` must end in .csv or .jsonl, got {data_args.predictions_file}")
+    check_needs(options, typed, given)
     checkpoint = find_checkpoint(args) if args.do_train else None
     options.augmentation.check(args)
     config = make_config(model_args)
     pretrained = {"checkpoint": model_args.model_name_or_path, "revision": model_args.model_revision}
     numbers = (data_args.resize_size, data_args.image_mean, data_args.image_std)
     image_processor = make_image_processor(config.image_size, *numbers, **pretrained)
-    known = None  # a trained model's classes; the data's may be fewer, and in another order
-    if pretrained["checkpoint"] and not args.do_train:
+    known, new_head = None, False  # a trained model's classes; the data's may be fewer, and in another order
+    if pretrained["checkpoint"]:
         known = [config.id2label[index] for index in range(config.num_labels)]
-    data = load_data(data_args, args, image_processor.size["height"], known)
+    data = load_data(data_args, args, image_processor.size["height"], None if args.do_train else known)
+    if known and args.do_train:
+        data, new_head = match_classes(data, known, options)
 
     label = next(iter(data.values())).features["label"]
     names, multi_label = class_feature(label).names, is_multi_label(label)
+    only = Need(("multi_label_loss",), lambda _: multi_label, "images with several classes, see `label_separator`")
+    check_needs(options, typed, given, [only])
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
     distillation = None
     if options.distillation.teacher is not None and args.do_train:
-        distillation = Distillation(options.distillation, config)
+        distillation = Distillation(options.distillation, config, image_processor)
     set_seed(args.seed)
     attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     if pretrained["checkpoint"]:
         anew = model_args.ignore_mismatched_sizes
         model = load_pretrained(**pretrained, config=config, ignore_mismatched_sizes=anew, **attention)
+        if new_head:
+            logger.info(
+                "%s knows other classes than %s has: the head starts anew",
+                *(pretrained["checkpoint"], data_args.dataset),
+            )
+            renew_head(model)
     else:
         model = CLCAViTForImageClassification._from_config(config, **attention)
     if args.do_train:
@@ -338,15 +427,26 @@ def prepare(options: Options) -> Run:
     # While training, the best checkpoint is chosen on validation images, never on test images.
     labels = {"num_labels": config.num_labels} if multi_label else {}
     images = {split: TransformedImages(data[split], EvalTransform(image_processor), **labels) for split in data}
-    callbacks, collator = [], None
+    callbacks, collator, settings, digest = [], None, None, None
     if args.do_train:
+        settings = training_settings(options, config, image_processor)
+        digest = digest_of_images(images["train"], names)
+        if checkpoint:
+            check_settings(checkpoint, settings, free_settings(options), digest)
         transform, collator = prepare_augmentation(options.augmentation, args, image_processor, config.num_labels)
         copies = options.augmentation.repeated_augmentation
         images["train"] = TransformedImages(data["train"], transform, seed=args.seed, copies=copies, **labels)
+        choose_best_metric(options, multi_label, config.num_labels, given)
         if "validation" not in images:
+            if args.save_strategy == "best":
+                raise ValueError("`save_strategy` best needs validation images: use epoch, steps or no")
             logger.info("No validation images: the last weights are kept, not the best.")
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         callbacks = [SetEpoch(images["train"]), *make_callbacks(options.callbacks, args)]
+    dense = dense_config(config)
+    with torch.random.fork_rng():
+        models = (CLCAViTForImageClassification(c) for c in (config, dense))
+        macs, dense_macs = (count_macs(counted, config.image_size) for counted in models)
     trainer = UFGIRTrainer(
         model=options.distributed.prepare(model, args),
         args=args,
@@ -359,7 +459,9 @@ def prepare(options: Options) -> Run:
         optimization=options.optimization if args.do_train else None,
         distillation=distillation,
     )
-    return Run(checkpoint, config, image_processor, data, images, names, trainer)
+    trainer.settings, trainer.images_digest = settings, digest
+    about = evaluated_data(options)
+    return Run(checkpoint, config, image_processor, data, images, names, trainer, macs, dense_macs, about)
 
 
 def train(run: Run, args: TrainingArguments) -> None:
@@ -369,9 +471,11 @@ def train(run: Run, args: TrainingArguments) -> None:
         remove_run_record(args.output_dir)
         if args.overwrite_output_dir:
             remove_checkpoints(args.output_dir, after=run.checkpoint)
+            if run.checkpoint is None:
+                remove_results(args.output_dir)
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
     if hasattr(trainer.model, "peft_config"):  # the adapter stays in a folder of its own, the model is whole again
-        trainer.save_model(str(Path(args.output_dir) / "adapter"))
+        trainer.save_model(str(Path(args.output_dir) / ADAPTER_FOLDER))
         trainer.model = trainer.model_wrapped = merge(trainer.model)
     trainer.save_model()
     trainer.save_state()
@@ -401,6 +505,7 @@ def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None
         num_workers=args.dataloader_num_workers,
         precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
+        data={"dataset": data_args.dataset, "split": "test", **run.evaluated},
     )
     logger.info("Predictions: %s", path)
     trainer.save_metrics("test", {f"test_{name}": value for name, value in outcome.metrics.items()})
@@ -415,7 +520,7 @@ def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None
         chosen = np.linspace(0, count - 1, min(data_args.num_pictures, count)).astype(int).tolist()
         rows = read_predictions(path, chosen)
         titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
-        pictures = [run.data["test"][i]["image"] for i in chosen]
+        pictures = [to_rgb(run.data["test"][i]["image"]) for i in chosen]
         picture = kept_patches_image(trainer.model, run.image_processor, pictures, titles)
         save_picture(picture, output_dir / "kept_patches.png")
         logger.info("Patches kept: %s", output_dir / "kept_patches.png")
@@ -437,15 +542,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
     try:
-        run = prepare(options)
+        run = prepare(options, parser.typed, parser.given)
     except (ValueError, OSError) as error:
         parser.error(one_sentence(error))
 
     config, trainer, output_dir = run.config, run.trainer, Path(args.output_dir)
-    dense = dense_config(config)
-    with torch.random.fork_rng():
-        models = (CLCAViTForImageClassification(c) for c in (config, dense))
-        macs, dense_macs = (count_macs(model, config.image_size) for model in models)
+    macs, dense_macs = run.macs, run.dense_macs
     cost = f"{macs / 1e9:.3f} GMACs an image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"
     sizes = ", ".join(f"{len(images)} {split}" for split, images in run.data.items())
     logger.info("%s: %d classes, %s images; %s", data_args.dataset, len(run.class_names), sizes, cost)
@@ -461,9 +563,32 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         predict(run, data_args, args)
 
     num_parameters = trainer.model.num_parameters()
-    if trainer.is_world_process_zero():
-        settings = parser.settings(*vars(options).values(), leave_out=LOCAL)
-        sizes = {split: len(images) for split, images in run.images.items()}
+    settings = parser.settings(*vars(options).values(), leave_out=LOCAL)
+    sizes = {split: len(images) for split, images in run.images.items()}
+    if trainer.is_world_process_zero() and (args.do_train or args.push_to_hub):
+        known = FINE_GRAINED.get(data_args.dataset)
+        on_hub = data_args.dataset != "synthetic_leaves" and not Path(data_args.dataset).exists()
+        write_model_card(
+            output_dir,
+            config=config,
+            dataset_name=Path(data_args.dataset).name,
+            dataset_id=(known.hub_id if known else data_args.dataset) if on_hub else None,
+            dataset_config=data_args.dataset_config_name,
+            dataset_revision=data_args.dataset_revision,
+            revision=args.hub_revision,
+            class_names=run.class_names,
+            split_sizes=sizes,
+            metrics=run.metrics,
+            settings=settings,
+            macs=macs,
+            dense_macs=dense_macs,
+            num_parameters=num_parameters,
+            model_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
+            base_model=options.model.model_name_or_path,
+        )
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():  # last: who has a record is finished
         write_run_record(
             output_dir,
             settings=settings,
@@ -478,30 +603,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             train_seconds=next((row["seconds"] for row in run.rows if row["split"] == "train"), None),
             images_per_second=run.images_per_second,
             resumed_from=run.checkpoint,
+            data=run.evaluated,
         )
-        if args.do_train or args.push_to_hub:
-            known = FINE_GRAINED.get(data_args.dataset)
-            on_hub = data_args.dataset != "synthetic_leaves" and not Path(data_args.dataset).exists()
-            write_model_card(
-                output_dir,
-                config=config,
-                dataset_name=Path(data_args.dataset).name,
-                dataset_id=(known.hub_id if known else data_args.dataset) if on_hub else None,
-                dataset_config=data_args.dataset_config_name,
-                dataset_revision=data_args.dataset_revision,
-                revision=args.hub_revision,
-                class_names=run.class_names,
-                split_sizes=sizes,
-                metrics=run.metrics,
-                settings=settings,
-                macs=macs,
-                dense_macs=dense_macs,
-                num_parameters=num_parameters,
-                model_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
-                base_model=options.model.model_name_or_path,
-            )
-    if args.push_to_hub:
-        trainer.push_to_hub()
     where = f"{time.perf_counter() - start:.0f} seconds in all; see {output_dir}"
     logger.info("Results\n%s\n%s, %s parameters\n%s", summary_table(run.rows), cost, f"{num_parameters:,}", where)
     return run.metrics

@@ -102,6 +102,18 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
     assert record["metrics"]["validation"] == {"top1": 0.9} and record["metrics"]["test"]["top1"] == 0.5
     assert record["split_sizes"] == {"train": 80, "test": 20, "validation": 7} and record["train_seconds"] == 10
     assert record["command"] == "run_ufgir.py 'a b.yaml'" and record["evaluations"][0]["command"] == "later"
+    # other data: nothing of it takes the place of what the training measured
+    other = extra | {"metrics": {"test": {"top1": 0.1}}, "split_sizes": {"test": 3}, "settings": {"dataset": "other"}}
+    for changes in ({"dataset": "other"}, {"data": {"synthetic_difficulty": "hard"}}):
+        write(tmp_path, config=loaded, **other | changes)
+        again = json.loads((tmp_path / RECORD).read_text())
+        assert {k: v for k, v in again.items() if k != "evaluations"} == {
+            k: v for k, v in record.items() if k != "evaluations"
+        }
+        last = again["evaluations"][-1]
+        assert last["metrics"] == {"test": {"top1": 0.1}} and last["settings"] == {"dataset": "other"}
+        assert {k: last[k] for k in changes} == changes
+    record = again
     # another model, in the folder of this one
     write(tmp_path, rate=0.25, **extra | {"metrics": {"test": {"top1": 0.1}}})
     assert json.loads((tmp_path / RECORD).read_text()) == record and "another model" in caplog.text

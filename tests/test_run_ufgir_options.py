@@ -6,11 +6,15 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from clca import CLCAViTConfig
+from run_ufgir import GROUPS
+from ufgir.arguments import RecipeParser
+from ufgir.data import load_ufgir_dataset
 
-from .test_run_ufgir import CLASSES, leaves, mistake, recipe, run, trained  # noqa: F401 (fixtures)
+from .test_run_ufgir import CLASSES, leaves, mistake, parse, recipe, run, trained  # noqa: F401 (fixtures)
 
 
 QUICK = {"num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
@@ -124,3 +128,216 @@ def test_everything_that_changes_training_at_once(leaves, tmp_path):  # noqa: F8
         assert (out / "ema" / "model.safetensors").is_file() and (out / "gradients.csv").is_file()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     torch.use_deterministic_algorithms(False)
+
+
+# Classes of a checkpoint that is trained on
+
+
+@pytest.fixture(scope="module")
+def reversed_leaves(leaves, tmp_path_factory):  # noqa: F811
+    """The same images, whose classes are numbered the other way round."""
+    data = load_ufgir_dataset(leaves, class_names=CLASSES[::-1], validation_fraction=0)
+    path = tmp_path_factory.mktemp("reversed") / "data"
+    data.save_to_disk(path)
+    return path
+
+
+def test_training_goes_on_with_the_order_of_the_checkpoints_classes(trained, reversed_leaves, tmp_path):  # noqa: F811
+    model, metrics = trained
+    out = tmp_path / "out"
+    options = {"model_name_or_path": str(model), "learning_rate": 1e-9, "do_predict": True}
+    again = run(recipe(tmp_path, reversed_leaves, out, **QUICK, **options))
+    config = CLCAViTConfig.from_pretrained(out)
+    assert [config.id2label[i] for i in range(3)] == CLASSES
+    before, after = (load_file(folder / "model.safetensors")["classifier.out_proj.weight"] for folder in (model, out))
+    assert (before - after).abs().max() < 1e-6
+    assert again["test"]["top1"] >= metrics["test"]["top1"] - 0.2
+    assert {row["file"].split("/")[-2]: row["label"] for row in predictions(model)} == {name: name for name in CLASSES}
+
+
+def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, caplog):  # noqa: F811
+    data = shutil.copytree(leaves, tmp_path / "data")
+    for split in ("train", "validation", "test"):
+        for name in CLASSES:
+            (data / split / name).rename(data / split / f"dark {name}")
+    path = recipe(tmp_path, data, tmp_path / "out", **QUICK, model_name_or_path=str(trained[0]))
+    said = mistake(capsys, path, "--freeze", "head")
+    assert "`freeze` head" in said and "dark blue" in said and "(blue, green, red)" in said
+    run(path, "--learning_rate", "1e-9")
+    assert "the head starts anew" in caplog.text
+    before, after = (load_file(f / "model.safetensors") for f in (trained[0], tmp_path / "out"))
+    assert not torch.allclose(before["classifier.out_proj.weight"], after["classifier.out_proj.weight"], atol=1e-4)
+    name = "vit.layers.0.mlp.fc1.weight"
+    torch.testing.assert_close(before[name], after[name], atol=1e-5, rtol=0)
+    config = CLCAViTConfig.from_pretrained(tmp_path / "out")
+    assert config.id2label == {i: f"dark {name}" for i, name in enumerate(CLASSES)}
+
+
+def test_a_frozen_head_keeps_its_statistics(trained, leaves, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    options = {"model_name_or_path": str(trained[0]), "freeze": ["head"]}
+    run(recipe(tmp_path, leaves, out, **QUICK, **options))
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained[0], out))
+    assert any("running_mean" in name for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("classifier."))
+    assert not torch.equal(before["vit.layers.0.mlp.fc1.weight"], after["vit.layers.0.mlp.fc1.weight"])
+
+
+# Options that would do nothing, and what the data do not give
+
+
+DRAWN = {"synthetic_num_classes": 3, "synthetic_images_per_class": [4, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--distillation", "hard"], ["`distillation`", "a `teacher`"]),
+        (["--distillation_temperature=4"], ["`distillation_temperature`", "a `teacher`"]),
+        (["--lora_targets", "mlp"], ["`lora_targets`", "`lora_rank`"]),
+        (["--random_erasing_fill", "noise"], ["`random_erasing_fill`", "`random_erasing_probability`"]),
+        (["--multi_label_loss", "asymmetric"], ["`multi_label_loss`", "several classes"]),
+        (["--validation_split", "random"], ["`validation_split`", "has a validation split"]),
+        (["--schedule", "cosine_epochs", "--warmup_epochs", "0.5", "--warmup_steps", "3"], ["`warmup_steps`"]),
+        (["--schedule=step_epochs", "--lr_scheduler_type=linear"], ["`lr_scheduler_type`", "`schedule` trainer"]),
+        (["--do_train", "false", "--do_eval", "--freeze", "backbone"], ["`freeze`", "`do_train`"]),
+        (["--do_train", "false", "--do_eval", "--teacher", "x"], ["`teacher`", "`do_train`"]),
+        (["--do_train=false", "--do_eval", "--resume_from_checkpoint=true"], ["`resume_from_checkpoint`"]),
+        (["--synthetic_seed", "5"], ["`synthetic_seed`", "`dataset` synthetic_leaves"]),
+        (["--dataset_revision", "main"], ["`dataset_revision`", "the Hub"]),
+        (["--metric_for_best_model", "top5"], ["`metric_for_best_model`", "top1, macro_f1, loss", "top5"]),
+        (["--metric_for_best_model", "ema_top1"], ["`metric_for_best_model`", "ema_top1"]),
+        (["--max_eval_samples", "-3"], ["`max_eval_samples`", "at least 1", "-3"]),
+        (["--per_device_train_batch_size", "50"], ["`per_device_train_batch_size`", "`dataloader_drop_last`"]),
+        (["--train_on_trainval", "--save_strategy=best"], ["`save_strategy` best", "validation"]),
+    ],
+)
+def test_idle_options_are_refused_where_they_were_typed(leaves, tmp_path, capsys, argv, words):  # noqa: F811
+    said = mistake(capsys, recipe(tmp_path, leaves, tmp_path / "out"), *argv)
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["--csv_train", "nonsense.csv"], "`csv_train`"),
+        (["--image_column", "nope"], "`image_column`"),
+        (["--label_separator", ";"], "`label_separator`"),
+        (["--dataset_config_name", "x"], "`dataset_config_name`"),
+        (["--shots", "0"], "`shots`"),
+    ],
+)
+def test_options_of_the_data_reach_drawn_leaves(tmp_path, capsys, argv, word):
+    path = recipe(tmp_path, "synthetic_leaves", tmp_path / "out", **DRAWN)
+    assert word in mistake(capsys, path, *argv)
+
+
+def test_idle_options_of_a_recipe_are_told(leaves, tmp_path, caplog):  # noqa: F811
+    """A recipe for one data set is also good for another; and it may be evaluated with."""
+    run(recipe(tmp_path, leaves, tmp_path / "out", **QUICK, **DRAWN, lora_targets=["mlp"]))
+    assert "`lora_targets`: no effect without a `lora_rank`" in caplog.text
+    assert "`synthetic_images_per_class`, `synthetic_num_classes`: no effect without `dataset` synth" in caplog.text
+
+
+def test_a_single_class_is_refused(leaves, tmp_path, capsys):  # noqa: F811
+    data = tmp_path / "data"
+    shutil.copytree(leaves / "train" / "red", data / "red")
+    said = mistake(capsys, recipe(tmp_path, data, tmp_path / "out"))
+    assert "a single class, red" in said and not (tmp_path / "out").exists()
+
+
+def test_several_classes_are_judged_by_map_unless_told_otherwise(leaves, tmp_path):  # noqa: F811
+    for split in ("train", "validation", "test"):
+        files = [file for name in CLASSES for file in sorted((leaves / split / name).iterdir())]
+        rows = [{"file": str(file), "label": [file.parent.name, "leaf"]} for file in files]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    run(recipe(tmp_path, tmp_path, out, do_eval=True, ema_decay=0.5))
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(row["eval_map"] for row in state["log_history"] if "eval_map" in row)
+
+
+@pytest.mark.parametrize("trackers", ["none", ["none"]])
+def test_several_trackers_may_be_listed(tmp_path, trackers):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"report_to": trackers}))
+    assert parse(str(path))[2].report_to == []
+    path.write_text("report_to: [tensorboard, trackio]")
+    assert RecipeParser(GROUPS, prog="x").parse([str(path)])[-1].report_to == ["tensorboard", "trackio"]
+
+
+def test_an_unquoted_no_is_explained(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mixed_precision: no")
+    assert 'write mixed_precision: "no"' in mistake(capsys, str(path))
+    path.write_text("resume_from_checkpoint: false\ndo_train: no")
+    assert parse(str(path))[2].do_train is False
+
+
+# Going on, and starting over
+
+
+def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):  # noqa: F811
+    plan = {"eval_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": 1}
+    out = tmp_path / "out"
+    path = recipe(tmp_path, leaves, out, **plan)
+    run(path)
+    again = ["--resume_from_checkpoint", "true", "--num_train_epochs", "2"]
+    for option, value, before in (
+        ("learning_rate", "0.05", "0.001"),
+        ("weight_decay", "0.9", "0.05"),
+        ("seed", "77", "5"),
+        ("keep_rate", "0.7", "0.5"),
+        ("shots", "3", "None"),
+    ):
+        said = mistake(capsys, path, *again, f"--{option}", value)
+        assert f"`{option}` (" in said and before in said and value in said and "overwrite_output_dir" in said, said
+    moved = shutil.copytree(leaves, tmp_path / "moved")
+    (moved / "train" / "red" / "red0.png").unlink()
+    assert "other training images" in mistake(capsys, path, *again, "--dataset", str(moved))
+    shutil.copy(leaves / "train" / "red" / "red0.png", moved / "train" / "red")  # the same again, elsewhere and later
+    free = ["--max_grad_norm", "0.5", "--logging_steps", "1", "--dataloader_num_workers", "1"]
+    run(path, *again, *free, "--dataset", str(moved))
+    assert "was trained with `max_grad_norm` 1.0: training goes on with 0.5" in caplog.text
+    record = json.loads((out / "run.json").read_text())
+    assert record["resumed_from"].endswith("checkpoint-4") and record["settings"]["learning_rate"] == 1e-3
+
+
+def test_starting_over_leaves_nothing_of_the_earlier_training(leaves, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    path = recipe(tmp_path, leaves, out, **QUICK, do_predict=True, num_pictures=0)
+    run(path, "--ema_decay", "0.9")
+    assert (out / "ema").is_dir() and "test_ema_top1" in json.loads((out / "all_results.json").read_text())
+    run(path, "--overwrite_output_dir")
+    assert not (out / "ema").exists() and not (out / "test_ema_results.json").exists()
+    assert not [name for name in json.loads((out / "all_results.json").read_text()) if "ema" in name]
+
+
+def test_a_run_that_could_not_be_pushed_is_not_finished(leaves, tmp_path, monkeypatch):  # noqa: F811
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return type("Repo", (), {"repo_id": f"me/{name}"})()
+
+        def upload_folder(self, **kwargs):
+            if kwargs["commit_message"].startswith("End"):
+                raise OSError("the network is down")
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    out = tmp_path / "out"
+    path = recipe(tmp_path, leaves, out, **QUICK, hub_strategy="end")
+    with pytest.raises(OSError, match="the network is down"):
+        run(path, "--push_to_hub", "--hub_model_id", "leaves")
+    assert (out / "model.safetensors").is_file() and (out / "README.md").is_file() and not (out / "run.json").exists()
+
+
+def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_training(leaves, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    run(recipe(tmp_path, leaves, out, **QUICK, do_predict=True))
+    before = json.loads((out / "run.json").read_text())
+    argv = ["--model_name_or_path", str(out), "--dataset", str(leaves), "--do_predict", "--use_cpu", "true"]
+    few = run(*argv, "--max_predict_samples", "1", "--output_dir", str(out))
+    record = json.loads((out / "run.json").read_text())
+    assert record["metrics"] == before["metrics"] and record["split_sizes"] == before["split_sizes"]
+    (evaluation,) = record["evaluations"]
+    assert evaluation["metrics"] == few and evaluation["data"]["max_predict_samples"] == 1

@@ -14,6 +14,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 
+TAKES_FALSE = ("resume_from_checkpoint",)  # options of text that may be false
+
+
 def option(help: str, default: Any = None, **metadata: Any) -> Any:
     """A dataclass field that is an option; a default that is not a plain value is told in [brackets] in `help`."""
     return field(default=default, metadata={"help": help, **metadata})
@@ -52,6 +55,7 @@ class RecipeParser(HfArgumentParser):
                 action.help = SUPPRESS  # `--option false` says the same
         self.options = {f.name: f for kind in self.dataclass_types for f in fields(kind) if f.init}
         self.given: list[str] = []
+        self.typed: list[str] = []  # of these, the ones of the command line
 
     def settings(self, *groups: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
         """Every option that the last `parse` was given, with its value: a recipe for the same run.
@@ -75,11 +79,16 @@ class RecipeParser(HfArgumentParser):
                 if not flag.startswith("-"):
                     raise ValueError(f"unexpected argument {flag!r}; a recipe comes first, options have a leading --")
                 raise ValueError(f"unknown option {flag}{self.suggestion(flag.lstrip('-'), '--')}")
-            flags = [word[2:].split("=")[0].replace("-", "_") for word in from_recipe + given if word.startswith("--")]
-            self.given = list(dict.fromkeys(f if f in self.options else f.removeprefix("no_") for f in flags))
+            self.typed = self._names(given)
+            self.given = self._names(from_recipe + given)
             return self.parse_args_into_dataclasses(from_recipe + given, look_for_args_file=False)
         except (ValueError, OSError) as error:
             self.error(one_sentence(error))
+
+    def _names(self, words: Sequence[str]) -> list[str]:
+        """The options among the words of a command line, each once."""
+        flags = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+        return list(dict.fromkeys(flag if flag in self.options else flag.removeprefix("no_") for flag in flags))
 
     def error(self, message: str) -> None:
         """Say what is wrong in one line and exit with status 2."""
@@ -102,6 +111,8 @@ class RecipeParser(HfArgumentParser):
             takes_list = getattr(self.options[key].type, "__origin__", None) is list
             if isinstance(value, list) and not takes_list:
                 raise ValueError(f"`{key}` in {path} takes one value, got {value}")
+            if value is False and self.options[key].type is str and key not in TAKES_FALSE:
+                raise ValueError(f'`{key}` in {path} is false, which YAML takes no and off for: write {key}: "no"')
             if takes_list and value is not None:
                 arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
             elif value is not None:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,14 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
+from .callbacks import LAST_FOLDER
+from .ema import EMA_FOLDER
+from .sweep import differences
+
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FOLDER = "adapter"  # in output_dir
 INCOMPLETE = "_incomplete"  # uploads to the Hub leave out names that begin with _
 FILE_LIST = "checkpoint_files.json"
 # What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
@@ -181,6 +186,15 @@ def remove_checkpoints(output_dir: str | os.PathLike, after: str | os.PathLike |
             shutil.rmtree(folder)
 
 
+def remove_results(output_dir: str | os.PathLike) -> None:
+    """Delete what an earlier training left in `output_dir` and a new one need not replace: averaged and last weights, an
+    adapter, and metrics, to which Trainer would add."""
+    for name in (EMA_FOLDER, LAST_FOLDER, ADAPTER_FOLDER):
+        shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
+    for name in ("all", "train", "validation", "test", "test_ema"):
+        (Path(output_dir) / f"{name}_results.json").unlink(missing_ok=True)
+
+
 def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
     """The checkpoint to resume from, or None to start afresh. Nothing is changed.
 
@@ -241,6 +255,45 @@ def check_fits(checkpoint: str | os.PathLike, model: nn.Module) -> None:
         )
 
 
+def check_settings(
+    checkpoint: str | os.PathLike, settings: Mapping[str, Any], free: Collection[str] = (), images: str | None = None
+) -> None:
+    """Compare what a training goes on with with what it began with, as far as the checkpoint says it.
+
+    The optimizer and its schedule come from the checkpoint, whatever the options: others would be passed over in silence.
+
+    Args:
+        settings: options by name, as they are now.
+        free: names of those that take effect from now on if they are changed; the others must not change.
+        images: a digest of the training images.
+
+    Raises:
+        ValueError: an option was changed, or the images are others.
+    """
+    listed = Path(checkpoint) / FILE_LIST
+    saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+    before = saved.get("settings") or {}
+    now = {name: value for name, value in _as_json(settings).items() if name in before}
+    before = {name: value for name, value in before.items() if name in now}
+    for changed in sorted(name for name in free if before.get(name) != now.get(name)):
+        told = (checkpoint, changed, before[changed], now[changed])
+        logger.warning("%s was trained with `%s` %s: training goes on with %s", *told)
+        before[changed] = now[changed]
+    problems = [differences(before, now, "it")] if before != now else []
+    if None not in (images, saved.get("images")) and images != saved["images"]:
+        problems.append("other training images or classes")
+    if problems:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} is of a training with {' and '.join(problems)}. Go on as it began, or "
+            "start over with --overwrite_output_dir true"
+        )
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are when they have been written and read."""
+    return json.loads(json.dumps(dict(settings), default=str))
+
+
 class _Flow(TrainerCallback):
     """Saves checkpoints where a training can go on from, and gives callbacks back what they saved. The last of all callbacks.
 
@@ -278,6 +331,9 @@ class CheckpointMixin:
     """
 
     _aside = False  # a checkpoint is being written
+    # What checkpoints say of the training, for `check_settings`: options by name, and a digest of the training images.
+    settings: Mapping[str, Any] | None = None
+    images_digest: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint` as in Trainer, True being the last complete one in `output_dir`.
@@ -370,7 +426,8 @@ class CheckpointMixin:
             self._aside = False
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
-            complete_checkpoint(folder, target, **self._step())
+            about = {"settings": _as_json(self.settings or {}), "images": self.images_digest}
+            complete_checkpoint(folder, target, **self._step(), **about)
             shutil.rmtree(folder.parent, ignore_errors=True)
             rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

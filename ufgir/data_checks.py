@@ -21,8 +21,8 @@ SPLIT_NAMES = {  # ours: what folders and files may call it
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-# Formats that Pillow only recognises, leaves to another program, or opens as films and fonts.
-_NO_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# Formats that Pillow knows but does not decode by itself, or that hold more than a picture.
+_NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 def _readable_suffixes() -> frozenset[str]:

@@ -96,6 +96,18 @@ def freeze(model: nn.Module, parts: Iterable[str], unfreeze: Iterable[str] = ())
     return chosen
 
 
+def hold_statistics(model: nn.Module) -> None:
+    """Put frozen BatchNorms into evaluation mode: in training mode their statistics would move although nothing trains them.
+
+    Call it after each `model.train()`.
+    """
+    for module in model.modules():
+        statistics = {name for name, _ in module.named_buffers(recurse=False)} & {"running_mean", "rate_mean"}
+        own = list(module.parameters(recurse=False))
+        if statistics and own and not any(parameter.requires_grad for parameter in own):
+            module.eval()
+
+
 def _members(model: nn.Module, option: str, parts: Iterable[str]) -> set[str]:
     """Names of the parameters in `parts`."""
     check_parts(option, parts)

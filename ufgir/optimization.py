@@ -24,7 +24,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .arguments import option
-from .freezing import check_parts, freeze, own_name, part_names
+from .freezing import check_parts, freeze, hold_statistics, own_name, part_names
 from .schedules import GroupSchedule, cosine_epochs, step_epochs
 
 
@@ -361,6 +361,12 @@ class OptimizationMixin:
                 self.lr_scheduler = GroupSchedule(optimizer, lambda base, step: base * factor(step), held)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The loss, in training with the statistics of frozen BatchNorms as they are."""
+        if self.optimization.freeze and model.training:
+            hold_statistics(model)
+        return super().compute_loss(model, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """While the backbone is held, its gradients are dropped before they are clipped and stepped with: Adam's moments

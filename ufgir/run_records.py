@@ -25,6 +25,7 @@ PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
 # of a configuration: names of classes, and what says where and how it was saved instead of what the model is
 NOT_STORED = {"id2label", "label2id", "architectures", "auto_map", "dtype", "_name_or_path"}
 NOT_STORED |= {"transformers_version", "clca_version"}  # stand among the versions
+NOT_STORED |= {"use_cache"}  # which Trainer switches off in training
 NOT_RUNS = ("checkpoint-", "tensorboard", ".", "_")  # folders that hold no runs, by how their names begin
 
 
@@ -44,13 +45,14 @@ def write_run_record(
     images_per_second: Mapping[str, float] | None = None,
     model_images_per_second: float | None = None,
     resumed_from: str | None = None,
+    data: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
 ) -> Path:
     """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished.
 
     Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
-    the training of the same model left in that folder; the record of another model's training stays as it is, with a
-    warning.
+    the training of the same model left in that folder; where it evaluates other data, all that it measured stands in
+    `evaluations` only. The record of another model's training stays as it is, with a warning.
 
     Args:
         output_dir: folder of the run.
@@ -67,6 +69,7 @@ def write_run_record(
         images_per_second: split name -> images a second in its evaluation, loading and decoding included.
         model_images_per_second: images a second of the model alone, where that was measured.
         resumed_from: the checkpoint that this run went on from, if it did.
+        data: options on which the images that are evaluated depend.
         command: `sys.argv` by default.
     """
     path = Path(output_dir) / RECORD
@@ -80,16 +83,25 @@ def write_run_record(
     run = {"command": shlex.join(sys.argv if command is None else command), "date": now(), "host": describe_host()}
     old = _read(path)
     if train_seconds is None and isinstance(old, dict) and old.get("train_seconds") is not None:
-        if old["config"] != described:
+        if {k: v for k, v in old["config"].items() if k not in NOT_STORED} != described:
             logger.warning("%s holds the training of another model and was left alone", path)
             return path
-        record = old | {name: old.get(name, {}) | values for name, values in measured.items()}
-        record["evaluations"] = [*old.get("evaluations", []), run | {"splits": list(measured["metrics"])}]
+        about = {"dataset": dataset, "data": data, "settings": dict(settings), **measured}
+        about = json.loads(json.dumps(about, default=str))
+        same = old.get("dataset") == about["dataset"] and old.get("data", about["data"]) == about["data"]
+        record = old | {name: old.get(name, {}) | values for name, values in measured.items() if same}
+        if not same:
+            logger.warning("%s is of other data: these metrics stand in its `evaluations` only", path)
+        record["evaluations"] = [
+            *old.get("evaluations", []),
+            run | {"splits": list(measured["metrics"])} | about,
+        ]
     else:
         record = {
             **run,
             "seed": seed,
             "dataset": dataset,
+            "data": data,
             "settings": dict(settings),
             "config": described,
             **measured,
