@@ -5,6 +5,7 @@ CLR and recalled rows always are.
 """
 
 import math
+import operator
 
 import torch
 from torch import nn
@@ -83,7 +84,8 @@ class HeuristicReduction(TokenReduction):
             step, steps = self.stage + (layers[0] > 0), layers[-1] - layers[0] + 3
             inside = inside_by_step(self.pattern, grid, self.min_radius, step, steps)
         else:
-            inside = inside_by_count(self.pattern, grid, budget.of_patches(self.stage, math.prod(grid)))
+            target = operator.index(budget.of_patches(self.stage, math.prod(grid)))  # a number also to a compiler
+            inside = inside_by_count(self.pattern, grid, target)
         inside = [self.config.num_prefix_tokens == 0 or inside[0], *inside[1:]]  # row 0 is seen, whatever it is
         return {"inside": torch.tensor(inside, device="cpu")}
 

@@ -59,13 +59,15 @@ def test_one_graph_for_every_batch_size(method: str | None) -> None:
             assert graphs() == 1
 
 
-def test_one_graph_for_a_training_step() -> None:
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_one_graph_for_a_training_step(method: str | None) -> None:
     """Ahead-of-time autograd included: the same loss and gradients."""
-    model = make("evit").train()
+    model = make(method).train()
     fast = compiled(model, "aot_eager")
     results = []
     for forward in (fast, model):
         model.zero_grad()
+        torch.manual_seed(3)  # DynamicViT draws
         for norm in (model.classifier.norm_in, model.classifier.norm_out):
             norm.reset_running_stats()
         loss = forward(pixel_values=images(4), labels=labels(4)).loss
@@ -75,9 +77,10 @@ def test_one_graph_for_a_training_step() -> None:
     assert all((a - b).abs().max() <= 1e-9 for a, b in zip(*results, strict=True))
 
 
-def test_a_graph_for_every_budget() -> None:
-    """Shapes follow the keep rate: one more graph for each, none for a rate that came before."""
-    model = make("topk", train_keep_rates=[0.25, 0.5, 1.0])
+@pytest.mark.parametrize("method", ["topk", "ats", "heuristic"])
+def test_a_graph_for_every_budget(method: str) -> None:
+    """Shapes, or which patches are seen, follow the keep rate: one more graph for each, none for a rate that came before."""
+    model = make(method, train_keep_rates=[0.25, 0.5, 1.0])
     fast = compiled(model)
     with torch.no_grad():
         for number, rate in enumerate((0.25, 0.5, 1.0), start=1):
@@ -87,6 +90,14 @@ def test_a_graph_for_every_budget() -> None:
             assert graphs() == number
         fast(batch(2), keep_rate=0.25)
         assert graphs() == 3
+
+
+def test_the_default_compiler_says_the_same() -> None:
+    """Not traced alone, but compiled, as `torch.compile(model)` does it."""
+    model = make("evit").float()
+    with torch.no_grad():
+        pixels = images(2).float()
+        assert (torch.compile(model, fullgraph=True)(pixels).logits - model(pixels).logits).abs().max() <= 1e-4
 
 
 def test_shortcuts_are_compiled_too() -> None:

@@ -32,7 +32,7 @@ from transformers import TrainingArguments
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from tests.helpers import CACHES, TINY, images, labels
+from tests.helpers import CACHES, TINY, images, labels, tiny_model
 from tests.test_accelerate import VARIANTS, make
 from ufgir import prediction
 from ufgir.checkpointing import checkpoint_folders, what_is_missing
@@ -287,6 +287,15 @@ def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
     together = synchronised.prepare(model, arguments("cuda"))
     assert all(isinstance(getattr(together.classifier, name), nn.SyncBatchNorm) for name in names)
     assert list(together.state_dict()) == keys
+
+
+def test_statistics_of_several_keep_rates_are_not_synchronised(caplog: pytest.LogCaptureFixture) -> None:
+    """And not passed over in silence."""
+    model = tiny_model(reduction="evit", head="cla", train_keep_rates=[0.25, 0.5])
+    with pytest.raises(ValueError, match="`sync_batchnorm` cannot be with `train_keep_rates`"):
+        DistributedArguments(sync_batchnorm=True).prepare(model, arguments("cuda"))
+    assert DistributedArguments().prepare(model, arguments("cuda")) is model
+    assert "not by the 8 of a step" in caplog.text and "makes them equal" not in caplog.text
 
 
 @pytest.mark.parametrize("device, words", [("cpu", "larger batch"), ("cuda", "(`sync_batchnorm` makes them equal)")])

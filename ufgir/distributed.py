@@ -16,6 +16,8 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
+from clca.aggregation_clca import SwitchableBatchNorm
+
 from .arguments import option
 
 
@@ -36,17 +38,24 @@ class DistributedArguments:
         """The model for this process, with other BatchNorms if that was asked for. Before a Trainer is made of it.
 
         Raises:
-            ValueError: `sync_batchnorm` on a CPU, or `do_predict` in the same run as a training with FSDP or DeepSpeed.
+            ValueError: `sync_batchnorm` on a CPU or for a model of several keep rates, or `do_predict` in the same run as a
+                training with FSDP or DeepSpeed.
         """
         if args.do_train and args.do_predict and is_sharded(args):
             raise ValueError(
                 "`do_predict` needs whole weights, FSDP and DeepSpeed cut them in pieces: run it after the training, with "
                 "`model_name_or_path`"
             )
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        switchable = any(isinstance(module, SwitchableBatchNorm) for module in model.modules())
+        norms = switchable or any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         if self.sync_batchnorm and args.device.type == "cpu":
             raise ValueError(
                 "`sync_batchnorm` needs GPUs, torch's SyncBatchNorm refuses a CPU's tensors: leave it out"
+            )
+        if self.sync_batchnorm and switchable:
+            raise ValueError(
+                "`sync_batchnorm` cannot be with `train_keep_rates`: torch's SyncBatchNorm keeps one set of statistics, the "
+                "head one for each rate. Leave it out"
             )
         if not norms or args.world_size == 1 or not args.do_train:
             return model
@@ -58,7 +67,7 @@ class DistributedArguments:
                 "the first process are kept: the run differs from that of one process with the larger batch%s",
                 args.per_device_train_batch_size,
                 args.per_device_train_batch_size * args.world_size,
-                "" if args.device.type == "cpu" else " (`sync_batchnorm` makes them equal)",
+                "" if switchable or args.device.type == "cpu" else " (`sync_batchnorm` makes them equal)",
             )
         return model
 
