@@ -592,6 +592,17 @@ def test_embed_command(checkpoints, tmp_path, capsys):
         (["compare", "a", "b", "--what", "cca", "--features", "tokens"], "may differ in number"),
         (["compare", "a", "b", "--layers", "7"], "got 7"),
         (["compare", "a", "--layers-b", "1"], "need a MODEL_B"),
+        (["compare", "a", "b", "--layers-b", "7"], "`--layers-b` must name at least one layer of 0 .. 4, got 7"),
+        (["compare", "a", "b", "--layers", "7"], "`--layers` must name at least one layer of 0 .. 4, got 7"),
+        (
+            ["compare", "a", "a", "--changes-b", '{"keep_rates": [0.25]}'],
+            "no field `keep_rates`. Did you mean `keep_rate`?",
+        ),
+        (["compare", "a", "--changes-a", '{"xyzzy": 1}'], "`--changes-a`: a configuration has no field `xyzzy`"),
+        (["compare", "a", "a", "--changes-b", "[]"], "must be a JSON object, got []"),
+        (["analyze", "a", "--dataset-options", "[]"], "must be a JSON object, got []"),
+        (["analyze", "a", "--features", "99"], "`--features` must name at least one layer of 0 .. 4, got 99"),
+        (["embed", "a", "--layer", "99"], "`--layer` must name at least one layer of 0 .. 4, got 99"),
         (["compare", "a", "b", "--what", "cca", "--max-images", "9"], "16 channels need more than 17 images"),
         (["compare", "a", "--max-images", "3"], "at least 4 images"),
         (["compare", "nowhere"], "there is no checkpoint"),
@@ -601,15 +612,102 @@ def test_embed_command(checkpoints, tmp_path, capsys):
         (["embed", "a", "--max-images", "3"], "at least 4 images"),
     ],
 )
-def test_mistakes_get_one_sentence(checkpoints, tmp_path, capsys, arguments, words):
+def test_mistakes_get_one_sentence(checkpoints, tmp_path, capsys, monkeypatch, arguments, words):
+    read = []
+    monkeypatch.setattr(EvalTransform, "__call__", lambda *image: read.append(image))
     models = ("a", "b", "plain", "no_cls", "nowhere")
     arguments = [str(checkpoints / a) if a in models else a for a in arguments]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--dataset", str(checkpoints / "leaves"), "--output", str(tmp_path / "out")])
     told = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
+    assert read == []  # it is said before any image is looked at
     assert words in told
     assert not (tmp_path / "out").exists()
+
+
+def test_other_data_are_never_taken_for_those_of_a_finished_analysis(checkpoints, raw, dataset, tmp_path, capsys):
+    drawn = {"num_classes": 7, "images_per_class": [1, 0, 1], "image_size": 32}
+    arguments = ["analyze", str(checkpoints / "a"), "--dataset", "synthetic_leaves", "--output", str(tmp_path / "out")]
+    # models of a folder of leaves know other classes than drawn ones
+    config = json.loads((checkpoints / "a" / "config.json").read_text())
+    config["id2label"] = {str(i): f"cultivar_{i:02d}" for i in range(7)}
+    config["label2id"] = {name: int(i) for i, name in config["id2label"].items()}
+    arguments[1] = str(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    for file in (checkpoints / "a").iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert main([*arguments, "--dataset-options", json.dumps(drawn)]) == 0
+    assert main([*arguments, "--dataset-options", json.dumps(drawn)]) == 0
+    assert "7 of them done before" in capsys.readouterr().out
+    for other in ({"difficulty": "hard"}, {"seed": 1}):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--dataset-options", json.dumps(drawn | other)])
+        assert "another model, other images or with other options" in capsys.readouterr().err
+
+    def stream(rows):
+        return StreamedImages(
+            to_stream(datasets.DatasetDict(test=rows))["test"], EvalTransform(PROCESSOR), batch_size=5
+        )
+
+    analyze(float_model(), stream(raw), tmp_path / "stream", batch_size=5, data={"seed": 0})
+    with pytest.raises(ValueError, match="another model, other images"):
+        analyze(float_model(), stream(raw.select(range(9))), tmp_path / "stream", batch_size=5, data={"seed": 1})
+
+
+def test_only_what_a_command_wrote_is_replaced(checkpoints, tmp_path, capsys):
+    leaves, out = ["--dataset", str(checkpoints / "leaves")], tmp_path / "out"
+    for command, options in (("compare", ["--what", "cka-plain"]), ("embed", ["--method", "pca"])):
+        arguments = [command, str(checkpoints / "a"), *leaves, *options, "--output", str(out / command)]
+        assert main(arguments) == 0
+        written = {path.name for path in (out / command).iterdir()}
+        assert main(arguments) == 0  # its own result is replaced
+        assert {path.name for path in (out / command).iterdir()} == written
+        for other in ("notes.md", "sub"):
+            (out / command / other).mkdir() if other == "sub" else (out / command / other).write_text("mine")
+            with pytest.raises(SystemExit):
+                main(arguments)
+            assert f"holds other files, such as {other}" in capsys.readouterr().err
+            assert (out / command / other).exists()
+            (out / command / other).rmdir() if other == "sub" else (out / command / other).unlink()
+
+
+@pytest.mark.parametrize("command", ["compare", "embed"])
+def test_ctrl_c_is_no_traceback(checkpoints, tmp_path, capsys, monkeypatch, command):
+    def stop(self, image, generator=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EvalTransform, "__call__", stop)
+    arguments = [str(checkpoints / "a"), "--dataset", str(checkpoints / "leaves"), "--output", str(tmp_path / "out")]
+    assert main([command, *arguments]) == 130
+    assert capsys.readouterr().out == "interrupted\n" and list(tmp_path.iterdir()) == []
+
+
+def test_models_that_were_changed_are_no_runs(checkpoints, tmp_path, capsys):
+    models, out = [str(checkpoints / "a")] * 2, str(tmp_path / "pair")
+    changes = ["--changes-b", '{"keep_rate": [0.25]}']
+    leaves = ["--dataset", str(checkpoints / "leaves")]
+    assert main(["compare", *models, *changes, *leaves, "--what", "patterns", "--output", out]) == 0
+    record = json.loads((tmp_path / "pair" / "comparison.json").read_text())
+    assert [model["changes"] for model in record["models"]] == [{}, {"keep_rate": [0.25]}]
+    assert record["names"] == ["a", "a, keep rate 0.25"]
+    (tmp_path / "results.csv").write_text(f"run,test_top1\n{checkpoints / 'a'},0.5\n")
+    with pytest.raises(SystemExit):
+        main(["correlate", out, "--results", str(tmp_path / "results.csv")])
+    assert "with keep_rate [0.25], whose accuracy is not that of the run" in capsys.readouterr().err
+
+
+def test_a_run_may_be_called_by_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, pair in enumerate((("1", "2"), ("1", "3"), ("2", "3"))):
+        Path(f"c{i}").mkdir()
+        record = {"models": [{"name": name} for name in pair], "scalars": {"cka_mean": 0.1 * i}}
+        Path(f"c{i}", "comparison.json").write_text(json.dumps(record))
+    Path("results.csv").write_text("run,test_top1\n1,0.9\n2,0.5\n3,0.2\n")
+    assert main(["correlate", "c0", "c1", "c2", "--results", "results.csv", "--output", "gaps.csv"]) == 0
+    gaps = [pair["gap"] for pair in json.loads(Path("gaps.json").read_text())["pairs"]]
+    assert gaps == pytest.approx([0.4, 0.7, 0.3])
 
 
 def test_correlate_refuses_what_it_cannot_join(checkpoints, tmp_path, capsys):

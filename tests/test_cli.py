@@ -1,5 +1,6 @@
 """The console command `ufgir`: tables, pictures, and one sentence for every mistake."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,45 @@ def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pic
     assert "got the file" in refused(capsys, "profile", str(text))
     (checkpoint / "model.safetensors").unlink()
     assert "model.safetensors" in refused(capsys, "visualize", str(checkpoint), pictures[0])
+
+
+def test_mistakes_about_a_data_report_are_told_before_any_image_is_read(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert "error: `DATASET`" in refused(capsys, "data-report", "no such data")
+    monkeypatch.setattr("ufgir.commands.data_report.load_ufgir_dataset", None)
+    for output in (tmp_path / "file", tmp_path / "file" / "inside"):
+        error = refused(capsys, "data-report", "synthetic_leaves", "--output", str(output))
+        assert "`--output` must be a folder" in error
+    error = refused(capsys, "data-report", "synthetic_leaves", "--sheet-classes", "0")
+    assert "`--sheet-classes` must be at least 1, got 0" in error
+
+
+def test_keep_rates_are_called_as_they_were_given(capsys, checkpoint, pictures):
+    for argv in (["visualize", str(checkpoint), pictures[0], "--what", "grid"], ["export", str(checkpoint)]):
+        assert "`--keep-rates` must be in (0, 1], got 2.0" in refused(capsys, *argv, "--keep-rates", "0.5", "2")
+
+
+def test_missing_packages_are_told_before_the_work(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(profile, "layers", None)
+    for option in ("--output", "--into"):
+        monkeypatch.setattr(profile, "check_place", lambda *place: None)
+        error = refused(capsys, "profile", str(checkpoint), "--layers", option, str(tmp_path / "out"))
+        assert "matplotlib must be installed" in error and "clca-vit[visualization]" in error
+
+
+def test_any_command_may_be_interrupted_or_miss_a_package(capsys, monkeypatch):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    def lack(args):
+        raise ImportError("figures need matplotlib: pip install 'clca-vit[visualization]'")
+
+    monkeypatch.setattr(profile, "run", stop)
+    assert cli.main(["profile"]) == 130
+    assert capsys.readouterr().out == "interrupted\n"
+    monkeypatch.setattr(profile, "run", lack)
+    assert "error: figures need matplotlib" in refused(capsys, "profile")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["profile", "--help"], ["visualize", "--help"]])

@@ -524,7 +524,7 @@ def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -
         ("evit --what grid --of kept --methods topk --to cls", "`--to` belongs to --what similarity, not to kept"),
         ("evit --what grid --methods topk --reduction evit", "`--methods` takes the place of `--reduction`"),
         ("evit --what grid --keep-rates 0.5 --keep-tokens 4 2", "`--keep-rates` takes the place of `--keep-tokens`"),
-        ("evit --what grid --keep-rates 2", "`keep_rate` must be in (0, 1], got 2.0"),
+        ("evit --what grid --keep-rates 2", "`--keep-rates` must be in (0, 1], got 2.0"),
         ("evit --what grid --methods none topk", "reduces no tokens"),
         ("evit --what grid --methods nonsense", "nonsense"),
         ("evit --what grid --models nowhere", "there is no checkpoint nowhere"),

@@ -67,6 +67,7 @@ def analyze(
     shard_size: int = 1024,
     skip_broken: bool = False,
     progress: bool = False,
+    data: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
     figure: Callable[[Path, PatternStatistics], None] | None = None,
 ) -> Analysis:
@@ -94,6 +95,8 @@ def analyze(
         shard_size: images of a file, rounded up to whole batches.
         skip_broken: leave images that cannot be read out.
         progress: show a bar.
+        data: what tells these images from others that have the same names or, as those of streams, none: data set, split and
+            options. A result of other data is never taken for this one's.
         record: what else to say in `analysis.json`.
         figure: draws the statistics of the reduction into the folder.
 
@@ -115,7 +118,7 @@ def analyze(
     shard_size = -(-shard_size // batch_size) * batch_size
     same = {
         "model": hash_weights(model),
-        "data": hashlib.sha256(json.dumps(identity_of_data(dataset, files), sort_keys=True).encode()).hexdigest(),
+        "data": _digest([identity_of_data(dataset, files), dict(data or {})]),
         "options": [list(layers), assignments, batch_size, shard_size],
         "classes": names,
     }
@@ -326,6 +329,10 @@ class Statistics:
 
 
 # Files
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _finished(output: Path, same: Mapping[str, Any]) -> Analysis | None:

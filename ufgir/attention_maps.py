@@ -323,8 +323,8 @@ def default_ranges(config: CLCAViTConfig) -> list[tuple[int, int]]:
     return [*(group for group in encoder_groups(config) if group != everything), everything]
 
 
-def checked_layers(layers: Sequence[int] | None, config: CLCAViTConfig) -> list[int]:
-    """Layers, None for all of the model.
+def checked_layers(layers: Sequence[int] | None, config: CLCAViTConfig, what: str = "`layers`") -> list[int]:
+    """Layers, None for all of the model; `what` they are called in messages.
 
     Raises:
         ValueError: no layer, or one that the model does not have.
@@ -332,7 +332,7 @@ def checked_layers(layers: Sequence[int] | None, config: CLCAViTConfig) -> list[
     chosen = list(range(config.num_hidden_layers) if layers is None else layers)
     if not chosen or not all(0 <= layer < config.num_hidden_layers for layer in chosen):
         raise ValueError(
-            f"`layers` must name at least one layer of 0 .. {config.num_hidden_layers - 1}, got "
+            f"{what} must name at least one layer of 0 .. {config.num_hidden_layers - 1}, got "
             f"{', '.join(map(str, chosen)) or 'none'}."
         )
     return chosen

@@ -61,7 +61,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0, 1 if it says so, or 2 after one sentence about a user's mistake."""
+    """Run a subcommand; 0, 1 if it says so, 2 after one sentence about a user's mistake, or 130 after Ctrl-C."""
     # --keep_rate, as run_ufgir.py spells its options, is --keep-rate
     argv = [_dashes(a) if a.startswith("--") else a for a in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] in (["-h"], ["--help"]):
@@ -88,8 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         result = command.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: a package of an extra that is not installed
         parser.error(one_sentence(error))
+    except KeyboardInterrupt:
+        result = "interrupted", 130
     text, status = result if isinstance(result, tuple) else (result, 0)
     sys.stdout.write(text + "\n")
     return status

@@ -16,7 +16,15 @@ from .analysis_inputs import Batch, LayerOutputs, check_cls
 from .attention_maps import checked_layers, evaluation_mode
 from .patterns import PatternAgreement, PatternStatistics, cluster_maps, kept_patches
 from .saliency import compare_maps
-from .similarity import MEASURES, BatchedCKA, FeatureMoments, TokenSpread
+from .similarity import (
+    CANONICAL,
+    FEWEST_UNBIASED,
+    MEASURES,
+    BatchedCKA,
+    FeatureMoments,
+    TokenSpread,
+    check_canonical,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -92,6 +100,23 @@ def check_comparison(
         if len(configs) != 2:
             raise ValueError("`what` patterns compares two models: name a second one, or analyse the one there is.")
         PatternAgreement(*configs)
+
+
+def check_images(configs: Sequence[CLCAViTConfig], what: Sequence[str], count: int) -> None:
+    """Refuse too few images for a measure, before any is read.
+
+    Args:
+        configs: of the models.
+        what: some of `WHAT`.
+        count: images there are.
+
+    Raises:
+        ValueError: the same as the measure itself would raise after the pass.
+    """
+    if "cka" in what and count < FEWEST_UNBIASED:
+        raise ValueError(f"`what` cka, which is unbiased, needs at least {FEWEST_UNBIASED} images, got {count}.")
+    if CANONICAL & set(what):
+        check_canonical(max(config.hidden_size for config in configs), count - 1)
 
 
 def compare_models(

@@ -22,6 +22,7 @@ from .attention_maps import checked_layers, evaluation_mode
 METHODS = ("tsne", "pca")
 FEATURES = ("cls", "cla", "pooled")
 MISSING = "embeddings need scikit-learn: pip install 'clca-vit[analysis]'"
+_FEWEST = 4  # images
 _BEFORE_TSNE = 50  # principal components that t-SNE starts from, as its authors do
 
 
@@ -40,6 +41,16 @@ def check_features(config: CLCAViTConfig, features: str, name: str = "the model"
             f"{name} has `head`={config.head!r}, which aggregates no CLS tokens: use `features` cls or pooled, or a model with "
             f"the head {' or '.join(AGGREGATING_HEADS)}."
         )
+
+
+def check_images(count: int) -> None:
+    """Refuse too few images to lay out, before any is read.
+
+    Raises:
+        ValueError: fewer than four.
+    """
+    if count < _FEWEST:
+        raise ValueError(f"an embedding needs at least {_FEWEST} images, got {count}.")
 
 
 class Features(NamedTuple):
@@ -119,8 +130,7 @@ def embed(features: np.ndarray, method: str = "tsne", seed: int = 0, perplexity:
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be {' or '.join(METHODS)}, got {method!r}.")
-    if len(features) < 4:
-        raise ValueError(f"an embedding needs at least 4 images, got {len(features)}.")
+    check_images(len(features))
     if perplexity < 1:
         raise ValueError(f"`perplexity` must be at least 1, got {perplexity}.")
     if not np.isfinite(features).all():

@@ -103,12 +103,7 @@ class Moments(NamedTuple):
 
     def _cca(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Canonical correlations, and the weight in x of every canonical variable of x, those without a partner included."""
-        widest = max(len(self.xx), len(self.yy))
-        if self.rank <= widest:
-            raise ValueError(
-                f"canonical correlations of {widest} channels need more than {widest + 1} images, or they are 1 whatever "
-                f"the features; got features of rank {self.rank} at most: give more images, or use linear CKA."
-            )
+        check_canonical(max(len(self.xx), len(self.yy)), self.rank)
         if not self._finite():
             nan = torch.full((1,), math.nan, dtype=self.xx.dtype)
             return nan, nan
@@ -117,6 +112,23 @@ class Moments(NamedTuple):
         left, correlations, _ = np.linalg.svd((whiten_x @ self.xy @ whiten_y).cpu().numpy())
         weights = (torch.from_numpy(left.T.copy()) @ unwhiten_x.cpu()).abs().sum(dim=1)
         return torch.from_numpy(correlations[: min(x_rank, y_rank)]).clamp(max=1), weights
+
+
+def check_canonical(widest: int, rank: int) -> None:
+    """Refuse features whose canonical correlations say nothing.
+
+    Args:
+        widest: channels of the wider features.
+        rank: the most linearly independent channels that the images can show, one less than there are images.
+
+    Raises:
+        ValueError: there are as many channels.
+    """
+    if rank <= widest:
+        raise ValueError(
+            f"canonical correlations of {widest} channels need more than {widest + 1} images, or they are 1 whatever "
+            f"the features; got features of rank {rank} at most: give more images, or use linear CKA."
+        )
 
 
 def _double(features: torch.Tensor) -> torch.Tensor:
@@ -207,6 +219,8 @@ MEASURES: dict[str, tuple[Callable[[Moments], float], bool]] = {
     "cca-squared": (Moments.mean_squared_cca, True),
     "procrustes": (Moments.procrustes, False),
 }
+CANONICAL = {"pwcca", "cca", "cca-squared"}  # those that need more images than channels
+FEWEST_UNBIASED = 4  # images of a batch for unbiased HSIC
 
 
 class FeatureMoments:
@@ -290,8 +304,9 @@ def hsic(k: torch.Tensor, ell: torch.Tensor, unbiased: bool = True) -> torch.Ten
         ValueError: fewer than 4 images for the unbiased estimator, 2 for the other.
     """
     n = k.shape[-1]
-    if n < (4 if unbiased else 2):
-        raise ValueError(f"`k` must have at least {4 if unbiased else 2} images, got {n}.")
+    least = FEWEST_UNBIASED if unbiased else 2
+    if n < least:
+        raise ValueError(f"`k` must have at least {least} images, got {n}.")
     if not unbiased:
         k = k - k.mean(dim=1, keepdim=True)
         k = k - k.mean(dim=2, keepdim=True)
@@ -310,7 +325,7 @@ class BatchedCKA:
 
     def __init__(self, unbiased: bool = True) -> None:
         self.unbiased = unbiased
-        self.least = 4 if unbiased else 2  # images of a batch
+        self.least = FEWEST_UNBIASED if unbiased else 2  # images of a batch
         self.batches = 0
         self._sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 

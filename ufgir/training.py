@@ -10,16 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import hf_api
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification
-
 from .augmentation import AugmentationMixin
 from .callbacks import ObserverMixin
 from .checkpointing import CheckpointMixin
 from .distillation import Distillation
 from .distributed import DistributedMixin
 from .elastic import draw_keep_rate
+from .loading import load_pretrained as load_pretrained  # beside the Trainer, where a script looks for it
 from .optimization import OptimizationMixin
-from .resample import resample_weights
 
 
 class UFGIRTrainer(
@@ -101,44 +99,3 @@ class UFGIRTrainer(
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `ufgir.model_card.write_model_card` writes README.md, a push must not replace it."""
-
-
-def load_pretrained(
-    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
-) -> CLCAViTForImageClassification:
-    """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
-
-    Where `config.image_size` or `config.patch_size` is not the checkpoint's, position embeddings and patch projection are
-    resampled, see `ufgir.resample`; a token that is new to the checkpoint starts as the model starts it.
-
-    Args:
-        checkpoint: folder or Hub repository.
-        config: of the model wanted.
-        revision: of the Hub repository.
-        kwargs: more arguments of `from_pretrained`, such as `ignore_mismatched_sizes` and `attn_implementation`.
-
-    Raises:
-        ValueError: weights of other shapes, e.g. another number of classes, without `ignore_mismatched_sizes`.
-    """
-    saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
-    sizes = {name: saved.get(name, getattr(config, name)) for name in ("image_size", "patch_size")}
-    as_saved = CLCAViTConfig.from_dict(config.to_dict() | sizes)
-    try:
-        model = CLCAViTForImageClassification.from_pretrained(
-            checkpoint, config=as_saved, revision=revision, dtype=torch.float32, **kwargs
-        )
-        if (as_saved.image_grid, as_saved.patch_size) != (config.image_grid, config.patch_size):
-            weights = resample_weights(model.state_dict(), as_saved, config)
-            attention = model.config._attn_implementation
-            model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
-            own = model.state_dict()
-            # Slots of a reduction that the checkpoint did not have were made for its size; they start anew at this one.
-            new = {k for k in weights if ".reduction." in k and saved.get("reduction") != config.reduction}
-            new = {k for k in new if weights[k].shape != own[k].shape}
-            model.load_state_dict({k: v for k, v in weights.items() if k not in new} | {k: own[k] for k in new})
-    except RuntimeError as error:  # transformers' and torch's word for shapes that differ
-        raise ValueError(
-            f"weights of {checkpoint} have other shapes than the model's, perhaps for another number of classes; "
-            f"`ignore_mismatched_sizes` starts those anew: {error}"
-        ) from error
-    return model

@@ -1,12 +1,12 @@
 """What `ufgir analyze`, `compare` and `embed` share: their options, the models and images these name, and a record of both."""
 
 import argparse
+import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,17 @@ from transformers import AutoImageProcessor
 from clca import CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
-from ..analysis_inputs import no_file
+from ..analysis_inputs import as_json, no_file
 from ..data import load_ufgir_dataset
+from ..data_checks import DatasetError
 from ..data_labels import class_feature, is_multi_label
+from ..loading import load_model, some_of
+from ..model_card import write_text_atomically
 from ..prediction import file_names
 from ..run_records import PACKAGES, _version, describe_host, now
 from ..streaming import StreamedImages
-from ..training import load_pretrained
 from ..transforms import EvalTransform, TransformedImages, make_image_processor, random_subset
-from .common import json_object, load_config
+from .common import check_fields, json_object, load_config
 
 
 def add_data_options(parser: argparse.ArgumentParser, batch_size: int = 64, streaming: bool = True) -> None:
@@ -104,23 +106,6 @@ def images_of(
     )
 
 
-def require(*packages: str) -> None:
-    """Say before a long pass that a package is missing, not after it.
-
-    Raises:
-        ValueError: one of these importable names is not installed.
-    """
-    if missing := [name for name in packages if not _is_there(name)]:
-        raise ValueError(f"{', '.join(missing)} must be installed for this: pip install 'clca-vit[analysis]'.")
-
-
-def _is_there(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # it was imported in vain before
-        return False
-
-
 # Models
 
 
@@ -130,6 +115,8 @@ class OpenModel(NamedTuple):
     name: str  # folder or Hub repository
     model: CLCAViTForImageClassification
     transform: EvalTransform
+    changes: Mapping[str, Any]  # fields of the configuration in place of the checkpoint's
+    untrained: list[str]  # weights that the checkpoint lacks
 
     def described(self) -> dict[str, Any]:
         """For a record of provenance."""
@@ -147,7 +134,15 @@ class OpenModel(NamedTuple):
             "name": self.name,
             "revision": getattr(config, "_commit_hash", None),
             **{field: getattr(config, field) for field in (*fields, "cross_layer_cache")},
+            "changes": dict(self.changes),
+            "untrained": self.untrained,
         }
+
+    def notes(self) -> list[str]:
+        """What to say of weights that the checkpoint lacks."""
+        if not self.untrained:
+            return []
+        return [f"{self.name} is not trained: its {some_of(self.untrained)} are random (seed 0), and not used here."]
 
 
 def open_model(
@@ -155,6 +150,7 @@ def open_model(
     revision: str | None = None,
     changes: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    spare: Sequence[str] = (),
 ) -> OpenModel:
     """A checkpoint in evaluation mode, with what makes pixels of pictures for it.
 
@@ -163,10 +159,13 @@ def open_model(
         revision: branch, tag or commit of the Hub repository.
         changes: fields of the configuration in place of the checkpoint's, such as `keep_rate`.
         device: where to put it.
+        spare: beginnings of the names of weights that are not used, and may be lacking.
 
     Raises:
-        ValueError: there is no such checkpoint, a value it cannot have, weights that do not fit, or images that are no squares.
+        ValueError: there is no such checkpoint, a field or value it cannot have, weights that are lacking or do not fit, or
+            images that are no squares.
     """
+    check_fields(changes or {}, "`changes`")
     values = dict(changes or {}) | ({} if revision is None else {"revision": revision})
     config = load_config(name, values)
     height, width = as_pair(config.image_size)
@@ -180,9 +179,9 @@ def open_model(
         transform = None
     if transform is None or transform.crop_size != height:
         transform = EvalTransform(make_image_processor(height, checkpoint=name, revision=revision))
-    model = load_pretrained(name, config, revision=revision).to(device).eval()
+    model, untrained = load_model(name, config, revision, spare)
     model.config._commit_hash = getattr(config, "_commit_hash", None)
-    return OpenModel(name, model, transform)
+    return OpenModel(name, model.to(device), transform, dict(changes or {}), untrained)
 
 
 # Images
@@ -240,7 +239,7 @@ def open_images(
     try:
         splits = load_ufgir_dataset(name, class_names=class_names, streaming=streaming, **given)
     except ValueError as error:
-        raise ValueError(str(error).replace("`name_or_path`", "`--dataset`")) from error
+        raise DatasetError(str(error).replace("`name_or_path`", "`--dataset`")) from error
     if split not in splits:
         raise ValueError(f"`--split`: {name} has no {split} images; it has {', '.join(splits)}.")
     pictures = splits[split]
@@ -279,7 +278,11 @@ def provenance(models: Sequence[OpenModel], images: OpenImages | None, /, **more
 
 
 def check_output(folder: str | os.PathLike, marker: str) -> Path:
-    """A folder that may be written: new, empty, or one that holds `marker`, a former result of the same command.
+    """A folder that may be written: new, empty, or one that holds a former result of the same command and nothing else.
+
+    Args:
+        folder: that is to be replaced.
+        marker: the record of the result, as `complete` writes it.
 
     Raises:
         ValueError: it holds something else.
@@ -287,6 +290,17 @@ def check_output(folder: str | os.PathLike, marker: str) -> Path:
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"`--output` {folder} is a file: choose a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise ValueError(f"`--output` {folder} holds other files: choose a new folder.")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        own = set(json.loads((folder / marker).read_text(encoding="utf-8"))["files"]) if there else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    if others := sorted(there - own):
+        raise ValueError(f"`--output` {folder} holds other files, such as {others[0]}: choose a new folder.")
     return folder
+
+
+def complete(folder: Path, marker: str, record: Mapping[str, Any]) -> None:
+    """Write the record of a result beside its files, with their names: a later result may take their place."""
+    files = sorted({path.name for path in folder.iterdir()} | {marker})
+    write_text_atomically(folder / marker, as_json({**record, "files": files}))

@@ -6,9 +6,10 @@ from pathlib import Path
 from .. import analysis_figures, figures
 from ..analysis import RECORD, analyze
 from ..analysis_inputs import check_cls
+from ..attention_maps import checked_layers
 from ..patterns import PatternStatistics, stage_layers
-from .analysis_options import add_data_options, check_numbers, device_of, images_of, open_model, provenance, require
-from .common import add_reduction_options, config_values
+from .analysis_options import add_data_options, check_numbers, device_of, images_of, open_model, provenance
+from .common import add_reduction_options, config_values, require
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     config = opened.model.config
     if args.features:
         check_cls(config, args.model, "`--features`")
+        checked_layers(args.features, config, "`--features`")
     if args.assignments:
         stage_layers(config, args.model)
     names = [config.id2label[k] for k in range(config.num_labels)]
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
             shard_size=args.shard_size,
             skip_broken=args.skip_broken,
             progress=True,
+            data=images.described,
             record=provenance([opened], images),
             figure=_draw,
         )

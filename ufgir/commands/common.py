@@ -2,7 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ from PIL import Image, UnidentifiedImageError
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import HEADS, check_config
 
+from ..arguments import one_sentence
+from ..elastic import has_one_rate
+
 
 # What `--clca` stands for.
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 
 
 def add_reduction_options(parser: argparse.ArgumentParser) -> None:
@@ -50,16 +56,35 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 def json_object(text: str) -> dict[str, Any]:
     """The type of an option that is a JSON object."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        found = json.loads(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return found
+
+
+def check_fields(changes: Mapping[str, Any], what: str) -> None:
+    """Refuse names that are no fields of a configuration: transformers would keep them, and nothing would read them.
+
+    Args:
+        changes: fields to change.
+        what: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the first, and what may be meant.
+    """
+    for name in changes:
+        if name not in FIELDS:
+            close = get_close_matches(name, FIELDS, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else " See the fields of CLCAViTConfig."
+            raise ValueError(f"{what}: a configuration has no field `{name}`.{hint}")
 
 
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a configuration that were set on the command line."""
     values = dict(CLCA) if getattr(args, "clca", False) else {}
-    fields = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
-    values |= {k: v for k, v in vars(args).items() if v is not None and k in fields}
+    values |= {k: v for k, v in vars(args).items() if v is not None and k in FIELDS}
     if values.get("reduction") == "none":
         values |= {"reduction": None, "reduction_kwargs": None}
     return values
@@ -73,11 +98,13 @@ def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
         return CLCAViTConfig(**defaults | values)
     # what the checkpoint says about one of these must not contradict what the user says about the other
     if "keep_tokens" in values:
-        values = {"keep_rate": [1.0]} | values
+        values = {"keep_rate": [1.0], "train_keep_rates": None} | values
     elif "keep_rate" in values:
         values = {"keep_tokens": None} | values
     if "reduction" in values:
         values = {"reduction_kwargs": None} | values
+        if has_one_rate(values["reduction"]):
+            values = {"train_keep_rates": None} | values
     if not Path(model).is_dir() and Path(model).exists():
         raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
     if Path(model).is_dir() and not Path(model, "config.json").is_file():  # transformers would take its defaults
@@ -85,11 +112,45 @@ def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
     try:
         config = CLCAViTConfig.from_pretrained(model, **values)
     except OSError as error:
+        if Path(model).is_dir():
+            raise ValueError(f"the config.json of {model} cannot be read: {one_sentence(error)}") from error
         raise ValueError(
             f"there is no checkpoint {model}: neither a folder with config.json nor on the Hub."
         ) from error
     check_config(config)
     return config
+
+
+def check_rates(rates: Sequence[float] | None, option: str) -> None:
+    """Refuse keep rates out of (0, 1], naming the option that holds several of them.
+
+    Raises:
+        ValueError: for the first of them.
+    """
+    for rate in rates or ():
+        if not 0 < rate <= 1:
+            raise ValueError(f"`{option}` must be in (0, 1], got {rate}.")
+
+
+def require(*packages: str, extra: str = "analysis") -> None:
+    """Say before a long pass that a package is missing, not after it.
+
+    Args:
+        packages: names to import.
+        extra: of this project, that installs them.
+
+    Raises:
+        ValueError: one of these importable names is not installed.
+    """
+    if missing := [name for name in packages if not _is_there(name)]:
+        raise ValueError(f"{', '.join(missing)} must be installed for this: pip install 'clca-vit[{extra}]'.")
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # it was imported in vain before
+        return False
 
 
 def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:

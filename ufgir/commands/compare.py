@@ -1,27 +1,29 @@
 """`ufgir compare`: how alike two models, or the layers of one, are."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import analysis_figures, figures
-from ..analysis_inputs import as_json, batches
-from ..comparison import FEATURES, WHAT, Comparison, check_comparison, compare_models
+from ..analysis_inputs import batches
+from ..attention_maps import checked_layers
+from ..comparison import FEATURES, WHAT, Comparison, check_comparison, check_images, compare_models
 from ..folders import new_folder
-from ..model_card import write_text_atomically
+from ..loading import HEAD
 from ..run_tables import write_csv
 from .analysis_options import (
     OpenModel,
     add_data_options,
     check_numbers,
     check_output,
+    complete,
     device_of,
     images_of,
     open_model,
     provenance,
-    require,
 )
-from .common import json_object
+from .common import check_fields, json_object, require
 
 
 RECORD = "comparison.json"
@@ -70,14 +72,23 @@ def run(args: argparse.Namespace) -> str:
     output = check_output(args.output, RECORD)
     if args.model_b is None and (args.layers_b or args.changes_b or args.revision_b):
         raise ValueError("`--layers-b`, `--changes-b` and `--revision-b` need a MODEL_B.")
+    for side in "ab":
+        check_fields(getattr(args, f"changes_{side}") or {}, f"`--changes-{side}`")
     what = list(dict.fromkeys(args.what))
     require("matplotlib", *(("sklearn", "scipy", "ot") if "patterns" in what else ()))
     device = device_of(args)
     sides = [(args.model_a, args.revision_a, args.changes_a), (args.model_b, args.revision_b, args.changes_b)]
-    models = [open_model(*side, device=device) for side in sides if side[0] is not None]
-    names = _names(models)
-    check_comparison([model.model.config for model in models], what, args.features, names)
+    models = [open_model(*side, device=device, spare=HEAD) for side in sides if side[0] is not None]
+    names, configs = _names(models), [model.model.config for model in models]
+    check_comparison(configs, what, args.features, names)
+    layers = (args.layers, args.layers_b or args.layers)
+    for some, config, option in zip(
+        layers, configs, ("layers", "layers-b" if args.layers_b else "layers"), strict=False
+    ):
+        checked_layers(some, config, f"`--{option}`")
     images = images_of(args, models)
+    if not args.streaming:
+        check_images(configs, what, len(images.dataset))
     result = compare_models(
         [model.model for model in models],
         batches(
@@ -89,7 +100,7 @@ def run(args: argparse.Namespace) -> str:
             progress="Comparing",
         ),
         what,
-        layers=(args.layers, args.layers_b or args.layers),
+        layers=layers,
         features=args.features,
         names=names,
     )
@@ -97,15 +108,24 @@ def run(args: argparse.Namespace) -> str:
     with new_folder(output) as folder:
         _write(folder, result, names, record)
     lines = [f"{name}: {value:.4f}" for name, value in result.scalars().items()]
-    return "\n".join([f"{result.images} images", *lines, f"wrote {output}"])
+    notes = dict.fromkeys(note for model in models for note in model.notes())
+    return "\n".join([f"{result.images} images", *lines, *notes, f"wrote {output}"])
 
 
 def _names(models: list[OpenModel]) -> tuple[str, str]:
-    """Short names that differ; of one model alone twice the same."""
-    names = [Path(model.name).name for model in models]
+    """Short names that differ, with what was changed; of one model alone twice the same."""
+    names = [", ".join([Path(model.name).name, *_told(model.changes)]) for model in models]
     if len(names) == 2 and names[0] == names[1]:
         names = [f"{name} ({side})" for name, side in zip(names, "ab", strict=True)]
     return names[0], names[-1]
+
+
+def _told(changes: Mapping[str, Any]) -> list[str]:
+    """Changes as short as a figure needs them: keep rate 0.25."""
+    return [
+        f"{name.replace('_', ' ')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in changes.items()
+    ]
 
 
 def _write(folder: Path, result: Comparison, names: tuple[str, str], record: dict[str, Any]) -> None:
@@ -137,7 +157,7 @@ def _write(folder: Path, result: Comparison, names: tuple[str, str], record: dic
         write_csv(folder / "map_metrics.csv", [result.map_metrics])
     record |= {"layers": result.layers, "scalars": result.scalars()}
     record |= {"matrices": result.matrices, "norms": result.norms, "stages": result.stages}
-    write_text_atomically(folder / RECORD, as_json(record))
+    complete(folder, RECORD, record)
 
 
 def map_rows(maps: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,8 +12,7 @@ from ..model_card import write_text_atomically
 from ..patterns import gap_correlation
 from ..run_records import now, read_run_records
 from ..run_tables import default_metric, run_rows, write_csv
-from .analysis_options import require
-from .common import align
+from .common import align, require
 from .compare import RECORD
 
 
@@ -73,7 +72,7 @@ def _scores(source: str, metric: str) -> tuple[str, dict[str, float]]:
     else:
         try:
             with Path(source).open(encoding="utf-8", newline="") as file:
-                rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+                rows = [{k: v if k == "run" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"`--results` {source} is neither a folder nor a table that can be read.") from error
         if not rows or "run" not in rows[0]:
@@ -95,11 +94,19 @@ def _pair(folder: Path, scores: dict[str, float]) -> dict[str, Any]:
     """What a comparison says of its two models, and the gap between these."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        names, scalars = [model["name"] for model in record["models"]], record["scalars"]
+        models, scalars = list(record["models"]), record["scalars"]
+        names = [model["name"] for model in models]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no {RECORD} of `ufgir compare`.") from error
     if len(names) != 2:
         raise ValueError(f"{folder} compares the layers of one model, not two models.")
+    for model in models:
+        if changes := model.get("changes"):
+            told = ", ".join(f"{field} {value}" for field, value in changes.items())
+            raise ValueError(
+                f"{folder} compares {model['name']} with {told}, whose accuracy is not that of the run: compare models as they "
+                "were trained."
+            )
     if lacking := [name for name in names if os.path.realpath(name) not in scores]:
         raise ValueError(f"{folder} compares {lacking[0]}, which is not among the runs of `--results`.")
     found = [scores[os.path.realpath(name)] for name in names]

@@ -1,8 +1,10 @@
 """`ufgir data-report`: what is in a data set, and what is wrong with it."""
 
 import argparse
+from pathlib import Path
 
 from ..data import load_ufgir_dataset
+from ..data_checks import DatasetError
 from ..data_report import bin_name, data_report, describe, findings
 from .common import align
 
@@ -49,8 +51,19 @@ def run(args: argparse.Namespace) -> str:
     """A table of the splits, the images of a class, and what is wrong."""
     if args.html and args.output is None:
         raise ValueError("`--html` writes into a folder: name it in `--output`.")
+    if args.output is not None and not _may_be_folder(Path(args.output)):
+        raise ValueError(f"`--output` must be a folder, and {args.output} is a file, or lies in one: choose another.")
+    for name in ("sheet_classes", "sheet_images", "num_workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
     loading = {name: getattr(args, name) for name in LOADING}
-    dataset = load_ufgir_dataset(args.dataset, verify=False, validation_fraction=args.validation_fraction, **loading)
+    try:
+        dataset = load_ufgir_dataset(
+            args.dataset, verify=False, validation_fraction=args.validation_fraction, **loading
+        )
+    except ValueError as error:
+        raise DatasetError(str(error).replace("`name_or_path`", "`DATASET`")) from error
     report = data_report(dataset, args.dataset, args.num_workers, args.sheet_classes, args.sheet_images)
     numbers = report.numbers
     parts = [f"{args.dataset}: {numbers['images']} images of {numbers['classes']} classes", align(describe(numbers))]
@@ -69,3 +82,9 @@ def run(args: argparse.Namespace) -> str:
     if args.output is not None:
         parts.append("\n".join(f"wrote {file}" for file in report.write(args.output, args.html)))
     return "\n\n".join(parts)
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether a folder is there, or can be made there."""
+    first = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    return first.is_dir()

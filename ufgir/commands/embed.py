@@ -3,22 +3,33 @@
 import argparse
 
 from .. import analysis_figures, figures
-from ..analysis_inputs import as_json, batches
-from ..embedding import FEATURES, METHODS, check_features, collect_features, embed, point_rows, spread_out, thumbnail
+from ..analysis_inputs import batches
+from ..attention_maps import checked_layers
+from ..embedding import (
+    FEATURES,
+    METHODS,
+    check_features,
+    check_images,
+    collect_features,
+    embed,
+    point_rows,
+    spread_out,
+    thumbnail,
+)
 from ..folders import new_folder
-from ..model_card import write_text_atomically
+from ..loading import HEAD
 from ..run_tables import write_csv
 from .analysis_options import (
     add_data_options,
     check_numbers,
     check_output,
+    complete,
     device_of,
     images_of,
     open_model,
     provenance,
-    require,
 )
-from .common import add_reduction_options, config_values
+from .common import add_reduction_options, config_values, require
 
 
 RECORD = "embedding.json"
@@ -55,11 +66,15 @@ def run(args: argparse.Namespace) -> str:
     check_numbers(args, thumbnails=0, thumbnail_size=4, perplexity=1)
     output = check_output(args.output, RECORD)
     require("matplotlib", "sklearn")
-    opened = open_model(args.model, args.revision, config_values(args), device_of(args))
-    check_features(opened.model.config, args.features, args.model)
     if args.layer is not None and args.features != "cls":
         raise ValueError(f"`--layer` is of CLS features, and `--features` is {args.features}: leave it out.")
+    spare = () if args.features == "cla" else HEAD
+    opened = open_model(args.model, args.revision, config_values(args), device_of(args), spare=spare)
+    check_features(opened.model.config, args.features, args.model)
+    if args.layer is not None:
+        checked_layers([args.layer], opened.model.config, "`--layer`")
     images = images_of(args, [opened])
+    check_images(len(images.dataset))
     found = collect_features(
         opened.model,
         batches(
@@ -90,5 +105,6 @@ def run(args: argparse.Namespace) -> str:
         record = provenance([opened], images, images=len(found.indices), width=found.values.shape[1])
         options = ("features", "layer", "method", "perplexity", "seed")
         record |= {"options": {name: getattr(args, name) for name in options}, "classes": images.class_names}
-        write_text_atomically(folder / RECORD, as_json(record))
-    return f"{len(found.indices)} images, {found.values.shape[1]} features\nwrote {output}"
+        complete(folder, RECORD, record)
+    text = f"{len(found.indices)} images, {found.values.shape[1]} features"
+    return "\n".join([text, *opened.notes(), f"wrote {output}"])

@@ -6,9 +6,8 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoImageProcessor
 
-from clca import CLCAViTForImageClassification
-
 from ..data import load_images
+from ..loading import load_model
 from ..prediction import ENDINGS, predict_to_file
 from ..transforms import EvalTransform, TransformedImages
 from .common import add_reduction_options, config_values, load_config
@@ -46,22 +45,22 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     images = load_images(args.images, verify=False)
     config = load_config(args.model, config_values(args))
     transform = EvalTransform(AutoImageProcessor.from_pretrained(args.model))
+    model = load_model(args.model, config).model
     try:
-        model = CLCAViTForImageClassification.from_pretrained(args.model, config=config)
-    except RuntimeError as error:  # transformers' word for shapes that differ
-        raise ValueError(f"the weights of {args.model} do not fit its configuration: {error}") from error
-    result = predict_to_file(
-        model,
-        TransformedImages(images, transform, label_column=None),
-        args.output,
-        [config.id2label[label] for label in range(config.num_labels)],
-        files=images["path"],
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        top=args.top,
-        skip_broken=True,
-        progress=True,
-    )
+        result = predict_to_file(
+            model,
+            TransformedImages(images, transform, label_column=None),
+            args.output,
+            [config.id2label[label] for label in range(config.num_labels)],
+            files=images["path"],
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            top=args.top,
+            skip_broken=True,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        return "interrupted: the same command, given again, goes on where it stopped", 130
     rate = f"{result.predicted / result.seconds:.1f} images a second"
     text = f"wrote {result.path}: {result.images} images of {len(images)}, {rate}"
     if not result.broken:

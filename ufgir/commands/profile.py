@@ -26,7 +26,16 @@ from ..layer_profile import (
     write_trace,
 )
 from ..profiling import count_macs, dense_config
-from .common import CLCA, add_network_options, add_reduction_options, align, config_values, load_config, on_meta
+from .common import (
+    CLCA,
+    add_network_options,
+    add_reduction_options,
+    align,
+    config_values,
+    load_config,
+    on_meta,
+    require,
+)
 
 
 # GMACs of ViT-B/16 with EViT from the authors' log of their runs on SoyGene, which its accuracy-over-FLOPs figure shows.
@@ -131,6 +140,8 @@ def _check(args: argparse.Namespace) -> None:
         check_trace(Path(args.trace))
     if args.into is not None:
         check_place(Path(args.into), "layers")
+    if args.output is not None or args.into is not None:
+        require("matplotlib", extra="visualization")
     if args.output is not None and Path(args.output).is_file():
         raise ValueError(f"`--output` must be a folder, got the file {args.output}.")
 
@@ -169,7 +180,7 @@ def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassifica
         torch.manual_seed(0)
         config.initializer_range = ATTENTIVE / config.hidden_size**0.5
         return CLCAViTForImageClassification(config)
-    from ..training import load_pretrained  # here, as it takes seconds to import
+    from ..loading import load_pretrained  # here, as it takes seconds to import
 
     return load_pretrained(model, config, ignore_mismatched_sizes=True)
 

@@ -6,15 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
+from ..loading import EVERYTHING, HEAD, load_model, some_of
 from ..picture_sheets import save_picture
 from ..visualization import COLOURINGS, KINDS, NEED_STAGES, comparison, draw
-from .common import add_reduction_options, config_values, load_config, open_image
+from .common import add_reduction_options, check_rates, config_values, load_config, open_image
 
 
 # The options that only some kinds of pictures have.
@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"`--output` must end in .png, .jpg or another picture format, got {output}.")
     if not 1 <= args.side <= LARGEST_SIDE:
         raise ValueError(f"`--side` must be between 1 and {LARGEST_SIDE}, got {args.side}.")
+    check_rates(args.keep_rates, "--keep-rates")
     kind = partial(KINDS[_kind(args)], **_kind_options(args))
     images = [open_image(file) for file in args.images]
     values, notes = config_values(args), []
@@ -192,16 +193,16 @@ def _load_all(
     """Models and image processors, each when it is asked for; what is not trained is noted."""
     for path, config in configs:
         image_processor = AutoImageProcessor.from_pretrained(path)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model, info = CLCAViTForImageClassification.from_pretrained(
-                    path, config=config, output_loading_info=True
-                )
-        except RuntimeError as error:  # transformers' word for shapes that differ
-            raise ValueError(f"the weights of {path} do not fit its configuration: {error}") from error
-        new = [key for key in info["missing_keys"] if ".reduction." in key]
-        note = f"{path} holds no weights of {config.reduction}: its {len(new)} are random (seed 0), not trained."
-        if new and note not in notes:
-            notes.append(note)
+        model, untrained = load_model(path, config, spare=EVERYTHING)
+        new = [name for name in untrained if ".reduction." in name]
+        others = [
+            name for name in untrained if name not in new and not name.startswith(HEAD)
+        ]  # no picture needs the head
+        for names, what in (
+            (new, f"weights of {config.reduction}: its {len(new)} are"),
+            (others, some_of(others) + ": they are"),
+        ):
+            note = f"{path} holds no {what} random (seed 0), not trained."
+            if names and note not in notes:
+                notes.append(note)
         yield model, image_processor

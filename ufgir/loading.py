@@ -1,0 +1,145 @@
+"""Models loaded from checkpoints: weights that are lacking, of another shape or cut off are told, not passed over."""
+
+import pickle
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+
+from .arguments import one_sentence
+from .elastic import at_one_rate, rate_of
+from .resample import resample_weights
+
+
+EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
+HEAD = ("classifier.",)  # what a look at the tokens does not need
+_NAMED = 3  # weights in a message
+
+
+class Loaded(NamedTuple):
+    """A model, and the names of its weights that the checkpoint lacks: they are random."""
+
+    model: CLCAViTForImageClassification
+    untrained: list[str]
+
+
+def load_model(
+    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, spare: Sequence[str] = ()
+) -> Loaded:
+    """A model that is to be used as it is, in evaluation mode, in float32. What a checkpoint may lack is drawn with a fixed seed.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        config: of the model wanted.
+        revision: of the Hub repository.
+        spare: beginnings of the names of weights that may be lacking, because nothing is asked of them.
+
+    Raises:
+        ValueError: weights that are lacking, cannot be read, or have other shapes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, untrained = load_with_report(checkpoint, config, revision)
+    if needed := [name for name in untrained if not name.startswith(tuple(spare))]:
+        of = f" of {config.reduction}" if any(".reduction." in name for name in needed) else ""
+        raise ValueError(
+            f"{checkpoint} is not trained for this network: it has no {some_of(needed)}{of}. They would be random: train it "
+            "first."
+        )
+    return Loaded(model.eval(), untrained)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def load_pretrained(
+    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
+) -> CLCAViTForImageClassification:
+    """The weights of a checkpoint in a model that is to be trained, see `load_with_report`; weights that are lacking start as the
+    model starts them.
+
+    Raises:
+        ValueError: weights that cannot be read, or of other shapes without `ignore_mismatched_sizes`.
+    """
+    return load_with_report(
+        checkpoint,
+        config,
+        revision,
+        advice="perhaps for another number of classes; `ignore_mismatched_sizes` starts those anew",
+        **kwargs,
+    ).model
+
+
+def load_with_report(
+    checkpoint: str,
+    config: CLCAViTConfig,
+    revision: str | None = None,
+    *,
+    ignore_mismatched_sizes: bool = False,
+    advice: str = "load it with the options that it was trained with",
+    **kwargs: Any,
+) -> Loaded:
+    """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
+
+    Where `config.image_size` or `config.patch_size` is not the checkpoint's, position embeddings and patch projection are
+    resampled, see `ufgir.resample`; a token that is new to the checkpoint starts as the model starts it. A CLA head that was
+    trained for several keep rates serves a `config` without `train_keep_rates` with its statistics at the rate of `config`.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        config: of the model wanted.
+        revision: of the Hub repository.
+        ignore_mismatched_sizes: start weights of other shapes anew.
+        advice: what to do about such weights, for the message.
+        kwargs: more arguments of `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ValueError: weights that cannot be read, or of other shapes without `ignore_mismatched_sizes`.
+    """
+    options = {"revision": revision, "dtype": torch.float32, **kwargs}
+    saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
+    sizes = {name: saved.get(name, getattr(config, name)) for name in ("image_size", "patch_size")}
+    as_saved = CLCAViTConfig.from_dict(config.to_dict() | sizes)
+    try:
+        model, info = CLCAViTForImageClassification.from_pretrained(
+            checkpoint, config=as_saved, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+        untrained = set(info["missing_keys"])
+        if rates := None if config.train_keep_rates else saved.get("train_keep_rates"):
+            whole = CLCAViTForImageClassification.from_pretrained(checkpoint, **options).state_dict()
+            settled = at_one_rate(whole, rates, rate_of(config))
+            known = {name: settled[name] for name in untrained if name in settled}
+            model.load_state_dict(known, strict=False)
+            untrained -= known.keys()
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        text = one_sentence(error).removesuffix("For details look at the above report!").strip()
+        raise ValueError(f"the weights of {checkpoint} cannot be read: {text}") from error
+    if odd := sorted(info["mismatched_keys"]):
+        if not ignore_mismatched_sizes:
+            name, there, here = odd[0]
+            raise ValueError(
+                f"weights of {checkpoint} have other shapes than the model's, {advice}: {name} is {tuple(there)} there and "
+                f"{tuple(here)} here" + (f", and {len(odd) - 1} more." if len(odd) > 1 else ".")
+            )
+        untrained |= {name for name, *_ in odd}
+    if (as_saved.image_grid, as_saved.patch_size) != (config.image_grid, config.patch_size):
+        weights = resample_weights(model.state_dict(), as_saved, config)
+        attention = model.config._attn_implementation
+        model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
+        own = model.state_dict()
+        # Slots of a reduction that the checkpoint did not have were made for its size; they start anew at this one.
+        new = {k for k in weights if ".reduction." in k and saved.get("reduction") != config.reduction}
+        new = {k for k in new if weights[k].shape != own[k].shape}
+        if odd := [k for k in own if k not in new and weights[k].shape != own[k].shape]:
+            raise ValueError(
+                f"weights of {checkpoint} have other shapes than the model's: {odd[0]} is {tuple(weights[odd[0]].shape)} there "
+                f"and {tuple(own[odd[0]].shape)} here, because of another `image_size` or `patch_size`."
+            )
+        model.load_state_dict({k: v for k, v in weights.items() if k not in new} | {k: own[k] for k in new})
+    return Loaded(model, sorted(untrained))
