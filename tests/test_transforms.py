@@ -308,7 +308,7 @@ def test_random_subset():
     assert chosen == sorted(set(chosen)) and len(chosen) == 10 and chosen != list(range(10))
     assert random_subset(dataset, 10, seed=1)["x"][:] == chosen != random_subset(dataset, 10, seed=2)["x"][:]
     assert random_subset(dataset, None, 0) is dataset is random_subset(dataset, 99, 0)
-    with pytest.raises(ValueError, match="`max_train_samples`.*at least 1"):
+    with pytest.raises(ValueError, match=r"`max_train_samples`.*at least 1"):
         random_subset(dataset, 0, 0, "max_train_samples")
 
 
