@@ -5,7 +5,7 @@ import os
 from ufgir.app import launch_page, make_page
 
 
-# Visitors may load other models of the Hub, but no folders of this machine.
+# Visitors may load other public models of the Hub, but no folders of this machine, nor what only its token may read.
 page = make_page(os.environ.get("MODEL_ID") or None, os.environ.get("EXAMPLES") or None, folders=False)
 
 if __name__ == "__main__":

@@ -12,15 +12,23 @@ import urllib.request
 import zlib
 from _thread import interrupt_main
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from transformers import ResNetConfig, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    ResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from ufgir import app, app_html, cli
+from ufgir import app, app_html, app_model, cli
 from ufgir.app_model import (
     KINDS,
     LONGEST_SIDE,
@@ -40,7 +48,12 @@ from ufgir.app_model import (
     setting_config,
     with_weights,
 )
+from ufgir.commands.common import load_config, open_image
+from ufgir.data import load_images
+from ufgir.loading import load_model
 from ufgir.profiling import count_macs
+from ufgir.transforms import EvalTransform, TransformedImages
+from ufgir.visualization import make_view
 
 from .helpers import CACHES, TINY
 
@@ -113,8 +126,39 @@ def test_a_huge_picture_is_made_small_and_a_bomb_is_refused(tmp_path):
     (tmp_path / "huge.png").write_bytes(png(12000, 9000))
     assert open_leaf(tmp_path / "huge.png").picture.size == (1024, 768)
     (tmp_path / "bomb.png").write_bytes(png(30000, 30000, rows=1))
-    with pytest.raises(ValueError, match=r"bomb.png has more than 178 million pixels: make it smaller"):
+    with pytest.raises(ValueError, match=r"bomb.png has more than 120 million pixels: make it smaller"):
         open_leaf(tmp_path / "bomb.png")
+
+
+def test_no_file_reaches_another_program(tmp_path, monkeypatch):
+    """Pillow gives EPS to Ghostscript, whatever the file is called."""
+    called = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *eps, **options: called.append(eps))
+    (tmp_path / "leaf.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
+    with pytest.raises(ValueError, match=r"leaf\.png is not a picture"):
+        open_leaf(tmp_path / "leaf.png")
+    assert called == []
+
+
+def test_a_file_is_the_same_picture_everywhere(tmp_path, viewer, checkpoint):
+    """On the page, in `ufgir visualize` and in `ufgir predict`: turned by its camera, transparent, of 16 bits."""
+    turned, exif = Image.effect_mandelbrot((40, 40), (-2, -1, 1, 1), 40).convert("RGB"), Image.Exif()
+    exif[274] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear = turned.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize((40, 40)))
+    clear.save(tmp_path / "clear.png")
+    levels = torch.arange(1600, dtype=torch.int32).view(40, 40).mul(40).numpy().astype("uint16")
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    model, processor = viewer.checkpoint(checkpoint)[:2]
+    for file in sorted(tmp_path.iterdir()):
+        images = TransformedImages(load_images(str(file), verify=False), EvalTransform(processor), label_column=None)
+        expected = images[0]["pixel_values"]
+        for pixels in (
+            viewer.view(checkpoint, open_leaf(file)).pixels[0],
+            make_view(model, processor, [open_image(str(file))]).pixels[0],
+        ):
+            torch.testing.assert_close(pixels, expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", png(64, 64)[:60]], ids=["empty", "text", "cut off"])
@@ -133,11 +177,11 @@ def test_equal_pictures_are_equal_leaves():
 
 def test_examples_are_drawn_only_for_a_model_of_drawn_leaves(checkpoint):
     config = load_checkpoint(checkpoint).config
-    examples = drawn_examples(config, 32, count=2)
+    examples = drawn_examples(config, count=2)
     assert [name for name, _ in examples] == ["cultivar_00", "cultivar_01"]
     assert examples[0][1].picture.size == (32, 32) and examples[0][1] != examples[1][1]
     config.id2label = {0: "oak", 1: "ash", 2: "elm"}
-    assert drawn_examples(config, 32) == []
+    assert drawn_examples(config) == []
 
 
 def test_examples_of_a_folder(tmp_path, caplog):
@@ -220,6 +264,85 @@ def test_only_methods_without_lacking_parameters_are_offered(checkpoint, tmp_pat
         with_weights(slots.model, setting_config(slots.config, Setting("sit", 0.25, True)))
 
 
+@pytest.mark.parametrize("method", [None, "topk"])
+def test_a_model_for_several_keep_rates_serves_other_settings(tmp_path, leaf, method):
+    name = save_checkpoint(tmp_path, train_keep_rates=[0.25, 0.5])
+    viewer, setting = Viewer(), Setting(method, 0.5 if method else 1.0, True)
+    assert method in viewer.checkpoint(name).methods
+    look = viewer.look(name, leaf, setting)
+    config = load_config(name, {"reduction": method} | ({"keep_rate": [0.5]} if method else {}))
+    with torch.no_grad():
+        logits = load_model(name, config).model(viewer.view(name, leaf).pixels).logits[0]
+    assert [share for _, share in look.classes] == pytest.approx(sorted(logits.softmax(0).tolist(), reverse=True))
+
+
+def test_a_processor_that_resizes_the_shorter_side(tmp_path, leaf):
+    name = save_checkpoint(tmp_path)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert [len(drawn_examples(load_checkpoint(name).config)), Viewer().view(name, leaf).grid] == [3, (4, 4)]
+    assert app.make_page(name)
+
+
+def test_a_method_of_one_rate_shows_it_and_latency_is_measured(tmp_path, leaf):
+    name = save_checkpoint(tmp_path, reduction="sit")
+    viewer = Viewer()
+    page = app._Page(app.import_gradio(), viewer, name, [("a leaf", leaf)])
+    assert page._method(name, "sit") == page.gr.update(value=0.5, interactive=False)
+    assert page._method(name, "topk") == page.gr.update(interactive=True)
+    assert page._method(name, app._DENSE) == page.gr.update(interactive=False)
+    functions = list(page.blocks.fns.values())
+    for first in ("_upload", "example", "_load"):  # each is followed by a look and by a measurement
+        index = next(i for i, one in enumerate(functions) if one.fn.__name__ == first)
+        assert [one.fn.__name__ for one in functions[index + 1 : index + 3]] == ["_show", "_measure"]
+
+
+# Models of strangers
+
+
+def test_models_of_strangers_are_fetched_without_a_token(tmp_path, checkpoint, monkeypatch):
+    fetched = []
+
+    def download(name, file, token=None, **options):
+        fetched.append((file, token))
+        if not Path(checkpoint, file).is_file():
+            raise LocalEntryNotFoundError("404")
+        return str(Path(checkpoint, file))
+
+    monkeypatch.setattr(app_model, "hf_hub_download", download)
+    size = SimpleNamespace(size=10**6)
+    monkeypatch.setattr(app_model, "get_hf_file_metadata", lambda url, token: fetched.append(("size", token)) or size)
+    assert Viewer(folders=False).load("you/leaves").setting.method == "evit"
+    files = ["config.json", "preprocessor_config.json", "processor_config.json", "size", "model.safetensors"]
+    assert fetched == [(file, False) for file in files]
+    size.size = 10**10
+    with pytest.raises(ValueError, match=r"weights of you/leaves are too large .* 400 million"):
+        load_checkpoint("you/leaves", trusted=False)
+    assert fetched[-1][0] == "size"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 2**20},
+        {"image_size": 8 * 65},
+        {"head": "cla", "cla_multiplier": 10**8},
+    ],
+    ids=str,
+)
+def test_models_of_strangers_may_not_fill_the_machine(tmp_path, monkeypatch, changes):
+    CLCAViTConfig(**TINY | changes).save_pretrained(tmp_path)
+    monkeypatch.setattr(app_model, "hf_hub_download", lambda name, file, **options: str(tmp_path / file))
+    monkeypatch.setattr(app_model, "get_hf_file_metadata", None)  # not even asked for
+    with pytest.raises(ValueError, match=r"you/leaves is too large for this page\. It takes models of 100 layers"):
+        load_checkpoint("you/leaves", trusted=False)
+
+
+def test_what_strangers_cannot_have():
+    with pytest.raises(ValueError, match="no checkpoint you/nothing on the Hub that everybody may read"):
+        load_checkpoint("you/nothing", trusted=False)
+
+
 def test_a_stock_vit_can_be_reduced(tmp_path, leaf):
     own = {k: v for k, v in TINY.items() if k not in ("num_labels", "reduction_layers")}
     ViTForImageClassification(ViTConfig(**own)).save_pretrained(tmp_path)
@@ -239,8 +362,8 @@ def test_bad_checkpoints_are_refused(tmp_path, checkpoint):
     refused("you/nothing", "there is no checkpoint you/nothing")
     refused("  ", "`MODEL` is empty")
     refused(tmp_path, "it has no config.json")
-    refused(checkpoint, "looks like a folder of this machine", folders=False)
-    refused("/nowhere", "looks like a folder of this machine", folders=False)
+    refused(checkpoint, "looks like a folder of this machine", trusted=False)
+    refused("/nowhere", "looks like a folder of this machine", trusted=False)
     ResNetConfig().save_pretrained(tmp_path / "resnet")
     refused(tmp_path / "resnet", "`model_type` 'resnet'")
     CLCAViTConfig(**TINY).save_pretrained(tmp_path / "bare")

@@ -169,7 +169,7 @@ def test_good_and_bad_files(page, model, files):
         sentence = f"{name} is not a picture that can be read. Try another JPEG or PNG file."
         expect(page.locator("#leaf-problem [role=alert]")).to_contain_text(sentence)
     upload(page, files / "bomb.png")
-    expect(page.locator("#leaf-problem")).to_contain_text("more than 178 million pixels")
+    expect(page.locator("#leaf-problem")).to_contain_text("more than 120 million pixels")
     assert page.locator("#prediction-A tbody").inner_text() == before  # what was there stays
     for name in ("leaf.png", "huge.png"):
         upload(page, files / name)

@@ -1,6 +1,8 @@
 """The console command `ufgir`: tables, pictures, and one sentence for every mistake."""
 
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,12 @@ def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pic
     assert "text.png is not a picture" in refused(capsys, "visualize", str(checkpoint), str(text))
     assert "reduces no tokens" in refused(capsys, "visualize", str(stock_checkpoint), pictures[0])
     assert "got the file" in refused(capsys, "profile", str(text))
+    bomb = tmp_path / "bomb.png"
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10))), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert "bomb.png is not opened" in refused(capsys, "visualize", str(checkpoint), str(bomb))
     (checkpoint / "model.safetensors").unlink()
     assert "model.safetensors" in refused(capsys, "visualize", str(checkpoint), pictures[0])
 

@@ -299,6 +299,25 @@ def test_boxes_hold_the_settings_of_a_method_and_variant():
             paper_figures.draw_boxes(matching(summary, ["backbone=DINO"]))
 
 
+def test_a_variant_looks_the_same_whichever_others_there_are() -> None:
+    """In grey the bars differ by what they are filled with."""
+
+    def hatches(*variants):
+        rows = [
+            {"variant": v, "keep_rate": r, "metric": "test_top1", "mean": 0.5, "std": None}
+            for v in variants
+            for r in (0.25, 0.5)
+        ]
+        with style():
+            bars = paper_figures.draw_bars(rows).axes[0].containers
+        return {bar.get_label(): bar.patches[0].get_hatch() for bar in bars}
+
+    everything = hatches("base", "CLA", "CLC", "CLCA", "mine", "other")
+    assert len(set(everything.values())) == 6
+    for some in (("CLCA", "base"), ("CLA", "CLCA"), ("CLC", "mine")):
+        assert hatches(*some) == {name: everything[name] for name in some}
+
+
 def test_methods_and_variants_of_ones_own_are_drawn_too(tmp_path):
     for method in (None, "topk", "tome"):
         for head in ("vqt", "ifa"):

@@ -53,7 +53,7 @@ def make_page(
     Args:
         model: shown first, a folder or Hub repository; None to begin without one.
         examples: folder of pictures to choose from; by default drawn leaves, if the model was trained on them.
-        folders: whether visitors may load models from folders of this machine.
+        folders: whether visitors may load models from folders of this machine, private ones, and models of any size.
 
     Raises:
         ValueError: Gradio is not installed, or no such model or examples.
@@ -64,7 +64,7 @@ def make_page(
     if model is not None:
         checkpoint = viewer.checkpoint(model)
         if not leaves:
-            leaves = drawn_examples(checkpoint.config, checkpoint.image_processor.size["height"])
+            leaves = drawn_examples(checkpoint.config)
     return _Page(gr, viewer, model, leaves).blocks
 
 
@@ -209,9 +209,9 @@ class _Page:
 
         self.blocks.load(**show).then(**measure)
         found = [self.leaf, self.leaf_problem]
-        self.upload.upload(self._upload, [self.upload, self.leaf], found, **one).then(**show)
+        self.upload.upload(self._upload, [self.upload, self.leaf], found, **one).then(**show).then(**measure)
         if self.examples is not None:
-            self.examples.click(example, None, found, **one).then(**show)
+            self.examples.click(example, None, found, **one).then(**show).then(**measure)
         loaded = [self.name, self.model_problem, self.about, self.row, self.column, *controls]
         load = self.source.submit(self._load, [self.source, self.name, *inputs[4:]], loaded, **one)
         load.then(**show).then(**measure)
@@ -237,9 +237,13 @@ class _Page:
         return self.gr.update(visible=shown)
 
     def _method(self, name: str | None, method: str) -> Any:
-        """Whether the slider of the keep rate means anything."""
-        fixed = name is None or method == _DENSE or method in self.viewer.checkpoint(name).fixed_rate
-        return self.gr.update(interactive=not fixed)
+        """Whether the slider of the keep rate means anything; of a method that has one rate it shows that."""
+        if name is None or method == _DENSE:
+            return self.gr.update(interactive=False)
+        checkpoint = self.viewer.checkpoint(name)
+        if method in checkpoint.fixed_rate:
+            return self.gr.update(value=checkpoint.setting.keep_rate, interactive=False)
+        return self.gr.update(interactive=True)
 
     def _load(self, source: str, name: str | None, *controls: Any) -> list[Any]:
         """Another model, with its own setting in A; or the sentence that says why not, and all stays."""

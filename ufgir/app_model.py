@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
@@ -26,6 +29,8 @@ from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
 
 from .arguments import one_sentence
 from .commands.common import load_config, on_meta
+from .elastic import at_one_rate, has_one_rate, rate_of
+from .loading import load_model
 from .picture_sheets import Column, cell_size, draw_cell
 from .profiling import count_macs, dense_config
 from .timing import Quartiles, Race, quartiles, steady
@@ -45,7 +50,13 @@ from .visualization import (
 logger = logging.getLogger(__name__)
 
 LONGEST_SIDE = 1024  # pixels of a picture that is kept
+MOST_PIXELS = 120_000_000  # of a picture that is opened
+# Of pictures that are opened: nothing that Pillow hands to another program, as it does EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Of models of strangers, which must not fill the machine.
+MOST_PARAMETERS, MOST_LAYERS, MOST_PATCHES = 400_000_000, 100, 4096
 PICTURE_SIDE = 480  # pixels of a picture on the page
+_SMALLEST_DRAWN = 16  # pixels of a drawn leaf
 TOP_CLASSES = 5
 _ROUNDS, _FEWEST_ROUNDS, _SECONDS = 7, 3, 3.0  # of timing, and when it is enough
 
@@ -81,9 +92,10 @@ class Leaf:
 
 
 def make_leaf(picture: Image.Image) -> Leaf:
-    """Any picture, made small and RGB."""
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # JPEG files are decoded small at once
-    picture = to_rgb(ImageOps.exif_transpose(picture))
+    """Any picture, made upright, RGB and small."""
+    picture.draft(None, (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))  # JPEG files are decoded small at once
+    picture = to_rgb(picture)
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes())
     return Leaf(digest.hexdigest(), picture)
 
@@ -92,31 +104,34 @@ def open_leaf(path: str | os.PathLike[str]) -> Leaf:
     """Read a picture of a stranger: turned as its camera says, and made small.
 
     Raises:
-        ValueError: no picture, a broken one, or one of more pixels than Pillow takes for an honest file (179 million).
+        ValueError: no picture of `FORMATS`, a broken one, or one of more than `MOST_PIXELS`.
     """
     name = Path(path).name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise Image.DecompressionBombError
                 return make_leaf(picture)
     except Image.DecompressionBombError as error:
-        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        most = MOST_PIXELS // 10**6
         raise ValueError(f"{name} has more than {most} million pixels: make it smaller and try again.") from error
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
         raise ValueError(f"{name} is not a picture that can be read. Try another JPEG or PNG file.") from error
 
 
-def drawn_examples(config: CLCAViTConfig, size: int, count: int = 8) -> list[tuple[str, Leaf]]:
+def drawn_examples(config: CLCAViTConfig, count: int = 8) -> list[tuple[str, Leaf]]:
     """Leaves of the drawn data set, one of each of the first classes, if the model was trained on it; else none.
 
     Args:
-        config: the model's.
-        size: side of the pictures, pixels: that to which the model's image processor resizes.
+        config: the model's. The pictures are as large as those it takes.
         count: of leaves at most.
     """
-    data = SyntheticLeavesConfig(num_classes=config.num_labels, image_size=size) if config.num_labels else None
-    if data is None or data.class_names != [config.id2label[i] for i in range(config.num_labels)]:
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    size = max(*as_pair(config.image_size), _SMALLEST_DRAWN)
+    data = SyntheticLeavesConfig(num_classes=len(names), image_size=size) if names else None
+    if data is None or data.class_names != names:
         return []
     return [(name, make_leaf(data.draw("test", i, 0))) for i, name in enumerate(data.class_names[:count])]
 
@@ -184,15 +199,26 @@ def setting_config(config: CLCAViTConfig, setting: Setting) -> CLCAViTConfig:
         values |= {"keep_rate": [setting.keep_rate], "keep_tokens": None}
     if setting.method != config.reduction:
         values["reduction_kwargs"] = None
+        if has_one_rate(setting.method):
+            values["train_keep_rates"] = None
     if not config.uses_reduction_layers:  # a plain ViT: three stages, as in the paper
         depth = config.num_hidden_layers
         values["reduction_layers"] = sorted({depth // 4, depth // 2, 3 * depth // 4})
     return CLCAViTConfig.from_dict(config.to_dict() | values)
 
 
+def weights_for(model: CLCAViTForImageClassification, config: CLCAViTConfig) -> dict[str, torch.Tensor]:
+    """The weights of a model, not copied, as a model of another configuration has them: of one for several keep rates those at
+    one rate, where the other has one only."""
+    rates = model.config.train_keep_rates
+    if rates and not config.train_keep_rates:
+        return at_one_rate(model.state_dict(), rates, rate_of(config))
+    return model.state_dict()
+
+
 def lacking(model: CLCAViTForImageClassification, config: CLCAViTConfig) -> list[str]:
     """Parameters that a model of this configuration needs and the given one lacks, or has in another shape."""
-    have = {name: value.shape for name, value in model.state_dict().items()}
+    have = {name: value.shape for name, value in weights_for(model, config).items()}
     return [name for name, value in on_meta(config).state_dict().items() if have.get(name) != value.shape]
 
 
@@ -212,7 +238,7 @@ def with_weights(
     missing = lacking(model, config)
     if missing and not fill:
         raise ValueError(_why_lacking(config, missing))
-    other, weights = on_meta(config), model.state_dict()
+    other, weights = on_meta(config), weights_for(model, config)
     zeros = {name: torch.zeros(value.shape) for name, value in other.state_dict().items() if name in missing}
     other.load_state_dict(
         {name: zeros.get(name, weights.get(name)) for name in other.state_dict()}, strict=True, assign=True
@@ -226,6 +252,47 @@ def _why_lacking(config: CLCAViTConfig, missing: Sequence[str]) -> str:
         f"{config.reduction or 'This setting'} has parameters of its own, which these weights lack at keep rate {rates} "
         f"({len(missing)} tensors): they must be trained first."
     )
+
+
+def _fetch(name: str) -> str:
+    """The folder of a repository's files that a model is made of, and of no others, fetched without the token of this machine;
+    the weights only if they are not too many."""
+    try:
+        config = Path(hf_hub_download(name, CONFIG_NAME, token=False))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no checkpoint {name} on the Hub that everybody may read.") from error
+    folder, commit = config.parent, config.parent.name
+    _check_size(name, load_config(str(folder), {}))
+    for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+        try:
+            hf_hub_download(name, file, revision=commit, token=False)
+        except EntryNotFoundError:  # it has one of them
+            continue
+    try:
+        if not isinstance(try_to_load_from_cache(name, SAFE_WEIGHTS_NAME, revision=commit), str):
+            url = hf_hub_url(name, SAFE_WEIGHTS_NAME, revision=commit)
+            size = get_hf_file_metadata(url, token=False).size
+            if size is None or size > 4.1 * MOST_PARAMETERS:  # bytes of float32, and the names
+                raise ValueError(f"the weights of {name} are too large for this page. {_LIMITS}")
+        hf_hub_download(name, SAFE_WEIGHTS_NAME, revision=commit, token=False)
+    except EntryNotFoundError as error:
+        raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only weights that this page takes.") from error
+    except OSError as error:
+        raise ValueError(f"the weights of {name} cannot be loaded: {one_sentence(error)}") from error
+    return str(folder)
+
+
+def _check_size(name: str, config: CLCAViTConfig) -> None:
+    """Refuse a model that is too large, from its configuration alone."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    least = layers * width * (4 * width + 2 * config.intermediate_size)  # before a network of that many layers is made
+    if layers > MOST_LAYERS or config.num_patches > MOST_PATCHES or least > MOST_PARAMETERS:
+        raise ValueError(f"{name} is too large for this page. {_LIMITS}")
+    if sum(value.numel() for value in on_meta(config).state_dict().values()) > MOST_PARAMETERS:
+        raise ValueError(f"{name} is too large for this page. {_LIMITS}")
+
+
+_LIMITS = f"It takes models of {MOST_LAYERS} layers, {MOST_PATCHES} patches and {MOST_PARAMETERS // 10**6} million parameters at most."
 
 
 class Checkpoint(NamedTuple):
@@ -254,36 +321,36 @@ class Checkpoint(NamedTuple):
         return self.model.config
 
 
-def load_checkpoint(name: str, folders: bool = True) -> Checkpoint:
+def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
     """Load a model and find out which settings its weights can serve. No code of the checkpoint is run.
 
     Args:
         name: folder or Hub repository.
-        folders: whether folders may be loaded, or the Hub only.
+        trusted: whether it is the owner of this machine who names it. Strangers may name public repositories of the Hub with
+            models of up to `MOST_PARAMETERS`, in safetensors.
 
     Raises:
-        ValueError: no such checkpoint, another kind of model, or one that is not whole.
+        ValueError: no such checkpoint, another kind of model, or one that is not whole, or too large.
     """
     name = name.strip()
     if not name:
         raise ValueError("`MODEL` is empty: give a folder, or a repository on the Hub such as you/leaves.")
-    if not folders and (Path(name).exists() or name.startswith((".", "/", "~"))):
+    if not trusted and (Path(name).exists() or name.startswith((".", "/", "~"))):
         raise ValueError(f"{name} looks like a folder of this machine. This page takes models of the Hub only.")
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise ValueError(f"there is no checkpoint in the folder {name}: it has no config.json.")
-    config = load_config(name, {})
+    source = name if trusted else _fetch(name)
+    config = load_config(source, {})
     try:
-        image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no image processor (preprocessor_config.json).") from error
     try:
-        model, info = CLCAViTForImageClassification.from_pretrained(name, config=config, output_loading_info=True)
-    except (RuntimeError, OSError) as error:
+        model = load_model(source, config, use_safetensors=None if trusted else True).model
+    except ValueError as error:
+        raise ValueError(str(error).replace(source, name)) from error
+    except OSError as error:
         raise ValueError(f"the weights of {name} cannot be loaded: {one_sentence(error)}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{name} is not trained for this network: it has no {missing}. Train it first.")
-    model.eval()
 
     setting, methods, reasons, fixed_rate = own_setting(config), [None], {}, set()
     for method in sorted(REDUCTIONS):
@@ -348,8 +415,8 @@ class Viewer:
     """Loads models, and remembers the last answers. One thread at a time may use it.
 
     Args:
-        folders: whether models may come from folders of this machine.
-        trusted: a checkpoint that may be a folder in any case.
+        folders: whether its users own this machine: models may come from folders, and be private or large.
+        trusted: a checkpoint that may be so in any case.
     """
 
     def __init__(self, folders: bool = True, trusted: str | None = None) -> None:
@@ -368,7 +435,7 @@ class Viewer:
         Raises:
             ValueError: as of `load_checkpoint`; nothing changes.
         """
-        checkpoint = load_checkpoint(name, self.folders or name == self.trusted)
+        checkpoint = load_checkpoint(name, trusted=self.folders or name == self.trusted)
         self._checkpoints.pop(name, None)
         self._checkpoints = dict([*self._checkpoints.items(), (name, checkpoint)][-2:])
         for cache in (self.model, self.look, self.stages, self.macs):
@@ -413,7 +480,11 @@ class Viewer:
         Raises:
             ValueError: no such patch, or a setting without a reduction.
         """
-        return _shown(partial(trace_columns, patch=patch), self.view(name, leaf, setting))
+        view = self.view(name, leaf, setting)
+        shown = _shown(partial(trace_columns, patch=patch), view)
+        for one in shown:
+            frame_patch(one.picture, view.grid, patch)
+        return shown
 
     def leaf_with_grid(self, name: str, leaf: Leaf, patch: tuple[int, int] | None) -> Image.Image:
         """What the model sees, with a frame around a patch."""

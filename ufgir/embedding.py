@@ -17,6 +17,7 @@ from clca.configuration_clca import AGGREGATING_HEADS, CLCAViTConfig
 
 from .analysis_inputs import Batch, LayerOutputs, check_cls
 from .attention_maps import checked_layers, evaluation_mode
+from .transforms import to_rgb
 
 
 METHODS = ("tsne", "pca")
@@ -172,7 +173,7 @@ def spread_out(points: np.ndarray, count: int, apart: float = 0.0) -> list[int]:
 
 def thumbnail(picture: Image.Image, side: int) -> Image.Image:
     """A small copy, its longer side `side` pixels."""
-    picture = picture.convert("RGB")
+    picture = to_rgb(picture).copy()
     picture.thumbnail((side, side))
     return picture
 

@@ -42,6 +42,9 @@ VARIANT_STYLES: dict[str, dict[str, Any]] = {
     "CLA": {"color": SKY, "linestyle": "-.", "marker": "^"},
     "CLCA": {"color": BLUE, "linestyle": "-", "marker": "D"},
 }
+# Name -> what its bars and boxes are filled with, to be told apart in grey.
+VARIANT_HATCHES = {"base": "", "CLC": "//", "CLA": "..", "CLCA": "\\\\"}
+OTHER_HATCHES = ("xx", "++", "oo", "--")
 METHOD_STYLES: dict[str, dict[str, Any]] = {
     "none": {"color": BLACK, "linestyle": "-", "marker": "*"},
     # pruning: solid lines

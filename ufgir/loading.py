@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
 
 
 def load_model(
-    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, spare: Sequence[str] = ()
+    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, spare: Sequence[str] = (), **kwargs: Any
 ) -> Loaded:
     """A model that is to be used as it is, in evaluation mode, in float32. What a checkpoint may lack is drawn with a fixed seed.
 
@@ -36,13 +36,14 @@ def load_model(
         config: of the model wanted.
         revision: of the Hub repository.
         spare: beginnings of the names of weights that may be lacking, because nothing is asked of them.
+        kwargs: more arguments of `from_pretrained`, such as `use_safetensors`.
 
     Raises:
         ValueError: weights that are lacking, cannot be read, or have other shapes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, untrained = load_with_report(checkpoint, config, revision)
+        model, untrained = load_with_report(checkpoint, config, revision, **kwargs)
     if needed := [name for name in untrained if not name.startswith(tuple(spare))]:
         of = f" of {config.reduction}" if any(".reduction." in name for name in needed) else ""
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .figures import METHOD_STYLES, VARIANT_STYLES, label, new_figure, plain_style
+from .figures import METHOD_STYLES, OTHER_HATCHES, VARIANT_HATCHES, VARIANT_STYLES, label, new_figure, plain_style
 from .gradients import GRADIENTS_FILE, stability_figure
 from .run_tables import Row, factors_of, grouped, metric_name, scale_of, sort_key, varying
 
@@ -132,7 +132,7 @@ def draw_boxes(summary: Sequence[Row], title: str | None = None) -> "Figure":
             patch_artist=True,
             manage_ticks=False,
             medianprops={"color": "black", "linewidth": 1.4},
-            boxprops={"facecolor": style["color"], "alpha": 0.65, "hatch": _HATCHES[index % len(_HATCHES)]},
+            boxprops={"facecolor": style["color"], "alpha": 0.65, "hatch": _hatch(names[variant], summary)},
             flierprops={"marker": "o", "markersize": 3, "markeredgecolor": style["color"]},
         )
         drawn["boxes"][0].set_label(style["label"])
@@ -170,7 +170,7 @@ def draw_bars(summary: Sequence[Row], title: str | None = None) -> "Figure":
                 color=style["color"],
                 alpha=0.6,
                 edgecolor="white",
-                hatch=_HATCHES[index % len(_HATCHES)],
+                hatch=_hatch(names[variant], summary),
                 error_kw={"elinewidth": 0.9, "ecolor": "black"},
                 label=style["label"],
             )
@@ -215,7 +215,6 @@ def draw_gradients(rows: Sequence[Row], metric: str, factors: Sequence[str], tit
 
 
 _AXIS = {"method": "Token reduction", "keep_rate": "Keep rate"}
-_HATCHES = ("", "//", "..", "\\\\", "xx")
 
 
 def _told(factor: str, value: Any) -> str:
@@ -275,6 +274,15 @@ def _style(factor: str, value: Any, rows: Sequence[Row]) -> dict[str, Any]:
     index = strangers.index(str(value)) if str(value) in strangers else 0
     look = plain_style(str(value), (5, 2, 3, 1, 4, 0, 6)[index % 7])
     return {"marker": "vP<X>hp"[index % 7], **look, "label": str(value)}
+
+
+def _hatch(variant: Any, rows: Sequence[Row]) -> str:
+    """What the bars and boxes of a variant are filled with: the same in every figure, whichever others stand beside it."""
+    known = {name.lower(): hatch for name, hatch in VARIANT_HATCHES.items()}
+    if str(variant).lower() in known:
+        return known[str(variant).lower()]
+    strangers = [name for name in dict.fromkeys(str(row["variant"]) for row in rows) if name.lower() not in known]
+    return OTHER_HATCHES[strangers.index(str(variant)) % len(OTHER_HATCHES)]
 
 
 def _panels(rows: Sequence[Row], inside: Sequence[str], title: str | None) -> tuple["Figure", list[tuple]]:

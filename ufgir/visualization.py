@@ -30,6 +30,7 @@ from .feature_maps import feature_similarity
 from .patterns import cluster_maps, stage_layers
 from .picture_sheets import Cell, Column, brightened, distinct_colours, draw_sheet, heated, mean_colours
 from .tracing import trace_patches
+from .transforms import to_rgb
 
 
 _BATCH = 4  # images that a model looks at at a time
@@ -76,7 +77,7 @@ def make_view(
     """
     if not images:
         raise ValueError("`images` must hold at least one picture, got none.")
-    pixels = image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+    pixels = image_processor(images=[to_rgb(image) for image in images], return_tensors="pt").pixel_values
     grid = model.vit.embeddings.grid(pixels)
     height, width = (n * size for n, size in zip(grid, model.vit.embeddings.patch_embeddings.patch_size, strict=True))
     pictures = _denormalise(pixels, image_processor)[:, :, :height, :width]

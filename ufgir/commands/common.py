@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import HEADS, check_config
 
 from ..arguments import one_sentence
 from ..elastic import has_one_rate
+from ..transforms import open_picture
 
 
 # What `--clca` stands for.
@@ -170,11 +171,12 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def open_image(file: str) -> Image.Image:
-    """A picture, read completely; ValueError if it is none."""
+    """A picture, read completely, upright and RGB; ValueError if it is none."""
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
+        return open_picture(file)
     except FileNotFoundError as error:
         raise ValueError(f"there is no picture {file}.") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{file} is not a picture that can be read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} is not opened: {one_sentence(error)}") from error
+    except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
+        raise ValueError(f"{file} is not a picture that can be read: {one_sentence(error)}") from error
