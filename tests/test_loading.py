@@ -186,3 +186,21 @@ def test_stock_models_are_loaded(tmp_path):
         load_model(str(tmp_path), load_config(str(tmp_path), {"reduction": "topk", "reduction_layers": [1]})).untrained
         == []
     )
+
+
+def test_an_interrupted_prediction_says_that_it_goes_on(checkpoints, tmp_path, capsys, monkeypatch):
+    def stop(self, image, generator=None):
+        raise KeyboardInterrupt
+
+    arguments = [
+        "predict",
+        str(checkpoints / "evit"),
+        str(checkpoints / "leaves"),
+        "--output",
+        str(tmp_path / "p.csv"),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("ufgir.transforms.EvalTransform.__call__", stop)
+        assert cli.main(arguments) == 130
+    assert "given again, goes on" in capsys.readouterr().out and not (tmp_path / "p.csv").exists()
+    assert cli.main(arguments) == 0
