@@ -3,6 +3,7 @@
 import logging
 import re
 import runpy
+import signal
 import socket
 import struct
 import sys
@@ -502,7 +503,7 @@ def test_the_command_refuses_in_a_sentence(capsys, tmp_path, monkeypatch, checkp
     assert "pip install 'clca-vit[app]'" in refused(capsys, checkpoint)
 
 
-def test_the_command_serves_until_ctrl_c(capsys, checkpoint, monkeypatch):
+def test_the_command_serves_until_ctrl_c(capsys, checkpoint, monkeypatch, request):
     pages = []
 
     def visit(address):
@@ -519,6 +520,9 @@ def test_the_command_serves_until_ctrl_c(capsys, checkpoint, monkeypatch):
 
     launch = app.launch_page
     monkeypatch.setattr(app, "launch_page", ready)
+    # Where a shell starts the tests in the background it has them ignore Ctrl-C, and the page would be served for ever.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     start = time.monotonic()
     assert cli.main(["app", checkpoint, "--port", "0"]) == 0
     assert time.monotonic() - start < 60

@@ -276,6 +276,8 @@ def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> Non
 
 def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:
     """Milliseconds of a batch over its size."""
+    from matplotlib.ticker import LogLocator  # installed, if there are axes
+
     rates = sorted({r.case.keep_rate for r in results if r.case and r.case.method})
     lines = []
     reduced = [r for r in results if r.case and r.case.method]
@@ -295,6 +297,7 @@ def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sizes, list(map(str, sizes)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would be written over each other
     axes.yaxis.set_minor_formatter("{x:g}")
     label(axes, "images in a batch", "ms of a batch", title, legend=False)
 
