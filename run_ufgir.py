@@ -360,7 +360,7 @@ class Run:
     trainer: UFGIRTrainer
     macs: int  # multiply-adds of an image
     dense_macs: int  # the same without reduction, cache and aggregation head
-    evaluated: dict[str, Any]  # options on which the images that are evaluated depend
+    evaluated: dict[str, dict[str, Any]]  # options on which the images that are evaluated depend, see `evaluated_data`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     images_per_second: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
@@ -505,7 +505,7 @@ def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None
         num_workers=args.dataloader_num_workers,
         precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
-        data={"dataset": data_args.dataset, "split": "test", **run.evaluated},
+        data={"dataset": data_args.dataset, "split": "test", **run.evaluated["source"], **run.evaluated["test"]},
     )
     logger.info("Predictions: %s", path)
     trainer.save_metrics("test", {f"test_{name}": value for name, value in outcome.metrics.items()})

@@ -93,18 +93,26 @@ def test_a_record_says_what_the_run_was(tmp_path):
 def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
     """As run_ufgir.py does it: the configuration comes back from a saved model."""
     config = tiny_config(reduction="evit", keep_rate=[0.5])
-    write(tmp_path, top1=0.5)
+    easy = {"source": {"synthetic_difficulty": "easy"}, "validation": {"validation_fraction": 0.4}, "test": {}}
+    write(tmp_path, top1=0.5, data=easy)
     config.save_pretrained(tmp_path / "model")
     loaded = type(config).from_pretrained(tmp_path / "model")
-    extra = {"train_seconds": None, "metrics": {"validation": {"top1": 0.9}}, "split_sizes": {"validation": 7}}
+    extra = {
+        "train_seconds": None,
+        "metrics": {"validation": {"top1": 0.9}},
+        "split_sizes": {"train": 9, "validation": 7},
+    }
+    extra["data"] = easy | {"validation": {"validation_fraction": 0.2}}  # not measured before: it may be of any images
     write(tmp_path, config=loaded, command=["later"], images_per_second={"validation": 3.0}, **extra)
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["metrics"]["validation"] == {"top1": 0.9} and record["metrics"]["test"]["top1"] == 0.5
     assert record["split_sizes"] == {"train": 80, "test": 20, "validation": 7} and record["train_seconds"] == 10
     assert record["command"] == "run_ufgir.py 'a b.yaml'" and record["evaluations"][0]["command"] == "later"
+    assert record["data"] == extra["data"]
     # other data: nothing of it takes the place of what the training measured
     other = extra | {"metrics": {"test": {"top1": 0.1}}, "split_sizes": {"test": 3}, "settings": {"dataset": "other"}}
-    for changes in ({"dataset": "other"}, {"data": {"synthetic_difficulty": "hard"}}):
+    hard, few = {"source": {"synthetic_difficulty": "hard"}}, {"test": {"max_predict_samples": 3}}
+    for changes in ({"dataset": "other"}, {"data": easy | hard}, {"data": easy | few}):
         write(tmp_path, config=loaded, **other | changes)
         again = json.loads((tmp_path / RECORD).read_text())
         assert {k: v for k, v in again.items() if k != "evaluations"} == {

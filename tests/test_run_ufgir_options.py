@@ -13,6 +13,7 @@ from clca import CLCAViTConfig
 from run_ufgir import GROUPS
 from ufgir.arguments import RecipeParser
 from ufgir.data import load_ufgir_dataset
+from ufgir.run_tables import run_rows
 
 from .test_run_ufgir import CLASSES, leaves, mistake, parse, recipe, run, trained  # noqa: F401 (fixtures)
 
@@ -340,4 +341,21 @@ def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_trainin
     record = json.loads((out / "run.json").read_text())
     assert record["metrics"] == before["metrics"] and record["split_sizes"] == before["split_sizes"]
     (evaluation,) = record["evaluations"]
-    assert evaluation["metrics"] == few and evaluation["data"]["max_predict_samples"] == 1
+    assert evaluation["metrics"] == few and evaluation["data"]["test"]["max_predict_samples"] == 1
+
+
+def test_what_a_later_evaluation_measures_first_is_a_result_of_the_training(leaves, tmp_path):  # noqa: F811
+    """Options for validation images are none of the test images, however the training was evaluated."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    for split in ("train", "test"):
+        shutil.copytree(leaves / split, data / split)
+    few = {"validation_fraction": 0.4, "max_eval_samples": 2, "do_eval": True}
+    before = run(recipe(tmp_path, data, out, **QUICK, **few))
+    argv = ["--model_name_or_path", str(out), "--dataset", str(data), "--use_cpu", "true", "--output_dir", str(out)]
+    test = run(*argv, "--do_predict", "--validation_split", "last")
+    record = json.loads((out / "run.json").read_text())
+    assert record["metrics"] == before | test and record["split_sizes"] == {"train": 9, "validation": 2, "test": 6}
+    (row,) = run_rows([record | {"folder": "out"}])
+    assert row["test_top1"] == test["test"]["top1"] and row["validation_top1"] == before["validation"]["top1"]
+    run(*argv, "--do_eval")  # of other validation images
+    assert json.loads((out / "run.json").read_text())["metrics"] == record["metrics"]

@@ -100,15 +100,26 @@ def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: 
         )
 
 
-def evaluated_data(options: Any) -> dict[str, Any]:
-    """The options on which the images that are evaluated depend, beside the data set itself."""
-    data = options.data
-    limits = ("max_eval_samples", "max_predict_samples")
-    kept = ("image_column", "label_column", "label_separator", "validation_fraction", "validation_split", *limits)
-    begins = ("csv_", "dataset_", *(["synthetic_"] if data.dataset == SYNTHETIC else []))
-    about = {n: v for n, v in vars(data).items() if v is not None and (n in kept or n.startswith(begins))}
-    drawn = data.validation_split == "random" or any(getattr(data, name) is not None for name in limits)
-    return about | ({"seed": options.training.seed} if drawn else {})
+def evaluated_data(options: Any) -> dict[str, dict[str, Any]]:
+    """The options on which the images that are evaluated depend, beside the name of the data set: `source`, which tell it from
+    others of that name, and for `validation` and `test` those that choose images of it."""
+    data, seed = options.data, options.training.seed
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(data, name)) is not None}
+
+    drawn = [name for name in vars(data) if name.startswith("synthetic_")] if data.dataset == SYNTHETIC else []
+    columns = ("image_column", "label_column", "label_separator", "csv_data_folder", "csv_class_names")
+    parted = ("csv_train", "csv_validation", "validation_fraction", "max_eval_samples")
+    way = data.validation_split or "last"
+    validation = given(*columns, *parted) | {"validation_split": way}
+    test = given(*columns, "csv_test", "max_predict_samples")
+    if way == "random" or "max_eval_samples" in validation:
+        validation["seed"] = seed
+    if "max_predict_samples" in test:
+        test["seed"] = seed
+    source = given("dataset_config_name", "dataset_revision", *drawn)
+    return {"source": source, "validation": validation, "test": test}
 
 
 # What a resumed training must have as it began, of each group of options; data are compared by their contents, too.

@@ -45,14 +45,15 @@ def write_run_record(
     images_per_second: Mapping[str, float] | None = None,
     model_images_per_second: float | None = None,
     resumed_from: str | None = None,
-    data: Mapping[str, Any] | None = None,
+    data: Mapping[str, Mapping[str, Any]] | None = None,
     command: Sequence[str] | None = None,
 ) -> Path:
     """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished.
 
     Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
-    the training of the same model left in that folder; where it evaluates other data, all that it measured stands in
-    `evaluations` only. The record of another model's training stays as it is, with a warning.
+    the training of the same model left in that folder. What it measured on another data set, or on other images of a split
+    that was measured before, stands in `evaluations` only. The record of another model's training stays as it is, with a
+    warning.
 
     Args:
         output_dir: folder of the run.
@@ -69,7 +70,7 @@ def write_run_record(
         images_per_second: split name -> images a second in its evaluation, loading and decoding included.
         model_images_per_second: images a second of the model alone, where that was measured.
         resumed_from: the checkpoint that this run went on from, if it did.
-        data: options on which the images that are evaluated depend.
+        data: options on which the images that are evaluated depend, see `run_checks.evaluated_data`.
         command: `sys.argv` by default.
     """
     path = Path(output_dir) / RECORD
@@ -88,10 +89,12 @@ def write_run_record(
             return path
         about = {"dataset": dataset, "data": data, "settings": dict(settings), **measured}
         about = json.loads(json.dumps(about, default=str))
-        same = old.get("dataset") == about["dataset"] and old.get("data", about["data"]) == about["data"]
-        record = old | {name: old.get(name, {}) | values for name, values in measured.items() if same}
-        if not same:
-            logger.warning("%s is of other data: these metrics stand in its `evaluations` only", path)
+        kept = _fitting(old, about)
+        record = old | {n: old.get(n, {}) | {s: v for s, v in measured[n].items() if s in kept} for n in measured}
+        record["data"] = (old.get("data") or {}) | {s: v for s, v in (about["data"] or {}).items() if s in kept}
+        if others := [split for split in measured["metrics"] if split not in kept]:
+            told = (path, ", ".join(others))
+            logger.warning("%s: these metrics (%s) are of other images and stand in its `evaluations` only", *told)
         record["evaluations"] = [
             *old.get("evaluations", []),
             run | {"splits": list(measured["metrics"])} | about,
@@ -115,6 +118,17 @@ def write_run_record(
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         }
     return write_text_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    """The splits that an evaluation measured and a record may take: of its data set, and either not measured before or of the
+    same images as before."""
+    before, now = old.get("data") or {}, new["data"] or {}
+    same = os.path.realpath(str(old.get("dataset"))) == os.path.realpath(str(new["dataset"]))  # `leaves`, `./leaves`
+    if not same or before.get("source", now.get("source")) != now.get("source"):
+        return set()
+    changed = {split for split in old["metrics"] if split in before and before[split] != now.get(split)}
+    return set(new["metrics"]) - changed
 
 
 def remove_run_record(output_dir: str | os.PathLike) -> None:
