@@ -51,6 +51,7 @@ class AttentionContext:
         mask: boolean or additive, (B, 1, 1, N), or None.
         row_map: how the rows that leave the attention are made of those that enter it, where that is known this early.
         output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
+        keeps_output: whether `output` would be of use.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class AttentionContext:
         self._comparable_key: torch.Tensor | None = None
         self.row_map: RowMap | None = None
         self.output: torch.Tensor | None = None
+        self.keeps_output = False
         self._query: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()
 
@@ -121,7 +123,8 @@ class AttentionContext:
         a query for each key."""
         attention = self.attention
         return (
-            attention.config._attn_implementation in (None, "sdpa", "eager")
+            self.keeps_output
+            and attention.config._attn_implementation in (None, "sdpa", "eager")
             and not (attention.training and attention.config.attention_probs_dropout_prob > 0)
             and not any(tensor.requires_grad for tensor in (self.query(), self.key, self.value))
             and self.hidden_states.shape[1] == self.key.shape[2]

@@ -279,6 +279,8 @@ class CLCAViTConfig(ViTConfig):
         rebudgeted = any(kwargs.get(name) is not None for name in ("keep_rate", "keep_tokens", "reduction_layers"))
         if rebudgeted and "reduction_kwargs" not in kwargs:
             config_dict["reduction_kwargs"] = without_targets(config_dict.get("reduction_kwargs"))
+        if config_dict.get("layerscale_value") == 0:  # once another way to say none
+            config_dict["layerscale_value"] = None
         known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS
         unknown = sorted(set(config_dict) - known - _LEGACY_KEYS)
         if unknown:

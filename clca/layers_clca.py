@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .aggregation_clca import H2TProbe, LayerTrace, VQTProbe
 from .attention_clca import FIRST_ROW, AttentionContext, RowMap, TakenRows, attention_softmax
 from .configuration_clca import CLCAViTConfig, as_pair
-from .linear_clca import CLCAViTLinear
+from .linear_clca import linear
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
 
@@ -151,8 +151,8 @@ class CLCAViTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         for name in ("q_proj", "k_proj", "v_proj"):
-            self.add_module(name, CLCAViTLinear(config.hidden_size, config.hidden_size, bias=config.qkv_bias))
-        self.o_proj = CLCAViTLinear(config.hidden_size, config.hidden_size)
+            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias))
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         if config.use_qk_norm:
             self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
@@ -164,7 +164,7 @@ class CLCAViTAttention(nn.Module):
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Queries (B, H, n, d) of normalised rows (B, n, D)."""
-        return self.q_norm(self.split_heads(self.q_proj(hidden_states)))
+        return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
 
     def forward(
         self,
@@ -175,15 +175,16 @@ class CLCAViTAttention(nn.Module):
         hidden_keys: int = 0,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, TokenState, AttentionContext]:
-        key = self.k_norm(self.split_heads(self.k_proj(hidden_states[:, hidden_keys:])))
-        value = self.split_heads(self.v_proj(hidden_states[:, hidden_keys:]))
+        key = self.k_norm(self.split_heads(linear(self.k_proj, hidden_states[:, hidden_keys:])))
+        value = self.split_heads(linear(self.v_proj, hidden_states[:, hidden_keys:]))
         mask = self.method.attention_mask(state)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(key.dtype)
         context, before = AttentionContext(self, hidden_states, key, value, mask), state
+        context.keeps_output = not output_attentions
         context.row_map, state = choose_rows(context, state)
-        row_map = context.row_map
-        has_output = context.output is not None and not output_attentions
+        context.keeps_output = False  # whoever asks later asks about an attention that has been computed
+        row_map, has_output = context.row_map, context.output is not None
         from_rows = row_map is None or row_map.rows is None or has_output
         if has_output:
             output, weights = context.output.flatten(2), None
@@ -191,13 +192,13 @@ class CLCAViTAttention(nn.Module):
             query = context.query() if from_rows else self.project_query(row_map(hidden_states))
             output, weights = self.attend(query, context, before, output_attentions, from_rows, **kwargs)
         if row_map is None:
-            return self.o_proj(output), weights, state, context
+            return linear(self.o_proj, output), weights, state, context
         output = row_map(output) if from_rows else output
         if row_map.weight_sums is None:
-            return self.o_proj(output), weights, state, context
+            return linear(self.o_proj, output), weights, state, context
         # The projection's bias counts as often as the weights of a row say; the projection itself is linear.
         sums = row_map.weight_sums.to(output.dtype)
-        output = self.o_proj(output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums
+        output = linear(self.o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums
         return output, weights, state, context
 
     def attend(
@@ -239,12 +240,12 @@ class CLCAViTMLP(nn.Module):
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = CLCAViTLinear(config.hidden_size, config.intermediate_size)
-        self.fc2 = CLCAViTLinear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, intermediate_size)."""
-        hidden = self.fc1(hidden_states)
+        hidden = linear(self.fc1, hidden_states)
         in_place = type(self.activation_fn) is GELUActivation and not torch.is_grad_enabled()
         if in_place and not (torch.compiler.is_compiling() or is_hooked(self.fc1) or is_hooked(self.activation_fn)):
             # The largest tensor of the model, which nobody else sees: a second one costs as much as the function itself.
@@ -253,7 +254,7 @@ class CLCAViTMLP(nn.Module):
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """And back."""
-        return self.fc2(hidden)
+        return linear(self.fc2, hidden)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.project(self.hidden(hidden_states))
@@ -264,17 +265,17 @@ class CLCAViTSwiGLU(nn.Module):
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
-        self.gate_proj = CLCAViTLinear(config.hidden_size, config.intermediate_size)
-        self.up_proj = CLCAViTLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = CLCAViTLinear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, intermediate_size)."""
-        return nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return nn.functional.silu(linear(self.gate_proj, hidden_states)) * linear(self.up_proj, hidden_states)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """And back."""
-        return self.down_proj(hidden)
+        return linear(self.down_proj, hidden)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.project(self.hidden(hidden_states))
@@ -407,7 +408,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         """Rows (B, Q, D) that pass through the layer beside its tokens: they attend to the tokens, not to each other."""
         query = self.attention.project_query(self.layernorm_before(queries))
         attended, _ = self.attention.attend(query, context, state, from_rows=False)
-        attended = self.attention.o_proj(attended)
+        attended = linear(self.attention.o_proj, attended)
         queries = queries + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(queries))
         return queries + self.drop_path(self.layer_scale2(self.dropout(transformed)))
@@ -443,7 +444,7 @@ class CLCAViTAttentionPooling(nn.Module):
         self.num_attention_heads = config.num_attention_heads
         self.query = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, CLCAViTLinear(config.hidden_size, config.hidden_size))
+            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLCAViTMLP(config)
 

@@ -2,10 +2,13 @@
 
 On a CPU, torch multiplies float32 matrices by its BLAS, which is made for many rows: with a dozen of them it may take twice
 the time it takes to read the weights. oneDNN, which torch brings along too, is faster there, and not slower elsewhere.
+
+The layers themselves stay plain `nn.Linear`: what quantises or adapts models looks for just that class.
 """
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 try:
@@ -15,33 +18,47 @@ try:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     _onednn_linear = torch.ops.mkldnn._linear_pointwise
+    _ = forward_ad._current_level
 except (ImportError, AttributeError):
     _onednn_linear = None
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-class CLCAViTLinear(nn.Linear):
-    """`nn.Linear` that computes by oneDNN in inference on a CPU in float32. `torch.backends.mkldnn.flags(enabled=False)`
-    turns that off."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Rows (..., in_features) to (..., out_features)."""
-        if _onednn_linear is not None and self.is_plain(hidden_states):
-            return _onednn_linear(hidden_states, self.weight, self.bias, "none", [], "")
-        return super().forward(hidden_states)
+def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What a linear layer makes of rows (..., in_features): by oneDNN in inference on a CPU in float32, and by calling the
+    layer in all other cases. `torch.backends.mkldnn.flags(enabled=False)` turns the former off."""
+    if _onednn_linear is not None and _is_plain(hidden_states) and _is_plain_layer(layer, hidden_states):
+        return _onednn_linear(hidden_states, layer.weight, layer.bias, "none", [], "")
+    return layer(hidden_states)
 
-    def is_plain(self, hidden_states: torch.Tensor) -> bool:
-        """Whether these are float32 numbers on a CPU that nobody differentiates, traces, counts or transforms, and of a
-        shape that fits: the operator serves nothing else, and says so less clearly than `nn.Linear`."""
-        return (
-            hidden_states.device.type == "cpu"
-            and hidden_states.dtype == self.weight.dtype == torch.float32
-            and hidden_states.shape[-1:] == (self.in_features,)
-            and type(hidden_states) is torch.Tensor
-            and type(self.weight) is nn.Parameter  # quantised and distributed weights are of other classes
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.enabled
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-            and not _is_transformed()
-            and _get_current_dispatch_mode() is None
-        )
+
+def _is_plain(hidden_states: torch.Tensor) -> bool:
+    """Whether these are float32 numbers on a CPU that nobody differentiates, traces, counts or transforms."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(hidden_states) is torch.Tensor
+        and hidden_states.device.type == "cpu"
+        and hidden_states.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and not torch.jit.is_tracing()
+        and not _is_transformed()
+        and forward_ad._current_level < 0
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether a layer is torch's own, with weights of numbers that fit, and nobody has to know that it is called. Quantised
+    and distributed weights are of other classes; where offloading replaces `forward`, that stands on the layer itself."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not any(getattr(layer, kind) for kind in _HOOKS)
+        and type(layer.weight) is nn.Parameter
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+        and hidden_states.shape[-1:] == (layer.in_features,)  # else torch says it more clearly
+    )

@@ -65,11 +65,7 @@ logger = logging.get_logger(__name__)
 # DeiT's distillation token is a register to this model, and the class head of a DeiT with two is the one that stays.
 register_checkpoint_conversion_mapping(
     "CLCAViTModel",
-    [
-        *get_checkpoint_conversion_mapping("ViTModel"),
-        WeightRenaming("distillation_token", "register_tokens"),
-        WeightRenaming(r"^deit\.", ""),
-    ],
+    [*get_checkpoint_conversion_mapping("ViTModel"), WeightRenaming("distillation_token", "register_tokens")],
     overwrite=True,
 )
 register_checkpoint_conversion_mapping(
@@ -146,7 +142,6 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         r"mask_token",
         r"^decoder\.",
         r"^distillation_classifier\.",
-        r"^cls_classifier\.",
     ]  # heads of other tasks
 
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:

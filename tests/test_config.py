@@ -497,3 +497,9 @@ def test_the_schedule_needs_no_model(method: str | None) -> None:
     schedule = token_schedule(Case(method, "cache", "registers").config(keep_rate=0.05))
     assert len(schedule.before) == len(schedule.after) + 1 == TINY["num_hidden_layers"] + 1
     assert min(schedule.before) >= 1
+
+
+def test_no_layerscale_written_as_zero(tmp_path: Path) -> None:
+    """As files of the original's options may have it. In a call it is refused."""
+    write_config(tmp_path, layerscale_value=0.0)
+    assert CLCAViTConfig.from_pretrained(tmp_path).layerscale_value is None

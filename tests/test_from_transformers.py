@@ -44,7 +44,7 @@ from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTF
 from transformers.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
 
-from clca import CLCAViTForImageClassification, CLCAViTModel
+from clca import CLCAViTForImageClassification
 from ufgir.from_transformers import FAMILIES, load_transformers, load_transformers_processor
 from ufgir.resample import resample_position_embeddings
 
@@ -556,19 +556,6 @@ def test_from_pretrained_reads_a_stock_deit(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ours")
     again = CLCAViTForImageClassification.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(pixels).logits, model(pixels).logits)
-
-
-@pytest.mark.parametrize("name", ["deit-classifier", "deit-teacher"])
-def test_the_backbone_of_a_deit_classifier_loads(name: str, tmp_path: Path) -> None:
-    """Into `CLCAViTModel`, whole, without the classifier."""
-    source = make_source(name, torch.float32)
-    model, info = CLCAViTModel.from_pretrained(save(source, tmp_path), output_loading_info=True)
-    assert not info["missing_keys"]
-    assert set(info["unexpected_keys"]) <= {"classifier.weight", "classifier.bias"}
-    pixels = random_images(model, torch.float32)
-    with torch.no_grad():
-        expected = load_transformers(tmp_path).vit(pixels).last_hidden_state
-        assert (model(pixels).last_hidden_state - expected).abs().max() <= 1e-5
 
 
 def test_from_pretrained_sends_other_families_to_the_converter(tmp_path: Path) -> None:

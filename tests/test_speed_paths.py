@@ -3,12 +3,15 @@
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,12 +21,13 @@ from clca import (
     CLCAViTConfig,
     CLCAViTForImageClassification,
     TokenReduction,
+    layers_clca,
     linear_clca,
     register_reduction,
     token_schedule,
 )
-from clca.attention_clca import TakenRows
-from clca.linear_clca import CLCAViTLinear
+from clca.attention_clca import AttentionContext, TakenRows
+from clca.linear_clca import linear
 from clca.reduction_ats import quantiles
 from clca.reduction_base import ScoredPruning
 from tests.helpers import METHODS, images, labels, tiny_model
@@ -166,6 +170,27 @@ def test_what_rows_receive_brings_the_output_along(method: str, monkeypatch: pyt
     assert len(kernels) == 5
 
 
+def test_no_output_is_made_for_nobody() -> None:
+    """Where rows are asked about after the attention, or attention maps are wanted, the output is not computed twice."""
+    model = make("topk", reduction_kwargs={"score_by": "received"})
+    made: list[bool] = []
+    may_give = AttentionContext._may_give_output
+
+    class Noted(AttentionContext):
+        def _may_give_output(self) -> bool:
+            made.append(may_give(self))
+            return made[-1]
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers_clca, "AttentionContext", Noted)
+        expected = model(images()).logits
+        assert made == [True, True]
+        for recording in ("output_hidden_states", "output_attentions"):
+            made.clear()
+            assert torch.allclose(model(images(), **{recording: True}).logits, expected, atol=1e-10)
+            assert made == [False, False]
+
+
 # Linear layers by oneDNN.
 
 
@@ -184,30 +209,55 @@ def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 and without gradients, for any rows; the same numbers, and never where its operator would be in the way."""
-    seen, layer = count_onednn(monkeypatch), CLCAViTLinear(16, 24)
+    seen, layer = count_onednn(monkeypatch), nn.Linear(16, 24)
     rows = torch.randn(3, 17, 16)
     for part in (rows, rows[:, :1], rows[:, 1::2], rows[:, :0], rows[:0], rows[0], rows[0, 0], rows.transpose(0, 1)):
         expected = nn.functional.linear(part, layer.weight, layer.bias)
         with torch.no_grad():
-            assert torch.allclose(layer(part), expected, atol=1e-5)
+            assert torch.allclose(linear(layer, part), expected, atol=1e-5)
     assert len(seen) == 8
     seen.clear()
-    layer(rows)  # with gradients
+    linear(layer, rows)  # with gradients
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert layer(rows).dtype == torch.bfloat16
+            assert linear(layer, rows).dtype == torch.bfloat16
         with FlopCounterMode(display=False) as counter:
-            layer(rows)
+            linear(layer, rows)
         assert counter.get_total_flops() == 2 * rows.numel() * 24
-        assert torch.vmap(layer)(rows).shape == (3, 17, 24)
+        assert torch.vmap(partial(linear, layer))(rows).shape == (3, 17, 24)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(rows, torch.ones_like(rows))
+            assert forward_ad.unpack_dual(linear(layer, dual)).tangent is not None
         with torch.backends.mkldnn.flags(enabled=False):
-            layer(rows)
+            linear(layer, rows)
         for dtype in (torch.float64, torch.bfloat16):
-            copy.deepcopy(layer).to(dtype)(rows.to(dtype))
-        copy.deepcopy(layer).to("meta")(rows.to("meta"))
+            linear(copy.deepcopy(layer).to(dtype), rows.to(dtype))
+        linear(copy.deepcopy(layer).to("meta"), rows.to("meta"))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            layer(torch.randn(3, 15))
+            linear(layer, torch.randn(3, 15))
     assert not seen
+
+
+def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks are called, and so are other layers and a `forward` of the layer's own, as offloading sets it."""
+    seen, rows = count_onednn(monkeypatch), torch.randn(3, 16)
+    called: list[str] = []
+    hooked, replaced = nn.Linear(16, 24), nn.Linear(16, 24)
+    hooked.register_forward_hook(lambda *_: called.append("hook"))
+    replaced.forward = lambda x: called.append("forward") or x
+    pruned = prune.l1_unstructured(nn.Linear(16, 24), "weight", amount=0.5)
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 24))
+    with torch.no_grad():
+        for layer in (hooked, replaced, pruned, parametrised, nn.Identity()):
+            assert torch.equal(linear(layer, rows), layer(rows))
+    assert not seen and called == ["hook", "hook", "forward", "forward"]
+
+
+def test_all_linear_layers_are_torchs_own() -> None:
+    """Quantisation of several libraries takes no other: by exact class, without a word about those it passes over."""
+    model = make("evit", head="cla", use_swiglu_ffn=True)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(layers) == 5 * 7 and {type(layer) for layer in layers} == {nn.Linear}
 
 
 @pytest.mark.parametrize("method", ["evit", None])
