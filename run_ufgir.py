@@ -25,7 +25,6 @@ from transformers import ViTImageProcessorPil, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import check_config
 from ufgir.adapters import AdapterArguments, merge
 from ufgir.arguments import RecipeParser, one_sentence, option, switch
 from ufgir.augmentation import AugmentationArguments, prepare_augmentation
@@ -38,11 +37,12 @@ from ufgir.checkpointing import (
     remove_checkpoints,
     remove_results,
 )
-from ufgir.data import load_ufgir_dataset
+from ufgir.data import IdleArgument, load_ufgir_dataset
 from ufgir.data_labels import class_feature, is_multi_label, unify_labels
 from ufgir.distillation import Distillation, DistillationArguments
 from ufgir.distributed import DistributedArguments
 from ufgir.fine_grained import FINE_GRAINED
+from ufgir.loading import checkpoint_config
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
 from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
@@ -253,28 +253,37 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
         values.setdefault("layer_norm_eps", 1e-6)
         values.setdefault("intermediate_size", 4 * values.get("hidden_size", 768))
         return CLCAViTConfig(**values)
-    config = CLCAViTConfig.from_pretrained(args.model_name_or_path, revision=args.model_revision, **values)
-    check_config(config)
-    return config
+    return checkpoint_config(args.model_name_or_path, values, args.model_revision)
 
 
 def load_data(
-    data_args: DataArguments, args: TrainingArguments, synthetic_size: int, class_names: list[str] | None
+    options: "Options",
+    synthetic_size: int,
+    class_names: list[str] | None,
+    typed: Collection[str],
+    given: Collection[str],
 ) -> dict[str, Any]:
-    """split -> images, the splits and numbers of them that were asked for; ValueError where one is missing."""
-    given = vars(data_args)
+    """split -> images, the splits and numbers of them that were asked for; ValueError where one is missing. `typed` and `given`
+    as in `prepare`."""
+    data_args, args = options.data, options.training
+    values = vars(data_args)
     limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
     for name in limits.values():
-        if given[name] is not None and given[name] < 1:
-            raise ValueError(f"`{name}`, a number of images, must be at least 1, got {given[name]}")
-    options = {k: v for k, v in given.items() if k.startswith("csv_") or k in LOADING}
-    options |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
+        if values[name] is not None and values[name] < 1:
+            raise ValueError(f"`{name}`, a number of images, must be at least 1, got {values[name]}")
+    arguments = {k: v for k, v in values.items() if k.startswith("csv_") or k in LOADING}
+    arguments |= {"config_name": data_args.dataset_config_name, "revision": data_args.dataset_revision}
     if data_args.dataset == "synthetic_leaves":
-        options |= {k.removeprefix("synthetic_"): v for k, v in given.items() if k.startswith("synthetic_")}
-        options["image_size"] = options["image_size"] or synthetic_size
-    options |= {"class_names": class_names, "split_seed": args.seed, "verify": data_args.verify_images}
+        arguments |= {k.removeprefix("synthetic_"): v for k, v in values.items() if k.startswith("synthetic_")}
+        arguments["image_size"] = arguments["image_size"] or synthetic_size
+    arguments |= {"class_names": class_names, "split_seed": args.seed, "verify": data_args.verify_images}
     try:
-        data = dict(load_ufgir_dataset(data_args.dataset, **options))
+        try:
+            data = dict(load_ufgir_dataset(data_args.dataset, **arguments))
+        except IdleArgument:  # of the only one that depends on the data
+            only = Need(("validation_split",), lambda _: False, "data that have no validation split")
+            check_needs(options, typed, given, [only])
+            data = dict(load_ufgir_dataset(data_args.dataset, **arguments | {"validation_split": None}))
     except ValueError as error:
         text = str(error)
         for theirs, ours in CALLED.items():
@@ -292,7 +301,7 @@ def load_data(
     for split, wanted in (("train", args.do_train), ("validation", evaluates), ("test", args.do_predict)):
         if wanted and split not in data:
             raise ValueError(f"`dataset` {data_args.dataset} has no {split} images")
-    data = {split: random_subset(data[split], given[limits[split]], args.seed, limits[split]) for split in data}
+    data = {split: random_subset(data[split], values[limits[split]], args.seed, limits[split]) for split in data}
     batch = args.per_device_train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(data["train"]) < batch:
         raise ValueError(
@@ -304,7 +313,8 @@ def load_data(
 
 def match_classes(data: dict[str, Any], known: list[str], options: "Options") -> tuple[dict[str, Any], bool]:
     """The training images with the classes of the checkpoint that is trained on, in its order where both have the same ones; and
-    whether its head knows none of these classes, but as many others.
+    whether its head is for as many other classes. Of a head whose classes have no names it is not known: it is kept, with a
+    warning.
 
     Raises:
         ValueError: the head is to be kept, but is of other classes.
@@ -313,6 +323,10 @@ def match_classes(data: dict[str, Any], known: list[str], options: "Options") ->
     names = class_feature(next(iter(data.values())).features["label"]).names
     if sorted(names) == sorted(known):
         return (data if names == known else unify_labels(data, source, class_names=known)), False
+    if len(names) == len(known) and known == [f"LABEL_{index}" for index in range(len(known))]:
+        told = (checkpoint, source, names[0], names[-1])
+        logger.warning("%s does not name its classes: its head is taken for those of %s, from %s to %s", *told)
+        return data, False
     optimization = options.optimization
     if "head" in optimization.freeze and "head" not in optimization.unfreeze:
         theirs, ours = (f"{', '.join(some[:3])}{', ...' * (len(some) > 3)}" for some in (known, names))
@@ -392,7 +406,7 @@ def prepare(options: Options, typed: Collection[str] = (), given: Collection[str
     known, new_head = None, False  # a trained model's classes; the data's may be fewer, and in another order
     if pretrained["checkpoint"]:
         known = [config.id2label[index] for index in range(config.num_labels)]
-    data = load_data(data_args, args, image_processor.size["height"], None if args.do_train else known)
+    data = load_data(options, image_processor.size["height"], None if args.do_train else known, typed, given)
     if known and args.do_train:
         data, new_head = match_classes(data, known, options)
 

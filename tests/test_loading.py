@@ -136,6 +136,14 @@ def test_a_look_at_the_tokens_needs_no_head(checkpoints, tmp_path, capsys):
 # One of several keep rates
 
 
+def test_options_of_a_method_stay_with_it(checkpoints, tmp_path):
+    config = CLCAViTConfig.from_pretrained(checkpoints / "evit")
+    config.reduction_kwargs = {"score_by": "received"}
+    config.save_pretrained(tmp_path)
+    kept = [load_config(str(tmp_path), {"reduction": name}).reduction_kwargs for name in ("evit", "topk", None)]
+    assert kept == [{"score_by": "received"}, None, None]
+
+
 @pytest.mark.parametrize("reduction", [None, "topk"])
 def test_a_model_for_several_keep_rates_runs_with_another_method_or_none(checkpoints, reduction):
     elastic = str(checkpoints / "elastic")

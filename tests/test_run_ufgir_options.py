@@ -99,6 +99,9 @@ def test_one_model_for_several_keep_rates(leaves, tmp_path):  # noqa: F811
         run("--model_name_or_path", str(out), *options, "--keep_rate", rate)
         macs.append(json.loads((tmp_path / rate / "run.json").read_text())["macs"])
     assert macs[0] < macs[1]
+    # the options of the last one: a method that has no several rates, and counts of tokens
+    assert set(run("--model_name_or_path", str(out), *options, "--reduction", "none")) == {"test"}
+    assert set(run("--model_name_or_path", str(out), *options, "--keep_tokens", "8")) == {"test"}
 
 
 def test_everything_that_changes_training_at_once(leaves, tmp_path):  # noqa: F811
@@ -174,6 +177,22 @@ def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, 
     assert config.id2label == {i: f"dark {name}" for i, name in enumerate(CLASSES)}
 
 
+def test_a_head_whose_classes_have_no_names_is_kept(trained, leaves, tmp_path, caplog):  # noqa: F811
+    """`LABEL_0`, ... is what transformers calls classes that nobody has named."""
+    nameless = shutil.copytree(trained[0], tmp_path / "nameless")
+    config = json.loads((nameless / "config.json").read_text())
+    names = [f"LABEL_{i}" for i in range(len(CLASSES))]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (nameless / "config.json").write_text(json.dumps(config))
+    path = recipe(tmp_path, leaves, tmp_path / "out", **QUICK, model_name_or_path=str(nameless))
+    run(path, "--learning_rate", "1e-9")
+    assert "does not name its classes" in caplog.text and "from blue to red" in caplog.text
+    before, after = (load_file(f / "model.safetensors") for f in (nameless, tmp_path / "out"))
+    name = "classifier.out_proj.weight"
+    torch.testing.assert_close(before[name], after[name], atol=1e-5, rtol=0)
+    assert CLCAViTConfig.from_pretrained(tmp_path / "out").id2label == dict(enumerate(CLASSES))
+
+
 def test_a_frozen_head_keeps_its_statistics(trained, leaves, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     options = {"model_name_or_path": str(trained[0]), "freeze": ["head"]}
@@ -198,7 +217,7 @@ DRAWN = {"synthetic_num_classes": 3, "synthetic_images_per_class": [4, 2, 2]}
         (["--lora_targets", "mlp"], ["`lora_targets`", "`lora_rank`"]),
         (["--random_erasing_fill", "noise"], ["`random_erasing_fill`", "`random_erasing_probability`"]),
         (["--multi_label_loss", "asymmetric"], ["`multi_label_loss`", "several classes"]),
-        (["--validation_split", "random"], ["`validation_split`", "has a validation split"]),
+        (["--validation_split", "random"], ["`validation_split`", "data that have no validation split"]),
         (["--schedule", "cosine_epochs", "--warmup_epochs", "0.5", "--warmup_steps", "3"], ["`warmup_steps`"]),
         (["--schedule=step_epochs", "--lr_scheduler_type=linear"], ["`lr_scheduler_type`", "`schedule` trainer"]),
         (["--do_train", "false", "--do_eval", "--freeze", "backbone"], ["`freeze`", "`do_train`"]),
@@ -236,7 +255,9 @@ def test_options_of_the_data_reach_drawn_leaves(tmp_path, capsys, argv, word):
 
 def test_idle_options_of_a_recipe_are_told(leaves, tmp_path, caplog):  # noqa: F811
     """A recipe for one data set is also good for another; and it may be evaluated with."""
-    run(recipe(tmp_path, leaves, tmp_path / "out", **QUICK, **DRAWN, lora_targets=["mlp"]))
+    idle = {"lora_targets": ["mlp"], "validation_split": "random"}
+    run(recipe(tmp_path, leaves, tmp_path / "out", **QUICK, **DRAWN, **idle))
+    assert "`validation_split`: no effect without data that have no validation split" in caplog.text
     assert "`lora_targets`: no effect without a `lora_rank`" in caplog.text
     assert "`synthetic_images_per_class`, `synthetic_num_classes`: no effect without `dataset` synth" in caplog.text
 

@@ -158,6 +158,10 @@ def _open_folder(
     return _Opened(load_image_folder(path, known_classes), columns)
 
 
+class IdleArgument(DatasetError):
+    """An argument would do nothing for these data."""
+
+
 def load_ufgir_dataset(
     name_or_path: str | os.PathLike,
     *,
@@ -231,6 +235,7 @@ def load_ufgir_dataset(
 
     Raises:
         DatasetError: the folder, its images, classes, columns or class ids cannot be used. A `ValueError`.
+        IdleArgument: there is a validation split, and `validation_split`. A `DatasetError`.
         ValueError: an argument is out of range.
     """
     source = os.fspath(name_or_path)
@@ -278,7 +283,7 @@ def load_ufgir_dataset(
     rename = dict(opened.entry.splits) if opened.entry else None
     splits = our_columns(our_splits(opened.data, source, rename), source, **opened.columns)
     if validation_split is not None and "validation" in splits:
-        raise DatasetError(f"`validation_split` parts train, but {source} has a validation split: leave it out.")
+        raise IdleArgument(f"`validation_split` parts train, but {source} has a validation split: leave it out.")
     separator = None if opened.listed else label_separator  # labels of listings are lists by now
     if isinstance(next(iter(splits.values())), datasets.IterableDataset):
         if shots is not None:

@@ -1,16 +1,17 @@
 """Models loaded from checkpoints: weights that are lacking, of another shape or cut off are told, not passed over."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import check_config
 
 from .arguments import one_sentence
-from .elastic import at_one_rate, rate_of
+from .elastic import at_one_rate, has_one_rate, rate_of
 from .resample import resample_weights
 
 
@@ -24,6 +25,29 @@ class Loaded(NamedTuple):
 
     model: CLCAViTForImageClassification
     untrained: list[str]
+
+
+def checkpoint_config(checkpoint: str, values: Mapping[str, Any], revision: str | None = None) -> CLCAViTConfig:
+    """The configuration of a checkpoint with `values` in place of its own, checked.
+
+    `CLCAViTConfig` lets counts of tokens give way to rates, and a method's options to another method. Several keep rates that it
+    was trained for give way, too: to counts, to a method that has one rate only, and to none.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        values: fields of the configuration.
+        revision: of the Hub repository.
+
+    Raises:
+        OSError: there is no such checkpoint, or its configuration cannot be read.
+        ValueError: a value is out of range.
+    """
+    values = dict(values)
+    if values.get("keep_tokens") is not None or ("reduction" in values and has_one_rate(values["reduction"])):
+        values = {"train_keep_rates": None} | values
+    config = CLCAViTConfig.from_pretrained(checkpoint, revision=revision, **values)
+    check_config(config)
+    return config
 
 
 def load_model(

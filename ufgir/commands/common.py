@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import HEADS, check_config
+from clca.configuration_clca import HEADS
 
 from ..arguments import one_sentence
-from ..elastic import has_one_rate
+from ..loading import checkpoint_config
 from ..transforms import open_picture
 
 
@@ -97,29 +97,18 @@ def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
         width = values.get("hidden_size", 768)
         defaults = {"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, "num_labels": 1000}
         return CLCAViTConfig(**defaults | values)
-    # what the checkpoint says about one of these must not contradict what the user says about the other
-    if "keep_tokens" in values:
-        values = {"keep_rate": [1.0], "train_keep_rates": None} | values
-    elif "keep_rate" in values:
-        values = {"keep_tokens": None} | values
-    if "reduction" in values:
-        values = {"reduction_kwargs": None} | values
-        if has_one_rate(values["reduction"]):
-            values = {"train_keep_rates": None} | values
     if not Path(model).is_dir() and Path(model).exists():
         raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
     if Path(model).is_dir() and not Path(model, "config.json").is_file():  # transformers would take its defaults
         raise ValueError(f"there is no checkpoint in the folder {model}: it has no config.json.")
     try:
-        config = CLCAViTConfig.from_pretrained(model, **values)
+        return checkpoint_config(model, values)
     except OSError as error:
         if Path(model).is_dir():
             raise ValueError(f"the config.json of {model} cannot be read: {one_sentence(error)}") from error
         raise ValueError(
             f"there is no checkpoint {model}: neither a folder with config.json nor on the Hub."
         ) from error
-    check_config(config)
-    return config
 
 
 def check_rates(rates: Sequence[float] | None, option: str) -> None:
