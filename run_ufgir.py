@@ -59,7 +59,7 @@ from ufgir.run_checks import (
     free_settings,
     training_settings,
 )
-from ufgir.run_records import remove_run_record, write_run_record
+from ufgir.run_records import mark_pushed, remove_run_record, write_run_record
 from ufgir.training import UFGIRTrainer, load_pretrained
 from ufgir.transforms import (
     EvalTransform,
@@ -600,9 +600,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             model_id=getattr(trainer, "hub_model_id", None) or args.hub_model_id,
             base_model=options.model.model_name_or_path,
         )
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    if trainer.is_world_process_zero():  # last: who has a record is finished
+    if trainer.is_world_process_zero():  # when all else is there; it is uploaded, too
         write_run_record(
             output_dir,
             settings=settings,
@@ -618,7 +616,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             images_per_second=run.images_per_second,
             resumed_from=run.checkpoint,
             data=run.evaluated,
+            pushed=False if args.push_to_hub else None,
         )
+    if args.push_to_hub:
+        trainer.push_to_hub()
+        if trainer.is_world_process_zero():
+            mark_pushed(output_dir)
     where = f"{time.perf_counter() - start:.0f} seconds in all; see {output_dir}"
     logger.info("Results\n%s\n%s, %s parameters\n%s", summary_table(run.rows), cost, f"{num_parameters:,}", where)
     return run.metrics

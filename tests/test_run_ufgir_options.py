@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from clca import CLCAViTConfig
 from run_ufgir import GROUPS
 from ufgir.arguments import RecipeParser
 from ufgir.data import load_ufgir_dataset
+from ufgir.run_records import is_finished, read_run_records
 from ufgir.run_tables import run_rows
 
 from .test_run_ufgir import CLASSES, leaves, mistake, parse, recipe, run, trained  # noqa: F401 (fixtures)
@@ -337,20 +339,29 @@ def test_starting_over_leaves_nothing_of_the_earlier_training(leaves, tmp_path):
 
 
 def test_a_run_that_could_not_be_pushed_is_not_finished(leaves, tmp_path, monkeypatch):  # noqa: F811
+    uploads = []
+
     class Hub:
         def create_repo(self, name, **kwargs):
             return type("Repo", (), {"repo_id": f"me/{name}"})()
 
         def upload_folder(self, **kwargs):
             if kwargs["commit_message"].startswith("End"):
-                raise OSError("the network is down")
+                uploads.append(sorted(file.name for file in Path(kwargs["folder_path"]).iterdir()))
+                if len(uploads) == 1:
+                    raise OSError("the network is down")
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     out = tmp_path / "out"
     path = recipe(tmp_path, leaves, out, **QUICK, hub_strategy="end")
+    push = ["--push_to_hub", "--hub_model_id", "leaves"]
     with pytest.raises(OSError, match="the network is down"):
-        run(path, "--push_to_hub", "--hub_model_id", "leaves")
-    assert (out / "model.safetensors").is_file() and (out / "README.md").is_file() and not (out / "run.json").exists()
+        run(path, *push)
+    assert {"model.safetensors", "README.md", "run.json"} <= set(uploads[0])
+    (record,) = read_run_records([out]).finished  # its training is a result all the same
+    assert record["pushed"] is False and record["train_seconds"] > 0 and not is_finished(out)
+    run(path, *push)
+    assert json.loads((out / "run.json").read_text())["pushed"] is True and is_finished(out)
 
 
 def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_training(leaves, tmp_path):  # noqa: F811

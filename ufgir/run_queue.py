@@ -80,8 +80,8 @@ class RunQueue:
     """The runs of a grid in the folder of a sweep.
 
     In the folder are: the recipe as it was when the sweep began, `sweep.json` (every run, its options and how it ended),
-    a folder for each run, and its output in `logs/`. A run that has its `run.json` is finished and is not run again; one
-    that left a whole checkpoint goes on from there; any other starts over.
+    a folder for each run, and its output in `logs/`. A run that has its `run.json`, and was uploaded if it is to be, is finished
+    and is not run again; one that left a whole checkpoint goes on from there; any other starts over.
 
     Args:
         grid: what to run.

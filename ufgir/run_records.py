@@ -46,9 +46,11 @@ def write_run_record(
     model_images_per_second: float | None = None,
     resumed_from: str | None = None,
     data: Mapping[str, Mapping[str, Any]] | None = None,
+    pushed: bool | None = None,
     command: Sequence[str] | None = None,
 ) -> Path:
-    """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished.
+    """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished,
+    but for its upload.
 
     Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
     the training of the same model left in that folder. What it measured on another data set, or on other images of a split
@@ -71,6 +73,7 @@ def write_run_record(
         model_images_per_second: images a second of the model alone, where that was measured.
         resumed_from: the checkpoint that this run went on from, if it did.
         data: options on which the images that are evaluated depend, see `run_checks.evaluated_data`.
+        pushed: whether the run was uploaded to the Hub, see `mark_pushed`; None where that is not asked for.
         command: `sys.argv` by default.
     """
     path = Path(output_dir) / RECORD
@@ -99,6 +102,7 @@ def write_run_record(
             *old.get("evaluations", []),
             run | {"splits": list(measured["metrics"])} | about,
         ]
+        record |= {} if pushed is None else {"pushed": pushed}
     else:
         record = {
             **run,
@@ -114,9 +118,22 @@ def write_run_record(
             "train_seconds": train_seconds,
             "model_images_per_second": model_images_per_second,
             "resumed_from": resumed_from,
+            **({} if pushed is None else {"pushed": pushed}),
             "peak_memory": peak_memory(),
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         }
+    return _write(path, record)
+
+
+def mark_pushed(output_dir: str | os.PathLike) -> None:
+    """Note in the record of a run that its upload has succeeded."""
+    path = Path(output_dir) / RECORD
+    record = _read(path)
+    if isinstance(record, dict) and record.get("pushed") is False:
+        _write(path, record | {"pushed": True})
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> Path:
     return write_text_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -137,8 +154,9 @@ def remove_run_record(output_dir: str | os.PathLike) -> None:
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
-    """Whether a folder has the record of a run."""
-    return isinstance(_read(Path(folder) / RECORD), dict)
+    """Whether a folder has the record of a run, and its upload, if one was asked for, has succeeded."""
+    record = _read(Path(folder) / RECORD)
+    return isinstance(record, dict) and record.get("pushed") is not False
 
 
 class RunRecords(NamedTuple):
