@@ -31,6 +31,7 @@ from ufgir.augmentation import AugmentationArguments, prepare_augmentation
 from ufgir.callbacks import CallbackArguments, make_callbacks
 from ufgir.checkpointing import (
     ADAPTER_FOLDER,
+    KEPT_PATCHES_FILE,
     check_fits,
     check_settings,
     find_checkpoint,
@@ -59,7 +60,7 @@ from ufgir.run_checks import (
     free_settings,
     training_settings,
 )
-from ufgir.run_records import mark_pushed, remove_run_record, write_run_record
+from ufgir.run_records import PREDICTIONS_FILE, mark_pushed, prediction_files, remove_run_record, write_run_record
 from ufgir.training import UFGIRTrainer, load_pretrained
 from ufgir.transforms import (
     EvalTransform,
@@ -189,7 +190,7 @@ class DataArguments:
     max_train_samples: int | None = option("use that many random training images [all]")
     max_eval_samples: int | None = option("use that many random validation images [all]")
     max_predict_samples: int | None = option("use that many random test images [all]")
-    predictions_file: str = option("predictions, in output_dir: .csv or .jsonl", "predictions.csv")
+    predictions_file: str = option("predictions, in output_dir: .csv or .jsonl", PREDICTIONS_FILE)
     num_pictures: int = option("test images shown in kept_patches.png, if the model reduces tokens", 4)
 
 
@@ -482,11 +483,12 @@ def train(run: Run, args: TrainingArguments) -> None:
     """Train, and save the model."""
     trainer = run.trainer
     if trainer.is_world_process_zero():
+        earlier = prediction_files(args.output_dir)
         remove_run_record(args.output_dir)
         if args.overwrite_output_dir:
             remove_checkpoints(args.output_dir, after=run.checkpoint)
             if run.checkpoint is None:
-                remove_results(args.output_dir)
+                remove_results(args.output_dir, earlier)
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
     if hasattr(trainer.model, "peft_config"):  # the adapter stays in a folder of its own, the model is whole again
         trainer.save_model(str(Path(args.output_dir) / ADAPTER_FOLDER))
@@ -536,8 +538,8 @@ def predict(run: Run, data_args: DataArguments, args: TrainingArguments) -> None
         titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
         pictures = [to_rgb(run.data["test"][i]["image"]) for i in chosen]
         picture = kept_patches_image(trainer.model, run.image_processor, pictures, titles)
-        save_picture(picture, output_dir / "kept_patches.png")
-        logger.info("Patches kept: %s", output_dir / "kept_patches.png")
+        save_picture(picture, output_dir / KEPT_PATCHES_FILE)
+        logger.info("Patches kept: %s", output_dir / KEPT_PATCHES_FILE)
 
 
 def keep_metrics(run: Run, split: str, metrics: dict[str, float | None], seconds: float, images: int) -> None:

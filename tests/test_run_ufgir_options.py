@@ -330,12 +330,19 @@ def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):  # no
 
 def test_starting_over_leaves_nothing_of_the_earlier_training(leaves, tmp_path):  # noqa: F811
     out = tmp_path / "out"
-    path = recipe(tmp_path, leaves, out, **QUICK, do_predict=True, num_pictures=0)
-    run(path, "--ema_decay", "0.9")
-    assert (out / "ema").is_dir() and "test_ema_top1" in json.loads((out / "all_results.json").read_text())
+    path = recipe(tmp_path, leaves, out, **QUICK)
+    run(path, "--do_predict", "--ema_decay", "0.9", "--record_gradients", "--predictions_file", "guesses.jsonl")
+    argv = ["--model_name_or_path", str(out), "--dataset", str(leaves), "--use_cpu", "true", "--output_dir", str(out)]
+    run(*argv, "--do_predict")
+    (out / "notes.txt").touch()
+    gone = ["ema", "test_results.json", "test_ema_results.json", "predictions.csv", "guesses.jsonl", "gradients.csv"]
+    gone += ["kept_patches.png"]
+    assert all((out / name).exists() for name in gone)
+    assert "test_ema_top1" in json.loads((out / "all_results.json").read_text())
     run(path, "--overwrite_output_dir")
-    assert not (out / "ema").exists() and not (out / "test_ema_results.json").exists()
-    assert not [name for name in json.loads((out / "all_results.json").read_text()) if "ema" in name]
+    assert [name for name in gone if (out / name).exists()] == []
+    assert (out / "notes.txt").exists() and not (out / "gradients.png").exists()
+    assert not [name for name in json.loads((out / "all_results.json").read_text()) if name.startswith("test")]
 
 
 def test_a_run_that_could_not_be_pushed_is_not_finished(leaves, tmp_path, monkeypatch):  # noqa: F811

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from .callbacks import LAST_FOLDER
 from .ema import EMA_FOLDER
+from .gradients import GRADIENTS_FILE
 from .sweep import differences
 
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"  # in output_dir
+KEPT_PATCHES_FILE = "kept_patches.png"  # in output_dir
 INCOMPLETE = "_incomplete"  # uploads to the Hub leave out names that begin with _
 FILE_LIST = "checkpoint_files.json"
 # What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
@@ -186,13 +188,16 @@ def remove_checkpoints(output_dir: str | os.PathLike, after: str | os.PathLike |
             shutil.rmtree(folder)
 
 
-def remove_results(output_dir: str | os.PathLike) -> None:
-    """Delete what an earlier training left in `output_dir` and a new one need not replace: averaged and last weights, an
-    adapter, and metrics, to which Trainer would add."""
+def remove_results(output_dir: str | os.PathLike, predictions: Iterable[str] = ()) -> None:
+    """Delete what an earlier training left in `output_dir` and a new one need not replace: averaged and last weights, an adapter,
+    recorded gradients, the files of `predictions`, a picture of them, and metrics, to which Trainer would add."""
+    output_dir = Path(output_dir)
     for name in (EMA_FOLDER, LAST_FOLDER, ADAPTER_FOLDER):
-        shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
-    for name in ("all", "train", "validation", "test", "test_ema"):
-        (Path(output_dir) / f"{name}_results.json").unlink(missing_ok=True)
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    files = [f"{name}_results.json" for name in ("all", "train", "validation", "test", "test_ema")]
+    files += [GRADIENTS_FILE, str(Path(GRADIENTS_FILE).with_suffix(".png")), KEPT_PATCHES_FILE, *predictions]
+    for name in files:
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def find_checkpoint(args: transformers.TrainingArguments) -> str | None:

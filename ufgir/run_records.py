@@ -20,6 +20,7 @@ from .model_card import write_text_atomically
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+PREDICTIONS_FILE = "predictions.csv"  # unless `predictions_file` says otherwise
 MANIFEST = "sweep.json"  # in the folder of a sweep: its runs and how they ended
 PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
 # of a configuration: names of classes, and what says where and how it was saved instead of what the model is
@@ -151,6 +152,15 @@ def _fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
 def remove_run_record(output_dir: str | os.PathLike) -> None:
     """Before a training starts over in a folder: until it has ended, the folder holds no finished run."""
     (Path(output_dir) / RECORD).unlink(missing_ok=True)
+
+
+def prediction_files(output_dir: str | os.PathLike) -> list[str]:
+    """Names of the files of predictions that a run, and later evaluations of it, have written by its record; and the usual one."""
+    record = _read(Path(output_dir) / RECORD)
+    runs = [record, *record.get("evaluations", [])] if isinstance(record, dict) else []
+    names = [str(run.get("settings", {}).get("predictions_file", PREDICTIONS_FILE)) for run in runs]
+    # a record is no reason to touch what lies elsewhere
+    return [name for name in dict.fromkeys([PREDICTIONS_FILE, *names]) if Path(name).name == name]
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
