@@ -169,7 +169,7 @@ def test_card_survives_later_pushes(hub: Hub) -> None:
 def test_the_script_trains_from_and_pushes_to_the_hub(hub: Hub) -> None:
     """`run_ufgir --push_to_hub`: begun with a branch; the repository holds model, processor, code and our card, and loads."""
     metrics = hub.author.step("train_from_the_hub")["metrics"]
-    assert hub.server.files(TRAINED) >= SAVED | {"preprocessor_config.json", "predictions.csv"}
+    assert hub.server.files(TRAINED) >= SAVED | {"preprocessor_config.json", "predictions.csv", "run.json"}
     result = hub.visitor.step("load_trained")
     assert torch.equal(hub.visitor.logits["trained"], hub.author.logits["trained"])
     assert not torch.equal(hub.author.logits["trained"], hub.author.logits["keep-rate-0.5"])

@@ -182,6 +182,25 @@ def test_mistakes_are_told_before_anything_runs(recipe, tmp_path, sets, variants
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_an_option_that_does_nothing_in_some_runs_is_told_and_left_out_there(recipe, tmp_path, caplog):
+    """Typed, the script would refuse it, run by run."""
+    import run_ufgir
+
+    recipe.write_text(yaml.safe_dump(RECIPE | {"num_pictures": 0}))
+    sets = ["mixup_alpha=0,0.8", "mix_switch_probability=0.3", "lora_targets=mlp"]
+    off, on = Grid(recipe, sets).runs(tmp_path)
+    assert off.options == ["--mixup_alpha=0"] and on.options == ["--mixup_alpha=0.8", "--mix_switch_probability=0.3"]
+    assert off.settings["mix_switch_probability"] == on.settings["mix_switch_probability"] == 0.3
+    assert "`mix_switch_probability` does nothing in 1 of 2 runs" in caplog.text
+    assert "`lora_targets` does nothing in 2 of 2 runs" in caplog.text and "it needs a `lora_rank`" in caplog.text
+    assert "test" in run_ufgir.main([str(recipe), *off.options, "--output_dir", str(tmp_path / "off")])
+    # what an option needs may itself be in vain
+    caplog.clear()
+    (run,) = Grid(recipe, ["do_train=false", "teacher=x", "distillation=hard"]).runs(tmp_path)
+    assert run.options == ["--do_train=false"]
+    assert "`teacher` does nothing" in caplog.text and "`distillation` does nothing" in caplog.text
+
+
 # Where they run
 
 

@@ -57,6 +57,16 @@ NEEDS = (
 )
 
 
+def idle_options(options: Any, given: Collection[str], needs: Sequence[Need] = NEEDS) -> dict[str, str]:
+    """Option -> what it needs, for those of the options that were given that do nothing."""
+    idle = {}
+    for need in needs:
+        if not need.holds(options):
+            begins = tuple(name for name in need.options if name.endswith("_"))
+            idle |= {n: need.what for n in given if n in need.options or n.startswith(begins)}
+    return idle
+
+
 def check_needs(options: Any, typed: Collection[str], given: Collection[str], needs: Sequence[Need] = NEEDS) -> None:
     """Options that would do nothing: refused where they were typed, told where a recipe has them.
 
@@ -67,14 +77,13 @@ def check_needs(options: Any, typed: Collection[str], given: Collection[str], ne
     Raises:
         ValueError: names the first of them, and what it needs.
     """
-    for need in needs:
-        if need.holds(options):
-            continue
-        idle = [n for n in given if n in need.options or n.startswith(tuple(o for o in need.options if o[-1] == "_"))]
-        if refused := [name for name in idle if name in typed]:
-            raise ValueError(f"`{refused[0]}` does nothing here: it needs {need.what}")
-        if idle:
-            logger.warning("The recipe's %s: no effect without %s", ", ".join(f"`{n}`" for n in idle), need.what)
+    idle = idle_options(options, given, needs)
+    for name, what in idle.items():
+        if name in typed:
+            raise ValueError(f"`{name}` does nothing here: it needs {what}")
+    for what in dict.fromkeys(idle.values()):
+        names = ", ".join(f"`{name}`" for name in idle if idle[name] == what)
+        logger.warning("The recipe's %s: no effect without %s", names, what)
 
 
 def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: Collection[str]) -> None:

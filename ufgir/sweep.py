@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from .arguments import RecipeParser
 
+
+logger = logging.getLogger(__name__)
 
 # The paper's ablation: the cross-layer cache (CLC) with one register, the CLA head, both, neither.
 VARIANTS = {
@@ -28,7 +31,7 @@ class Run(NamedTuple):
 
     Attributes:
         name: of its folder, such as `variant=clca,keep_rate=0.1,seed=1`.
-        options: the options that the grid sets, as command-line arguments.
+        options: the options that the grid sets, as command-line arguments, but those that do nothing in this combination.
         settings: every option of the run that is given, by the recipe or the grid, with its value.
         training: its `TrainingArguments`.
     """
@@ -157,6 +160,9 @@ class Grid:
             return [f"--{option}={value}"]
         return [f"--{option}", *(str(word) for word in re.split(r"[\s,]+", value.strip("[] ")))]
 
+    def _all_words(self, values: dict[str, str]) -> list[str]:
+        return [word for option, value in values.items() for word in self._words(option, value)]
+
     def _parse(self, options: list[str], output: str = "unused") -> tuple[dict[str, Any], Any]:
         """The options that are given, with their values, and all of them as `run_ufgir.Options`."""
         groups = self._parser.parse([str(self.recipe), *options, f"--output_dir={output}"])
@@ -165,14 +171,22 @@ class Grid:
 
     def runs(self, output: Path) -> list[Run]:
         """All combinations, the last axis changing fastest, each in a folder of its own below `output`; see `Grid`."""
+        from .run_checks import idle_options  # which needs what the script needs
+
         runs: list[Run] = []
+        told: dict[tuple[str, str], list[str]] = {}  # option that does nothing, and what it needs -> runs
         for choices in itertools.product(*self.axes.values()):
             labels = dict(zip(self.axes, (choice.label for choice in choices), strict=True))
             name = run_name(labels)
             values = {option: value for choice in choices for option, value in choice.options.items()}
-            words = [word for option, value in values.items() for word in self._words(option, value)]
             try:
-                settings, options = self._parse(words, str(output / name))
+                settings, options = self._parse(self._all_words(values), str(output / name))
+                while idle := idle_options(options, values):
+                    # The run would refuse what was typed in vain; without it another option may be in vain, too.
+                    for pair in idle.items():
+                        told.setdefault(pair, []).append(name)
+                    values = {option: value for option, value in values.items() if option not in idle}
+                    _, options = self._parse(self._all_words(values), str(output / name))
                 training = options.training
                 if not (training.do_train or training.do_eval or training.do_predict):
                     raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict` in the recipe")
@@ -182,7 +196,12 @@ class Grid:
             for other in runs:
                 if name == other.name or settings == other.settings:
                     raise ValueError(f"{name} and {other.name} are the same run")
-            runs.append(Run(name, words, settings, training))
+            runs.append(Run(name, self._all_words(values), settings, training))
+        for (option, what), names in told.items():
+            logger.warning(
+                "`%s` does nothing in %d of %d runs, which are run without it: it needs %s. The first is %s",
+                *(option, len(names), len(runs), what, names[0]),
+            )
         return runs
 
 
