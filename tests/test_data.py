@@ -362,10 +362,22 @@ def test_splits_do_not_become_classes(tmp_path):
         load_ufgir_dataset(tmp_path)
 
 
-def test_a_class_may_be_called_as_a_split(tmp_path):
-    make_folder(tmp_path, ("",), ("dev", "merlot", "test"), images=2)
+def test_a_split_with_a_picture_beside_its_classes_is_no_class(tmp_path):
+    make_folder(tmp_path, ("train",))
+    save_image(tmp_path / "train" / "preview.png", 100)
+    save_image(tmp_path / "examples" / "0.png", 101)
+    with pytest.raises(
+        DatasetError, match=r"split folders train, but examples is not one of .* pictures and no folders"
+    ):
+        load_ufgir_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("dev", "merlot", "test"), ("merlot", "train")], ids=str)
+def test_a_class_may_be_called_as_a_split(tmp_path, names):
+    make_folder(tmp_path, ("",), names, images=2)
+    save_image(tmp_path / names[-1] / ".thumbnails" / "0.png", 100)  # hidden, so that it does not count
     loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
-    check(loaded, {"train": 6}, ["dev", "merlot", "test"])
+    check(loaded, {"train": 2 * len(names)}, list(names))
 
 
 def test_every_format_that_pillow_reads_is_a_picture(tmp_path, caplog):

@@ -33,6 +33,11 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
+def _is_class_folder(folder: Path) -> bool:
+    """Whether pictures lie directly in `folder` and no folders do: a picture beside folders makes no class of them."""
+    return not child_folders(folder) and any(_is_image(file) for file in folder.iterdir())
+
+
 def _visible_files(folder: Path) -> list[Path]:
     """The files in `folder` and below it, sorted, but hidden ones and those of hidden folders."""
     found = (file for file in folder.rglob("*") if file.is_file())
@@ -47,17 +52,17 @@ def images_in(folder: Path) -> list[Path]:
 def _split_folders(path: Path) -> dict[str, Path]:
     """Split to folder; `path` itself is train if it holds class folders.
 
-    Among class folders, one that is called as a split is a class, too, if it holds pictures and not folders of them.
+    Among class folders, one that is called as a split is a class, too, if it holds pictures and no folders.
     """
     children = child_folders(path)
     splits = {child: split for child in children if (split := split_of(child.name))}
     if others := [child.name for child in children if child not in splits]:
-        if all(any(_is_image(file) for file in child.iterdir()) for child in splits):
+        if all(_is_class_folder(child) for child in splits):
             return {"train": path}
         allowed = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
         raise DatasetError(
             f"{path} holds the split folders {listed(child.name for child in splits)}, but {listed(others)} is not one of "
-            f"{allowed}: rename it, or put it elsewhere. (A class that is called as a split must hold its pictures directly.)"
+            f"{allowed}: rename it, or put it elsewhere. (A class that is called as a split must hold pictures and no folders.)"
         )
     if not splits:
         return {"train": path}
