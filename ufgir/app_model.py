@@ -10,7 +10,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,7 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
@@ -254,31 +262,50 @@ def _why_lacking(config: CLCAViTConfig, missing: Sequence[str]) -> str:
     )
 
 
+@contextmanager
+def _asking_the_hub(name: str) -> Iterator[None]:
+    """Say so where the Hub gave no answer about `name`: a lost connection tells nothing of what a repository holds.
+
+    Raises:
+        ValueError: no answer, or the files cannot be kept on this machine.
+    """
+    try:
+        yield
+    # `LocalEntryNotFoundError`: not fetched before, and the Hub not reached. The HTTP client's errors are no OSError.
+    except (LocalEntryNotFoundError, HTTPError, ConnectionError, TimeoutError) as error:
+        raise ValueError(
+            f"the Hub cannot be reached, or does not give out {name} now: check the connection and try again."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be loaded: {one_sentence(error)}") from error
+
+
 def _fetch(name: str) -> str:
     """The folder of a repository's files that a model is made of, and of no others, fetched without the token of this machine;
-    the weights only if they are not too many."""
-    try:
-        config = Path(hf_hub_download(name, CONFIG_NAME, token=False))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"there is no checkpoint {name} on the Hub that everybody may read.") from error
-    folder, commit = config.parent, config.parent.name
-    _check_size(name, load_config(str(folder), {}))
-    for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+    the weights only if they are not too many. What was fetched before needs no Hub."""
+    with _asking_the_hub(name):
         try:
-            hf_hub_download(name, file, revision=commit, token=False)
-        except EntryNotFoundError:  # it has one of them
-            continue
-    try:
-        if not isinstance(try_to_load_from_cache(name, SAFE_WEIGHTS_NAME, revision=commit), str):
-            url = hf_hub_url(name, SAFE_WEIGHTS_NAME, revision=commit)
-            size = get_hf_file_metadata(url, token=False).size
-            if size is None or size > 4.1 * MOST_PARAMETERS:  # bytes of float32, and the names
-                raise ValueError(f"the weights of {name} are too large for this page. {_LIMITS}")
-        hf_hub_download(name, SAFE_WEIGHTS_NAME, revision=commit, token=False)
-    except EntryNotFoundError as error:
-        raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only weights that this page takes.") from error
-    except OSError as error:
-        raise ValueError(f"the weights of {name} cannot be loaded: {one_sentence(error)}") from error
+            config = Path(hf_hub_download(name, CONFIG_NAME, token=False))
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
+            raise ValueError(f"there is no checkpoint {name} on the Hub that everybody may read.") from error
+        folder, commit = config.parent, config.parent.name
+        _check_size(name, load_config(str(folder), {}))
+        for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
+            if try_to_load_from_cache(name, file, revision=commit) is not None:  # fetched, or known not to be there
+                continue
+            try:
+                hf_hub_download(name, file, revision=commit, token=False)
+            except RemoteEntryNotFoundError:  # it has one of them
+                continue
+        try:
+            if not isinstance(try_to_load_from_cache(name, SAFE_WEIGHTS_NAME, revision=commit), str):
+                url = hf_hub_url(name, SAFE_WEIGHTS_NAME, revision=commit)
+                size = get_hf_file_metadata(url, token=False).size
+                if size is None or size > 4.1 * MOST_PARAMETERS:  # bytes of float32, and the names
+                    raise ValueError(f"the weights of {name} are too large for this page. {_LIMITS}")
+            hf_hub_download(name, SAFE_WEIGHTS_NAME, revision=commit, token=False)
+        except RemoteEntryNotFoundError as error:
+            raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only weights that this page takes.") from error
     return str(folder)
 
 
@@ -330,7 +357,7 @@ def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
             models of up to `MOST_PARAMETERS`, in safetensors.
 
     Raises:
-        ValueError: no such checkpoint, another kind of model, or one that is not whole, or too large.
+        ValueError: no such checkpoint, another kind of model, or one that is not whole, or too large; the Hub is not reached.
     """
     name = name.strip()
     if not name:
