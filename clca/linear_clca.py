@@ -1,7 +1,8 @@
 """Linear layers for the few rows that a reduction leaves.
 
 On a CPU, torch multiplies float32 matrices by its BLAS, which is made for many rows: with a dozen of them it may take twice
-the time it takes to read the weights. oneDNN, which torch brings along too, is faster there, and not slower elsewhere.
+the time it takes to read the weights. oneDNN, which torch brings along too, is faster there, and not slower elsewhere if the
+layer is not tiny.
 
 The layers themselves stay plain `nn.Linear`: what quantises or adapts models looks for just that class.
 """
@@ -21,6 +22,9 @@ try:
     _ = forward_ad._current_level
 except (ImportError, AttributeError):
     _onednn_linear = None
+
+# Below, looking up the plan of a multiplication (some 20 us) takes longer than the multiplication. Measured for 1 to 788 rows.
+_FEWEST_WEIGHTS = 2**16
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -60,5 +64,6 @@ def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
         and type(layer.weight) is nn.Parameter
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
+        and layer.weight.numel() >= _FEWEST_WEIGHTS
         and hidden_states.shape[-1:] == (layer.in_features,)  # else torch says it more clearly
     )

@@ -38,8 +38,7 @@ def make(variant: str) -> CLCAViTForImageClassification:
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:
-    """Of a few images, to the bit: without oneDNN, to which only layers go that nobody has put hooks on."""
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+    with torch.no_grad():
         return model.eval()(images().float()).logits
 
 
@@ -100,7 +99,7 @@ def test_assignments_of_an_offloaded_model(tmp_path: Path) -> None:
     )
     outputs = []
     for one in (model, offloaded.eval()):
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):  # as `logits_of`
+        with torch.no_grad():
             outputs.append(one(images().float(), output_assignments=True, output_hidden_states=True))
     assert outputs[0].token_counts == outputs[1].token_counts
     for name in ("assignments", "hidden_states"):

@@ -195,7 +195,8 @@ def test_no_output_is_made_for_nobody() -> None:
 
 
 def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what oneDNN is called with."""
+    """Shapes of what oneDNN is called with, also by tiny layers."""
+    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", 0)
     seen: list[tuple[int, ...]] = []
     original = linear_clca._onednn_linear
 
@@ -236,6 +237,16 @@ def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             linear(layer, torch.randn(3, 15))
     assert not seen
+
+
+@pytest.mark.parametrize(("width", "calls"), [(192, 0), (256, 1)])
+def test_tiny_layers_stay_with_blas(width: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewest = linear_clca._FEWEST_WEIGHTS
+    seen, layer = count_onednn(monkeypatch), nn.Linear(width, width)
+    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", fewest)
+    with torch.no_grad():
+        linear(layer, torch.randn(1, 12, width))
+    assert len(seen) == calls
 
 
 def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
