@@ -398,3 +398,13 @@ def test_what_a_later_evaluation_measures_first_is_a_result_of_the_training(leav
     assert row["test_top1"] == test["test"]["top1"] and row["validation_top1"] == before["validation"]["top1"]
     run(*argv, "--do_eval")  # of other validation images
     assert json.loads((out / "run.json").read_text())["metrics"] == record["metrics"]
+
+
+def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):  # noqa: F811
+    out = tmp_path / "out"
+    run(recipe(tmp_path, leaves, out, **QUICK, train_on_trainval=True))
+    argv = ["--model_name_or_path", str(out), "--dataset", str(leaves), "--use_cpu", "true", "--output_dir", str(out)]
+    both = run(*argv, "--do_eval", "--do_predict")
+    record = json.loads((out / "run.json").read_text())
+    assert set(both) == {"validation", "test"} and record["metrics"] == {"test": both["test"]}
+    assert record["evaluations"][0]["metrics"] == both and "(validation)" in caplog.text

@@ -109,9 +109,9 @@ def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: 
         )
 
 
-def evaluated_data(options: Any) -> dict[str, dict[str, Any]]:
+def evaluated_data(options: Any) -> dict[str, dict[str, Any] | None]:
     """The options on which the images that are evaluated depend, beside the name of the data set: `source`, which tell it from
-    others of that name, and for `validation` and `test` those that choose images of it."""
+    others of that name, and for `validation` and `test` those that choose images of it; None where all are trained on."""
     data, seed = options.data, options.training.seed
 
     def given(*names: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def evaluated_data(options: Any) -> dict[str, dict[str, Any]]:
     if "max_predict_samples" in test:
         test["seed"] = seed
     source = given("dataset_config_name", "dataset_revision", *drawn)
-    return {"source": source, "validation": validation, "test": test}
+    return {"source": source, "validation": None if data.train_on_trainval else validation, "test": test}
 
 
 # What a resumed training must have as it began, of each group of options; data are compared by their contents, too.

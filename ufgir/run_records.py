@@ -46,7 +46,7 @@ def write_run_record(
     images_per_second: Mapping[str, float] | None = None,
     model_images_per_second: float | None = None,
     resumed_from: str | None = None,
-    data: Mapping[str, Mapping[str, Any]] | None = None,
+    data: Mapping[str, Mapping[str, Any] | None] | None = None,
     pushed: bool | None = None,
     command: Sequence[str] | None = None,
 ) -> Path:
@@ -98,7 +98,10 @@ def write_run_record(
         record["data"] = (old.get("data") or {}) | {s: v for s, v in (about["data"] or {}).items() if s in kept}
         if others := [split for split in measured["metrics"] if split not in kept]:
             told = (path, ", ".join(others))
-            logger.warning("%s: these metrics (%s) are of other images and stand in its `evaluations` only", *told)
+            logger.warning(
+                "%s: these metrics (%s) are of other images, or of some that were trained on, and stand in its `evaluations` only",
+                *told,
+            )
         record["evaluations"] = [
             *old.get("evaluations", []),
             run | {"splits": list(measured["metrics"])} | about,
@@ -139,14 +142,15 @@ def _write(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def _fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """The splits that an evaluation measured and a record may take: of its data set, and either not measured before or of the
-    same images as before."""
+    """The splits that an evaluation measured and a record may take: of its data set, not trained on, and either not measured
+    before or of the same images as before."""
     before, now = old.get("data") or {}, new["data"] or {}
     same = os.path.realpath(str(old.get("dataset"))) == os.path.realpath(str(new["dataset"]))  # `leaves`, `./leaves`
     if not same or before.get("source", now.get("source")) != now.get("source"):
         return set()
-    changed = {split for split in old["metrics"] if split in before and before[split] != now.get(split)}
-    return set(new["metrics"]) - changed
+    changed = {split for split in before if before[split] != now.get(split)}
+    trained_on = {split for split in before if before[split] is None}
+    return set(new["metrics"]) - (changed & set(old["metrics"])) - trained_on
 
 
 def remove_run_record(output_dir: str | os.PathLike) -> None:
