@@ -375,9 +375,7 @@ class Run:
     trainer: UFGIRTrainer
     macs: int  # multiply-adds of an image
     dense_macs: int  # the same without reduction, cache and aggregation head
-    evaluated: dict[
-        str, dict[str, Any] | None
-    ]  # options on which the images that are evaluated depend, see `evaluated_data`
+    evaluated: dict[str, dict[str, Any] | None]  # on what the images that are evaluated depend, see `evaluated_data`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     images_per_second: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
