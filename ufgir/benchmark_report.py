@@ -243,17 +243,16 @@ def _draw_panels(panels: Mapping[str, list[Result]], draw_one: Any, path: Path) 
 
 def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Result]]]:
     """Name of a line -> how it looks, and its results: a method with a variant. Methods tell themselves apart by colour, or
-    variants where there is one method; models without cache and aggregation are hollow."""
-    methods = {r.case.method for r in results if r.case}
+    variants where there is one method in several; models without cache and aggregation are hollow."""
+    variants = {r.case.variant for r in results if r.case}
+    one_method = len({r.case.method for r in results if r.case}) == 1 < len(variants)
     lines: dict[str, tuple[dict[str, Any], list[Result]]] = {}
     for result in results:
         if result.case is None:
             continue
         method, variant = result.case.method, result.case.variant
         name = (method or "no reduction") + ("" if variant == "base" else f" + {variant}")
-        look = (
-            method_style(None) if method is None else plain_style(variant if len(methods) == 1 else method, len(lines))
-        )
+        look = method_style(None) if method is None else plain_style(variant if one_method else method, len(lines))
         look = look | {"label": name} | ({"markerfacecolor": "white"} if variant == "base" else {})
         lines.setdefault(name, (look, []))[1].append(result)
     return lines
@@ -299,6 +298,7 @@ def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would be written over each other
     axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(True, axis="y", which="minor", alpha=0.5)
     label(axes, "images in a batch", "ms of a batch", title, legend=False)
 
 
