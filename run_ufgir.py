@@ -35,6 +35,7 @@ from ufgir.checkpointing import (
     check_fits,
     check_settings,
     find_checkpoint,
+    last_complete_checkpoint,
     remove_checkpoints,
     remove_results,
 )
@@ -254,7 +255,13 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
         values.setdefault("layer_norm_eps", 1e-6)
         values.setdefault("intermediate_size", 4 * values.get("hidden_size", 768))
         return CLCAViTConfig(**values)
-    return checkpoint_config(args.model_name_or_path, values, args.model_revision)
+    try:
+        return checkpoint_config(args.model_name_or_path, values, args.model_revision)
+    except OSError as error:  # transformers' words do not say which one it was looking for, nor what else would do
+        raise ValueError(
+            f"`model_name_or_path`: {args.model_name_or_path} cannot be had ({one_sentence(error).rstrip('.')}). A folder with a "
+            "checkpoint needs no network"
+        ) from error
 
 
 def load_data(
@@ -549,6 +556,14 @@ def keep_metrics(run: Run, split: str, metrics: dict[str, float | None], seconds
     run.rows.append({"split": split, "images": len(run.images[split]), "seconds": seconds, **run.metrics[split]})
 
 
+def how_to_go_on(output_dir: Path) -> str:
+    """What is left of a training that was interrupted, a sentence."""
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"There is no complete checkpoint in {output_dir} yet"
+    return f"The same command with `--resume_from_checkpoint true` goes on from {checkpoint}"
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script; returns split -> metrics. A user's mistake ends it with one sentence and status 2."""
     start = time.perf_counter()
@@ -573,6 +588,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             train(run, args)
         except FloatingPointError as error:  # of the guard: the checkpoints are sound
             parser.exit(1, f"{parser.prog}: error: {one_sentence(error)}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: interrupted. {how_to_go_on(output_dir)}\n")
     if args.do_eval and "validation" in run.images:
         evaluate(run, "validation")
     if args.do_predict:

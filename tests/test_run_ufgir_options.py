@@ -16,6 +16,7 @@ from ufgir.arguments import RecipeParser
 from ufgir.data import load_ufgir_dataset
 from ufgir.run_records import is_finished, read_run_records
 from ufgir.run_tables import run_rows
+from ufgir.training import UFGIRTrainer
 
 from .test_run_ufgir import CLASSES, leaves, mistake, parse, recipe, run, trained  # noqa: F401 (fixtures)
 
@@ -408,3 +409,34 @@ def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):  #
     record = json.loads((out / "run.json").read_text())
     assert set(both) == {"validation", "test"} and record["metrics"] == {"test": both["test"]}
     assert record["evaluations"][0]["metrics"] == both and "(validation)" in caplog.text
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkeypatch, stop_at):  # noqa: F811
+    """And no traceback. The training then goes on from there."""
+    options = QUICK | {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
+    path = recipe(tmp_path, leaves, tmp_path / "out", **options)
+    steps, step = [], UFGIRTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == stop_at:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr(UFGIRTrainer, "training_step", interrupted)
+        run(path)
+    assert caught.value.code == 130
+    error = capsys.readouterr().err
+    if stop_at == 1:
+        assert "run_ufgir.py: interrupted. There is no complete checkpoint" in error
+    else:
+        assert f"`--resume_from_checkpoint true` goes on from {tmp_path / 'out' / 'checkpoint-2'}" in error
+        run(path, "--resume_from_checkpoint", "true")
+        assert Path(json.loads((tmp_path / "out" / "run.json").read_text())["resumed_from"]).name == "checkpoint-2"
+
+
+def test_a_checkpoint_that_cannot_be_had_is_named(leaves, tmp_path, capsys):  # noqa: F811
+    words = mistake(capsys, "--model_name_or_path", "someone/leaves", "--dataset", str(leaves), "--do_predict")
+    assert "`model_name_or_path`: someone/leaves cannot be had" in words and "needs no network" in words
