@@ -67,11 +67,11 @@ class AttentionContext:
         self.key = key
         self.value = value
         self.mask = mask
-        self._comparable_key: torch.Tensor | None = None
         self.row_map: RowMap | None = None
         self.output: torch.Tensor | None = None
         self.keeps_output = False
         self._query: torch.Tensor | None = None
+        self._comparable_key: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()
 
     def query(self, rows: slice = slice(None)) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How many tokens the stages of a reduction keep: by the configuration, or as a forward was asked for."""
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -16,12 +17,8 @@ class Budget(NamedTuple):
     @classmethod
     def of(cls, config: CLCAViTConfig) -> "Budget":
         """What the configuration says."""
-        rates, tokens = (
-            config.keep_rate,
-            config.keep_tokens,
-        )  # numbers where somebody set them after the model was made
-        rates = (rates,) if isinstance(rates, Real) else tuple(rates)
-        return cls(rates, (tokens,) if isinstance(tokens, Real) else None if tokens is None else tuple(tokens))
+        tokens = config.keep_tokens
+        return cls(_as_tuple(config.keep_rate), None if tokens is None else _as_tuple(tokens))
 
     @property
     def mean_rate(self) -> float:
@@ -56,3 +53,8 @@ class Budget(NamedTuple):
         16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
         count = self.tokens(stage)
         return int(num_patches * self.cumulative_rate(stage)) if count is None else min(count, num_patches)
+
+
+def _as_tuple(values: Real | Sequence[Real]) -> tuple[Real, ...]:
+    """The configuration holds lists, and numbers where somebody set them after the model was made."""
+    return (values,) if isinstance(values, Real) else tuple(values)

@@ -10,13 +10,15 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN, GELUActivation
+from transformers.activations import GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import ViTMLP
 
 from .aggregation_clca import H2TProbe, LayerTrace, VQTProbe
 from .attention_clca import FIRST_ROW, AttentionContext, RowMap, TakenRows, attention_softmax
 from .configuration_clca import CLCAViTConfig, as_pair
+from .hooks_clca import is_hooked
 from .linear_clca import linear
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
@@ -111,11 +113,6 @@ class CLCAViTPatchEmbeddings(nn.Module):
         if min(size[0] // self.patch_size[0], size[1] // self.patch_size[1]) < 1:
             raise ValueError(f"`pixel_values` of {size[0]} x {size[1]} pixels are smaller than a patch.")
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody sees what a module, or a part of it, gives or takes."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 def _token_parameter(count: int, width: int) -> nn.Parameter | None:
@@ -234,14 +231,8 @@ class CLCAViTAttention(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
 
-class CLCAViTMLP(nn.Module):
+class CLCAViTMLP(ViTMLP):
     """fc2(gelu(fc1 x)), in two steps, between which a probe may look."""
-
-    def __init__(self, config: CLCAViTConfig) -> None:
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, intermediate_size)."""
@@ -446,7 +437,7 @@ class CLCAViTAttentionPooling(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLCAViTMLP(config)
+        self.mlp = ViTMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = (

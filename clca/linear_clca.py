@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from .hooks_clca import is_hooked
+
 
 try:
     # What torch.compile puts in the place of a linear layer on a CPU, and ways to see who else is listening. They are not
@@ -25,8 +27,6 @@ except (ImportError, AttributeError):
 
 # Below, looking up the plan of a multiplication (some 20 us) takes longer than the multiplication. Measured for 1 to 788 rows.
 _FEWEST_WEIGHTS = 2**16
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -59,11 +59,11 @@ def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
     and distributed weights are of other classes; where offloading replaces `forward`, that stands on the layer itself."""
     return (
         type(layer) is nn.Linear
+        and layer.weight.numel() >= _FEWEST_WEIGHTS
         and "forward" not in layer.__dict__
-        and not any(getattr(layer, kind) for kind in _HOOKS)
+        and not is_hooked(layer)
         and type(layer.weight) is nn.Parameter
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
-        and layer.weight.numel() >= _FEWEST_WEIGHTS
         and hidden_states.shape[-1:] == (layer.in_features,)  # else torch says it more clearly
     )

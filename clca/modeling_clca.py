@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -43,6 +43,7 @@ from .configuration_clca import (
     check_config,
     without_targets,
 )
+from .hooks_clca import is_watched
 from .layers_clca import (
     CLCAViTAttention,
     CLCAViTAttentionPooling,
@@ -77,10 +78,6 @@ register_checkpoint_conversion_mapping(
 
 # What transformers' own forwards take beside their arguments; anything else is a mistake of the caller.
 _FORWARD_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
-
-
-# Their hooks on layers gather, move or record tensors, and read no rows.
-_HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed.", "transformers.")
 
 
 @dataclass
@@ -381,20 +378,6 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         rows = normalised if before else hidden_states
         mean = mean_rows(rows, self.config.num_prefix_tokens, rows.shape[1], visible)
         return (mean if before else self.layernorm(mean)).squeeze(1)
-
-
-def is_watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody's hooks look at what these modules take or give. Those of libraries that move or record weights do not
-    count, nor those that have an attribute `reads_no_rows`, and none do while a graph is compiled."""
-    if torch.compiler.is_compiling():
-        return False
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = (hook for module in modules for kind in kinds for hook in getattr(module, kind).values())
-    return any(not (_is_of_library(hook) or getattr(hook, "reads_no_rows", False)) for hook in hooks)
-
-
-def _is_of_library(hook: Callable) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith(_HOOKING_LIBRARIES)
 
 
 class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassification):

@@ -170,7 +170,8 @@ def test_imports_point_one_way() -> None:
 
     assert top("configuration_clca") == top("attention_clca") == set()
     assert top("budget_clca") == {"configuration_clca"}
-    assert not top("linear_clca")
+    assert not top("hooks_clca")
+    assert top("linear_clca") == {"hooks_clca"}
     assert top("reduction_base") == {"attention_clca", "budget_clca", "configuration_clca"}
     assert not top("reductions_clca") & {"layers_clca", "modeling_clca"}
     assert "modeling_clca" not in top("layers_clca")

@@ -33,6 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from .callbacks import LAST_FOLDER
 from .ema import EMA_FOLDER
 from .gradients import GRADIENTS_FILE
+from .run_records import as_read
 from .sweep import differences
 
 
@@ -278,7 +279,7 @@ def check_settings(
     listed = Path(checkpoint) / FILE_LIST
     saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
     before = saved.get("settings") or {}
-    now = {name: value for name, value in _as_json(settings).items() if name in before}
+    now = {name: value for name, value in as_read(dict(settings)).items() if name in before}
     before = {name: value for name, value in before.items() if name in now}
     for changed in sorted(name for name in free if before.get(name) != now.get(name)):
         told = (checkpoint, changed, before[changed], now[changed])
@@ -292,11 +293,6 @@ def check_settings(
             f"`resume_from_checkpoint`: {checkpoint} is of a training with {' and '.join(problems)}. Go on as it began, or "
             "start over with --overwrite_output_dir true"
         )
-
-
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are when they have been written and read."""
-    return json.loads(json.dumps(dict(settings), default=str))
 
 
 class _Flow(TrainerCallback):
@@ -431,7 +427,7 @@ class CheckpointMixin:
             self._aside = False
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
-            about = {"settings": _as_json(self.settings or {}), "images": self.images_digest}
+            about = {"settings": as_read(dict(self.settings or {})), "images": self.images_digest}
             complete_checkpoint(folder, target, **self._step(), **about)
             shutil.rmtree(folder.parent, ignore_errors=True)
             rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)

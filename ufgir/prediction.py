@@ -36,6 +36,7 @@ from .arguments import one_sentence
 from .distributed import broadcast_buffers
 from .model_card import write_text_atomically
 from .prediction_files import PredictionTable, Shard, join, left_out, metrics
+from .run_records import as_read
 
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def predict_to_file(
     if state.is_main_process:
         same = {
             "model": hash_weights(model),
-            "data": [identity_of_data(dataset, names), json.loads(json.dumps(dict(data or {}), default=str))],
+            "data": [identity_of_data(dataset, names), dict(data or {})],
             "table": table,
             "precision": str(precision),
         }
@@ -301,7 +302,7 @@ def _beginning(
 def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int) -> list[Any]:
     """The range of the data set that each shard covers (of a stream None): as an interrupted call divided it, if that did the
     same."""
-    same = json.loads(json.dumps(same))
+    same = as_read(same)
     try:
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

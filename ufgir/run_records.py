@@ -30,6 +30,11 @@ NOT_STORED |= {"use_cache"}  # which Trainer switches off in training
 NOT_RUNS = ("checkpoint-", "tensorboard", ".", "_")  # folders that hold no runs, by how their names begin
 
 
+def as_read(value: Any) -> Any:
+    """A value as it is when it has been written to a JSON file and read again."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def write_run_record(
     output_dir: str | os.PathLike,
     *,
@@ -79,7 +84,7 @@ def write_run_record(
     """
     path = Path(output_dir) / RECORD
     described = {k: v for k, v in config.to_dict().items() if k not in NOT_STORED} | {"num_labels": config.num_labels}
-    described = json.loads(json.dumps(described, default=str))  # as it will be read
+    described = as_read(described)
     measured = {
         "split_sizes": dict(split_sizes),
         "metrics": {split: {k: float(v) for k, v in values.items()} for split, values in metrics.items()},
@@ -91,8 +96,7 @@ def write_run_record(
         if {k: v for k, v in old["config"].items() if k not in NOT_STORED} != described:
             logger.warning("%s holds the training of another model and was left alone", path)
             return path
-        about = {"dataset": dataset, "data": data, "settings": dict(settings), **measured}
-        about = json.loads(json.dumps(about, default=str))
+        about = as_read({"dataset": dataset, "data": data, "settings": dict(settings), **measured})
         kept = _fitting(old, about)
         record = old | {n: old.get(n, {}) | {s: v for s, v in measured[n].items() if s in kept} for n in measured}
         record["data"] = (old.get("data") or {}) | {s: v for s, v in (about["data"] or {}).items() if s in kept}

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .arguments import RecipeParser
+from .run_records import as_read
 
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Grid:
         """The options that are given, with their values, and all of them as `run_ufgir.Options`."""
         groups = self._parser.parse([str(self.recipe), *options, f"--output_dir={output}"])
         settings = self._parser.settings(*groups, leave_out=OWN)
-        return json.loads(json.dumps(settings, default=str)), self._script.Options(*groups)
+        return as_read(settings), self._script.Options(*groups)
 
     def runs(self, output: Path) -> list[Run]:
         """All combinations, the last axis changing fastest, each in a folder of its own below `output`; see `Grid`."""

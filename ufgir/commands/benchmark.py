@@ -28,7 +28,7 @@ from ..benchmark_cases import (
 from ..benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
 from ..growth import DEPTHS, SIZES, Growth, draw_growth, growth_markdown, growth_tables, write_growth
 from ..run_tables import variant_of
-from .common import align, config_values, load_config
+from .common import align, check_rates, config_values, load_config, require
 
 
 # Options whose combinations are measured: name -> (type, default, help).
@@ -178,8 +178,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     for option, least in (("image_sizes", 1), ("batch_sizes", 1), ("depths", 4), ("workers", 0)):
         if wrong := [value for value in getattr(args, option) or () if value < least]:
             raise ValueError(f"`--{option.replace('_', '-')}` must be at least {least}, got {wrong[0]}.")
-    if wrong := [rate for rate in args.keep_rates or () if not 0 < rate <= 1]:
-        raise ValueError(f"`--keep-rates` must be in (0, 1], got {wrong[0]}.")
+    check_rates(args.keep_rates, "--keep-rates")
     args.variants = args.variants and [_named("variants", value, VARIANTS) for value in args.variants]
     args.methods = args.methods and _methods(args.methods)
     for option, known in (("dtypes", DTYPES), ("backends", BACKENDS), ("modes", MODES)):
@@ -196,10 +195,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
             )
         check_place(Path(args.into), name)
     if args.output is not None or args.into is not None:
-        try:
-            import matplotlib  # noqa: F401 (missing, it would be missed after all has been measured)
-        except ImportError as error:
-            raise ValueError("figures need matplotlib: pip install 'clca-vit[visualization]'.") from error
+        require("matplotlib", extra="visualization")
 
 
 def _named(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> str:

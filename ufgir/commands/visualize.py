@@ -195,9 +195,8 @@ def _load_all(
         image_processor = AutoImageProcessor.from_pretrained(path)
         model, untrained = load_model(path, config, spare=EVERYTHING)
         new = [name for name in untrained if ".reduction." in name]
-        others = [
-            name for name in untrained if name not in new and not name.startswith(HEAD)
-        ]  # no picture needs the head
+        # no picture needs the head
+        others = [name for name in untrained if name not in new and not name.startswith(HEAD)]
         for names, what in (
             (new, f"weights of {config.reduction}: its {len(new)} are"),
             (others, some_of(others) + ": they are"),
