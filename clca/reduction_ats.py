@@ -79,7 +79,7 @@ class ATSReduction(TokenReduction):
         norms = context.value[:, :, 1:].norm(dim=-1)
         significance = at_least_float32((attention * norms).sum(dim=1))
         significance = significance / (significance.sum(dim=1, keepdim=True) + 1e-6)
-        cumulative = significance.cumsum(dim=1)
+        cumulative = running_sum(significance)
         valid = self.visible(state)
         if valid is not None:
             cumulative = cumulative.masked_fill(~valid[:, 1:], 2.0)  # further from any quantile than a real row
@@ -90,6 +90,17 @@ class ATSReduction(TokenReduction):
         if cumulative.shape[1] == 0:
             return cumulative.new_zeros((cumulative.shape[0], 0), dtype=torch.long)
         return (cumulative.unsqueeze(1) - steps[:, None]).abs().argmin(dim=2) + 1
+
+
+def running_sum(shares: torch.Tensor) -> torch.Tensor:
+    """Of shares in 0 .. 1 that sum to at most 1, along the rows of (B, N).
+
+    CUDA has no deterministic kernel for floating-point numbers; of integers the order of the additions does not matter.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return shares.cumsum(dim=1)
+    scale = 2.0**52
+    return (shares * scale).long().cumsum(dim=1).to(shares.dtype) / scale
 
 
 def num_quantiles(samples: int) -> int:

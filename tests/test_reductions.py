@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clca import (
     REDUCTIONS,
@@ -64,6 +66,50 @@ def test_nothing_is_nan(method: str, size: int) -> None:
     assert loss.isfinite()
     # Every trainable parameter has a gradient, also of a stage that keeps nothing: distributed training waits for it.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# What CUDA refuses to compute where deterministic algorithms are asked for (transformers' `full_determinism`).
+ONLY_IN_ANY_ORDER = (
+    "cumsum",
+    "cumprod",
+    "histc",
+    "kthvalue",
+    "median",
+    "put_",
+    "bincount",
+    "upsample",
+    "grid_sampler",
+    "pool",
+)
+
+
+class FloatingPointOperators(TorchDispatchMode):
+    """Names of the operators that are given floating-point numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in tree_leaves(args)):
+            self.names.add(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)], ids=str)
+def test_deterministic_algorithms(method: str | None) -> None:
+    """They change no logits, and a training step asks for no operator that CUDA has in any order only."""
+    model = tiny_model(**({"reduction": method, "keep_rate": 0.5} if method else {}), **CLCA)
+    expected = model(images(4)).logits
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(model(images(4)).logits, expected)
+        with FloatingPointOperators() as used:
+            model.train()(images(4), labels=labels(4)).loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "mm" in used.names
+    assert [name for name in used.names if name.startswith(ONLY_IN_ANY_ORDER)] == []
 
 
 # ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
