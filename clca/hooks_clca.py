@@ -4,17 +4,19 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Their hooks on layers gather, move or record tensors, and read no rows.
-_HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed.", "transformers.")
+_HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed.", "torch.utils.", "transformers.")
 
 
 def hooks_on(modules: Iterable[nn.Module]) -> Iterator[Callable]:
-    """All hooks on these modules themselves, of forward and backward passes."""
-    return (hook for module in modules for kind in _KINDS for hook in getattr(module, kind).values())
+    """All hooks on these modules themselves and those on every module, of forward and backward passes."""
+    yield from (hook for kind in _KINDS for hook in getattr(torch_module, "_global" + kind).values())
+    yield from (hook for module in modules for kind in _KINDS for hook in getattr(module, kind).values())
 
 
 def is_hooked(module: nn.Module) -> bool:

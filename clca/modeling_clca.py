@@ -376,7 +376,11 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         # All rows but the prefix: CLR and recalled rows too. `mean` is normalised after the mean, as timm mostly does.
         before = self.config.pooling == "normed_mean"
         rows = normalised if before else hidden_states
-        mean = mean_rows(rows, self.config.num_prefix_tokens, rows.shape[1], visible)
+        skipped = self.config.num_prefix_tokens
+        if visible is not None and skipped > 1:
+            # An image's first rows are its first visible ones: pads, whose number depends on the batch, may be among the others.
+            visible, skipped = visible & (visible.cumsum(dim=1) > skipped), 0
+        mean = mean_rows(rows, skipped, rows.shape[1], visible)
         return (mean if before else self.layernorm(mean)).squeeze(1)
 
 

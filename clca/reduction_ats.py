@@ -64,7 +64,7 @@ class ATSReduction(TokenReduction):
         ids = torch.where(ids == num_rows, 0, ids)
         width = self.count(self.config, self.stage, num_rows, state) - 1
         if not self.pad_to_bound:
-            width = int(new.sum(dim=1).max()) if chosen.shape[1] else 0
+            width = int(new.sum(dim=1).max()) if chosen.numel() else 0
         rows = nn.functional.pad(ids[:, :width], (1, 0))
         valid = nn.functional.pad(ids[:, :width] > 0, (1, 0), value=True)
         state = state.select(rows).with_tracks(valid=valid)

@@ -174,6 +174,16 @@ class TokenReduction(nn.Module):
                 device = self._buffers[name].device if name in self._buffers else None
                 self.register_buffer(name, value.to(device), persistent=False)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict, *args: Any
+    ) -> None:
+        """Constants are in no file: a model made on the meta device has them once it is given its weights."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        if metadata.get("assign_to_params_buffers") and state_dict:
+            device = next(iter(state_dict.values())).device
+            self._buffers |= {n: torch.empty_like(b, device=device) for n, b in self._buffers.items() if b.is_meta}
+        self.make_constants()
+
     def constant(self, name: str, state: TokenState) -> torch.Tensor:
         """One of the `constants`: the buffer, or what was made for another budget or image size of a forward, and kept: a
         copy from the host each time would stop a GPU."""

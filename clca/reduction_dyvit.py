@@ -5,7 +5,8 @@ draw decides which tokens later attention may look at, and a loss pulls their sh
 
 Differs from the paper: registers, CLR and recalled rows are candidates as well. As in the original CLCA code, recalled rows
 count as decided for in training but not in evaluation, the smoothed softmax acts from layer 0 on, and with a cache a stage
-keeps int(rate * (N - 2)) of its N rows instead of a share of the rows the network began with.
+keeps int(rate * (N - 2)) of its N rows instead of a share of the rows the network began with. Attention weights are never
+dropped out in training.
 """
 
 import torch

@@ -57,6 +57,7 @@ def dense(topk):
         {"head": "h2t"},
         {"head": "ifa"},
         {"pooling": "map"},
+        {"pooling": "map", "reduction": "ats", "keep_rate": 0.9},
         {"pooling": "mean", "use_class_token": False},
         {"use_swiglu_ffn": True, "num_register_tokens": 2, "layerscale_value": 0.1},
     ],

@@ -105,6 +105,34 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
     assert (together[0] - together[1]).abs().max() > 1e-3  # the images do differ
 
 
+@pytest.mark.parametrize("pooling", ["mean", "normed_mean", "map"])
+@pytest.mark.parametrize("prefix", [{"num_register_tokens": 4}, {"num_register_tokens": 3, "use_class_token": False}])
+def test_few_rows_are_pooled_like_many(prefix: dict[str, Any], pooling: str) -> None:
+    """ATS may keep fewer rows than the prefix had: then neither pads nor recalled rows are passed over in its place."""
+    options = {"initializer_range": 0.5, "image_size": 64, "reduction_layers": [2, 4], "num_hidden_layers": 6}
+    model = tiny_model(reduction="ats", keep_rate=0.28, pooling=pooling, cross_layer_cache=True, **prefix, **options)
+    pixels = images(8, 64, 64)
+    with torch.no_grad():
+        together = model(pixels)
+        alone = [model(pixel[None]) for pixel in pixels]
+    assert len({output.token_counts[-2] for output in alone}) > 1  # some have pads in the batch
+    assert (together.logits - torch.cat([output.logits for output in alone])).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_weights_for_a_model_on_the_meta_device(method: str | None, assign: bool) -> None:
+    """Masks and quantiles, which are in no file, come with the weights."""
+    model = Case(method, "clca", "cls").model()
+    with torch.device("meta"):
+        empty = CLCAViTForImageClassification(model.config).double().eval()
+    empty = empty if assign else empty.to_empty(device="cpu")
+    for buffer in [] if assign else empty.buffers():
+        buffer.fill_(1)  # what memory holds by chance
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    assert torch.equal(empty(images()).logits, model(images()).logits)
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [

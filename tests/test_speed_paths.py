@@ -264,6 +264,19 @@ def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.Mon
     assert not seen and called == ["hook", "hook", "forward", "forward"]
 
 
+def test_hooks_on_every_module_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tracers and counters of calls set them; they see the rows that the last layer would leave out, too."""
+    seen, model = count_onednn(monkeypatch), make("evit").float()
+    called: list[tuple[type, int]] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda part, _, out: called.append((part, out)))
+    with torch.no_grad():
+        count = model(images().float()).token_counts[-1]
+    hook.remove()
+    outputs = [out for part, out in called if isinstance(part, nn.Linear)]
+    assert not seen and len(outputs) == 5 * 6 + 1  # q, k, v, o, fc1 and fc2 of every layer, and the classifier
+    assert outputs[-2].shape[1] == count
+
+
 def test_all_linear_layers_are_torchs_own() -> None:
     """Quantisation of several libraries takes no other: by exact class, without a word about those it passes over."""
     model = make("evit", head="cla", use_swiglu_ffn=True)

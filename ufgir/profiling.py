@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clca import REDUCTIONS, CLCAViTConfig
@@ -44,7 +45,8 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     size = as_pair(own_size if image_size is None else image_size)
     resized = own_size is not None and size != as_pair(own_size)
     clone = copy.deepcopy(model).eval().requires_grad_(False)  # the counter follows gradients, and trips over VQT's
-    if own_size is not None:  # the counter knows matrix products on every device, fused attention on some
+    # The counter knows matrix products on every device, fused attention on some.
+    if own_size is not None:
         clone.set_attn_implementation("eager")
     for module in clone.modules():
         if hasattr(module, "skip_unread_rows"):
@@ -55,6 +57,6 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     weight = next(clone.parameters())
     pixels = torch.zeros(1, model.config.num_channels, *size, dtype=weight.dtype, device=weight.device)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         clone(pixels, **({"interpolate_pos_encoding": True} if resized else {}))
     return counter.get_total_flops() // 2
