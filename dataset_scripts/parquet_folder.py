@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
 
 import datasets
-import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
@@ -30,6 +29,7 @@ from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
 from ufgir.data_splits import check_split_arguments, few_shots, split_rows
+from ufgir.locking import only_one
 
 from .ultra_fgvc import (
     SOURCE_URL,
@@ -147,27 +147,19 @@ class _Journal:
 def _work_folder(output: Path) -> Iterator[Path]:
     """`.NAME.preparing`, for one run at a time. It stays if the block fails, but not if the data are at fault."""
     work = output.with_name(f".{output.name}.preparing")
-    work.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{work}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise ValueError(f"`output` {output} is being prepared by another process: wait for it to end.") from error
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"`output` {output} was written by another process meanwhile.")
-        work.mkdir(exist_ok=True)
-        yield work
-    except UnsoundData:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    except BaseException:
-        if work.exists():
-            logger.warning("%s keeps what was done: the same command goes on from there", work)
-        raise
-    finally:
-        lock.release()
-        Path(f"{work}.lock").unlink(missing_ok=True)
+    with only_one(output, f"`output` {output} is being prepared by another process: wait for it to end."):
+        try:
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise ValueError(f"`output` {output} was written by another process meanwhile.")
+            work.mkdir(exist_ok=True)
+            yield work
+        except UnsoundData:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        except BaseException:
+            if work.exists():
+                logger.warning("%s keeps what was done: the same command goes on from there", work)
+            raise
 
 
 def prepare(

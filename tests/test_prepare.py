@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import replace
 
 import datasets
-import filelock
 import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
@@ -20,6 +19,7 @@ from dataset_scripts.parquet_folder import prepare
 from dataset_scripts.raw_layouts import FileNames
 from dataset_scripts.ultra_fgvc import SETS, UltraFGVC, UnsoundData, check, find_root
 from tests.raw_layouts import CLASSES, draw_raw, leaf, miniature
+from ufgir import locking
 from ufgir.cli import main
 from ufgir.data import load_ufgir_dataset
 
@@ -749,10 +749,11 @@ def test_done_is_done_and_others_are_not_overwritten(drawn, tmp_path, monkeypatc
     assert files(tmp_path / "precious") == {"thesis.txt": b"years of work"}
 
 
-def test_two_at_a_time_are_refused(drawn, tmp_path):
+def test_two_at_a_time_are_refused(drawn, tmp_path, monkeypatch):
     spec, source, _ = drawn("cotton")
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
     with (
-        filelock.FileLock(tmp_path / ".out.preparing.lock"),
+        locking.only_one(tmp_path / "out", ""),
         pytest.raises(ValueError, match=r"`output` .* is being prepared by another process"),
     ):
         prepare(spec, source, tmp_path / "out")

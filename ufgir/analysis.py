@@ -29,6 +29,7 @@ from clca.loss_clca import classification_loss
 
 from .analysis_inputs import Batch, LayerOutputs, as_json, batches, check_cls, no_file
 from .attention_maps import checked_layers, evaluation_mode
+from .locking import only_one
 from .model_card import write_text_atomically
 from .patterns import PatternStatistics, cluster_maps, own_tokens, stage_layers
 from .prediction import hash_weights, identity_of_data
@@ -102,7 +103,7 @@ def analyze(
 
     Raises:
         ValueError: an empty data set, an image that cannot be read, assignments of a model without a reduction, CLS features of
-            a model without CLS, a number out of range, or a folder that holds something else.
+            a model without CLS, a number out of range, or a folder that holds something else or is being written.
     """
     config, output = model.config, Path(output)
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
@@ -122,43 +123,46 @@ def analyze(
         "options": [list(layers), assignments, batch_size, shard_size],
         "classes": names,
     }
-    if finished := _finished(output, same):
-        return finished
-    statistics = Statistics(config)
-    pass_ = _Pass(output, same, statistics)
-    start = pass_.begin()
-    if start:
-        logger.info("%s: an interrupted analysis goes on after %d images", output, start)
-    began, rows, held = time.perf_counter(), [], 0
-    done = not isinstance(dataset, IterableDataset) and start >= len(dataset) > 0
-    source = (
-        ()
-        if done
-        else batches(
-            dataset,
-            batch_size,
-            start=start,
-            num_workers=num_workers,
-            files=files,
-            skip_broken=skip_broken,
-            progress="Analysing" if progress else None,
+    with only_one(
+        output, f"{output} is being written by another process: wait for it to end, or choose another folder."
+    ):
+        if finished := _finished(output, same):
+            return finished
+        statistics = Statistics(config)
+        pass_ = _Pass(output, same, statistics)
+        start = pass_.begin()
+        if start:
+            logger.info("%s: an interrupted analysis goes on after %d images", output, start)
+        began, rows, held = time.perf_counter(), [], 0
+        done = not isinstance(dataset, IterableDataset) and start >= len(dataset) > 0
+        source = (
+            ()
+            if done
+            else batches(
+                dataset,
+                batch_size,
+                start=start,
+                num_workers=num_workers,
+                files=files,
+                skip_broken=skip_broken,
+                progress="Analysing" if progress else None,
+            )
         )
-    )
-    for batch in source:
-        pass_.broken += batch.broken
-        if batch.indices:
-            rows.append(writer.rows(model, batch, [files(index) for index in batch.indices], statistics))
-        held += batch.size
-        if held >= shard_size:
+        for batch in source:
+            pass_.broken += batch.broken
+            if batch.indices:
+                rows.append(writer.rows(model, batch, [files(index) for index in batch.indices], statistics))
+            held += batch.size
+            if held >= shard_size:
+                pass_.save(rows, writer.schema, held)
+                rows, held = [], 0
+        if held:
             pass_.save(rows, writer.schema, held)
-            rows, held = [], 0
-    if held:
-        pass_.save(rows, writer.schema, held)
-    if statistics.images == 0:
-        raise ValueError("`dataset` has no image that can be read: there is nothing to analyse.")
-    seconds = time.perf_counter() - began
-    about = {"images": statistics.images, "broken": pass_.broken, "seconds": seconds, "resumed_at": start}
-    return pass_.finish(names, about | dict(record or {}), figure, start)
+        if statistics.images == 0:
+            raise ValueError("`dataset` has no image that can be read: there is nothing to analyse.")
+        seconds = time.perf_counter() - began
+        about = {"images": statistics.images, "broken": pass_.broken, "seconds": seconds, "resumed_at": start}
+        return pass_.finish(names, about | dict(record or {}), figure, start)
 
 
 # What is written of an image

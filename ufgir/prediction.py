@@ -7,6 +7,7 @@ the lines together, and the result appears under its name, complete. All process
 Shapes: B images of a batch, K classes.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -34,6 +35,7 @@ from clca.loss_clca import classification_loss
 
 from .arguments import one_sentence
 from .distributed import broadcast_buffers
+from .locking import only_one
 from .model_card import write_text_atomically
 from .prediction_files import PredictionTable, Shard, join, left_out, metrics
 from .run_records import as_read
@@ -105,68 +107,71 @@ def predict_to_file(
         and macro_f1, as in `ufgir.metrics`; and the mean loss.
 
     Raises:
-        ValueError: another ending, a number out of range, an empty data set, or a stream that is split in another way.
+        ValueError: another ending, a number out of range, an empty data set, a stream that is split in another way, or a file that
+            another process is writing.
     """
     start, state, output = time.perf_counter(), PartialState(), Path(output)
     _check(output, dataset, batch_size, top, state.num_processes)
     names = files if callable(files) else (lambda index: files[index]) if files is not None else (lambda index: None)
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"
     table = PredictionTable(tuple(class_names), min(top, len(class_names)), output.suffix, several)
-    folder = output.with_name(f"_{output.name}.partial")
-    ranges: list[Any] = [None]
-    if state.is_main_process:
-        same = {
-            "model": hash_weights(model),
-            "data": [identity_of_data(dataset, names), dict(data or {})],
-            "table": table,
-            "precision": str(precision),
-        }
-        ranges = [_begin(folder, same, dataset, state.num_processes)]
-    ranges = broadcast_object_list(ranges)[0]
-    if isinstance(dataset, IterableDataset) and len(ranges) != state.num_processes:
-        raise ValueError(f"{folder} was begun by {len(ranges)} processes: go on with as many, or delete it.")
+    refusal = f"{output} is being written by another process: wait for it to end, or choose another file."
+    with only_one(output, refusal) if state.is_main_process else contextlib.nullcontext():
+        folder = output.with_name(f"_{output.name}.partial")
+        ranges: list[Any] = [None]
+        if state.is_main_process:
+            same = {
+                "model": hash_weights(model),
+                "data": [identity_of_data(dataset, names), dict(data or {})],
+                "table": table,
+                "precision": str(precision),
+            }
+            ranges = [_begin(folder, same, dataset, state.num_processes)]
+        ranges = broadcast_object_list(ranges)[0]
+        if isinstance(dataset, IterableDataset) and len(ranges) != state.num_processes:
+            raise ValueError(f"{folder} was begun by {len(ranges)} processes: go on with as many, or delete it.")
 
-    was_training, predicted = model.training, 0
-    model.to(state.device).eval()
-    broadcast_buffers(model)
-    try:
-        for number in range(state.process_index, len(ranges), state.num_processes):
-            shard = Shard(folder, number, table)
-            source, indices, count = _rest(dataset, ranges[number], shard.cut(batch_size))
-            loader = DataLoader(
-                GuardedImages(source) if skip_broken else source,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                collate_fn=functools.partial(separate_broken, collate=collate),
-                pin_memory=state.device.type == "cuda",
-            )
-            hidden = not (progress and state.is_main_process)
-            with shard, tqdm(total=count, desc="Predicting", unit="image", disable=hidden) as bar:
-                for batch, size, problems in loader:
-                    rows = [(index, names(index)) for index in itertools.islice(indices, size)]
-                    for position, why in problems.items():
-                        logger.warning("%s cannot be read and is left out: %s", called(*rows[position]), why)
-                    good = [position for position in range(size) if position not in problems]
-                    records, lines = table.records(size), []
-                    if good:
-                        lines, records[good] = _predict(model, batch, [rows[i] for i in good], table, precision)
-                    shard.append(lines, records)
-                    predicted += size
-                    bar.update(size)
-    finally:
-        model.train(was_training)
-    predicted = sum(gather_object([predicted]))  # no process goes on before all have come here
-    answer: list[Any] = [None]
-    if state.is_main_process:
-        shards = [Shard(folder, number, table) for number in range(len(ranges))]
-        streamed = isinstance(dataset, IterableDataset)
-        starts = [0 if part is None else part[0] for part in ranges]
-        broken = [called(index, names(index)) for index in left_out(shards, starts)]
-        images = join(shards, table, folder / "joined", output, dataset.batch_size if streamed else None)
-        answer = [(images, metrics(shards, table), broken)]
-        shutil.rmtree(folder)
-    images, measured, broken = broadcast_object_list(answer)[0]
-    return Predictions(output, images, measured, broken, time.perf_counter() - start, predicted)
+        was_training, predicted = model.training, 0
+        model.to(state.device).eval()
+        broadcast_buffers(model)
+        try:
+            for number in range(state.process_index, len(ranges), state.num_processes):
+                shard = Shard(folder, number, table)
+                source, indices, count = _rest(dataset, ranges[number], shard.cut(batch_size))
+                loader = DataLoader(
+                    GuardedImages(source) if skip_broken else source,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    collate_fn=functools.partial(separate_broken, collate=collate),
+                    pin_memory=state.device.type == "cuda",
+                )
+                hidden = not (progress and state.is_main_process)
+                with shard, tqdm(total=count, desc="Predicting", unit="image", disable=hidden) as bar:
+                    for batch, size, problems in loader:
+                        rows = [(index, names(index)) for index in itertools.islice(indices, size)]
+                        for position, why in problems.items():
+                            logger.warning("%s cannot be read and is left out: %s", called(*rows[position]), why)
+                        good = [position for position in range(size) if position not in problems]
+                        records, lines = table.records(size), []
+                        if good:
+                            lines, records[good] = _predict(model, batch, [rows[i] for i in good], table, precision)
+                        shard.append(lines, records)
+                        predicted += size
+                        bar.update(size)
+        finally:
+            model.train(was_training)
+        predicted = sum(gather_object([predicted]))  # no process goes on before all have come here
+        answer: list[Any] = [None]
+        if state.is_main_process:
+            shards = [Shard(folder, number, table) for number in range(len(ranges))]
+            streamed = isinstance(dataset, IterableDataset)
+            starts = [0 if part is None else part[0] for part in ranges]
+            broken = [called(index, names(index)) for index in left_out(shards, starts)]
+            images = join(shards, table, folder / "joined", output, dataset.batch_size if streamed else None)
+            answer = [(images, metrics(shards, table), broken)]
+            shutil.rmtree(folder)
+        images, measured, broken = broadcast_object_list(answer)[0]
+        return Predictions(output, images, measured, broken, time.perf_counter() - start, predicted)
 
 
 def called(index: int, name: str | None) -> str:
