@@ -24,6 +24,7 @@ def only_one(target: Path, refusal: str) -> Iterator[None]:
     Raises:
         ValueError: another process is at work.
     """
+    target = target.resolve()
     file = target.with_name(f".{target.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file, timeout=PATIENCE)
