@@ -174,6 +174,12 @@ def test_text(tmp_path, config):
     assert "Not evaluated" in card(tmp_path, config, metrics={}).text
 
 
+def test_a_cost_that_differs_by_image_is_told_as_such(tmp_path, config):
+    text = card(tmp_path, config, macs=None).text
+    assert "| GMACs an image | differs by image | 17.570 |" in text and "of the dense backbone's" not in text
+    assert "its multiply-adds cannot be said in advance. 86,000,000 parameters." in text
+
+
 def test_description_says_what_the_model_is(config):
     text = describe_model(config)
     for part in ("3 layers", "`evit`", "[0.5]", "(GAP)", "1 cross-layer register", "`cla`"):

@@ -213,6 +213,22 @@ def test_a_metric_that_some_runs_lack(tmp_path):
         default_metric(rows, "top7")
 
 
+def test_a_cost_that_differs_by_image_is_left_out(tmp_path):
+    for seed in (1, 2):
+        write(tmp_path / f"ats{seed}", seed=seed, method="ats", macs=None)
+        write(tmp_path / f"evit{seed}", seed=seed)
+    rows = run_rows(read_run_records([tmp_path]).finished)
+    assert [row["gmacs"] for row in rows] == ["", "", 0.5, 0.5] and {row["dense_gmacs"] for row in rows} == {1.0}
+    summary = summarize(rows, "test_top1", default_factors(rows))
+    assert [(row["method"], row["gmacs"]) for row in summary] == [("ats", None), ("evit", 0.5)]
+    assert "| ats | 50.00 ± 0.00 | 2 |  | 200 |" in markdown(summary)
+    assert read_summary(write_csv(tmp_path / "summary.csv", summary))[0]["gmacs"] is None
+    with style():
+        assert len(paper_figures.draw_cost(summary, "gmacs").axes[0].containers) == 1
+        with pytest.raises(ValueError, match="differ by image"):
+            paper_figures.draw_cost(summary[:1], "gmacs")
+
+
 def test_rows_are_chosen_by_their_values(study):
     rows = run_rows(read_run_records([study]).finished)
     assert len(matching(rows, ["variant=clca", "keep-rate=0.5"])) == 3

@@ -37,6 +37,7 @@ from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
 
 from .arguments import one_sentence
 from .commands.common import load_config, on_meta
+from .costs import macs_in_advance
 from .elastic import at_one_rate, has_one_rate, rate_of
 from .loading import load_model
 from .picture_sheets import Column, cell_size, draw_cell
@@ -532,13 +533,7 @@ class Viewer:
 
     def _macs(self, name: str, setting: Setting) -> tuple[int | None, int]:
         config = self.checkpoint(name).config
-        dense = count_macs(on_meta(dense_config(config)))
-        try:
-            return count_macs(on_meta(setting_config(config, setting))), dense
-        except RuntimeError as error:  # a number was asked of the meta device: the counts follow from the pixels
-            if "meta" not in str(error):
-                raise
-            return None, dense
+        return macs_in_advance(setting_config(config, setting)), count_macs(on_meta(dense_config(config)))
 
     def cost(self, name: str, setting: Setting, settings: Sequence[Setting]) -> Cost:
         """What a setting costs; its latency if `measure` has measured it together with all `settings`."""

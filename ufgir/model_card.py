@@ -90,7 +90,7 @@ def write_model_card(
     split_sizes: Mapping[str, int],
     metrics: Mapping[str, Mapping[str, float]],
     settings: Mapping[str, Any],
-    macs: int,
+    macs: int | None,
     dense_macs: int,
     num_parameters: int,
     model_id: str | None = None,
@@ -112,7 +112,7 @@ def write_model_card(
         metrics: split name -> metrics of `METRIC_NAMES`, fractions in [0, 1]; other entries and numbers that are not finite are
             left out.
         settings: every setting that is not left at the script's default, written down as a recipe.
-        macs: multiply-adds of one image.
+        macs: multiply-adds of one image, None where they differ by image.
         dense_macs: the same for this backbone without reduction, cache and aggregation head.
         num_parameters: parameters of the model.
         model_id: repository on the Hub; the card shows the folder's path where there is none.
@@ -166,9 +166,11 @@ def write_model_card(
         model=describe_model(config),
         base=f" Training started from `{base_model}`." if base_model else "",
         parameters=f"{num_parameters:,}",
-        macs=macs / 1e9,
+        macs="differs by image" if macs is None else f"{macs / 1e9:.3f}",
         dense_macs=dense_macs / 1e9,
-        share=100 * macs / dense_macs,
+        share=_SHARE_UNKNOWN
+        if macs is None
+        else f"Multiply-adds, {100 * macs / dense_macs:.1f} % of the dense backbone's.",
         dataset=f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})" if dataset_id else f"`{dataset_name}`",
         splits=", ".join(f"{split} {size:,}" for split, size in split_sizes.items()),
         num_classes=len(class_names),
@@ -196,6 +198,10 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
         lines.append(f"| {split} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
+
+_SHARE_UNKNOWN = (
+    "This model keeps other numbers of tokens for other images: its multiply-adds cannot be said in advance."
+)
 
 _BODY = """# {title}
 
@@ -225,9 +231,9 @@ Macro-F1 is the mean F1 of the classes, each counting the same.
 
 | | this model | same backbone, dense |
 | --- | ---: | ---: |
-| GMACs an image | {macs:.3f} | {dense_macs:.3f} |
+| GMACs an image | {macs} | {dense_macs:.3f} |
 
-Multiply-adds, {share:.1f} % of the dense backbone's. {parameters} parameters.
+{share} {parameters} parameters.
 
 ## How to load
 

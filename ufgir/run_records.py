@@ -43,7 +43,7 @@ def write_run_record(
     split_sizes: Mapping[str, int],
     config: Any,
     metrics: Mapping[str, Mapping[str, float]],
-    macs: int,
+    macs: int | None,
     dense_macs: int,
     num_parameters: int,
     seed: int,
@@ -70,7 +70,7 @@ def write_run_record(
         split_sizes: split name -> number of images.
         config: the model's `CLCAViTConfig`.
         metrics: split name -> metric -> value, as they were computed (accuracies are fractions in [0, 1]).
-        macs: multiply-adds of one image.
+        macs: multiply-adds of one image, None where they differ by image.
         dense_macs: the same for this backbone without reduction, cache and aggregation head.
         num_parameters: parameters of the model.
         seed: of the training.

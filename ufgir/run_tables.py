@@ -79,7 +79,7 @@ def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         row |= {f"{split}_images_per_second": speed for split, speed in speeds.items()}
         memory = record.get("peak_memory", {})
         row |= {
-            "gmacs": record["macs"] / 1e9,
+            "gmacs": "" if record["macs"] is None else record["macs"] / 1e9,  # they may differ by image
             "dense_gmacs": record["dense_macs"] / 1e9,
             "parameters": record.get("num_parameters", ""),
             # of a resumed run only those since are known
