@@ -39,6 +39,7 @@ from ufgir.checkpointing import (
     remove_checkpoints,
     remove_results,
 )
+from ufgir.costs import cost_in_words, macs_in_advance
 from ufgir.data import IdleArgument, load_ufgir_dataset
 from ufgir.data_labels import class_feature, is_multi_label, unify_labels
 from ufgir.distillation import Distillation, DistillationArguments
@@ -50,8 +51,8 @@ from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
 from ufgir.picture_sheets import save_picture
 from ufgir.prediction import file_names, predict_to_file, read_predictions
-from ufgir.profiling import count_macs, dense_config
-from ufgir.results import summary_table
+from ufgir.profiling import dense_config
+from ufgir.results import forget_metrics, summary_table
 from ufgir.run_checks import (
     Need,
     check_needs,
@@ -380,7 +381,7 @@ class Run:
     images: dict[str, TransformedImages]  # split -> pixels
     class_names: list[str]
     trainer: UFGIRTrainer
-    macs: int  # multiply-adds of an image
+    macs: int | None  # multiply-adds of an image, None where they differ by image
     dense_macs: int  # the same without reduction, cache and aggregation head
     evaluated: dict[str, dict[str, Any] | None]  # on what the images that are evaluated depend, see `evaluated_data`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -427,7 +428,8 @@ def prepare(options: Options, typed: Collection[str] = (), given: Collection[str
     config.problem_type = "multi_label_classification" if multi_label else "single_label_classification"
     distillation = None
     if options.distillation.teacher is not None and args.do_train:
-        distillation = Distillation(options.distillation, config, image_processor)
+        insists = "distill_tokens" in given
+        distillation = Distillation(options.distillation, config, image_processor, insists_on_tokens=insists)
     set_seed(args.seed)
     attention = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     if pretrained["checkpoint"]:
@@ -465,10 +467,8 @@ def prepare(options: Options, typed: Collection[str] = (), given: Collection[str
             logger.info("No validation images: the last weights are kept, not the best.")
             args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         callbacks = [SetEpoch(images["train"]), *make_callbacks(options.callbacks, args)]
-    dense = dense_config(config)
-    with torch.random.fork_rng():
-        models = (CLCAViTForImageClassification(c) for c in (config, dense))
-        macs, dense_macs = (count_macs(counted, config.image_size) for counted in models)
+    with torch.random.fork_rng():  # what is counted does not change what is drawn later
+        macs, dense_macs = (macs_in_advance(counted) for counted in (config, dense_config(config)))
     trainer = UFGIRTrainer(
         model=options.distributed.prepare(model, args),
         args=args,
@@ -502,8 +502,12 @@ def train(run: Run, args: TrainingArguments) -> None:
         trainer.model = trainer.model_wrapped = merge(trainer.model)
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", metrics)
     run.rows.append({"split": "train", "images": len(run.images["train"]), "seconds": metrics["train_runtime"]})
+    if run.checkpoint is not None:  # loss and speed are those since then, which the files would not say
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
+        if trainer.is_world_process_zero():
+            forget_metrics(args.output_dir, "train")
+    trainer.save_metrics("train", metrics)
 
 
 def evaluate(run: Run, split: str) -> None:
@@ -579,7 +583,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     config, trainer, output_dir = run.config, run.trainer, Path(args.output_dir)
     macs, dense_macs = run.macs, run.dense_macs
-    cost = f"{macs / 1e9:.3f} GMACs an image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"
+    cost = cost_in_words(macs, dense_macs)
     sizes = ", ".join(f"{len(images)} {split}" for split, images in run.data.items())
     logger.info("%s: %d classes, %s images; %s", data_args.dataset, len(run.class_names), sizes, cost)
 

@@ -419,6 +419,34 @@ def test_resumed_training_equals_uninterrupted_training(leaves, tmp_path, worker
     assert any(not torch.equal(expected[name], weights(whole / "checkpoint-6")[name]) for name in expected)
 
 
+def test_metrics_of_the_steps_since_are_no_metrics_of_the_training(leaves, tmp_path):
+    """A resumed training does not know its whole loss and speed: neither those since, nor those before stay in the files."""
+    out = tmp_path / "out"
+    path = recipe(tmp_path, leaves, out, num_train_epochs=1, do_predict=True)
+    run(path)
+    told = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    for name in ("train_results.json", "all_results.json"):
+        assert set(json.loads((out / name).read_text())) >= {"epoch", *told}
+    run(path, "--resume_from_checkpoint", "true", "--num_train_epochs", "2")
+    assert json.loads((out / "train_results.json").read_text()) == {"epoch": 2.0}
+    everything = json.loads((out / "all_results.json").read_text())
+    assert everything["epoch"] == 2.0 and "test_top1" in everything and not told & set(everything)
+
+
+def test_a_cost_that_differs_by_image_is_not_told(leaves, tmp_path, caplog):
+    """ATS, unless it pads: not in the log, nor on the card, nor in the record."""
+    plan = {"reduction": "ats", "num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no"}
+    plan |= {"load_best_model_at_end": False}
+    for kwargs, differs in (("{}", True), ('{"pad_to_bound": true}', False)):
+        out = tmp_path / str(differs)
+        caplog.clear()
+        run(recipe(tmp_path, leaves, out, reduction_kwargs=kwargs, **plan))
+        said = [message for message in caplog.messages if "GMACs" in message]
+        assert len(said) == 2 and all(("GMACs differ by image" in line) == differs for line in said)
+        assert ("| differs by image |" in (out / "README.md").read_text()) == differs
+        assert (json.loads((out / "run.json").read_text())["macs"] is None) == differs
+
+
 def test_the_best_checkpoint_is_the_one_that_is_saved(trained):
     out, metrics = trained
     state = json.loads((out / "trainer_state.json").read_text())

@@ -12,10 +12,11 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from clca import CLCAViTForImageClassification
 from clca.loss_clca import distillation_loss
 from ufgir.distillation import Distillation, DistillationArguments
+from ufgir.teacher import Teacher
 from ufgir.transforms import EvalTransform, make_image_processor
 
 from .helpers import images, labels, tiny_config, tiny_model
-from .test_run_ufgir import CLASSES, leaves, mistake, recipe, run  # noqa: F401 (leaves is a fixture)
+from .test_run_ufgir import CLASSES, leaves, mistake, recipe, run, trained  # noqa: F401 (some are fixtures)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,70 @@ def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):  # noqa:
             if reduction == "dyvit":  # there, all parts add up
                 assert sum(parts) == pytest.approx(line["loss"], abs=2e-3)
     assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.fixture(scope="module")
+def dyvit(leaves, tmp_path_factory):  # noqa: F811
+    """(folder, recipe) of a short training of DynamicViT."""
+    folder = tmp_path_factory.mktemp("dyvit")
+    changes = {"reduction": "dyvit", "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
+    changes |= {"save_strategy": "no", "load_best_model_at_end": False}
+    return folder, recipe(folder, leaves, folder / "out", **changes)
+
+
+def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):  # noqa: F811
+    """Its tokens are no patches: who insists on them is told before training; else its logits are learnt from alone."""
+    folder, path = dyvit
+    teacher = ["--teacher", str(trained[0])]
+    sentence = mistake(capsys, path, *teacher, "--distill_tokens", "true")
+    assert all(word in sentence for word in ("reduces its tokens (`reduction` evit)", "--distill_tokens false"))
+    assert not (folder / "out").exists()
+    for out, options, warned in (("unset", [], True), ("off", ["--distill_tokens", "false"], False)):
+        caplog.clear()
+        run(path, *teacher, *options, "--output_dir", str(folder / out))
+        assert ("the student learns from its logits alone" in caplog.text) == warned
+        history = json.loads((folder / out / "trainer_state.json").read_text())["log_history"]
+        terms = {key for line in history for key in line if key.startswith("loss_")}
+        assert terms == {"loss_classification", "loss_keep_ratio", "loss_cls_distillation"}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, None),
+        ({"num_clr_tokens": 1, "cross_layer_cache": True}, None),
+        ({"reduction": "heuristic", "keep_rate": 0.5, "cross_layer_cache": True}, None),  # every row stays
+        ({"reduction": "topk", "keep_rate": 1.0}, None),
+        (
+            {"reduction": "topk", "keep_rate": 0.9, "cross_layer_cache": True, "num_clr_tokens": 2},
+            "reduces its tokens",
+        ),
+        ({"reduction": "patchmerger", "keep_rate": 1.0}, "reduces its tokens"),  # as many, but others
+        ({"reduction": "ats", "keep_rate": 1.0}, "reduces its tokens"),
+        ({"hidden_size": 32}, "has tokens of width 32, the student 16"),
+        ({"patch_size": 4}, "has no token of each of the student's 16 patches"),
+        ({"patch_size": 16}, "has no token of each of the student's 16 patches"),
+    ],
+)
+def test_whose_tokens_can_be_learnt_from(changes, words):
+    """Of CLCA models; what is said of it in advance is what a training would find."""
+    student = tiny_config(reduction="dyvit", keep_rate=0.5)
+    teacher = Teacher(tiny_model(**changes).float(), student.num_patches)
+    problem = teacher.why_no_tokens(student)
+    assert problem is None if words is None else words in problem
+    if problem is None:
+        assert teacher(images().float())["teacher_tokens"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "patch_size, width, words", [(8, 16, None), (8, 32, "width 32"), (4, 16, "no token"), (16, 16, "no token")]
+)
+def test_whose_tokens_of_other_models_can_be_learnt_from(patch_size, width, words):
+    """A ViT with smaller patches has more tokens, which are others."""
+    names = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+    model = ViTForImageClassification(ViTConfig(patch_size=patch_size, hidden_size=width, **names))
+    problem = Teacher(model, 16).why_no_tokens(tiny_config())
+    assert problem is None if words is None else words in problem
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it

@@ -39,7 +39,9 @@ class DistillationArguments:
         "share of the loss that comes from the teacher, in [0, 1] [0.5 soft, 0.3 hard]"
     )
     distillation_temperature: float = option("divides the logits of both, soft only", 1.0)
-    distill_tokens: bool = option("dyvit: the kept tokens learn from the teacher's tokens, too", True)
+    distill_tokens: bool = option(
+        "dyvit: the kept tokens learn from the teacher's tokens, too [where it has one of each patch]", True
+    )
 
     def __post_init__(self) -> None:
         if self.distillation not in DEFAULT_WEIGHTS:
@@ -76,13 +78,21 @@ class Distillation:
         config: of the student.
         image_processor: of the student: where the teacher's normalises in another way, its images are normalised anew. None:
             it takes them as they are.
+        insists_on_tokens: refuse a teacher without the tokens that `distill_tokens` asks for. By default the student learns
+            from such a teacher's logits alone, with a warning.
 
     Raises:
-        ValueError: a teacher that cannot be loaded, of other classes or another image size, or options that the student's
-            method weighs itself.
+        ValueError: a teacher that cannot be loaded, of other classes or another image size, or without tokens that fit, or
+            options that the student's method weighs itself.
     """
 
-    def __init__(self, args: DistillationArguments, config: CLCAViTConfig, image_processor: Any = None) -> None:
+    def __init__(
+        self,
+        args: DistillationArguments,
+        config: CLCAViTConfig,
+        image_processor: Any = None,
+        insists_on_tokens: bool = False,
+    ) -> None:
         self.args = args
         self.by_method = get_reduction(config.reduction).distils
         if self.by_method and (args.distillation_weight is not None or args.distillation == "hard"):
@@ -112,7 +122,16 @@ class Distillation:
                 f"`teacher` {args.teacher} takes images of {size} pixels, the student {config.image_size}."
             )
         processors = None if image_processor is None else (image_processor, _processor_of(args, image_processor))
-        self.teacher = Teacher(model, config.num_patches, self.by_method and args.distill_tokens, processors)
+        use_tokens = self.by_method and args.distill_tokens
+        self.teacher = Teacher(model, config.num_patches, use_tokens, processors)
+        if use_tokens and (problem := self.teacher.why_no_tokens(config)):
+            if insists_on_tokens:
+                raise ValueError(
+                    f"`distill_tokens`: `teacher` {args.teacher} {problem}: choose a teacher that has them, or learn from its "
+                    "logits alone with --distill_tokens false"
+                )
+            logger.warning("`teacher` %s %s: the student learns from its logits alone", args.teacher, problem)
+            self.teacher.use_tokens = False
 
     def inputs(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the teacher says of images (B, C, height, width), on their device."""

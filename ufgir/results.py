@@ -1,9 +1,24 @@
-"""What a run leaves behind for people: predictions, and a table of the results."""
+"""What a run leaves behind for people: metrics, and a table of the results."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .model_card import METRIC_NAMES, measured
+from .model_card import METRIC_NAMES, measured, write_text_atomically
+
+
+ALL_METRICS = "all_results.json"  # of all splits: Trainer adds to it
+
+
+def forget_metrics(output_dir: str | os.PathLike, split: str) -> None:
+    """Take what an earlier run has measured on a split out of `ALL_METRICS`, for a run that will not replace it."""
+    path = Path(output_dir) / ALL_METRICS
+    if path.exists():
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in metrics.items() if not name.startswith(f"{split}_")}
+        write_text_atomically(path, json.dumps(kept, indent=4, sort_keys=True))
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from clca import CLCAViTConfig
+from clca.configuration_clca import as_pair
+from clca.reductions_clca import get_reduction
+
 from .transforms import normalization
+
+
+MOST_PREFIX_TOKENS = 16  # CLS, a distillation token, registers
 
 
 class Teacher:
@@ -21,7 +28,7 @@ class Teacher:
             the student are normalised anew.
 
     Raises:
-        ValueError: tokens are asked for and the model has none that fit.
+        ValueError: tokens are asked for and the model has none that fit. `why_no_tokens` tells it beforehand.
     """
 
     def __init__(
@@ -50,15 +57,48 @@ class Teacher:
         output = self.model(pixel_values, output_hidden_states=self.use_tokens)
         if not self.use_tokens:
             return {"teacher_logits": output.logits}
-        tokens = output.hidden_states[-1] if output.hidden_states else None
-        if tokens is None or tokens.dim() != 3 or tokens.shape[1] < self.num_patches:
+        tokens = self._patch_tokens(output)
+        if tokens is None:
             raise ValueError(
                 f"`model` {type(self.model).__name__} has no {self.num_patches} patch tokens to learn from: use a ViT with "
                 "the student's image and patch size, or `use_tokens`=False."
             )
-        prefix = getattr(self.model.config, "num_prefix_tokens", tokens.shape[1] - self.num_patches)
-        tokens = self._final_norm(tokens)[:, prefix : prefix + self.num_patches]
         return {"teacher_logits": output.logits, "teacher_tokens": tokens}
+
+    @torch.no_grad()
+    def why_no_tokens(self, student: CLCAViTConfig) -> str | None:
+        """Why the tokens of a student cannot learn from this model's, in words that follow its name; None if they can. Asked
+        of a blank image, before a training finds out."""
+        config = self.model.config
+        blank = torch.zeros(1, student.num_channels, *as_pair(student.image_size), device=self.model.device)
+        if not isinstance(config, CLCAViTConfig):
+            output = self.model(blank, output_hidden_states=True)
+        else:
+            output = self.model(blank, output_hidden_states=True, output_assignments=True)
+            static = get_reduction(config.reduction).static_shapes  # else the blank image tells nothing of others
+            if not static or not all(map(_in_place, output.assignments or ())):
+                return (
+                    f"reduces its tokens (`reduction` {config.reduction}), so that not each of the student's "
+                    f"{self.num_patches} patches has one"
+                )
+        tokens = self._patch_tokens(output)
+        if tokens is None:
+            return f"has no token of each of the student's {self.num_patches} patches"
+        if tokens.shape[2] != student.hidden_size:
+            return f"has tokens of width {tokens.shape[2]}, the student {student.hidden_size}"
+        return None
+
+    def _patch_tokens(self, output: Any) -> torch.Tensor | None:
+        """The tokens (B, patches, D) of the last layer of which each is one of the student's patches; None if there are none."""
+        tokens = output.hidden_states[-1] if output.hidden_states else None
+        if tokens is None or tokens.dim() != 3:
+            return None
+        config, others = self.model.config, tokens.shape[1] - self.num_patches
+        if isinstance(config, CLCAViTConfig):  # CLR and recalled rows come last
+            prefix, fits = config.num_prefix_tokens, config.num_patches == self.num_patches and others >= 0
+        else:  # with more of them, the patches are others
+            prefix, fits = others, 0 <= others <= min(MOST_PREFIX_TOKENS, self.num_patches)
+        return self._final_norm(tokens)[:, prefix : prefix + self.num_patches] if fits else None
 
     def _final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens normalised as the teacher's head sees them: the student's are, too."""
@@ -68,3 +108,9 @@ class Teacher:
             ):
                 return module(tokens)
         return tokens
+
+
+def _in_place(assignment: torch.Tensor) -> bool:
+    """Whether a stage (B, M, N) left every row where it was."""
+    diagonal = torch.diag_embed(assignment.diagonal(dim1=1, dim2=2))
+    return assignment.shape == diagonal.shape and torch.equal(assignment, diagonal)
