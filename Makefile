@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LEAVES := outputs/demo_leaves/test/*/00000.png
 TORCHAO := $(VENV)/torchao
 
 .DEFAULT_GOAL := help
@@ -17,8 +18,8 @@ help:  ## print this list
 
 demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
-	@test -d outputs/leaves || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/leaves --images_per_class 1 1 1
-	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo outputs/leaves/test/*/00000.png --what rollout --output outputs/demo/rollout.png
+	@ls $(LEAVES) >/dev/null 2>&1 || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/demo_leaves --images_per_class 1 1 1 --image_size 109
+	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo $(LEAVES) --what rollout --output outputs/demo/rollout.png
 
 test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
