@@ -15,6 +15,7 @@ from clca.reductions_clca import get_reduction
 from ..benchmark import ATTENTIVE, make_dense
 from ..benchmark_cases import Setting
 from ..benchmark_report import check_place, fill_in, markdown_table, origin, provenance
+from ..costs import macs_in_advance
 from ..layer_profile import (
     Part,
     check_trace,
@@ -104,11 +105,8 @@ def run(args: argparse.Namespace) -> str:
     counts = [sum(p.numel() for p in model.parameters()) for model in (this, other)]
     rows.append(["parameters", *(f"{n:,}" for n in counts), f"{counts[0] / counts[1]:.1%}"])
     dense_macs = count_macs(other)
-    try:
-        macs = count_macs(this)
-    except RuntimeError as error:  # a number was asked of the meta device: the counts follow from the pixels
-        if "meta" not in str(error):
-            raise
+    macs = macs_in_advance(config)
+    if macs is None:
         note = (
             "Token counts differ by image: the table shows the most there can be, and GMACs cannot be said in advance."
         )
