@@ -321,6 +321,10 @@ def test_architecture_is_needed(tmp_path):
             "no place in this model: blocks.0.attn.gate",
         ),
         (
+            lambda state: state.update({f"other.{i:02}": torch.ones(1) for i in range(60)}),
+            r"no place in this model: other\.00; .*other\.11; and 48 more\.$",
+        ),
+        (
             lambda state: state.update({"blocks.2.norm1.weight": torch.ones(8)}),
             "layernorm_before.weight is unexpected",
         ),

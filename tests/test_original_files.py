@@ -518,7 +518,7 @@ def test_the_command(tmp_path: Path, evit_file: Path, evit: Golden, capsys: pyte
     for argv, words in (
         (["nowhere.pth", *new], "there is no file or folder nowhere.pth"),
         ([str(empty), *new], "there is no .pth or .pt file"),
-        ([str(empty / "notes.txt"), *new], "is not a checkpoint"),
+        ([str(empty / "notes.txt"), *new], "(UnpicklingError: Weights only load failed."),
         ([str(half), *new], "is not complete"),
         ([str(code), *new], "posix.system"),
         ([str(other), *new], "`num_classes`"),
@@ -528,7 +528,8 @@ def test_the_command(tmp_path: Path, evit_file: Path, evit: Golden, capsys: pyte
         ([str(evit_file), *new, "--class-names", str(empty)], "`--class-names` must be a file"),
         ([str(evit_file)], "--output"),
         ([str(evit_file), "--output", str(output)], "set `overwrite`"),
-        ([str(evit_file), "--output", str(half)], "was not made by a conversion"),
+        ([str(evit_file), "--output", str(empty)], "was not made by a conversion"),
+        ([str(evit_file), "--output", str(half)], "`--output` must be a folder, got the file"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["convert", *argv])

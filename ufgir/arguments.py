@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import field, fields
@@ -31,6 +32,20 @@ def one_sentence(error: Exception) -> str:
     """The text of an error on one line; but an error with `has_list` keeps the lines of its list."""
     lines = str(error).splitlines() if getattr(error, "has_list", False) else [str(error)]
     return "\n  ".join(" ".join(line.split()) for line in lines)
+
+
+def shortened(text: str, most: int = 160) -> str:
+    """The beginning of a text, on one line: up to the end of a sentence if one ends there, else up to that of a word.
+
+    Args:
+        text: any.
+        most: characters it may have.
+    """
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    ends = [match.end() for match in re.finditer(r"[.!?](?= )", text[: most + 1])]
+    return text[: ends[-1]] if ends else textwrap.shorten(text, most, placeholder=" ...")
 
 
 class RecipeParser(HfArgumentParser):

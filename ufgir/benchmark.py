@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
-from .arguments import one_sentence
+from .arguments import one_sentence, shortened
 from .benchmark_cases import Case, Setting, by_setting, case_config
 from .profiling import count_macs, dense_config
 from .timing import OtherLoad, Quartiles, Race, Run, peak_growth, quartiles, steady, synchronize
@@ -468,4 +468,4 @@ def _size(model: nn.Module) -> int:
 
 def _reason(error: Exception) -> str:
     text = one_sentence(error)
-    return f"{type(error).__name__}: {text}"[:200] if not isinstance(error, ValueError) else text[:200]
+    return shortened(text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}", 200)

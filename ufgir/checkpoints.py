@@ -13,7 +13,7 @@ import torch
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM, as_pair
 
-from .filling import common_dtype, fill_model
+from .filling import common_dtype, fill_model, listed
 from .from_timm import load_timm as load_timm  # beside load_original, where a user looks for it
 from .timm_keys import convert_timm_tensor, translate
 
@@ -286,7 +286,7 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
         else:
             unexpected.append(key)
     if unexpected:
-        raise ValueError(f"`state_dict` holds keys with no place in this model: {', '.join(unexpected)}.")
+        raise ValueError(f"`state_dict` holds keys with no place in this model: {listed(unexpected)}.")
     return converted
 
 

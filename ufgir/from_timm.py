@@ -24,7 +24,7 @@ from transformers import ViTImageProcessorPil
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
-from .filling import common_dtype, fill_model
+from .filling import common_dtype, fill_model, listed
 from .resample import resample_weights
 from .timm_architectures import Architecture, find_architecture
 from .timm_keys import convert_timm_tensor, translate
@@ -354,9 +354,7 @@ def to_timm_names(state_dict: Mapping[str, Any]) -> State:
             inside |= _without_bias(state["visual.head.proj.weight"])
         outside = [key for key in state if not key.startswith(prefix)] if inside else []
         if strange := [key for key in outside if not re.match(_OTHER_PARTS, key)]:
-            raise ValueError(
-                f"`state_dict` holds weights outside of {prefix}* with no place: {', '.join(strange[:12])}."
-            )
+            raise ValueError(f"`state_dict` holds weights outside of {prefix}* with no place: {listed(strange)}.")
         state = inside or state
     if not state:
         raise ValueError("`state_dict` holds no tensors.")
@@ -450,7 +448,7 @@ def _to_our_names(state: State, wanted: CLCAViTConfig) -> State:
         else:
             unexpected.append(key)
     if unexpected:
-        raise ValueError(f"`source` holds weights with no place in this model: {', '.join(unexpected)}.")
+        raise ValueError(f"`source` holds weights with no place in this model: {listed(unexpected)}.")
     return converted
 
 

@@ -30,7 +30,7 @@ from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import HEADS_BEFORE_NORM, PROBING_HEADS
 from clca.reductions_clca import get_reduction
 
-from .arguments import one_sentence
+from .arguments import one_sentence, shortened
 from .checkpoints import convert_original_state, original_config
 from .filling import common_dtype, fill_model
 from .folders import MARKER, is_made_of, new_folder
@@ -182,7 +182,7 @@ def _foreign_globals(path: Path, error: Exception) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["no more is known"]
-    return lines[0][:120].rstrip(".: ")
+    return shortened(lines[0]).rstrip(":").removesuffix(".")
 
 
 def _options(payload: Mapping[str, Any], source: str, path: Path) -> dict[str, Any]:
