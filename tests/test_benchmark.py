@@ -424,6 +424,7 @@ class TestCommand:
             (["--input-pipeline", "no/such/folder", "--image-sizes", "32"], "no/such/folder"),
             (["no/such/folder"], "there is no checkpoint no/such/folder"),
             (["--hidden-size", "15"], "hidden_size"),
+            (["--seed", str(2**63)], f"`--seed` must be at most {2**63 - 1}, got {2**63}"),
         ],
     )
     def test_mistakes(self, capsys, argv, words):

@@ -62,6 +62,16 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; 0, 1 if it says so, 2 after one sentence about a user's mistake, or 130 after Ctrl-C."""
+    try:
+        text, status = _run(argv)
+    except KeyboardInterrupt:  # also of the imports, which take seconds
+        text, status = "interrupted", 130
+    sys.stdout.write(text + "\n")
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> tuple[str, int]:
+    """What the subcommand says, and its exit status."""
     # --keep_rate, as run_ufgir.py spells its options, is --keep-rate
     argv = [_dashes(a) if a.startswith("--") else a for a in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] in (["-h"], ["--help"]):
@@ -83,18 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     import transformers  # here, so that help and mistakes do not wait for it
 
     from .arguments import one_sentence
+    from .commands.outputs import NotWritten
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         result = command.run(args)
     except (ValueError, OSError, ImportError) as error:  # the last: a package of an extra that is not installed
+        if isinstance(error, NotWritten):
+            sys.stdout.write(error.done + "\n")
+            sys.stdout.flush()
         parser.error(one_sentence(error))
-    except KeyboardInterrupt:
-        result = "interrupted", 130
-    text, status = result if isinstance(result, tuple) else (result, 0)
-    sys.stdout.write(text + "\n")
-    return status
+    return result if isinstance(result, tuple) else (result, 0)
 
 
 def _dashes(option: str) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,12 +166,14 @@ def export_model(
         tolerance: the largest difference of logits between file and model on random images at which the file is written.
 
     Raises:
-        ValueError: another ending, a method whose token counts depend on the image, a package that is missing, or a file
+        ValueError: another ending, a folder, a method whose token counts depend on the image, a package that is missing, or a file
             whose logits differ.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"`path` must end in {' or '.join(FORMATS)}, got {path}.")
+    if path.is_dir():
+        raise ValueError(f"`path` must be a file, got the folder {path}.")
     config = model.config
     if not get_reduction(config.reduction).static_shapes and not (config.reduction_kwargs or {}).get("pad_to_bound"):
         raise ValueError(
@@ -217,14 +219,32 @@ def export_budgets(
         kwargs: see `export_model`.
 
     Raises:
-        ValueError: what `export_model` and `set_keep_rate` refuse, e.g. methods whose slots are parameters.
+        ValueError: see `budget_files`; what `export_model` and `set_keep_rate` refuse, e.g. methods whose slots are parameters.
     """
-    path, exported = Path(path), []
-    for rate in keep_rates:
+    exported = []
+    for rate, file in budget_files(path, keep_rates).items():
         budget = copy.deepcopy(model)
         budget.set_keep_rate(rate)
-        exported.append(export_model(budget, path.with_name(f"{path.stem}-keep{rate:g}{path.suffix}"), **kwargs))
+        exported.append(export_model(budget, file, **kwargs))
     return exported
+
+
+def budget_files(path: str | os.PathLike, keep_rates: Sequence[float]) -> dict[float, Path]:
+    """Keep rate -> the file that `export_budgets` writes for it.
+
+    Raises:
+        ValueError: two rates have the same file.
+    """
+    path, files = Path(path), {}
+    for rate in keep_rates:
+        file = path.with_name(f"{path.stem}-keep{rate:g}{path.suffix}")
+        if file in files.values():
+            raise ValueError(
+                f"`keep_rates` must differ in their first six digits, got {', '.join(map(str, keep_rates))}: {file.name} would "
+                "be written twice."
+            )
+        files[rate] = file
+    return files
 
 
 def _example(program: _Logits, count: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ from ..run_records import PACKAGES, _version, describe_host, now
 from ..streaming import StreamedImages
 from ..transforms import EvalTransform, TransformedImages, make_image_processor, random_subset
 from .common import check_fields, json_object, load_config
+from .outputs import check_folder
 
 
 def add_data_options(parser: argparse.ArgumentParser, batch_size: int = 64, streaming: bool = True) -> None:
@@ -285,11 +286,10 @@ def check_output(folder: str | os.PathLike, marker: str) -> Path:
         marker: the record of the result, as `complete` writes it.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something else, or cannot be written.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"`--output` {folder} is a file: choose a folder.")
+    check_folder(folder, whole=True)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     try:
         own = set(json.loads((folder / marker).read_text(encoding="utf-8"))["files"]) if there else set()

@@ -10,6 +10,7 @@ from ..attention_maps import checked_layers
 from ..patterns import PatternStatistics, stage_layers
 from .analysis_options import add_data_options, check_numbers, device_of, images_of, open_model, provenance
 from .common import add_reduction_options, config_values, require
+from .outputs import check_folder
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str | tuple[str, int]:
     """Writes the folder; status 1 if images could not be read: the others are done."""
     check_numbers(args, shard_size=1)
+    check_folder(args.output, whole=True)
     require("matplotlib")
     opened = open_model(args.model, args.revision, config_values(args), device_of(args))
     config = opened.model.config

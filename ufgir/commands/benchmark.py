@@ -28,7 +28,8 @@ from ..benchmark_cases import (
 from ..benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
 from ..growth import DEPTHS, SIZES, Growth, draw_growth, growth_markdown, growth_tables, write_growth
 from ..run_tables import variant_of
-from .common import align, check_rates, config_values, load_config, require
+from .common import align, check_rates, config_values, read_config, require
+from .outputs import check_document, check_folder, told_first
 
 
 # Options whose combinations are measured: name -> (type, default, help).
@@ -50,6 +51,7 @@ PIPELINE: dict[str, tuple[Callable[[str], Any], Any, str]] = {
     "workers": (int, [0, 1, 2], "numbers of processes of the DataLoader"),
     "count": (int, 64, "images used"),
 }
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 INTERRUPTED = 130  # exit status, as shells have it
 
 
@@ -140,15 +142,16 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     measure = {"growth": _growth, "input-pipeline": _pipeline}.get(name, _cases)
     outcome = measure(args)
     said = [outcome.text]
-    if args.output is not None:
-        said.append("\n".join(f"wrote {file}" for file in outcome.write(Path(args.output))))
-    if args.into is not None and outcome.status:
-        said.append(f"{args.into} stays as it is: what is incomplete has no place in it.")
-    elif args.into is not None:
-        document = Path(args.into)
-        figures = outcome.draw(document.parent / "figures", f"benchmark_{name}")
-        fill_in(document, name, outcome.markdown, figures)
-        said.append(f"filled in {name} of {document}")
+    with told_first(said):
+        if args.output is not None:
+            said.append("\n".join(f"wrote {file}" for file in outcome.write(Path(args.output))))
+        if args.into is not None and outcome.status:
+            said.append(f"{args.into} stays as it is: what is incomplete has no place in it.")
+        elif args.into is not None:
+            document = Path(args.into)
+            figures = outcome.draw(document.parent / "figures", f"benchmark_{name}")
+            fill_in(document, name, outcome.markdown, figures)
+            said.append(f"filled in {name} of {document}")
     return "\n\n".join(said), outcome.status
 
 
@@ -181,19 +184,24 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     check_rates(args.keep_rates, "--keep-rates")
     args.variants = args.variants and [_named("variants", value, VARIANTS) for value in args.variants]
     args.methods = args.methods and _methods(args.methods)
+    if args.keep_rates is not None and args.methods is not None and set(args.methods) == {"none"}:
+        raise ValueError("`--keep-rates` means nothing to models without a reduction: add a method to `--methods`.")
     for option, known in (("dtypes", DTYPES), ("backends", BACKENDS), ("modes", MODES)):
         values = getattr(args, option)
         setattr(args, option, values and [_named(option, value, known) for value in values])
     if args.model is not None and args.model_size is not None:
         raise ValueError("`--model-size` does not go with a MODEL, which has a size.")
-    if args.output is not None and Path(args.output).is_file():
-        raise ValueError(f"`--output` must be a folder, got the file {args.output}.")
+    if args.seed > LARGEST_SEED:
+        raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
+    if args.output is not None:
+        check_folder(args.output)
     if args.into is not None:
         if name is None:
             raise ValueError(
                 "`--into` needs `--preset`, `--growth` or `--input-pipeline`: other tables have no place."
             )
         check_place(Path(args.into), name)
+        check_document(args.into)
     if args.output is not None or args.into is not None:
         require("matplotlib", extra="visualization")
 
@@ -239,8 +247,8 @@ def _network(args: argparse.Namespace, size: str = "base") -> CLCAViTConfig:
         values = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads} | values
         values = {"reduction_layers": quarters(values["num_hidden_layers"])} | values
         values["image_size"] = 28 * values.get("patch_size", 16)  # any: the sizes of the plan take its place
-        return load_config(None, values)
-    config = load_config(args.model, values)
+        return read_config(None, values)
+    config = read_config(args.model, values)
     if args.image_sizes is None and isinstance(config.image_size, int):
         args.image_sizes = [config.image_size]
     if args.variants is None and variant_of(config.to_dict()) in VARIANTS:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor, BaseImageProcessor
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import HEADS
+from clca.configuration_clca import HEADS, as_pair
 
-from ..arguments import one_sentence
+from ..arguments import one_sentence, shortened
 from ..loading import checkpoint_config
 from ..transforms import open_picture
 
 
 # What `--clca` stands for.
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+PROCESSOR = "preprocessor_config.json"
 FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 
 
@@ -87,12 +89,23 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     values = dict(CLCA) if getattr(args, "clca", False) else {}
     values |= {k: v for k, v in vars(args).items() if v is not None and k in FIELDS}
     if values.get("reduction") == "none":
-        values |= {"reduction": None, "reduction_kwargs": None}
+        values = {"reduction_kwargs": None} | values | {"reduction": None}
     return values
 
 
 def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
-    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked."""
+    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a value that is out of range or means nothing to it.
+    """
+    config = read_config(model, values)
+    check_meaning(values, [config])
+    return config
+
+
+def read_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
+    """As `load_config`, but values may mean nothing: of several configurations they may mean something to others."""
     if model is None:
         width = values.get("hidden_size", 768)
         defaults = {"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, "num_labels": 1000}
@@ -109,6 +122,40 @@ def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
         raise ValueError(
             f"there is no checkpoint {model}: neither a folder with config.json nor on the Hub."
         ) from error
+
+
+# What gives a field its meaning -> whether a configuration has that, and the fields.
+_MEANING: dict[str, tuple[Callable[[CLCAViTConfig], bool], tuple[str, ...]]] = {
+    "a `reduction`": (lambda config: config.reduction is not None, ("keep_rate", "keep_tokens", "reduction_kwargs")),
+    "a `reduction`, a cross-layer cache or another head than the linear one": (
+        lambda config: config.uses_reduction_layers,
+        ("reduction_layers",),
+    ),
+    "a cross-layer cache": (
+        lambda config: config.cross_layer_cache,
+        ("cache_gap", "cache_pool_cls", "cache_pool_clr", "cache_recover_at_last"),
+    ),
+}
+
+
+def check_meaning(values: Mapping[str, Any], configs: Sequence[CLCAViTConfig]) -> None:
+    """Refuse what was typed in vain.
+
+    Args:
+        values: fields of a configuration; None is as if it were not there.
+        configs: that came of them.
+
+    Raises:
+        ValueError: a field that means nothing to any of them, such as a keep rate where nothing is reduced.
+    """
+    for needed, (has, names) in _MEANING.items():
+        for name in names:
+            value = values.get(name)
+            if value is not None and not any(map(has, configs)):
+                told = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                raise ValueError(
+                    f"`{name}` {told} means nothing to a model without {needed}: leave it out, or choose one."
+                )
 
 
 def check_rates(rates: Sequence[float] | None, option: str) -> None:
@@ -141,6 +188,28 @@ def _is_there(package: str) -> bool:
         return find_spec(package) is not None
     except ValueError:  # it was imported in vain before
         return False
+
+
+def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcessor:
+    """The image processor that was saved with a model.
+
+    Args:
+        model: folder or Hub repository.
+        config: of the model.
+
+    Raises:
+        ValueError: it has none, or one that cannot be read.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever stands in the file
+        if not Path(model).is_dir() or Path(model, PROCESSOR).is_file():
+            raise ValueError(f"the {PROCESSOR} of {model} cannot be read: {shortened(one_sentence(error))}") from error
+        raise ValueError(
+            f"{model} has no {PROCESSOR}, which says how pictures become pixels: copy it from the folder that the model was "
+            "trained in, or, for the mean and deviation of ImageNet, call "
+            f"ufgir.transforms.make_image_processor({as_pair(config.image_size)[0]}).save_pretrained({str(model)!r})."
+        ) from error
 
 
 def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:

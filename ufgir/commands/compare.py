@@ -24,6 +24,7 @@ from .analysis_options import (
     provenance,
 )
 from .common import check_fields, json_object, require
+from .outputs import told_first
 
 
 RECORD = "comparison.json"
@@ -105,11 +106,12 @@ def run(args: argparse.Namespace) -> str:
         names=names,
     )
     record = provenance(models, images, what=what, features=args.features, images=result.images, names=names)
-    with new_folder(output) as folder:
-        _write(folder, result, names, record)
     lines = [f"{name}: {value:.4f}" for name, value in result.scalars().items()]
     notes = dict.fromkeys(note for model in models for note in model.notes())
-    return "\n".join([f"{result.images} images", *lines, *notes, f"wrote {output}"])
+    text = "\n".join([f"{result.images} images", *lines, *notes])
+    with told_first([text]), new_folder(output) as folder:
+        _write(folder, result, names, record)
+    return f"{text}\nwrote {output}"
 
 
 def _names(models: list[OpenModel]) -> tuple[str, str]:

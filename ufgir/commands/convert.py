@@ -6,6 +6,7 @@ from pathlib import Path
 from ..original_files import REPORT, convert_file, convert_folder, read_class_names
 from ..pretrained import convert_pretrained
 from .common import add_network_options, add_reduction_options, config_values
+from .outputs import check_folder
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     """Writes one model folder, or one for each file that can be converted; status 1 if one cannot."""
     source, output, values = Path(args.source), Path(args.output), config_values(args)
     weights_of_others = source.suffix in (".safetensors", ".bin") or (source / "config.json").exists()
+    check_folder(output, whole=True)
     original = args.architecture is None and source.exists() and not weights_of_others
     if not source.exists() and args.source.startswith(("/", ".", "~")) | args.source.endswith("/"):
         raise ValueError(f"there is no file or folder {args.source}.")

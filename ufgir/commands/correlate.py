@@ -14,6 +14,7 @@ from ..run_records import now, read_run_records
 from ..run_tables import default_metric, run_rows, write_csv
 from .common import align, require
 from .compare import RECORD
+from .outputs import check_file, told_first
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,9 @@ def run(args: argparse.Namespace) -> str:
     output = None if args.output is None else Path(args.output)
     if output is not None and output.suffix != ".csv":
         raise ValueError(f"`--output` must end in .csv, got {output}.")
+    if output is not None:
+        check_file(output)
+        check_file(output.with_suffix(".json"))
     metric, scores = _scores(args.results, args.metric)
     pairs = [_pair(Path(folder), scores) for folder in args.comparisons]
     measures = list(dict.fromkeys(name for pair in pairs for name in pair["scalars"]))
@@ -55,10 +59,11 @@ def run(args: argparse.Namespace) -> str:
     text = f"gap: |difference of {metric}|\n\n" + align([head, *cells])
     if output is None:
         return text
-    write_csv(output, rows)
     told = [{key: pair[key] for key in ("folder", "models", "scores", "gap")} for pair in pairs]
     record = {"date": now(), "metric": metric, "pairs": told, "correlations": rows}
-    write_text_atomically(output.with_suffix(".json"), as_json(record))
+    with told_first([text]):
+        write_csv(output, rows)
+        write_text_atomically(output.with_suffix(".json"), as_json(record))
     return f"{text}\n\nwrote {output}"
 
 

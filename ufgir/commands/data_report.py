@@ -1,12 +1,12 @@
 """`ufgir data-report`: what is in a data set, and what is wrong with it."""
 
 import argparse
-from pathlib import Path
 
 from ..data import load_ufgir_dataset
 from ..data_checks import DatasetError
 from ..data_report import bin_name, data_report, describe, findings
 from .common import align
+from .outputs import check_folder, told_first
 
 
 SHOWN = 20  # lines of a list; report.json has all
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> str:
     """A table of the splits, the images of a class, and what is wrong."""
     if args.html and args.output is None:
         raise ValueError("`--html` writes into a folder: name it in `--output`.")
-    if args.output is not None and not _may_be_folder(Path(args.output)):
-        raise ValueError(f"`--output` must be a folder, and {args.output} is a file, or lies in one: choose another.")
+    if args.output is not None:
+        check_folder(args.output)
     for name in ("sheet_classes", "sheet_images", "num_workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -80,11 +80,6 @@ def run(args: argparse.Namespace) -> str:
             more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             parts.append("\n".join([f"{heading}: {len(lines)}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
     if args.output is not None:
-        parts.append("\n".join(f"wrote {file}" for file in report.write(args.output, args.html)))
+        with told_first(parts):
+            parts.append("\n".join(f"wrote {file}" for file in report.write(args.output, args.html)))
     return "\n\n".join(parts)
-
-
-def _may_be_folder(path: Path) -> bool:
-    """Whether a folder is there, or can be made there."""
-    first = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    return first.is_dir()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from transformers import AutoImageProcessor
 
-from ..export import FORMATS, Exported, export_budgets, export_model
+from ..export import FORMATS, Exported, budget_files, export_budgets, export_model
 from ..loading import load_model
 from .common import add_reduction_options, align, check_rates, config_values, load_config
+from .outputs import check_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> str:
             "`--keep-rates` writes one file per rate, so `--keep-rate` and `--keep-tokens` have no place."
         )
     check_rates(args.keep_rates, "--keep-rates")
+    for file in budget_files(args.output, args.keep_rates).values() if args.keep_rates else [args.output]:
+        check_file(file)
     config = load_config(args.model, config_values(args))
     model = load_model(args.model, config).model
     facts = {"source": args.model}

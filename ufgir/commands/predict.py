@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoImageProcessor
 
 from ..data import load_images
 from ..loading import load_model
 from ..prediction import ENDINGS, predict_to_file
 from ..transforms import EvalTransform, TransformedImages
-from .common import add_reduction_options, config_values, load_config
+from .common import add_reduction_options, config_values, load_config, load_image_processor
+from .outputs import check_file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +41,11 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     for name, least in (("batch_size", 1), ("top", 1), ("num_workers", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {getattr(args, name)}.")
+    check_file(args.output)
     PartialState(cpu=args.device == "cpu")
     images = load_images(args.images, verify=False)
     config = load_config(args.model, config_values(args))
-    transform = EvalTransform(AutoImageProcessor.from_pretrained(args.model))
+    transform = EvalTransform(load_image_processor(args.model, config))
     model = load_model(args.model, config).model
     try:
         result = predict_to_file(

@@ -1,7 +1,7 @@
 """`ufgir profile`: what a model costs."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from .common import (
     on_meta,
     require,
 )
+from .outputs import check_document, check_file, check_folder, told_first
 
 
 # GMACs of ViT-B/16 with EViT from the authors' log of their runs on SoyGene, which its accuracy-over-FLOPs figure shows.
@@ -115,9 +116,14 @@ def run(args: argparse.Namespace) -> str:
         note = ""
         rows.append(["GMACs, one image", f"{macs / 1e9:.3f}", f"{dense_macs / 1e9:.3f}", f"{macs / dense_macs:.1%}"])
     shown = [describe(config), token_table(config), align(rows), note]
+    shown = [part for part in shown if part]
     if args.layers or args.trace:
-        shown += layers(args, config)
-    return "\n\n".join(part for part in shown if part)
+        told, writing = layers(args, config)
+        shown += told
+        with told_first(shown):
+            for written in writing:
+                shown.append(written)
+    return "\n\n".join(shown)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -136,16 +142,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("`--device` cuda needs a GPU: torch finds none here.")
     if args.trace is not None:
         check_trace(Path(args.trace))
+        check_file(args.trace, "--trace")
     if args.into is not None:
         check_place(Path(args.into), "layers")
+        check_document(args.into)
     if args.output is not None or args.into is not None:
         require("matplotlib", extra="visualization")
-    if args.output is not None and Path(args.output).is_file():
-        raise ValueError(f"`--output` must be a folder, got the file {args.output}.")
+    if args.output is not None:
+        check_folder(args.output)
 
 
-def layers(args: argparse.Namespace, config: CLCAViTConfig) -> list[str]:
-    """What each layer costs, and a trace: a table, and where it was written."""
+def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], Iterator[str]]:
+    """What each layer costs: a table and how it was measured. And what writes them, and a trace, and tells of each file."""
     there = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda" if there else "cpu")
     runs = args.time or args.trace is not None
@@ -158,7 +166,7 @@ def layers(args: argparse.Namespace, config: CLCAViTConfig) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     batch = args.batch_size or 1
     pixels = torch.randn(batch, config.num_channels, *size, generator=generator).to(device) if runs else None
-    told, seconds = [], None
+    told, parts, seconds = [], None, None
     if args.time:
         setting = Setting(config.image_size, batch)
         rival = make_dense(config, setting).to(device).eval()
@@ -166,10 +174,15 @@ def layers(args: argparse.Namespace, config: CLCAViTConfig) -> list[str]:
         told.append(_timing(rival, pixels, args))
     if args.layers:
         parts = profile_layers(model, dense, config, seconds)
-        told = [align(layer_table(parts)), *told, *_written(args, config, parts, told)]
-    if args.trace is not None:
-        told.append(f"wrote {write_trace(model, pixels, Path(args.trace))}: open it in https://ui.perfetto.dev")
-    return told
+        told = [align(layer_table(parts)), *told]
+
+    def write() -> Iterator[str]:
+        if parts is not None:
+            yield from _written(args, config, parts, told[1:])
+        if args.trace is not None:
+            yield f"wrote {write_trace(model, pixels, Path(args.trace))}: open it in https://ui.perfetto.dev"
+
+    return told, write()
 
 
 def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassification:
@@ -193,21 +206,19 @@ def _timing(rival: nn.Module, pixels: torch.Tensor, args: argparse.Namespace) ->
     )
 
 
-def _written(args: argparse.Namespace, config: CLCAViTConfig, parts: list[Part], remarks: list[str]) -> list[str]:
-    """Write what is to be written; a line about each."""
+def _written(args: argparse.Namespace, config: CLCAViTConfig, parts: list[Part], remarks: list[str]) -> Iterator[str]:
+    """Write the layers where they are to be written; a paragraph about each."""
     facts = provenance()
     content = "\n\n".join([markdown_table(layer_table(parts)), *remarks, f"{origin(facts)}."])
     title = " ".join(describe(config).split("\n")[1:])
-    told = []
     if args.output is not None:
         files = write_layers(Path(args.output), parts, facts, title, content)
-        told.append("\n".join(f"wrote {file}" for file in files))
+        yield "\n".join(f"wrote {file}" for file in files)
     if args.into is not None:
         document = Path(args.into)
         picture = draw_layers(parts, document.parent / "figures" / "profile_layers.png", title)
         fill_in(document, "layers", content, [picture])
-        told.append(f"filled in layers of {document}")
-    return told
+        yield f"filled in layers of {document}"
 
 
 def describe(config: CLCAViTConfig) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run_records import RunRecords, read_run_records
+from .outputs import check_file, check_folder, told_first
 
 
 FIGURES = ("gmacs", "throughput", "box", "ablation", "gradients")
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(
             f"`--output` {args.output} is one picture: name it with `--figure`, one of {', '.join(FIGURES)}"
         )
+    if args.output is not None:
+        (check_file if kind in (".csv", ".md", *PICTURES) else check_folder)(args.output)
     by = [name.strip().replace("-", "_") for name in args.by.split(",")] if args.by else None
     rows, records = None, RunRecords([], {})
     if len(args.sources) == 1 and args.sources[0].suffix == ".csv":
@@ -91,9 +94,11 @@ def run(args: argparse.Namespace) -> str:
     if args.output is None:
         return text
     if kind == ".csv":
-        written = [run_tables.write_csv(args.output, rows if rows is not None else summary)]
+        with told_first([text]):
+            written = [run_tables.write_csv(args.output, rows if rows is not None else summary)]
     elif kind == ".md":
-        written = [run_tables.write_text_atomically(args.output, text + "\n")]
+        with told_first([text]):
+            written = [run_tables.write_text_atomically(args.output, text + "\n")]
     else:
         written = _write_figures(args, rows, by, summary, text)
     return "\n".join([text, "", *(f"written: {path}" for path in written)])
@@ -108,8 +113,6 @@ def _write_figures(
 ) -> list[Path]:
     from .. import figures, paper_figures, run_tables
 
-    if args.output.is_file() and args.output.suffix not in PICTURES:
-        raise ValueError(f"`--output` {args.output} is a file: choose a folder")
     if "gradients" in (args.figure or ()) and rows is None:
         raise ValueError("`--figure` gradients needs the folders of the runs, a summary does not hold them")
     speed = "model_images_per_second" if all(r["model_images_per_second"] for r in summary) else "images_per_second"
@@ -128,14 +131,15 @@ def _write_figures(
         drawn = {
             name: draw[name]() for name in names
         }  # before anything is written: what cannot be drawn is told first
-        if args.output.suffix in PICTURES:
-            return [figures.save_figure(drawn[names[0]], args.output)]
-        if rows is not None:  # from a summary only figures are asked for
-            written.append(run_tables.write_csv(args.output / "results.csv", rows))
-            written.append(run_tables.write_csv(args.output / "summary.csv", summary))
-            written.append(run_tables.write_text_atomically(args.output / "results.md", text + "\n"))
-        for name, figure in drawn.items():
-            written += [figures.save_figure(figure, args.output / f"{name}.{kind}") for kind in ("png", "pdf")]
+        with told_first([text]):
+            if args.output.suffix in PICTURES:
+                return [figures.save_figure(drawn[names[0]], args.output)]
+            if rows is not None:  # from a summary only figures are asked for
+                written.append(run_tables.write_csv(args.output / "results.csv", rows))
+                written.append(run_tables.write_csv(args.output / "summary.csv", summary))
+                written.append(run_tables.write_text_atomically(args.output / "results.md", text + "\n"))
+            for name, figure in drawn.items():
+                written += [figures.save_figure(figure, args.output / f"{name}.{kind}") for kind in ("png", "pdf")]
     return written
 
 

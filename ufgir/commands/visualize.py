@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..loading import EVERYTHING, HEAD, load_model, some_of
 from ..picture_sheets import save_picture
 from ..visualization import COLOURINGS, KINDS, NEED_STAGES, comparison, draw
-from .common import add_reduction_options, check_rates, config_values, load_config, open_image
+from .common import (
+    add_reduction_options,
+    check_meaning,
+    check_rates,
+    config_values,
+    load_image_processor,
+    open_image,
+    read_config,
+)
+from .outputs import check_file
 
 
 # The options that only some kinds of pictures have.
@@ -95,6 +104,7 @@ def run(args: argparse.Namespace) -> str:
     if not 1 <= args.side <= LARGEST_SIDE:
         raise ValueError(f"`--side` must be between 1 and {LARGEST_SIDE}, got {args.side}.")
     check_rates(args.keep_rates, "--keep-rates")
+    check_file(output)
     kind = partial(KINDS[_kind(args)], **_kind_options(args))
     images = [open_image(file) for file in args.images]
     values, notes = config_values(args), []
@@ -106,12 +116,13 @@ def run(args: argparse.Namespace) -> str:
     }
     if args.what == "grid":
         variants, rows, columns = _variants(args, values)
-        configs = [
-            (path, _config(path, changes, args)) for path, changes in variants
-        ]  # all checked before any is loaded
+        # all checked before any is loaded
+        configs = [(path, _config(path, changes, args)) for path, changes in variants]
+        check_meaning(variants[0][1] | values, [config for _, config in configs])
         picture = comparison(kind, _load_all(configs, notes), columns, rows=rows, **shared)
     else:
         config = _config(args.model, values, args)
+        check_meaning(values, [config])
         picture = draw(kind, *next(_load_all([(args.model, config)], notes)), **shared)
     return "\n".join([f"wrote {save_picture(picture, output)}", *notes])
 
@@ -181,7 +192,7 @@ def _variants(
 
 
 def _config(model: str, values: dict[str, Any], args: argparse.Namespace) -> CLCAViTConfig:
-    config = load_config(model, values)
+    config = read_config(model, values)
     if config.reduction is None and _kind(args) in NEED_STAGES:
         raise ValueError(f"{model} reduces no tokens: there is nothing to draw. Choose a method with --reduction.")
     return config
@@ -192,7 +203,7 @@ def _load_all(
 ) -> Iterator[tuple[CLCAViTForImageClassification, BaseImageProcessor]]:
     """Models and image processors, each when it is asked for; what is not trained is noted."""
     for path, config in configs:
-        image_processor = AutoImageProcessor.from_pretrained(path)
+        image_processor = load_image_processor(path, config)
         model, untrained = load_model(path, config, spare=EVERYTHING)
         new = [name for name in untrained if ".reduction." in name]
         # no picture needs the head
