@@ -177,6 +177,42 @@ def test_paper_recipe_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tiny_config().num_hidden_layers == 5 and trained["classifier.aggregate.weight"].shape[-1] == 3
 
 
+# --- docs/training.md, and make demo ---------------------------------------------------------------------------------
+
+
+def test_examples_have_folders_of_their_own() -> None:
+    """None writes to that of the demo model, which others read, nor two to one, unless the second resumes the first; what is
+    read was written before."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    written = {"outputs/demo"}
+    commands = [
+        shlex.split(line, comments=True)[2:] for line in lines if "run_ufgir.py" in line and "paper/" not in line
+    ]
+    assert len(commands) > 10
+    for words in commands:
+        options = parse(*(ROOT / word if word.endswith(".yaml") else word for word in words))
+        args = options.training
+        assert (args.output_dir in written) == (args.resume_from_checkpoint == "true"), words
+        read = {options.model.model_name_or_path, options.distillation.teacher} - {None}
+        assert read <= written, words
+        written.add(args.output_dir)
+
+
+def test_pictures_of_the_gallery_are_those_that_make_demo_draws() -> None:
+    """In a folder that no model has."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    folder, pattern = re.search(r"^LEAVES := (outputs/\w+)/(test/\*/00000\.png)$", makefile, re.M).groups()
+    assert f"--output {folder} --images_per_class 1 1 1" in makefile and pattern
+    gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    copied = re.findall(r"^cp (\S+) (outputs/\w+\.png)$", gallery, re.M)
+    assert len(copied) == 2 and all(
+        re.fullmatch(rf"{folder}/test/cultivar_0\d/00000\.png", source) for source, _ in copied
+    )
+    documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert not [path for path in documents if f"--output_dir {folder}" in path.read_text(encoding="utf-8")]
+
+
 # --- docs/migrating.md -----------------------------------------------------------------------------------------------
 # What the original's command line offers, read off it.
 ORIGINAL_OPTIONS = re.findall(

@@ -42,7 +42,7 @@ def draw_cost(summary: Sequence[Row], cost: str, title: str | None = None) -> "F
     """
     rows = [row for row in summary if row[cost] is not None]
     if not rows:
-        why = ": of their methods multiply-adds differ by image" if cost == "gmacs" else ""
+        why = ": the multiply-adds of their methods differ by image" if cost == "gmacs" else ""
         raise ValueError(f"none of the runs says `{cost}`{why}")
     look = _look(rows)
     inside = [name for name in (look, "image_size", "keep_rate") if name in rows[0]]
