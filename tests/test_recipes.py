@@ -202,8 +202,8 @@ def test_examples_have_folders_of_their_own() -> None:
 def test_pictures_of_the_gallery_are_those_that_make_demo_draws() -> None:
     """In a folder that no model has."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    folder, pattern = re.search(r"^LEAVES := (outputs/\w+)/(test/\*/00000\.png)$", makefile, re.M).groups()
-    assert f"--output {folder} --images_per_class 1 1 1" in makefile and pattern
+    folder = re.search(r"^LEAVES := (outputs/\w+)/test/\*/00000\.png$", makefile, re.M)[1]
+    assert f"--output {folder} --images_per_class 1 1 1" in makefile
     gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
     copied = re.findall(r"^cp (\S+) (outputs/\w+\.png)$", gallery, re.M)
     assert len(copied) == 2 and all(
