@@ -169,6 +169,8 @@ class TestBeforeTheWork:
         data = ["--dataset", "synthetic_leaves", "--output", file / "x"]
         for command in ("analyze", "compare", "embed"):
             assert "`--output` must be a folder" in refused(capsys, command, models / "evit", *data)
+        seed = [*data[:2], "--output", file.parent / "x", "--seed", 2**32]
+        assert f"`--seed` must be at most {2**32 - 1}, got" in refused(capsys, "embed", models / "evit", *seed)
         table = ["--results", "nowhere", "--output", file / "x.csv"]
         assert "`--output` " in refused(capsys, "correlate", "a", *table)
         assert "`--output` must be a folder" in refused(capsys, "results", "runs", "--output", file / "x")

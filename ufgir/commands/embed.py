@@ -33,6 +33,7 @@ from .common import add_reduction_options, config_values, require
 
 
 RECORD = "embedding.json"
+LARGEST_SEED = 2**32 - 1  # of scikit-learn
 AXES = {"tsne": ("t-SNE 1", "t-SNE 2"), "pca": ("Principal component 1", "Principal component 2")}
 
 
@@ -64,6 +65,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> str:
     """Writes the folder."""
     check_numbers(args, thumbnails=0, thumbnail_size=4, perplexity=1)
+    if args.seed > LARGEST_SEED:
+        raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
     output = check_output(args.output, RECORD)
     require("matplotlib", "sklearn")
     if args.layer is not None and args.features != "cls":
