@@ -8,6 +8,7 @@
 A recipe is a YAML or JSON file of `option: value`; what follows on the command line wins over it.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -46,6 +47,7 @@ from ufgir.distillation import Distillation, DistillationArguments
 from ufgir.distributed import DistributedArguments
 from ufgir.fine_grained import FINE_GRAINED
 from ufgir.loading import checkpoint_config
+from ufgir.locking import only_one
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
 from ufgir.model_card import METRIC_NAMES, write_model_card
 from ufgir.optimization import OptimizationArguments, set_precision
@@ -573,14 +575,27 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     start = time.perf_counter()
     parser = RecipeParser(GROUPS, prog="run_ufgir.py", description=__doc__)
     options = Options(*parser.parse(sys.argv[1:] if argv is None else argv))
-    data_args, args = options.data, options.training
+    args = options.training
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
-    try:
-        run = prepare(options, parser.typed, parser.given)
-    except (ValueError, OSError) as error:
-        parser.error(one_sentence(error))
+    with contextlib.ExitStack() as stack:
+        try:
+            if args.process_index == 0:
+                refusal = f"`output_dir` {args.output_dir} is that of a run at work: wait for it, or choose another"
+                stack.enter_context(only_one(Path(args.output_dir), refusal))
+            run = prepare(options, parser.typed, parser.given)
+        except (ValueError, OSError) as error:
+            parser.error(one_sentence(error))
+        return carry_out(options, parser, run, start)
 
+
+def carry_out(options: Options, parser: RecipeParser, run: Run, start: float) -> dict[str, dict[str, float]]:
+    """Train, evaluate and write what comes of it, as the options say, and return split -> metrics.
+
+    Args:
+        start: when the script began, seconds on the clock of `time.perf_counter`.
+    """
+    data_args, args = options.data, options.training
     config, trainer, output_dir = run.config, run.trainer, Path(args.output_dir)
     macs, dense_macs = run.macs, run.dense_macs
     cost = cost_in_words(macs, dense_macs)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from clca import CLCAViTConfig
 from run_ufgir import GROUPS
+from ufgir import locking
 from ufgir.arguments import RecipeParser
 from ufgir.data import load_ufgir_dataset
 from ufgir.run_records import is_finished, read_run_records
@@ -45,6 +46,18 @@ def test_a_subset_of_the_classes_can_be_evaluated(trained, leaves, tmp_path):  #
         assert {k: v for k, v in row.items() if k not in ("index", "file")} == {
             k: v for k, v in before.items() if k not in ("index", "file")
         }
+
+
+def test_two_runs_in_one_folder(leaves, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Also where neither has left anything yet."""
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
+    arguments = [recipe(tmp_path, leaves, tmp_path / "out", **QUICK), "--max_steps", "1"]
+    with locking.only_one(tmp_path / "out", ""):
+        said = mistake(capsys, *arguments)
+    assert f"`output_dir` {tmp_path / 'out'} is that of a run at work: wait for it, or choose another" in said
+    assert not (tmp_path / "out").exists()
+    run(*arguments)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_unknown_classes_are_refused(trained, leaves, tmp_path, capsys):  # noqa: F811
