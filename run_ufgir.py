@@ -56,6 +56,7 @@ from ufgir.prediction import file_names, predict_to_file, read_predictions
 from ufgir.profiling import dense_config
 from ufgir.results import forget_metrics, summary_table
 from ufgir.run_checks import (
+    OF_REDUCTION,
     Need,
     check_needs,
     choose_best_metric,
@@ -411,6 +412,8 @@ def prepare(options: Options, typed: Collection[str] = (), given: Collection[str
     checkpoint = find_checkpoint(args) if args.do_train else None
     options.augmentation.check(args)
     config = make_config(model_args)
+    reduced = Need(OF_REDUCTION, lambda _: config.reduction, "a `reduction`")
+    check_needs(options, typed, given, [reduced])
     pretrained = {"checkpoint": model_args.model_name_or_path, "revision": model_args.model_revision}
     numbers = (data_args.resize_size, data_args.image_mean, data_args.image_std)
     image_processor = make_image_processor(config.image_size, *numbers, **pretrained)

@@ -194,6 +194,11 @@ def test_an_option_that_does_nothing_in_some_runs_is_told_and_left_out_there(rec
     assert "`mix_switch_probability` does nothing in 1 of 2 runs" in caplog.text
     assert "`lora_targets` does nothing in 2 of 2 runs" in caplog.text and "it needs a `lora_rank`" in caplog.text
     assert "test" in run_ufgir.main([str(recipe), *off.options, "--output_dir", str(tmp_path / "off")])
+    # nothing is reduced, whatever the keep rate
+    caplog.clear()
+    dense, half = Grid(recipe, ["reduction=none,topk", "keep_rate=0.5"]).runs(tmp_path)
+    assert "--keep_rate" in half.options and dense.options == ["--reduction=none"]
+    assert "`keep_rate` does nothing in 1 of 2 runs" in caplog.text
     # what an option needs may itself be in vain
     caplog.clear()
     (run,) = Grid(recipe, ["do_train=false", "teacher=x", "distillation=hard"]).runs(tmp_path)

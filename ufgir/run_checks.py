@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic_leaves"
 
 
+def _reduction(model: Any) -> str | None:
+    """The method, as far as the options say it."""
+    return "the checkpoint's" if model.reduction is None and model.model_name_or_path else model.reduction
+
+
 class Need(NamedTuple):
     """Options that do nothing unless something holds."""
 
@@ -28,6 +33,7 @@ class Need(NamedTuple):
     what: str
 
 
+OF_REDUCTION = ("keep_rate", "keep_tokens", "reduction_kwargs")
 _ERASING = ("random_erasing_area", "random_erasing_aspect", "random_erasing_count", "random_erasing_fill")
 NEEDS = (
     Need(
@@ -35,6 +41,8 @@ NEEDS = (
         lambda options: options.distillation.teacher,
         "a `teacher`",
     ),
+    # A checkpoint may bring a reduction of its own.
+    Need(OF_REDUCTION, lambda options: _reduction(options.model) not in (None, "none"), "a `reduction`"),
     Need(("lora_targets",), lambda options: options.adapter.lora_rank, "a `lora_rank`"),
     Need(_ERASING, lambda options: options.augmentation.random_erasing_probability, "`random_erasing_probability`"),
     Need(("rand_augment_magnitude",), lambda options: options.augmentation.rand_augment_ops, "`rand_augment_ops`"),
