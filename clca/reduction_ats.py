@@ -36,6 +36,10 @@ class ATSReduction(TokenReduction):
         self.pad_to_bound = pad_to_bound
         self.make_constants()
 
+    @classmethod
+    def is_static(cls, config: CLCAViTConfig) -> bool:
+        return cls.option(config, "pad_to_bound")
+
     def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
         """`quantile_bits`: the stage's quantiles, their float32 taken for integers, which no change of dtype rounds."""
         samples = self.samples(budget, self.stage, math.prod(grid))

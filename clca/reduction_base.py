@@ -202,6 +202,11 @@ class TokenReduction(nn.Module):
     # What the configuration and the token schedule ask.
 
     @classmethod
+    def is_static(cls, config: CLCAViTConfig) -> bool:
+        """Whether the model keeps as many tokens of every image: `static_shapes`, or an option that makes it so."""
+        return cls.static_shapes
+
+    @classmethod
     def fixed_rate(cls, config: CLCAViTConfig) -> str | None:
         """Why the keep rate of a trained model cannot be changed; None if it can."""
         return None

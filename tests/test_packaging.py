@@ -16,9 +16,9 @@ import yaml
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, __version__
-from ufgir.commands.common import CLCA, on_meta
+from ufgir.commands.common import CLCA
 from ufgir.commands.profile import PAPER_GMACS
-from ufgir.profiling import count_macs
+from ufgir.profiling import count_macs, on_meta
 
 
 ROOT = Path(__file__).parents[1]

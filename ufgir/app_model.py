@@ -36,12 +36,12 @@ from clca.configuration_clca import as_pair
 from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
 
 from .arguments import one_sentence
-from .commands.common import load_config, on_meta
+from .commands.common import load_config
 from .costs import macs_in_advance
 from .elastic import at_one_rate, has_one_rate, rate_of
 from .loading import load_model
 from .picture_sheets import Column, cell_size, draw_cell
-from .profiling import count_macs, dense_config
+from .profiling import count_macs, dense_config, on_meta
 from .timing import Quartiles, Race, quartiles, steady
 from .transforms import to_rgb
 from .visualization import (

@@ -1,23 +1,14 @@
 """What an image costs, as far as it can be said before there is one."""
 
 from clca import CLCAViTConfig
+from clca.reductions_clca import get_reduction
 
-from .commands.common import on_meta
-from .profiling import count_macs
+from .profiling import count_macs, on_meta
 
 
 def macs_in_advance(config: CLCAViTConfig) -> int | None:
-    """`count_macs` of a model of this configuration; None where token counts, and so multiply-adds, differ by image.
-
-    Methods whose `static_shapes` is false differ, unless an option of theirs, such as `pad_to_bound`, makes them pad.
-    """
-    model = on_meta(config).to("meta")  # the constants of methods, too, which are made on the CPU
-    try:
-        return count_macs(model)
-    except RuntimeError as error:  # a number was asked of the meta device: the counts follow from the pixels
-        if "meta" not in str(error):
-            raise
-        return None
+    """`count_macs` of a model of this configuration; None where token counts, and so multiply-adds, differ by image."""
+    return count_macs(on_meta(config)) if get_reduction(config.reduction).is_static(config) else None
 
 
 def cost_in_words(macs: int | None, dense_macs: int) -> str:

@@ -175,7 +175,7 @@ def export_model(
     if path.is_dir():
         raise ValueError(f"`path` must be a file, got the folder {path}.")
     config = model.config
-    if not get_reduction(config.reduction).static_shapes and not (config.reduction_kwargs or {}).get("pad_to_bound"):
+    if not get_reduction(config.reduction).is_static(config):
         raise ValueError(
             f"`reduction`={config.reduction!r} keeps another number of tokens of each image, which no exported graph can. "
             'Set `reduction_kwargs` to {"pad_to_bound": true}: it then pads to the most there can be.'

@@ -21,7 +21,7 @@ from .benchmark_cases import Case, Setting, case_config, quarters
 from .benchmark_report import MEGA, TextTable, markdown_table, origin
 from .figures import label, method_style, new_figure, plain_style, save_figure, style
 from .model_card import write_text_atomically
-from .profiling import count_macs, dense_config
+from .profiling import count_macs, dense_config, on_meta
 from .run_tables import write_csv
 
 
@@ -179,11 +179,8 @@ class Growth:
 
 
 def _count(config: CLCAViTConfig) -> int:
-    if not get_reduction(config.reduction).static_shapes:
-        return count_macs(CLCAViTForImageClassification(config))
-    with torch.device("meta"):
-        model = CLCAViTForImageClassification(config)
-    return count_macs(model)
+    static = get_reduction(config.reduction).is_static(config)
+    return count_macs(on_meta(config) if static else CLCAViTForImageClassification(config))
 
 
 def _available_memory() -> int | None:

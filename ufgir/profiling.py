@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from clca import REDUCTIONS, CLCAViTConfig
+from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
+from clca.reductions_clca import get_reduction
 
 
 def dense_config(config: CLCAViTConfig) -> CLCAViTConfig:
@@ -20,12 +21,18 @@ def dense_config(config: CLCAViTConfig) -> CLCAViTConfig:
     return CLCAViTConfig.from_dict({**config.to_dict(), **dense})
 
 
+def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:
+    """A model of shapes without numbers: made at once, whatever its size."""
+    with torch.device("meta"):
+        return CLCAViTForImageClassification(config)
+
+
 def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None, as_executed: bool = False) -> int:
     """Multiply-adds of the forward pass of one image, as the paper reports them ("FLOPs" in its tables): projections,
     convolutions and attention products; norms, activations, softmax and indexing are free.
 
     The model runs once, in evaluation mode, on a blank image, on the meta device: shapes are computed, numbers are not.
-    A method whose token counts depend on the image (ATS) is run for real, so its figure is that of a blank image.
+    A method whose token counts depend on the image (ATS, unless padded) is run for real: its figure is that of a blank image.
 
     Args:
         model: a CLCA model or any other image model of transformers.
@@ -51,8 +58,7 @@ def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None
     for module in clone.modules():
         if hasattr(module, "skip_unread_rows"):
             module.skip_unread_rows = as_executed
-    reduction = getattr(model.config, "reduction", None)
-    if reduction is None or REDUCTIONS[reduction].static_shapes:
+    if get_reduction(getattr(model.config, "reduction", None)).is_static(model.config):
         clone.to("meta")
     weight = next(clone.parameters())
     pixels = torch.zeros(1, model.config.num_channels, *size, dtype=weight.dtype, device=weight.device)

@@ -75,7 +75,7 @@ class Teacher:
             output = self.model(blank, output_hidden_states=True)
         else:
             output = self.model(blank, output_hidden_states=True, output_assignments=True)
-            static = get_reduction(config.reduction).static_shapes  # else the blank image tells nothing of others
+            static = get_reduction(config.reduction).is_static(config)  # else the blank image tells nothing of others
             if not static or not all(map(_in_place, output.assignments or ())):
                 return (
                     f"reduces its tokens (`reduction` {config.reduction}), so that not each of the student's "

@@ -8,11 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
+from clca import REDUCTIONS, CLCAViTConfig
 from clca.configuration_clca import HEADS, as_pair
 
 from ..arguments import one_sentence, shortened
@@ -210,12 +209,6 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
             "trained in, or, for the mean and deviation of ImageNet, call "
             f"ufgir.transforms.make_image_processor({as_pair(config.image_size)[0]}).save_pretrained({str(model)!r})."
         ) from error
-
-
-def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:
-    """A model of shapes without numbers: made at once, whatever its size."""
-    with torch.device("meta"):
-        return CLCAViTForImageClassification(config)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:

@@ -26,7 +26,7 @@ from ..layer_profile import (
     write_layers,
     write_trace,
 )
-from ..profiling import count_macs, dense_config
+from ..profiling import count_macs, dense_config, on_meta
 from .common import (
     CLCA,
     add_network_options,
@@ -34,7 +34,6 @@ from .common import (
     align,
     config_values,
     load_config,
-    on_meta,
     require,
 )
 from .outputs import check_document, check_file, check_folder, told_first
@@ -157,7 +156,7 @@ def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], 
     there = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda" if there else "cpu")
     runs = args.time or args.trace is not None
-    if runs or not get_reduction(config.reduction).static_shapes:
+    if runs or not get_reduction(config.reduction).is_static(config):
         model = _load(args.model, config).to(device).eval()
     else:
         model = on_meta(config)
