@@ -565,11 +565,13 @@ def keep_metrics(run: Run, split: str, metrics: dict[str, float | None], seconds
     run.rows.append({"split": split, "images": len(run.images[split]), "seconds": seconds, **run.metrics[split]})
 
 
-def how_to_go_on(output_dir: Path) -> str:
-    """What is left of a training that was interrupted, a sentence."""
-    checkpoint = last_complete_checkpoint(output_dir)
+def how_to_go_on(args: TrainingArguments) -> str:
+    """What is left of a run that was interrupted, a sentence."""
+    if not args.do_train:
+        return "The same command takes predictions up where they stopped"
+    checkpoint = last_complete_checkpoint(args.output_dir)
     if checkpoint is None:
-        return f"There is no complete checkpoint in {output_dir} yet"
+        return f"There is no complete checkpoint in {args.output_dir} yet"
     return f"The same command with `--resume_from_checkpoint true` goes on from {checkpoint}"
 
 
@@ -589,7 +591,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             run = prepare(options, parser.typed, parser.given)
         except (ValueError, OSError) as error:
             parser.error(one_sentence(error))
-        return carry_out(options, parser, run, start)
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: interrupted\n")
+        try:
+            return carry_out(options, parser, run, start)
+        except KeyboardInterrupt:
+            parser.exit(130, f"{parser.prog}: interrupted. {how_to_go_on(args)}\n")
 
 
 def carry_out(options: Options, parser: RecipeParser, run: Run, start: float) -> dict[str, dict[str, float]]:
@@ -610,8 +617,6 @@ def carry_out(options: Options, parser: RecipeParser, run: Run, start: float) ->
             train(run, args)
         except FloatingPointError as error:  # of the guard: the checkpoints are sound
             parser.exit(1, f"{parser.prog}: error: {one_sentence(error)}\n")
-        except KeyboardInterrupt:
-            parser.exit(130, f"{parser.prog}: interrupted. {how_to_go_on(output_dir)}\n")
     if args.do_eval and "validation" in run.images:
         evaluate(run, "validation")
     if args.do_predict:

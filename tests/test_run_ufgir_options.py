@@ -451,6 +451,29 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkey
         assert Path(json.loads((tmp_path / "out" / "run.json").read_text())["resumed_from"]).name == "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    "part, training, words",
+    [
+        ("load_data", True, "interrupted\n"),
+        ("evaluate", True, "interrupted. The same command with `--resume_from_checkpoint true` goes on from "),
+        ("predict", False, "interrupted. The same command takes predictions up where they stopped"),
+    ],
+)
+def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training, words):  # noqa: F811
+    """Before the training and after it, and where nothing is trained."""
+    options = QUICK | {"save_strategy": "epoch", "do_train": training, "do_eval": True, "do_predict": True}
+    path = recipe(tmp_path, leaves, tmp_path / "out", **options)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"run_ufgir.{part}", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        run(path)
+    assert caught.value.code == 130
+    assert f"run_ufgir.py: {words}" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_cannot_be_had_is_named(leaves, tmp_path, capsys):  # noqa: F811
     words = mistake(capsys, "--model_name_or_path", "someone/leaves", "--dataset", str(leaves), "--do_predict")
     assert "`model_name_or_path`: someone/leaves cannot be had" in words and "needs no network" in words
