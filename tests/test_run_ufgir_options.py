@@ -232,6 +232,7 @@ DRAWN = {"synthetic_num_classes": 3, "synthetic_images_per_class": [4, 2, 2]}
         (["--distillation_temperature=4"], ["`distillation_temperature`", "a `teacher`"]),
         (["--lora_targets", "mlp"], ["`lora_targets`", "`lora_rank`"]),
         (["--reduction=none", "--keep_rate=0.1"], ["`keep_rate`", "a `reduction`"]),
+        (["--teacher=x", "--distill_tokens=true"], ["`distill_tokens`", "dyvit"]),
         (["--random_erasing_fill", "noise"], ["`random_erasing_fill`", "`random_erasing_probability`"]),
         (["--multi_label_loss", "asymmetric"], ["`multi_label_loss`", "several classes"]),
         (["--validation_split", "random"], ["`validation_split`", "data that have no validation split"]),

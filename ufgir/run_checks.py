@@ -10,6 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clca import TokenReduction
+from clca.reductions_clca import get_reduction
+
 from .prediction import file_names, identity_of_data
 from .run_records import NOT_STORED
 from .transforms import TransformedImages
@@ -20,9 +23,14 @@ logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic_leaves"
 
 
-def _reduction(model: Any) -> str | None:
-    """The method, as far as the options say it."""
-    return "the checkpoint's" if model.reduction is None and model.model_name_or_path else model.reduction
+def _may_reduce(
+    options: Any, how: Callable[[type[TokenReduction]], bool] = lambda method: method.name is not None
+) -> bool:
+    """Whether the method may be such a one: a checkpoint, which is not looked into here, may bring any."""
+    name = options.model.reduction
+    if name is None and options.model.model_name_or_path:
+        return True
+    return how(get_reduction(None if name == "none" else name))
 
 
 class Need(NamedTuple):
@@ -41,8 +49,12 @@ NEEDS = (
         lambda options: options.distillation.teacher,
         "a `teacher`",
     ),
-    # A checkpoint may bring a reduction of its own.
-    Need(OF_REDUCTION, lambda options: _reduction(options.model) not in (None, "none"), "a `reduction`"),
+    Need(
+        ("distill_tokens",),
+        lambda options: _may_reduce(options, lambda method: method.distils),
+        "a `reduction` that learns from tokens, such as dyvit",
+    ),
+    Need(OF_REDUCTION, _may_reduce, "a `reduction`"),
     Need(("lora_targets",), lambda options: options.adapter.lora_rank, "a `lora_rank`"),
     Need(_ERASING, lambda options: options.augmentation.random_erasing_probability, "`random_erasing_probability`"),
     Need(("rand_augment_magnitude",), lambda options: options.augmentation.rand_augment_ops, "`rand_augment_ops`"),
