@@ -46,7 +46,7 @@ from ufgir.data_labels import class_feature, is_multi_label, unify_labels
 from ufgir.distillation import Distillation, DistillationArguments
 from ufgir.distributed import DistributedArguments
 from ufgir.fine_grained import FINE_GRAINED
-from ufgir.loading import checkpoint_config
+from ufgir.loading import OF_REDUCTION, checkpoint_config
 from ufgir.locking import only_one
 from ufgir.metrics import compute_metrics, compute_multilabel_metrics
 from ufgir.model_card import METRIC_NAMES, write_model_card
@@ -56,7 +56,6 @@ from ufgir.prediction import file_names, predict_to_file, read_predictions
 from ufgir.profiling import dense_config
 from ufgir.results import forget_metrics, summary_table
 from ufgir.run_checks import (
-    OF_REDUCTION,
     Need,
     check_needs,
     choose_best_metric,

@@ -17,6 +17,7 @@ from .resample import resample_weights
 
 EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
 HEAD = ("classifier.",)  # what a look at the tokens does not need
+OF_REDUCTION = ("keep_rate", "keep_tokens", "reduction_kwargs")  # fields that mean nothing without a method
 _NAMED = 3  # weights in a message
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from clca import TokenReduction
 from clca.reductions_clca import get_reduction
 
+from .loading import OF_REDUCTION
 from .prediction import file_names, identity_of_data
 from .run_records import NOT_STORED
 from .transforms import TransformedImages
@@ -23,14 +24,12 @@ logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic_leaves"
 
 
-def _may_reduce(
-    options: Any, how: Callable[[type[TokenReduction]], bool] = lambda method: method.name is not None
-) -> bool:
-    """Whether the method may be such a one: a checkpoint, which is not looked into here, may bring any."""
+def _method_may_be(options: Any, such: Callable[[type[TokenReduction]], bool]) -> bool:
+    """Whether the run's method may be `such` a one: a checkpoint, which is not looked into here, may bring any."""
     name = options.model.reduction
     if name is None and options.model.model_name_or_path:
         return True
-    return how(get_reduction(None if name == "none" else name))
+    return such(get_reduction(None if name == "none" else name))
 
 
 class Need(NamedTuple):
@@ -41,7 +40,6 @@ class Need(NamedTuple):
     what: str
 
 
-OF_REDUCTION = ("keep_rate", "keep_tokens", "reduction_kwargs")
 _ERASING = ("random_erasing_area", "random_erasing_aspect", "random_erasing_count", "random_erasing_fill")
 NEEDS = (
     Need(
@@ -51,10 +49,14 @@ NEEDS = (
     ),
     Need(
         ("distill_tokens",),
-        lambda options: _may_reduce(options, lambda method: method.distils),
+        lambda options: _method_may_be(options, lambda method: method.distils),
         "a `reduction` that learns from tokens, such as dyvit",
     ),
-    Need(OF_REDUCTION, _may_reduce, "a `reduction`"),
+    Need(
+        OF_REDUCTION,
+        lambda options: _method_may_be(options, lambda method: method.name is not None),
+        "a `reduction`",
+    ),
     Need(("lora_targets",), lambda options: options.adapter.lora_rank, "a `lora_rank`"),
     Need(_ERASING, lambda options: options.augmentation.random_erasing_probability, "`random_erasing_probability`"),
     Need(("rand_augment_magnitude",), lambda options: options.augmentation.rand_augment_ops, "`rand_augment_ops`"),

@@ -15,7 +15,7 @@ from clca import REDUCTIONS, CLCAViTConfig
 from clca.configuration_clca import HEADS, as_pair
 
 from ..arguments import one_sentence, shortened
-from ..loading import checkpoint_config
+from ..loading import OF_REDUCTION, checkpoint_config
 from ..transforms import open_picture
 
 
@@ -125,7 +125,7 @@ def read_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
 
 # What gives a field its meaning -> whether a configuration has that, and the fields.
 _MEANING: dict[str, tuple[Callable[[CLCAViTConfig], bool], tuple[str, ...]]] = {
-    "a `reduction`": (lambda config: config.reduction is not None, ("keep_rate", "keep_tokens", "reduction_kwargs")),
+    "a `reduction`": (lambda config: config.reduction is not None, OF_REDUCTION),
     "a `reduction`, a cross-layer cache or another head than the linear one": (
         lambda config: config.uses_reduction_layers,
         ("reduction_layers",),
