@@ -26,11 +26,22 @@ from transformers import ViTImageProcessorPil, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from ufgir.adapters import AdapterArguments, merge
-from ufgir.arguments import RecipeParser, one_sentence, option, switch
-from ufgir.augmentation import AugmentationArguments, prepare_augmentation
-from ufgir.callbacks import CallbackArguments, make_callbacks
-from ufgir.checkpointing import (
+from ufgir.checkpoints.loading import OF_REDUCTION, checkpoint_config
+from ufgir.checkpoints.model_card import write_model_card
+from ufgir.data.catalog import FINE_GRAINED
+from ufgir.data.labels import class_feature, is_multi_label, unify_labels
+from ufgir.data.load import IdleArgument, load_ufgir_dataset
+from ufgir.data.splits import random_subset
+from ufgir.data.transformed import SetEpoch, TransformedImages
+from ufgir.evaluation.metrics import compute_metrics, compute_multilabel_metrics
+from ufgir.evaluation.prediction import file_names, predict_to_file, read_predictions
+from ufgir.profiling.macs import cost_in_words, dense_config, macs_in_advance
+from ufgir.runs.records import mark_pushed, prediction_files, remove_run_record, write_run_record
+from ufgir.runs.tables import forget_metrics, summary_table
+from ufgir.training.adapters import AdapterArguments, merge
+from ufgir.training.augmentation import prepare_augmentation
+from ufgir.training.callbacks import CallbackArguments, make_callbacks
+from ufgir.training.checkpointing import (
     ADAPTER_FOLDER,
     KEPT_PATCHES_FILE,
     check_fits,
@@ -40,22 +51,10 @@ from ufgir.checkpointing import (
     remove_checkpoints,
     remove_results,
 )
-from ufgir.costs import cost_in_words, macs_in_advance
-from ufgir.data import IdleArgument, load_ufgir_dataset
-from ufgir.data_labels import class_feature, is_multi_label, unify_labels
-from ufgir.distillation import Distillation, DistillationArguments
-from ufgir.distributed import DistributedArguments
-from ufgir.fine_grained import FINE_GRAINED
-from ufgir.loading import OF_REDUCTION, checkpoint_config
-from ufgir.locking import only_one
-from ufgir.metrics import compute_metrics, compute_multilabel_metrics
-from ufgir.model_card import METRIC_NAMES, write_model_card
-from ufgir.optimization import OptimizationArguments, set_precision
-from ufgir.picture_sheets import save_picture
-from ufgir.prediction import file_names, predict_to_file, read_predictions
-from ufgir.profiling import dense_config
-from ufgir.results import forget_metrics, summary_table
-from ufgir.run_checks import (
+from ufgir.training.distillation import Distillation, DistillationArguments
+from ufgir.training.distributed import DistributedArguments
+from ufgir.training.optimization import OptimizationArguments, set_precision
+from ufgir.training.option_checks import (
     Need,
     check_needs,
     choose_best_metric,
@@ -64,17 +63,17 @@ from ufgir.run_checks import (
     free_settings,
     training_settings,
 )
-from ufgir.run_records import PREDICTIONS_FILE, mark_pushed, prediction_files, remove_run_record, write_run_record
-from ufgir.training import UFGIRTrainer, load_pretrained
-from ufgir.transforms import (
-    EvalTransform,
-    SetEpoch,
-    TransformedImages,
-    make_image_processor,
-    random_subset,
-    to_rgb,
-)
-from ufgir.visualization import kept_patches_image
+from ufgir.training.trainer import UFGIRTrainer, load_pretrained
+from ufgir.transforms.augmentation import AugmentationArguments
+from ufgir.transforms.images import to_rgb
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
+from ufgir.utils.arguments import RecipeParser, option, switch
+from ufgir.utils.locks import only_one
+from ufgir.utils.metric_names import METRIC_NAMES
+from ufgir.utils.provenance import PREDICTIONS_FILE
+from ufgir.utils.text import one_sentence
+from ufgir.visualization.kinds import kept_patches_image
+from ufgir.visualization.sheet import save_picture
 
 
 logger = logging.getLogger("run_ufgir")

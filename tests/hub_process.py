@@ -63,8 +63,8 @@ def push_without_token() -> dict[str, object]:
 def push_model_processor_and_card() -> dict[str, object]:
     from huggingface_hub import HfApi, ModelCard
 
-    from ufgir.model_card import write_model_card
-    from ufgir.transforms import make_image_processor
+    from ufgir.checkpoints.model_card import write_model_card
+    from ufgir.transforms.preprocessing import make_image_processor
 
     model = make_model(1.0)
     logits["main"] = logits_of(model)

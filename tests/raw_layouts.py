@@ -5,8 +5,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
-from dataset_scripts.ultra_fgvc import SETS, FileNames, UltraFGVCSet
+from ufgir.data.catalog import SETS, UltraFGVCSet
+from ufgir.data.prepare.ultra_fgvc import FileNames
+from ufgir.data.synthetic_leaves import SyntheticLeavesConfig
 
 
 CLASSES = 3

@@ -15,18 +15,20 @@ from PIL import Image
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY, tiny_model
-from ufgir import analysis_figures, figures, patterns, saliency
-from ufgir.analysis import RECORD, Statistics, analyze
-from ufgir.analysis_inputs import Batch, LayerOutputs, batches
-from ufgir.cli import main
-from ufgir.comparison import compare_models
-from ufgir.data_streams import to_stream
-from ufgir.embedding import collect_features, embed, spread_out
-from ufgir.metrics import compute_metrics
-from ufgir.patterns import cluster_maps, kept_patches
-from ufgir.similarity import BatchedCKA, linear_cka, pwcca_distance
-from ufgir.streaming import StreamedImages
-from ufgir.transforms import EvalTransform, TransformedImages, make_image_processor
+from ufgir.analysis import figures as analysis_figures
+from ufgir.analysis.comparison import compare_models
+from ufgir.analysis.dataset_pass import RECORD, Statistics, analyze
+from ufgir.analysis.embedding import collect_features, embed, spread_out
+from ufgir.analysis.inputs import Batch, LayerOutputs, batches
+from ufgir.cli.entry import main
+from ufgir.data.streams import StreamedImages, to_stream
+from ufgir.data.transformed import TransformedImages
+from ufgir.evaluation.metrics import compute_metrics
+from ufgir.interpret import patterns, saliency
+from ufgir.interpret.patterns import cluster_maps, kept_patches
+from ufgir.interpret.similarity import BatchedCKA, linear_cka, pwcca_distance
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
+from ufgir.utils import plotting as figures
 
 
 PROCESSOR = make_image_processor(32, resize_size=32)

@@ -37,8 +37,10 @@ from transformers import (
 )
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from ufgir import app, app_html, app_model, cli
-from ufgir.app_model import (
+from ufgir.app import html as app_html
+from ufgir.app import page as app
+from ufgir.app import viewer as app_model
+from ufgir.app.viewer import (
     KINDS,
     LONGEST_SIDE,
     PICTURE_SIDE,
@@ -57,12 +59,14 @@ from ufgir.app_model import (
     setting_config,
     with_weights,
 )
-from ufgir.commands.common import load_config, open_image
-from ufgir.data import load_images
-from ufgir.loading import load_model
-from ufgir.profiling import count_macs
-from ufgir.transforms import EvalTransform, TransformedImages
-from ufgir.visualization import make_view
+from ufgir.checkpoints.loading import load_config, load_model
+from ufgir.cli import entry as cli
+from ufgir.cli.common import open_image
+from ufgir.data.load import load_images
+from ufgir.data.transformed import TransformedImages
+from ufgir.profiling.macs import count_macs
+from ufgir.transforms.preprocessing import EvalTransform
+from ufgir.visualization.kinds import make_view
 
 from .helpers import CACHES, TINY
 

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from ufgir.app import make_page, serve_page
-from ufgir.app_model import Setting, Viewer, open_leaf
+from ufgir.app.page import make_page, serve_page
+from ufgir.app.viewer import Setting, Viewer, open_leaf
 
 from .test_app import png, save_checkpoint
 

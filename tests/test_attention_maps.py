@@ -11,7 +11,7 @@ from torch import nn
 
 from clca import REDUCTIONS, CLCAViTConfig, TokenReduction
 from clca.modeling_clca import CLCAViTAttention
-from ufgir.attention_maps import (
+from ufgir.interpret.attention_maps import (
     attention_rollout,
     best_patches,
     cls_attention_of_patches,
@@ -21,8 +21,8 @@ from ufgir.attention_maps import (
     on_grid,
     rollout_of_patches,
 )
-from ufgir.feature_maps import feature_similarity
-from ufgir.tracing import trace_patches
+from ufgir.interpret.feature_maps import feature_similarity
+from ufgir.interpret.tracing import trace_patches
 
 from .helpers import CASES, METHODS, TOKENS, Case, images, tiny_config, tiny_model
 
@@ -285,7 +285,7 @@ def test_no_kernel_is_exchanged(method, monkeypatch) -> None:
 def test_chunks_of_rows_make_the_map(monkeypatch) -> None:
     model = tiny_model(reduction="evit", keep_rate=0.5)
     whole = rollout_of_patches(model, images())
-    monkeypatch.setattr("ufgir.attention_maps._CHUNK", 3)
+    monkeypatch.setattr("ufgir.interpret.attention_maps._CHUNK", 3)
     assert (rollout_of_patches(model, images()) - whole).abs().max() <= 1e-12
 
 

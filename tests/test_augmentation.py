@@ -14,14 +14,16 @@ from transformers import TrainerCallback
 
 from clca import CLCAViTForImageClassification
 from clca.loss_clca import classification_loss
-from dataset_scripts.synthetic_leaves import cultivar_traits, draw_leaf
 from tests.helpers import tiny_config
-from ufgir import augmentation
-from ufgir.arguments import RecipeParser
-from ufgir.augmentation import AugmentationArguments, AugmentingCollator, RepeatedSampler, prepare_augmentation
-from ufgir.image_operations import NAMES
-from ufgir.training import UFGIRTrainer
-from ufgir.transforms import EvalTransform, SetEpoch, TransformedImages, make_image_processor
+from ufgir.data.synthetic_leaves import cultivar_traits, draw_leaf
+from ufgir.data.transformed import SetEpoch, TransformedImages
+from ufgir.training.augmentation import AugmentingCollator, RepeatedSampler, prepare_augmentation
+from ufgir.training.trainer import UFGIRTrainer
+from ufgir.transforms import augmentation
+from ufgir.transforms.augmentation import AugmentationArguments
+from ufgir.transforms.operations import NAMES
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
+from ufgir.utils.arguments import RecipeParser
 
 
 SIZE, CLASSES = 32, 3

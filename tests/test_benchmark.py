@@ -8,9 +8,12 @@ import torch
 from transformers import ViTForImageClassification
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from ufgir import benchmark, cli, export, growth
-from ufgir.benchmark import Benchmark, Report, Result, make_dense
-from ufgir.benchmark_cases import (
+from ufgir import export
+from ufgir.cli import entry as cli
+from ufgir.profiling import benchmark
+from ufgir.profiling import scaling as growth
+from ufgir.profiling.benchmark import Benchmark, Report, Result, make_dense
+from ufgir.profiling.benchmark_cases import (
     MODEL_SIZES,
     PRESETS,
     Case,
@@ -21,9 +24,9 @@ from ufgir.benchmark_cases import (
     cross,
     quarters,
 )
-from ufgir.benchmark_report import check_place, csv_rows, fill_in, setting_table, throughput_panels
-from ufgir.profiling import count_macs
-from ufgir.timing import Race
+from ufgir.profiling.benchmark_report import check_place, csv_rows, fill_in, setting_table, throughput_panels
+from ufgir.profiling.macs import count_macs
+from ufgir.profiling.timing import Race
 
 from .helpers import tiny_config
 

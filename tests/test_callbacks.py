@@ -16,11 +16,10 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from clca import CLCAViTForImageClassification
 from tests.helpers import images, labels, tiny_config
-from ufgir.adapters import adapt, merge
-from ufgir.arguments import RecipeParser
-from ufgir.callbacks import CallbackArguments, LastModel, NaNGuard, make_callbacks
-from ufgir.ema import EMACallback, ema_function
-from ufgir.gradients import (
+from ufgir.training.adapters import adapt, merge
+from ufgir.training.callbacks import CallbackArguments, LastModel, NaNGuard, make_callbacks
+from ufgir.training.ema import EMACallback, ema_function
+from ufgir.training.gradients import (
     GradientRecorder,
     _sizes_fused,
     _sizes_in_place,
@@ -28,7 +27,8 @@ from ufgir.gradients import (
     layer_of,
     read_gradients,
 )
-from ufgir.training import UFGIRTrainer
+from ufgir.training.trainer import UFGIRTrainer
+from ufgir.utils.arguments import RecipeParser
 
 
 STATISTICS = ("max_grad_all", "mean_max_grad_layer", "std_max_grad_layer", "mean_avg_grad_layer", "std_avg_grad_layer")

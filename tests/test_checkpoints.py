@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clca import CLCAViTForImageClassification, token_schedule
-from ufgir.checkpoints import convert_original_state, load_original, original_config
+from ufgir.checkpoints.from_original import load_original
+from ufgir.checkpoints.original_keys import convert_original_state, original_config
 
 from .test_goldens import Golden
 

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
-from ufgir import cli
-from ufgir.commands import profile
-from ufgir.profiling import count_macs
+from ufgir.cli import entry as cli
+from ufgir.cli import profile
+from ufgir.profiling.macs import count_macs
 
 
 TINY = {
@@ -193,7 +193,7 @@ def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pic
 def test_mistakes_about_a_data_report_are_told_before_any_image_is_read(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     assert "error: `DATASET`" in refused(capsys, "data-report", "no such data")
-    monkeypatch.setattr("ufgir.commands.data_report.load_ufgir_dataset", None)
+    monkeypatch.setattr("ufgir.cli.data_report.load_ufgir_dataset", None)
     for output in (tmp_path / "file", tmp_path / "file" / "inside"):
         error = refused(capsys, "data-report", "synthetic_leaves", "--output", str(output))
         assert "`--output` must be a folder" in error

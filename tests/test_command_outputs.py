@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from ufgir import cli
-from ufgir.arguments import shortened
-from ufgir.commands import analysis_options, benchmark, common, correlate, export, outputs, predict, profile, visualize
-from ufgir.commands.outputs import NotWritten, check_document, check_file, check_folder, told_first
+from ufgir.cli import analysis_options, benchmark, common, correlate, export, outputs, predict, profile, visualize
+from ufgir.cli import entry as cli
+from ufgir.cli.outputs import NotWritten, check_document, check_file, check_folder, told_first
+from ufgir.utils.text import shortened
 
 from .helpers import TINY
 
@@ -200,7 +200,7 @@ class TestAfterTheWork:
         assert "parameters" in out and "layer 3" in out and f"wrote {tmp_path / 'x' / 'layers.csv'}" in out
 
     def test_of_a_comparison(self, capsys, tmp_path, models, monkeypatch):
-        monkeypatch.setattr("ufgir.commands.compare._write", self.full)
+        monkeypatch.setattr("ufgir.cli.compare._write", self.full)
         argv = ["compare", models / "evit", models / "dense", "--dataset", "synthetic_leaves"]
         options = {"image_size": 32, "num_classes": 3, "images_per_class": 5}
         more = ["--dataset-options", json.dumps(options), "--device", "cpu"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts import synthetic_leaves as leaves
 from tests.image_layouts import make_csv, make_folder, save_image
-from ufgir.data import LISTED, DatasetError, load_images, load_ufgir_dataset, verify_images
-from ufgir.transforms import to_rgb
+from ufgir.data import synthetic_leaves as leaves
+from ufgir.data.load import LISTED, DatasetError, load_images, load_ufgir_dataset, verify_images
+from ufgir.transforms.images import to_rgb
 
 
 @pytest.fixture(scope="module")

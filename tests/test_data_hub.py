@@ -5,8 +5,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 
-from dataset_scripts import synthetic_leaves as leaves
-from ufgir.data import DatasetError, load_ufgir_dataset
+from ufgir.data import synthetic_leaves as leaves
+from ufgir.data.load import DatasetError, load_ufgir_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.image_layouts import make_csv, make_folder, save_image
-from ufgir.data import DatasetError, load_ufgir_dataset
+from ufgir.data.load import DatasetError, load_ufgir_dataset
 
 
 SPLITS = {"train": ["a0.png", "a1.png", "b0.png", "b1.png"], "test": ["a2.png", "b2.png"]}

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts.parquet_folder import prepare
-from dataset_scripts.synthetic_leaves import synthetic_leaves, write_image_folder
 from tests.raw_layouts import draw_raw, miniature
-from ufgir import data_report as module
-from ufgir.cli import main
-from ufgir.data import load_ufgir_dataset
-from ufgir.data_report import data_report, describe, findings
-from ufgir.transforms import to_rgb
+from ufgir.cli.entry import main
+from ufgir.data import report as module
+from ufgir.data.load import load_ufgir_dataset
+from ufgir.data.prepare.parquet_folder import prepare
+from ufgir.data.report import data_report, describe, findings
+from ufgir.data.synthetic_leaves import synthetic_leaves, write_image_folder
+from ufgir.transforms.images import to_rgb
 
 
 CLASSES = ["a<b>", "b", "c", "d"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.image_layouts import make_folder, save_image
-from ufgir.data import DatasetError, load_ufgir_dataset
-from ufgir.data_splits import few_shots, split_rows
+from ufgir.data.load import DatasetError, load_ufgir_dataset
+from ufgir.data.splits import few_shots, split_rows
 
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens_misc" / "data_split.json").read_text())

@@ -34,15 +34,15 @@ import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import CACHES, TINY, images, labels, tiny_model
 from tests.test_accelerate import VARIANTS, make
-from ufgir import prediction
-from ufgir.checkpointing import checkpoint_folders, what_is_missing
-from ufgir.data_streams import to_stream
-from ufgir.distributed import DistributedArguments
-from ufgir.metrics import compute_metrics
-from ufgir.prediction import predict_to_file
-from ufgir.streaming import StreamedImages
-from ufgir.training import UFGIRTrainer
-from ufgir.transforms import EvalTransform, TransformedImages, make_image_processor
+from ufgir.data.streams import StreamedImages, to_stream
+from ufgir.data.transformed import TransformedImages
+from ufgir.evaluation import prediction
+from ufgir.evaluation.metrics import compute_metrics
+from ufgir.evaluation.prediction import predict_to_file
+from ufgir.training.checkpointing import checkpoint_folders, what_is_missing
+from ufgir.training.distributed import DistributedArguments
+from ufgir.training.trainer import UFGIRTrainer
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
 
 
 ROOT = Path(__file__).parent.parent

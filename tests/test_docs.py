@@ -16,13 +16,13 @@ from sphinx.util.inventory import InventoryFile
 
 import clca
 from run_ufgir import GROUPS
-from ufgir.arguments import RecipeParser
-from ufgir.cli import COMMANDS
+from ufgir.cli.entry import COMMANDS
+from ufgir.utils.arguments import RecipeParser
 
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-INTERNALS = {"ufgir.cli", "ufgir.commands"}  # told by the reference of the commands
+COMMAND_MODULES = re.compile(r"ufgir\.cli\b")  # the reference of the commands has them
 
 
 def extension(name):
@@ -85,9 +85,11 @@ def test_every_public_name_is_there(names):
 
 
 def test_every_module_is_there(names):
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.glob("[cdu]*/[!_]*.py")}
-    modules = {name for name in modules if name.split(".")[0] in ("clca", "ufgir", "dataset_scripts")}
-    missing = sorted(modules - INTERNALS - names["module"])
+    files = [file for part in ("clca", "ufgir", "dataset_scripts") for file in (ROOT / part).rglob("*.py")]
+    paths = {file.parent if file.name == "__init__.py" else file.with_suffix("") for file in files}
+    modules = {".".join(path.relative_to(ROOT).parts) for path in paths if not path.name.startswith("_")}
+    modules = {name for name in modules - {"ufgir"} if not COMMAND_MODULES.match(name)}
+    missing = sorted(modules - names["module"])
     assert missing == [], "add them to a page of docs/api/"
 
 
@@ -97,7 +99,7 @@ def test_every_command_and_option_is_there(site):
     for name in COMMANDS:
         assert f"\nufgir {name}" in words
         parser = ArgumentParser()
-        importlib.import_module(f"ufgir.commands.{name.replace('-', '_')}").configure(parser)
+        importlib.import_module(f"ufgir.cli.{name.replace('-', '_')}").configure(parser)
         for action in parser._actions:
             assert (action.option_strings or [str(action.metavar or action.dest)])[0] in words
 

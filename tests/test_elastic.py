@@ -11,8 +11,8 @@ from torch import nn
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.aggregation_clca import SwitchableBatchNorm
 from tests.helpers import images, labels, tiny_config, tiny_model
-from ufgir.elastic import draw_keep_rate
-from ufgir.profiling import count_macs, dense_config
+from ufgir.profiling.macs import count_macs, dense_config
+from ufgir.training.keep_rates import draw_keep_rate
 
 
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}

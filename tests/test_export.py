@@ -9,7 +9,8 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTForImageClassification
-from ufgir import cli, export
+from ufgir import export
+from ufgir.cli import entry as cli
 from ufgir.export import TENSORRT_OPERATORS, export_model
 
 from .helpers import CACHES, METHODS, TINY, build, images, tiny_config

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from clca import REDUCTIONS
-from ufgir.figures import (
+from ufgir.training.gradients import stability_figure
+from ufgir.utils.plotting import (
     METHOD_STYLES,
     PALETTE,
     VARIANT_STYLES,
@@ -22,7 +23,6 @@ from ufgir.figures import (
     style,
     variant_style,
 )
-from ufgir.gradients import stability_figure
 
 
 LOOKS = ("color", "linestyle", "marker")
@@ -179,7 +179,7 @@ def test_stability_figure_of_nothing(records):
 def test_without_matplotlib_the_record_is_kept_and_the_way_out_is_named(tmp_path, monkeypatch, caplog):
     from types import SimpleNamespace
 
-    from ufgir.gradients import GradientRecorder
+    from ufgir.training.gradients import GradientRecorder
 
     real = builtins.__import__
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts.ultra_fgvc import SETS
-from ufgir.cli import main
-from ufgir.data import DatasetError, load_ufgir_dataset
-from ufgir.fine_grained import FINE_GRAINED, HEADER, NOT_FOUND, markdown_table, table_rows
+from ufgir.cli.entry import main
+from ufgir.data.catalog import FINE_GRAINED, HEADER, NOT_FOUND, SETS, markdown_table, table_rows
+from ufgir.data.load import DatasetError, load_ufgir_dataset
 
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clca import CLCAViTForImageClassification
-from ufgir import checkpoints, cli, from_timm
-from ufgir.from_timm import load_timm, read_architecture, timm_image_processor, to_timm_names
-from ufgir.timm_architectures import ARCHITECTURES, FAMILIES, find_architecture, select_architectures
+from ufgir.checkpoints import from_timm
+from ufgir.checkpoints import original_keys as checkpoints
+from ufgir.checkpoints.from_timm import load_timm, read_architecture, timm_image_processor, to_timm_names
+from ufgir.checkpoints.timm_architectures import ARCHITECTURES, FAMILIES, find_architecture, select_architectures
+from ufgir.cli import entry as cli
 
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parent / "goldens_timm").glob("*.safetensors"))}

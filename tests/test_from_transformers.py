@@ -45,8 +45,8 @@ from transformers.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
 
 from clca import CLCAViTForImageClassification
-from ufgir.from_transformers import FAMILIES, load_transformers, load_transformers_processor
-from ufgir.resample import resample_position_embeddings
+from ufgir.checkpoints.from_transformers import FAMILIES, load_transformers, load_transformers_processor
+from ufgir.checkpoints.resample import resample_position_embeddings
 
 from .helpers import images
 

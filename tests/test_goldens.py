@@ -16,7 +16,8 @@ from clca.reduction_dpcknn import DPCKNNReduction
 from clca.reduction_dyvit import DyViTReduction
 from clca.reduction_kmedoids import KMedoidsReduction
 from clca.reduction_sinkhorn import SinkhornReduction
-from ufgir.checkpoints import convert_original_state, load_original
+from ufgir.checkpoints.from_original import load_original
+from ufgir.checkpoints.original_keys import convert_original_state
 
 
 class Golden:

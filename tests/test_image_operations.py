@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from dataset_scripts.synthetic_leaves import cultivar_traits, draw_leaf
-from ufgir.image_operations import (
+from ufgir.data.synthetic_leaves import cultivar_traits, draw_leaf
+from ufgir.transforms.operations import (
     ENHANCEMENTS,
     HIGHEST_LEVEL,
     MOVEMENTS,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ufgir import cli, input_pipeline
+from ufgir.cli import entry as cli
+from ufgir.profiling import input_pipeline
 
 
 OPTIONS = "--image-sizes 32 --patch-size 8 --hidden-size 16 --num-hidden-layers 4 --num-attention-heads 2 --threads 1"

@@ -9,8 +9,8 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from clca import CLCAViTForImageClassification, token_schedule
-from ufgir import cli
-from ufgir.layer_profile import (
+from ufgir.cli import entry as cli
+from ufgir.profiling.layers import (
     layer_table,
     macs_by_part,
     parameters_by_part,
@@ -19,7 +19,7 @@ from ufgir.layer_profile import (
     time_parts,
     write_trace,
 )
-from ufgir.profiling import count_macs, dense_config
+from ufgir.profiling.macs import count_macs, dense_config
 
 from .helpers import CACHES, METHODS, images, tiny_config
 
@@ -108,7 +108,7 @@ def test_parts_add_up_and_have_the_tokens_of_the_forward_pass(method, dense):
 
 def test_times_are_of_the_parts(topk, dense, monkeypatch):
     """With a clock that moves by one at each look: a part takes one, and the rest is what lies between."""
-    from ufgir import layer_profile
+    from ufgir.profiling import layers as layer_profile
 
     ticks = iter(range(10**6))
     monkeypatch.setattr(layer_profile.time, "perf_counter", lambda: next(ticks))

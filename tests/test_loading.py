@@ -8,11 +8,9 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from ufgir import cli
-from ufgir.commands.common import load_config
-from ufgir.elastic import at_one_rate, rate_of
-from ufgir.loading import EVERYTHING, HEAD, load_model, load_pretrained
-from ufgir.transforms import make_image_processor
+from ufgir.checkpoints.loading import EVERYTHING, HEAD, at_one_rate, load_config, load_model, load_pretrained, rate_of
+from ufgir.cli import entry as cli
+from ufgir.transforms.preprocessing import make_image_processor
 
 from .helpers import CACHES, TINY, images
 
@@ -208,7 +206,7 @@ def test_an_interrupted_prediction_says_that_it_goes_on(checkpoints, tmp_path, c
         str(tmp_path / "p.csv"),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr("ufgir.transforms.EvalTransform.__call__", stop)
+        patch.setattr("ufgir.transforms.preprocessing.EvalTransform.__call__", stop)
         assert cli.main(arguments) == 130
     assert "given again, goes on" in capsys.readouterr().out and not (tmp_path / "p.csv").exists()
     assert cli.main(arguments) == 0

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from ufgir import locking
-from ufgir.analysis import analyze
-from ufgir.locking import only_one
-from ufgir.prediction import predict_to_file
+from ufgir.analysis.dataset_pass import analyze
+from ufgir.evaluation.prediction import predict_to_file
+from ufgir.utils import locks as locking
+from ufgir.utils.locks import only_one
 
 from .helpers import images, tiny_model
 

@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from clca import loss_clca as losses
 from clca.configuration_clca import CLCAViTConfig
-from ufgir.teacher import Teacher
+from ufgir.training.teacher import Teacher
 
 from .helpers import images, labels, tiny_config, tiny_model
 

@@ -6,8 +6,15 @@ import pytest
 from sklearn.metrics import f1_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from ufgir.metrics import MacroF1, TopKAccuracy, compute_metrics, macro_f1, predicted_classes, top_k_accuracy
-from ufgir.results import summary_table
+from ufgir.evaluation.metrics import (
+    MacroF1,
+    TopKAccuracy,
+    compute_metrics,
+    macro_f1,
+    predicted_classes,
+    top_k_accuracy,
+)
+from ufgir.runs.tables import summary_table
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from ufgir.arguments import RecipeParser
-from ufgir.model_card import describe_model, write_model_card, write_text_atomically
-from ufgir.transforms import make_image_processor
+from ufgir.checkpoints.model_card import describe_model, write_model_card
+from ufgir.transforms.preprocessing import make_image_processor
+from ufgir.utils.arguments import RecipeParser
+from ufgir.utils.files import write_text_atomically
 
 
 METRICS = {

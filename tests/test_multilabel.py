@@ -14,8 +14,9 @@ from sklearn.metrics import average_precision_score, f1_score
 from transformers import EvalPrediction
 
 from tests.image_layouts import save_image
-from ufgir.data import DatasetError, load_ufgir_dataset, to_multi_hot
-from ufgir.metrics import (
+from ufgir.data.load import DatasetError, load_ufgir_dataset, to_multi_hot
+from ufgir.data.streams import StreamedImages
+from ufgir.evaluation.metrics import (
     MeanAveragePrecision,
     MultiLabelF1,
     average_precision,
@@ -23,8 +24,7 @@ from ufgir.metrics import (
     mean_average_precision,
     multilabel_f1,
 )
-from ufgir.streaming import StreamedImages
-from ufgir.transforms import EvalTransform, make_image_processor
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
 
 
 GOLDEN = load_file(Path(__file__).parent / "goldens_misc" / "map_metric.safetensors")

@@ -15,16 +15,16 @@ from transformers import TrainerCallback, TrainingArguments
 
 from clca import CLCAViTForImageClassification
 from tests.helpers import CACHES, CASES, images, labels, tiny_model
-from ufgir.checkpoints import convert_original_state, original_config
-from ufgir.freezing import NEW_PARTS, freeze, own_name, part_names
-from ufgir.optimization import (
+from ufgir.checkpoints.original_keys import convert_original_state, original_config
+from ufgir.training.freezing import NEW_PARTS, freeze, own_name, part_names
+from ufgir.training.optimization import (
     OptimizationArguments,
     make_schedule,
     parameter_groups,
     resolve_precision,
     set_precision,
 )
-from ufgir.training import UFGIRTrainer
+from ufgir.training.trainer import UFGIRTrainer
 
 
 GOLDENS = Path(__file__).parent / "goldens_misc"
@@ -357,7 +357,7 @@ def test_precision(
 ) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr("ufgir.optimization.is_torch_bf16_gpu_available", lambda: has_bf16)
+    monkeypatch.setattr("ufgir.training.optimization.is_torch_bf16_gpu_available", lambda: has_bf16)
     assert resolve_precision(name) == expected
     if gpu:  # that is not used
         assert name in (None, "fp16") or not resolve_precision(name, use_cpu=True)["fp16"]
@@ -548,7 +548,7 @@ def test_resumed_training_is_the_same(tmp_path: Path) -> None:
 
 
 def test_frozen_parts_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="ufgir.optimization"):
+    with caplog.at_level(logging.INFO, logger="ufgir.training.optimization"):
         run = trainer(tmp_path, OptimizationArguments(freeze=["backbone"], unfreeze=["layers.4"]), num_train_epochs=1)
     start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.train()
@@ -586,7 +586,7 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path: Path, monkeypa
 def test_peft(tmp_path: Path) -> None:
     """Adapters and new parts are not of the backbone, and freezing it changes nothing."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -c constraints.txt -e .[peft]")
-    from ufgir.adapters import ATTENTION, adapt
+    from ufgir.training.adapters import ATTENTION, adapt
 
     model = adapt(tiny_model(**SIT).float(), peft.LoraConfig(r=2, target_modules=list(ATTENTION)))
     assert freeze(copy.deepcopy(model), ["backbone"]) == []

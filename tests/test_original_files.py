@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
 from clca import CLCAViTForImageClassification
-from ufgir import cli, original_files
-from ufgir.checkpoints import load_original, load_original_file
-from ufgir.original_files import MARKER, REPORT, convert_file, convert_folder, read_class_names, split_model_name
-from ufgir.resample import resample_position_embeddings
+from ufgir.checkpoints import from_original as original_files
+from ufgir.checkpoints.convert_original import REPORT, convert_file, convert_folder, read_class_names
+from ufgir.checkpoints.from_original import MARKER, load_original, load_original_file, split_model_name
+from ufgir.checkpoints.resample import resample_position_embeddings
+from ufgir.cli import entry as cli
 
 
 GOLDENS = Path(__file__).parent / "goldens"

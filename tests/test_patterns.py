@@ -10,7 +10,7 @@ import torch
 
 from clca import REDUCTIONS
 from tests.helpers import images, tiny_config, tiny_model
-from ufgir.patterns import (
+from ufgir.interpret.patterns import (
     PatternAgreement,
     PatternStatistics,
     check_comparable,

@@ -16,7 +16,7 @@ from tests.helpers import CACHES, METHODS, images, labels, tiny_model
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -c constraints.txt -e .[peft]")
 
-from ufgir.adapters import ATTENTION, MLP, SWIGLU_MLP, adapt, merge, new_modules  # noqa: E402
+from ufgir.training.adapters import ATTENTION, MLP, SWIGLU_MLP, adapt, merge, new_modules  # noqa: E402
 
 
 # peft 0.21 still asks for an attribute that transformers has renamed.

@@ -22,13 +22,13 @@ from torch import nn
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY
-from ufgir.cli import main
-from ufgir.data import load_images, load_ufgir_dataset
-from ufgir.data_streams import to_stream
-from ufgir.metrics import compute_metrics, compute_multilabel_metrics
-from ufgir.prediction import file_names, identity_of_data, predict_to_file, read_predictions
-from ufgir.streaming import StreamedImages
-from ufgir.transforms import EvalTransform, TransformedImages, make_image_processor
+from ufgir.cli.entry import main
+from ufgir.data.load import load_images, load_ufgir_dataset
+from ufgir.data.streams import StreamedImages, to_stream
+from ufgir.data.transformed import TransformedImages
+from ufgir.evaluation.metrics import compute_metrics, compute_multilabel_metrics
+from ufgir.evaluation.prediction import file_names, identity_of_data, predict_to_file, read_predictions
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
 
 
 NAMES = ["ash", "beech", "cedar", "date palm", 'elm, "wych"', "fir", "ginkgo"]  # more than five: top5 means something
@@ -172,7 +172,7 @@ class Scripted(nn.Module):
 
 
 def test_metrics_of_equal_scores_and_nan(tmp_path: Path) -> None:
-    """As `ufgir.metrics` counts them: of equals the lower class comes first, NaN is never among the highest."""
+    """As `ufgir.evaluation.metrics` counts them: of equals the lower class comes first, NaN is never among the highest."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (40, len(NAMES)), generator=generator).float()
     logits[torch.rand(logits.shape, generator=generator) < 0.1] = math.nan
@@ -192,7 +192,7 @@ def test_several_classes_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     targets[:, 2] = 0  # a class that no image has
     logits = torch.randn(30, len(NAMES), generator=generator).mul(4).round().div(4)  # some are equal
     config = {"problem_type": "multi_label_classification", "multi_label_loss": loss}
-    monkeypatch.setattr("ufgir.prediction_files.COLUMNS", 60)  # two classes at a time
+    monkeypatch.setattr("ufgir.evaluation.prediction_files.COLUMNS", 60)  # two classes at a time
     model = Scripted(logits, **config)
     result = predict_to_file(model, Pixels(30, targets), tmp_path / "p.csv", NAMES, batch_size=8)
     expected = compute_multilabel_metrics((logits.numpy(), targets.numpy()))
@@ -379,7 +379,7 @@ def test_an_interrupted_prediction_does_not_go_on_with_other_data(
 
 def test_interrupted_when_all_was_done(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("ufgir.prediction.join", lambda *args: stop())
+        patch.setattr("ufgir.evaluation.prediction.join", lambda *args: stop())
         with pytest.raises(Stopped):
             predict_to_file(model, Pixels(7, labels(7)), tmp_path / "p.csv", NAMES, batch_size=4)
     data = Pixels(7, labels(7))

@@ -14,14 +14,15 @@ import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from dataset_scripts import parquet_folder, ultra_fgvc
-from dataset_scripts.parquet_folder import prepare
-from dataset_scripts.raw_layouts import FileNames
-from dataset_scripts.ultra_fgvc import SETS, UltraFGVC, UnsoundData, check, find_root
 from tests.raw_layouts import CLASSES, draw_raw, leaf, miniature
-from ufgir import locking
-from ufgir.cli import main
-from ufgir.data import load_ufgir_dataset
+from ufgir.cli.entry import main
+from ufgir.data.catalog import SETS
+from ufgir.data.load import load_ufgir_dataset
+from ufgir.data.prepare import parquet_folder, ultra_fgvc
+from ufgir.data.prepare.parquet_folder import prepare
+from ufgir.data.prepare.raw_layouts import FileNames
+from ufgir.data.prepare.ultra_fgvc import UltraFGVC, UnsoundData, check, find_root
+from ufgir.utils import locks as locking
 
 
 LAYOUTS = (

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
-from ufgir.cli import main
+from ufgir.cli.entry import main
 
 
 @pytest.fixture(scope="module")

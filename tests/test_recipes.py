@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 import run_ufgir
 from clca import REDUCTIONS
 from tests.helpers import tiny_config, tiny_model
-from ufgir.arguments import RecipeParser
-from ufgir.cli import COMMANDS
-from ufgir.optimization import OptimizationArguments, make_schedule
+from ufgir.cli.entry import COMMANDS
+from ufgir.training.optimization import OptimizationArguments, make_schedule
+from ufgir.utils.arguments import RecipeParser
 
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from clca import (
 from clca.reduction_ats import num_quantiles, quantiles
 from clca.reduction_base import ScoredPruning, TokenState
 from clca.reductions_clca import register_reduction
-from ufgir.tracing import trace_patches, unmerge
+from ufgir.interpret.tracing import trace_patches, unmerge
 
 from .helpers import TINY, images, labels, tiny_config, tiny_model
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from ufgir.resample import resample_patch_weights, resample_position_embeddings, resample_weights
-from ufgir.training import load_pretrained
+from ufgir.checkpoints.resample import resample_patch_weights, resample_position_embeddings, resample_weights
+from ufgir.training.trainer import load_pretrained
 
 from .helpers import TINY
 

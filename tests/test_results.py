@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ufgir import cli, paper_figures
-from ufgir.figures import style
-from ufgir.run_records import MANIFEST, RECORD, is_finished, read_run_records, remove_run_record, write_run_record
-from ufgir.run_tables import (
+from ufgir.cli import entry as cli
+from ufgir.runs import figures as paper_figures
+from ufgir.runs.records import MANIFEST, RECORD, is_finished, read_run_records, remove_run_record, write_run_record
+from ufgir.runs.tables import (
     default_factors,
     default_metric,
     markdown,
@@ -22,8 +22,9 @@ from ufgir.run_tables import (
     run_rows,
     summarize,
     varying,
-    write_csv,
 )
+from ufgir.utils.files import write_csv
+from ufgir.utils.plotting import style
 
 from .helpers import tiny_config
 

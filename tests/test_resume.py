@@ -29,10 +29,12 @@ from transformers.trainer_callback import ExportableState
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import CACHES, TINY
-from ufgir import checkpointing, ema
-from ufgir.adapters import AdapterArguments
-from ufgir.augmentation import Augmentation, AugmentationArguments, AugmentingCollator
-from ufgir.checkpointing import (
+from ufgir.data.transformed import SetEpoch, TransformedImages
+from ufgir.evaluation.metrics import compute_metrics
+from ufgir.training import checkpointing, ema
+from ufgir.training.adapters import AdapterArguments
+from ufgir.training.augmentation import AugmentingCollator
+from ufgir.training.checkpointing import (
     FILE_LIST,
     INCOMPLETE,
     check_fits,
@@ -43,11 +45,11 @@ from ufgir.checkpointing import (
     rotate_checkpoints,
     what_is_missing,
 )
-from ufgir.ema import EMACallback
-from ufgir.metrics import compute_metrics
-from ufgir.optimization import OptimizationArguments
-from ufgir.training import UFGIRTrainer
-from ufgir.transforms import EvalTransform, SetEpoch, TrainTransform, TransformedImages, make_image_processor
+from ufgir.training.ema import EMACallback
+from ufgir.training.optimization import OptimizationArguments
+from ufgir.training.trainer import UFGIRTrainer
+from ufgir.transforms.augmentation import Augmentation, AugmentationArguments
+from ufgir.transforms.preprocessing import EvalTransform, TrainTransform, make_image_processor
 
 
 STEPS = 12  # 3 epochs of 4 steps

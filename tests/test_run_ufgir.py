@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassificatio
 
 import run_ufgir
 from clca import CLCAViTForImageClassification
-from ufgir.arguments import RecipeParser
+from ufgir.utils.arguments import RecipeParser
 
 
 CLASSES = ["blue", "green", "red"]

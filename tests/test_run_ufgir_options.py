@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from clca import CLCAViTConfig
 from run_ufgir import GROUPS
-from ufgir import locking
-from ufgir.arguments import RecipeParser
-from ufgir.data import load_ufgir_dataset
-from ufgir.run_records import is_finished, read_run_records
-from ufgir.run_tables import run_rows
-from ufgir.training import UFGIRTrainer
+from ufgir.data.load import load_ufgir_dataset
+from ufgir.runs.records import is_finished, read_run_records
+from ufgir.runs.tables import run_rows
+from ufgir.training.trainer import UFGIRTrainer
+from ufgir.utils import locks as locking
+from ufgir.utils.arguments import RecipeParser
 
 from .test_run_ufgir import CLASSES, leaves, mistake, parse, recipe, run, trained  # noqa: F401 (fixtures)
 

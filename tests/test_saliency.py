@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ufgir.saliency import (
+from ufgir.interpret.saliency import (
     METRICS,
     compare_maps,
     earth_movers_distance,

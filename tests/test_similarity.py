@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ufgir.running import RunningMean
-from ufgir.similarity import (
+from ufgir.interpret.similarity import (
     MEASURES,
     BatchedCKA,
     FeatureMoments,
@@ -25,6 +24,7 @@ from ufgir.similarity import (
     procrustes_distance,
     pwcca_distance,
 )
+from ufgir.utils.statistics import RunningMean
 
 
 GOLDENS = load_file(Path(__file__).parent / "goldens_misc" / "feature_sim.safetensors")

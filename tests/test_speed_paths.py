@@ -31,7 +31,7 @@ from clca.linear_clca import linear
 from clca.reduction_ats import quantiles
 from clca.reduction_base import ScoredPruning
 from tests.helpers import METHODS, images, labels, tiny_model
-from ufgir.profiling import count_macs, dense_config
+from ufgir.profiling.macs import count_macs, dense_config
 
 
 CACHE = {"cross_layer_cache": True, "num_clr_tokens": 1, "num_register_tokens": 1}

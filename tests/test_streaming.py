@@ -10,12 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from dataset_scripts import synthetic_leaves as leaves
 from tests.helpers import build, tiny_config
 from tests.image_layouts import make_csv, make_folder
-from ufgir.data import DatasetError, load_ufgir_dataset
-from ufgir.streaming import StreamedImages, own_share_loader
-from ufgir.transforms import SetEpoch, TrainTransform, TransformedImages, make_image_processor
+from ufgir.data import synthetic_leaves as leaves
+from ufgir.data.load import DatasetError, load_ufgir_dataset
+from ufgir.data.streams import StreamedImages, own_share_loader
+from ufgir.data.transformed import SetEpoch, TransformedImages
+from ufgir.transforms.preprocessing import TrainTransform, make_image_processor
 
 
 NAMES = ["cultivar_00", "cultivar_01", "cultivar_02"]

@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 
-from ufgir import cli, run_queue
-from ufgir.run_queue import RunQueue, make_slots, stop_processes
-from ufgir.run_records import MANIFEST, RECORD, read_run_records
-from ufgir.sweep import VARIANTS, Grid, parse_set, parse_variant, run_name
+from ufgir.cli import entry as cli
+from ufgir.runs import queue as run_queue
+from ufgir.runs.queue import RunQueue, make_slots, stop_processes
+from ufgir.runs.records import MANIFEST, RECORD, read_run_records
+from ufgir.runs.sweep import VARIANTS, Grid, parse_set, parse_variant, run_name
 
 
 RECIPE = {

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts import synthetic_leaves as leaves
-from ufgir.data import load_ufgir_dataset
+from ufgir.data import synthetic_leaves as leaves
+from ufgir.data.load import load_ufgir_dataset
 
 
 ROOT = Path(__file__).parents[1]
 HASHES = """
 import hashlib, sys
-from dataset_scripts.synthetic_leaves import SyntheticLeavesConfig
+from ufgir.data.synthetic_leaves import SyntheticLeavesConfig
 config = SyntheticLeavesConfig(num_classes=3, image_size=33, seed=5, difficulty="medium")
 for split in ("train", "validation", "test"):
     sys.stdout.write(hashlib.sha256(config.draw(split, 2, 7).tobytes()).hexdigest() + "\\n")

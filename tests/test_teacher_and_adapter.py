@@ -11,9 +11,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from clca import CLCAViTForImageClassification
 from clca.loss_clca import distillation_loss
-from ufgir.distillation import Distillation, DistillationArguments
-from ufgir.teacher import Teacher
-from ufgir.transforms import EvalTransform, make_image_processor
+from ufgir.training.distillation import Distillation, DistillationArguments
+from ufgir.training.teacher import Teacher
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
 
 from .helpers import images, labels, tiny_config, tiny_model
 from .test_run_ufgir import CLASSES, leaves, mistake, recipe, run, trained  # noqa: F401 (some are fixtures)

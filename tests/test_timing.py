@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ufgir import benchmark, timing
-from ufgir.timing import OtherLoad, Quartiles, Race, TensorMemory, peak_growth, quartiles, steady
+from ufgir.profiling import benchmark, timing
+from ufgir.profiling.timing import OtherLoad, Quartiles, Race, TensorMemory, peak_growth, quartiles, steady
 
 
 CPU = torch.device("cpu")

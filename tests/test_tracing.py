@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ufgir.tracing import carry, trace_patches
+from ufgir.interpret.tracing import carry, trace_patches
 
 from .helpers import CASES, images, tiny_config, tiny_model
 

@@ -9,16 +9,10 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, TrainerState, ViTImageProcessorPil
 
-from ufgir.transforms import (
-    EvalTransform,
-    SetEpoch,
-    TrainTransform,
-    TransformedImages,
-    make_image_processor,
-    open_picture,
-    random_subset,
-    to_rgb,
-)
+from ufgir.data.splits import random_subset
+from ufgir.data.transformed import SetEpoch, TransformedImages
+from ufgir.transforms.images import open_picture, to_rgb
+from ufgir.transforms.preprocessing import EvalTransform, TrainTransform, make_image_processor
 
 
 def picture(mode: str, width: int = 41, height: int = 57, seed: int = 0) -> Image.Image:

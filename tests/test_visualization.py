@@ -12,21 +12,10 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from clca import REDUCTIONS, CLCAViTForImageClassification
-from dataset_scripts.synthetic_leaves import cultivar_traits, draw_leaf
-from ufgir import cli
-from ufgir.commands.visualize import configure
-from ufgir.picture_sheets import (
-    Cell,
-    brightened,
-    distinct_colours,
-    draw_sheet,
-    heat,
-    heated,
-    mean_colours,
-    over_pixels,
-    save_picture,
-)
-from ufgir.visualization import (
+from ufgir.cli import entry as cli
+from ufgir.cli.visualize import configure
+from ufgir.data.synthetic_leaves import cultivar_traits, draw_leaf
+from ufgir.visualization.kinds import (
     KINDS,
     attention_columns,
     comparison,
@@ -38,6 +27,17 @@ from ufgir.visualization import (
     rollout_columns,
     similarity_columns,
     trace_columns,
+)
+from ufgir.visualization.sheet import (
+    Cell,
+    brightened,
+    distinct_colours,
+    draw_sheet,
+    heat,
+    heated,
+    mean_colours,
+    over_pixels,
+    save_picture,
 )
 
 from .helpers import CASES, Case, tiny_config
@@ -169,7 +169,7 @@ def test_kept_patches_lie_on_the_leaf(monkeypatch, index) -> None:
     picture = leaf()
     blue = np.zeros((3, 96, 96), np.float32)
     blue[2] = 1.0
-    monkeypatch.setattr("dataset_scripts.synthetic_leaves._background", lambda rng, size: blue.copy())
+    monkeypatch.setattr("ufgir.data.synthetic_leaves._background", lambda rng, size: blue.copy())
     on_blue = np.asarray(leaf(), dtype=int)
     ground = on_blue[..., 2] > 2 * on_blue[..., :2].max(axis=2)
     is_leaf = ~ground.reshape(12, 8, 12, 8).all(axis=(1, 3))  # at least a bit of it
@@ -322,12 +322,12 @@ def test_many_images_are_looked_at_in_batches(monkeypatch) -> None:
     model = Case("ats", "cache", "cls").model()
     images = noise(5)
     whole = draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32)
-    monkeypatch.setattr("ufgir.visualization._BATCH", 2)
+    monkeypatch.setattr("ufgir.visualization.kinds._BATCH", 2)
     assert (
         draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32).tobytes()
         == whole.tobytes()
     )
-    monkeypatch.setattr("ufgir.visualization._BATCH", 1)
+    monkeypatch.setattr("ufgir.visualization.kinds._BATCH", 1)
     assert (
         draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32).tobytes()
         == whole.tobytes()

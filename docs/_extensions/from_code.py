@@ -54,12 +54,12 @@ def modules(names: str) -> str:
 
 
 def commands(_: str) -> str:
-    from ufgir.cli import COMMANDS
+    from ufgir.cli.entry import COMMANDS
 
     lines = []
     for name, text in COMMANDS.items():
         parser = argparse.ArgumentParser(prog=f"ufgir {name}", allow_abbrev=False)
-        importlib.import_module(f"ufgir.commands.{name.replace('-', '_')}").configure(parser)
+        importlib.import_module(f"ufgir.cli.{name.replace('-', '_')}").configure(parser)
         lines += [f"## ufgir {name}", "", _plain(text[0].upper() + text[1:]) + ".", ""]
         lines += ["```text", parser.format_usage().removeprefix("usage: ").strip(), "```", ""]
         lines += _definitions(parser, "**{}**")
@@ -68,7 +68,7 @@ def commands(_: str) -> str:
 
 def options(_: str) -> str:
     from run_ufgir import GROUPS
-    from ufgir.arguments import RecipeParser
+    from ufgir.utils.arguments import RecipeParser
 
     return "\n".join(_definitions(RecipeParser(GROUPS, prog="run_ufgir.py"), "## {}"))
 

@@ -1,0 +1,194 @@
+"""Features of images laid out in the plane: t-SNE and PCA, by scikit-learn (`ufgir embed`).
+
+Shapes: n images, F features.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from clca import CLCAViTForImageClassification
+from clca.configuration_clca import AGGREGATING_HEADS, CLCAViTConfig
+
+from ..interpret.attention_maps import checked_layers, evaluation_mode
+from ..transforms.images import to_rgb
+from .inputs import Batch, LayerOutputs, check_cls
+
+
+METHODS = ("tsne", "pca")
+FEATURES = ("cls", "cla", "pooled")
+MISSING = "embeddings need scikit-learn: pip install 'clca-vit[analysis]'"
+_FEWEST = 4  # images
+_BEFORE_TSNE = 50  # principal components that t-SNE starts from, as its authors do
+
+
+def check_features(config: CLCAViTConfig, features: str, name: str = "the model") -> None:
+    """Refuse features that a model does not have.
+
+    Raises:
+        ValueError: unknown ones; CLS of a model without; CLA of a model whose head aggregates nothing.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"`features` must be one of {', '.join(FEATURES)}, got {features!r}.")
+    if features == "cls":
+        check_cls(config, name, "`features` cls")
+    if features == "cla" and config.head not in AGGREGATING_HEADS:
+        raise ValueError(
+            f"{name} has `head`={config.head!r}, which aggregates no CLS tokens: use `features` cls or pooled, or a model with "
+            f"the head {' or '.join(AGGREGATING_HEADS)}."
+        )
+
+
+def check_images(count: int) -> None:
+    """Refuse too few images to lay out, before any is read.
+
+    Raises:
+        ValueError: fewer than four.
+    """
+    if count < _FEWEST:
+        raise ValueError(f"an embedding needs at least {_FEWEST} images, got {count}.")
+
+
+class Features(NamedTuple):
+    """What `collect_features` found."""
+
+    values: np.ndarray  # (n, F), float32
+    indices: list[int]  # of the images in the data set
+    labels: list[int]  # classes, -1 where unknown; of several classes the first
+
+
+def collect_features(
+    model: CLCAViTForImageClassification, batches: Iterable[Batch], features: str = "cls", layer: int | None = None
+) -> Features:
+    """Features of all images, held in memory.
+
+    Args:
+        model: a CLCA classifier.
+        batches: of the images, see `analysis_inputs.batches`.
+        features: `cls`, CLS after a layer, not normalised; `cla`, what the aggregation head (CLA, IFA) makes of the CLS tokens of
+            its layers and classifies; `pooled`, what `config.pooling` makes of the tokens.
+        layer: of CLS, 0-based; None for the last.
+
+    Raises:
+        ValueError: what `check_features` refuses, a layer that does not exist, or no images.
+    """
+    check_features(model.config, features)
+    layers = checked_layers([model.config.num_hidden_layers - 1 if layer is None else layer], model.config)
+    taken: list[torch.Tensor] = []
+
+    def take(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        taken.append(inputs[0].flatten(1))
+
+    values, indices, labels = [], [], []
+    with evaluation_mode(model), LayerOutputs(model, layers) as outputs:
+        handle = model.classifier.out_proj.register_forward_pre_hook(take) if features == "cla" else None
+        try:
+            for batch in batches:
+                if not batch.indices:
+                    continue
+                pixels = batch.columns["pixel_values"].to(model.device)
+                if features == "pooled":
+                    found = model.vit(pixels).pooler_output
+                else:
+                    model(pixels)
+                    found = taken.pop() if features == "cla" else outputs.cls()[0]
+                values.append(found.float().cpu().numpy())
+                indices += batch.indices
+                labels += _single(batch.columns.get("labels"), len(batch.indices))
+        finally:
+            if handle is not None:
+                handle.remove()
+    if not values:
+        raise ValueError("there are no images to embed.")
+    return Features(np.concatenate(values), indices, labels)
+
+
+def _single(labels: torch.Tensor | None, count: int) -> list[int]:
+    if labels is None:
+        return [-1] * count
+    if labels.dim() == 1:
+        return labels.tolist()
+    return [int(row.argmax()) if row.any() else -1 for row in labels > 0]
+
+
+def embed(features: np.ndarray, method: str = "tsne", seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
+    """Features (n, F) as points (n, 2).
+
+    Args:
+        features: of n images, finite.
+        method: `tsne` (https://jmlr.org/papers/v9/vandermaaten08a.html), started from the first principal components, or `pca`.
+        seed: of t-SNE.
+        perplexity: of t-SNE, about the number of neighbours; (n - 1) / 3 where that is less.
+
+    Raises:
+        ValueError: another method, fewer than four images, features that are not finite, or a perplexity below 1.
+        ImportError: scikit-learn is not installed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be {' or '.join(METHODS)}, got {method!r}.")
+    check_images(len(features))
+    if perplexity < 1:
+        raise ValueError(f"`perplexity` must be at least 1, got {perplexity}.")
+    if not np.isfinite(features).all():
+        raise ValueError("`features` must be finite: the model gives NaN or infinite numbers for some images.")
+    try:
+        from sklearn.decomposition import PCA
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    # float64: principal components of float32 differ between machines
+    make = partial(PCA, svd_solver="full")
+    features = np.asarray(features, dtype=np.float64)
+    if method == "pca":
+        return make(2).fit_transform(features) if features.shape[1] > 1 else np.pad(features, ((0, 0), (0, 1)))
+    components = min(_BEFORE_TSNE, *features.shape)
+    tsne = TSNE(init="pca", perplexity=min(perplexity, (len(features) - 1) / 3), random_state=seed)
+    return tsne.fit_transform(make(components).fit_transform(features))
+
+
+def spread_out(points: np.ndarray, count: int, apart: float = 0.0) -> list[int]:
+    """Indices of points (n, 2) that lie far from one another: each is the farthest from those before it.
+
+    Args:
+        count: as many, or fewer if the next one would be closer than `apart`, a share of the width and of the height.
+    """
+    if count == 0:
+        return []
+    scale = np.ptp(points, axis=0)
+    points = points / np.where(scale > 0, scale, 1)
+    chosen = [int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmin())]
+    distances = np.full(len(points), np.inf)
+    while len(chosen) < min(count, len(points)):
+        distances = np.minimum(distances, np.abs(points - points[chosen[-1]]).max(axis=1))
+        if distances.max() < apart or distances.max() == 0:
+            break
+        chosen.append(int(distances.argmax()))
+    return chosen
+
+
+def thumbnail(picture: Image.Image, side: int) -> Image.Image:
+    """A small copy, its longer side `side` pixels."""
+    picture = to_rgb(picture).copy()
+    picture.thumbnail((side, side))
+    return picture
+
+
+def point_rows(
+    points: np.ndarray, found: Features, class_names: Sequence[str], files: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """A row for each image: index, file, label, x, y."""
+    return [
+        {
+            "index": index,
+            "file": file or "",
+            "label": class_names[label] if label >= 0 else "",
+            "x": float(x),
+            "y": float(y),
+        }
+        for (x, y), index, label, file in zip(points, found.indices, found.labels, files, strict=True)
+    ]

@@ -1,0 +1,10 @@
+"""The web page: what a model keeps of a leaf, what it predicts and what that costs."""
+
+from .. import _moved
+from .page import launch_page, make_page
+from .viewer import Viewer
+
+
+__all__ = ["Viewer", "launch_page", "make_page"]
+
+__getattr__ = _moved.names_of(__name__)

@@ -1,0 +1,437 @@
+"""The web page `ufgir app`: a leaf, a model, one or two settings side by side, and what comes of them.
+
+Everything that computes is in `app_model`, everything that shows results in `app_html`; here they are wired together. Nothing
+is sent anywhere, and the page asks for nothing from other servers.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..utils.text import one_sentence
+from . import html as html
+from .viewer import KINDS, NEED_STAGES, Leaf, Setting, Viewer, drawn_examples, folder_examples, open_leaf
+
+
+if TYPE_CHECKING:
+    import gradio
+
+DEMO_MODEL = "outputs/demo"
+_DENSE = "none (every token stays)"
+_KINDS = list(KINDS)
+_QUICK = 1.0  # seconds of a forward pass; a slower model is timed only when asked to
+_ABOUT = {
+    _KINDS[0]: "Bright: the patch still has a token of its own. Dark: dropped, or fused with many others.",
+    _KINDS[1]: "Patches that share a token have one colour, their mean. Dark: dropped.",
+    _KINDS[2]: "Average of the heads, in the layers that reduce and the last one. Bright: more attention.",
+}
+_ABOUT_TRACE = "What the token that holds this patch is made of, recalled rows included. Dark: not part of it."
+_SLOW = "Latency is measured when you press the button: this model is slow here."
+
+
+def import_gradio() -> Any:
+    """Gradio, told to stay silent.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("the web page needs Gradio: pip install 'clca-vit[app]'.") from error
+    return gradio
+
+
+def make_page(
+    model: str | None = None, examples: str | os.PathLike[str] | None = None, folders: bool = True
+) -> "gradio.Blocks":
+    """The page, to be launched by `launch_page`.
+
+    Args:
+        model: shown first, a folder or Hub repository; None to begin without one.
+        examples: folder of pictures to choose from; by default drawn leaves, if the model was trained on them.
+        folders: whether visitors may load models from folders of this machine, private ones, and models of any size.
+
+    Raises:
+        ValueError: Gradio is not installed, or no such model or examples.
+    """
+    gr = import_gradio()
+    viewer = Viewer(folders, trusted=model)
+    leaves: list[tuple[str, Leaf]] = [] if examples is None else folder_examples(examples)
+    if model is not None:
+        checkpoint = viewer.checkpoint(model)
+        if not leaves:
+            leaves = drawn_examples(checkpoint.config)
+    return _Page(gr, viewer, model, leaves).blocks
+
+
+class _Page:
+    """The parts of the page and what happens when they are used."""
+
+    def __init__(self, gr: Any, viewer: Viewer, model: str | None, leaves: Sequence[tuple[str, Leaf]]) -> None:
+        self.gr, self.viewer, self.leaves = gr, viewer, leaves
+        with gr.Blocks(title="What does the model keep of a leaf?", analytics_enabled=False) as self.blocks:
+            gr.HTML(html.header())
+            self.name = gr.State(model)
+            self.leaf = gr.State(leaves[0][1] if leaves else None)
+            with gr.Row():
+                with gr.Column(scale=1, min_width=300, elem_id="leaf-column"):
+                    self._leaf_column()
+                with gr.Column(scale=2, min_width=300):
+                    self._model_row(model)
+                    with gr.Row():
+                        self.panels = [self._panel("A", model), self._panel("B", model)]
+            self._wire()
+
+    # What there is
+
+    def _leaf_column(self) -> None:
+        gr = self.gr
+        gr.HTML(html.heading("Leaf"))
+        self.leaf_problem = gr.HTML(elem_id="leaf-problem")
+        self.picture = gr.Image(
+            show_label=False,
+            label="Leaf",
+            elem_id="leaf",
+            interactive=False,
+            buttons=[],
+            format="png",
+            alt_text="The leaf as the model sees it, with a frame around one patch",
+        )
+        gr.HTML(html.hint("Click a patch to follow it through the layers, or choose it here:"))
+        with gr.Row():
+            row, column = self._places(self.name.value)
+            self.row = gr.Number(**row, precision=0, min_width=80, elem_id="row")
+            self.column = gr.Number(**column, precision=0, min_width=80, elem_id="column")
+        self.upload = gr.UploadButton("Upload a leaf", file_types=["image"], elem_id="upload", variant="primary")
+        self.examples = None
+        if self.leaves:
+            gr.HTML(html.hint("Or take one of these:"))
+            self.examples = gr.HTML(html.thumbnails(self.leaves), js_on_load=html.THUMBNAILS_JS, elem_id="examples")
+
+    def _model_row(self, model: str | None) -> None:
+        gr = self.gr
+        gr.HTML(html.heading("Model"))
+        self.source = gr.Textbox(
+            model or "",
+            label="Folder or Hub repository" if self.viewer.folders else "Hub repository",
+            max_lines=1,
+            submit_btn="Load",
+            elem_id="model",
+        )
+        self.model_problem = gr.HTML(elem_id="model-problem")
+        self.about = gr.HTML("" if model is None else html.about_model(self.viewer.checkpoint(model)))
+        self.kind = gr.Radio(_KINDS, value=_KINDS[0], label="Pictures", elem_id="kind")
+        self.compare = gr.Checkbox(False, label="Compare with a second setting, B", elem_id="compare")
+
+    def _panel(self, letter: str, model: str | None) -> dict[str, Any]:
+        gr, parts = self.gr, {}
+        with gr.Column(visible=letter == "A", min_width=300, elem_id=f"panel-{letter}") as parts["panel"]:
+            gr.HTML(html.heading(f"Setting {letter}"))
+            choices = self._choices(model, letter)
+            parts["method"] = gr.Dropdown(
+                label=f"Reduction method, {letter}", filterable=False, elem_id=f"method-{letter}", **choices["method"]
+            )
+            parts["rate"] = gr.Slider(
+                0.01,
+                1,
+                step=0.01,
+                label=f"Keep rate of each stage, {letter}",
+                elem_id=f"rate-{letter}",
+                **choices["rate"],
+            )
+            parts["cache"] = gr.Checkbox(
+                label=f"Cross-layer cache (CLC), {letter}", elem_id=f"cache-{letter}", **choices["cache"]
+            )
+            parts["prediction"] = gr.HTML(elem_id=f"prediction-{letter}")
+            parts["cost"] = gr.HTML(elem_id=f"cost-{letter}")
+            parts["measure"] = gr.Button("Measure latency again", size="sm", elem_id=f"measure-{letter}")
+            parts["stages"] = gr.HTML(elem_id=f"stages-{letter}")
+            parts["trace"] = gr.HTML(elem_id=f"trace-{letter}")
+        return parts
+
+    def _places(self, name: str | None) -> list[dict[str, Any]]:
+        """Labels and first values of the row and the column of the patch."""
+        if name is None:
+            return [{"label": label, "value": 0} for label in ("Row", "Column")]
+        grid = zip(("Row", "Column"), self.viewer.grid(name), strict=True)
+        return [{"label": f"{label}, 0 to {count - 1}", "value": count // 2} for label, count in grid]
+
+    def _choices(self, name: str | None, letter: str) -> dict[str, dict[str, Any]]:
+        """What the controls of a setting offer, and their first values: the model's own in A, half its keep rate in B."""
+        if name is None:
+            return {
+                "method": {"choices": [_DENSE], "value": _DENSE},
+                "rate": {"value": 0.5, "interactive": False},
+                "cache": {"value": False, "interactive": False},
+            }
+        checkpoint = self.viewer.checkpoint(name)
+        own = checkpoint.setting
+        rate, method = own.keep_rate if own.method else 0.5, own.method
+        if letter == "B" and method in checkpoint.fixed_rate:
+            method = None
+        elif letter == "B":
+            rate = max(0.01, round(rate / 2, 2))
+        return {
+            "method": {"choices": [m or _DENSE for m in checkpoint.methods], "value": method or _DENSE},
+            "rate": {
+                "value": rate,
+                "interactive": method is not None and method not in checkpoint.fixed_rate,
+            },
+            "cache": {"value": own.cache, "interactive": checkpoint.cache},
+        }
+
+    # What happens
+
+    def _wire(self) -> None:
+        gr = self.gr
+        controls = [panel[part] for panel in self.panels for part in ("method", "rate", "cache")]
+        inputs = [self.leaf, self.name, self.compare, self.kind, self.row, self.column, *controls]
+        results = [panel[part] for panel in self.panels for part in ("prediction", "cost", "stages", "trace")]
+        costs = [panel["cost"] for panel in self.panels]
+        # One computation at a time: a model uses all cores, and latencies are measured.
+        one = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        show = {"fn": self._show, "inputs": inputs, "outputs": [self.picture, *results], **one}
+        measure = {"fn": self._measure, "inputs": inputs, "outputs": costs, "show_progress": "hidden", **one}
+        latest = {"trigger_mode": "always_last"}  # of a slider on its way only where it stands
+
+        def pick(name: str | None, event: gr.SelectData) -> tuple[int, int]:
+            """The patch under a click, whose place is in pixels of the picture."""
+            (x, y), (rows, columns) = event.index, self.viewer.grid(name)
+            width, height = self.viewer.picture_size(name)
+            return min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)
+
+        def example(event: gr.EventData) -> tuple[Leaf, str]:
+            return self.leaves[int(event.index) % len(self.leaves)][1], ""
+
+        self.blocks.load(**show).then(**measure)
+        found = [self.leaf, self.leaf_problem]
+        self.upload.upload(self._upload, [self.upload, self.leaf], found, **one).then(**show).then(**measure)
+        if self.examples is not None:
+            self.examples.click(example, None, found, **one).then(**show).then(**measure)
+        loaded = [self.name, self.model_problem, self.about, self.row, self.column, *controls]
+        load = self.source.submit(self._load, [self.source, self.name, *inputs[4:]], loaded, **one)
+        load.then(**show).then(**measure)
+        self.picture.select(pick, self.name, [self.row, self.column], **one).then(**show)
+        for part in (self.kind, self.row, self.column):
+            part.input(**show, **latest)
+        for panel in self.panels:
+            method = panel["method"].input(self._method, [self.name, panel["method"]], panel["rate"], **one)
+            method.then(**show).then(**measure)
+            for part in ("rate", "cache"):
+                panel[part].input(**show, **latest).then(**measure)
+            panel["measure"].click(**measure | {"fn": self._measure_now, "show_progress": "minimal"})
+        second = self.compare.input(self._second, self.compare, self.panels[1]["panel"], **one)
+        second.then(**show).then(**measure)
+
+    def _upload(self, path: str | None, leaf: Leaf | None) -> tuple[Leaf | None, str]:
+        try:
+            return open_leaf(path) if path else leaf, ""
+        except ValueError as error:
+            return leaf, html.problem(f"{error} The leaf below is the one from before." if leaf else str(error))
+
+    def _second(self, shown: bool) -> Any:
+        return self.gr.update(visible=shown)
+
+    def _method(self, name: str | None, method: str) -> Any:
+        """Whether the slider of the keep rate means anything; of a method that has one rate it shows that."""
+        if name is None or method == _DENSE:
+            return self.gr.update(interactive=False)
+        checkpoint = self.viewer.checkpoint(name)
+        if method in checkpoint.fixed_rate:
+            return self.gr.update(value=checkpoint.setting.keep_rate, interactive=False)
+        return self.gr.update(interactive=True)
+
+    def _load(self, source: str, name: str | None, *controls: Any) -> list[Any]:
+        """Another model, with its own setting in A; or the sentence that says why not, and all stays."""
+        try:
+            checkpoint = self.viewer.load(source.strip())
+        except (ValueError, OSError) as error:
+            text = one_sentence(error)
+            kept = f" The results below are those of {name}." if name else ""
+            return [name, html.problem(text + kept), *[self.gr.skip()] * (1 + len(controls))]
+        name = source.strip()
+        settings = [self._choices(name, letter) for letter in "AB"]
+        return [
+            name,
+            "",
+            html.about_model(checkpoint),
+            *(self.gr.update(**place) for place in self._places(name)),
+            *(self.gr.update(**setting[part]) for setting in settings for part in ("method", "rate", "cache")),
+        ]
+
+    def _show(
+        self,
+        leaf: Leaf | None,
+        name: str | None,
+        compare: bool,
+        kind: str,
+        row: int | None,
+        column: int | None,
+        *controls: Any,
+    ) -> list[Any]:
+        """Everything that follows from the controls."""
+        if name is None or leaf is None:
+            missing = "Choose a model." if name is None else "Upload a leaf."
+            return [None, html.hint(missing), *[""] * (4 * len(self.panels) - 1)]
+        patch = None if row is None or column is None else (row, column)
+        settings = self._settings(compare, controls)
+        results = []
+        for setting in settings:
+            results += self._panel_results(name, leaf, setting, settings, kind, patch)
+        results += [self.gr.skip()] * (4 * (len(self.panels) - len(settings)))
+        return [self.viewer.leaf_with_grid(name, leaf, patch), *results]
+
+    def _panel_results(
+        self,
+        name: str,
+        leaf: Leaf,
+        setting: Setting,
+        settings: Sequence[Setting],
+        kind: str,
+        patch: tuple[int, int] | None,
+    ) -> list[str]:
+        """Prediction, cost, stages and trace of one setting."""
+        try:
+            look = self.viewer.look(name, leaf, setting)
+            cost = html.cost_table(self.viewer.cost(name, setting, settings), look)
+            parts = [html.prediction(look), cost]
+        except ValueError as error:
+            return [html.problem(one_sentence(error)), "", "", ""]
+        if setting.method is None and kind in NEED_STAGES:
+            return [*parts, html.hint("No reduction: every patch stays a token, so there are no stages to draw."), ""]
+        try:
+            stages = html.figures(kind, self.viewer.stages(name, leaf, setting, kind), _ABOUT[kind])
+        except ValueError as error:  # no CLS, or a method that reports no assignments
+            stages = html.problem(one_sentence(error))
+        if setting.method is None:
+            return [*parts, stages, ""]
+        if patch is None:
+            return [*parts, stages, html.problem("Row and column of the patch must be numbers.")]
+        try:
+            trace = self.viewer.trace(name, leaf, setting, patch)
+        except ValueError as error:
+            return [*parts, stages, html.problem(one_sentence(error))]
+        title = f"Token of the patch in row {patch[0]}, column {patch[1]}"
+        return [*parts, stages, html.figures(title, trace, _ABOUT_TRACE)]
+
+    def _settings(self, compare: bool, controls: Sequence[Any]) -> list[Setting]:
+        settings = []
+        for start in range(0, 3 * (1 + compare), 3):
+            method, rate, cache = controls[start : start + 3]
+            settings.append(Setting(None, 1.0, cache) if method == _DENSE else Setting(method, rate, cache))
+        return settings
+
+    def _measure(
+        self, leaf: Leaf | None, name: str | None, compare: bool, *rest: Any, asked: bool = False
+    ) -> list[Any]:
+        """The tables of costs with latencies, measured unless that would take long, or again if asked to."""
+        unchanged = [self.gr.skip() for _ in self.panels]
+        if name is None or leaf is None:
+            return unchanged
+        settings = self._settings(compare, rest[3:])
+        try:
+            looks = [self.viewer.look(name, leaf, setting) for setting in settings]
+            quick = sum(look.seconds for look in looks) < _QUICK
+            if asked or (quick and not self.viewer.cost(name, settings[0], settings).time):
+                self.viewer.measure(name, leaf, settings)
+            costs = [self.viewer.cost(name, setting, settings) for setting in settings]
+        except ValueError:  # `_show` has said it
+            return unchanged
+        tables = [
+            html.cost_table(cost, look, "" if cost.time else _SLOW) for cost, look in zip(costs, looks, strict=True)
+        ]
+        return tables + unchanged[len(tables) :]
+
+    def _measure_now(self, *inputs: Any) -> list[Any]:
+        return self._measure(*inputs, asked=True)
+
+
+def _theme(gr: Any) -> Any:
+    """Gradio's colours, darker where they are too pale to read; fonts of the visitor's own machine."""
+    theme = gr.themes.Default(primary_hue="green", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        block_info_text_color="*neutral_600",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_border_color="*primary_700",
+        checkbox_background_color_selected="*primary_700",
+        checkbox_border_color="*neutral_500",
+        slider_color="*primary_700",
+    )
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens to."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def serve_page(page: "gradio.Blocks", host: str | None = None, port: int | None = None, share: bool = False) -> str:
+    """Begin to serve a page, beside what else the program does; `page.close()` ends it.
+
+    Args:
+        page: from `make_page`.
+        host: address to listen at; None for what Gradio takes from its environment, as a Space sets it.
+        port: 0 for any free one; None likewise.
+        share: also through a tunnel of Gradio's makers, open to everybody who has the link.
+
+    Returns:
+        The address.
+
+    Raises:
+        ValueError: the port is taken, or the host is none of this machine's.
+    """
+    gr = import_gradio()
+    try:
+        _, local, public = page.queue(max_size=64, api_open=False).launch(
+            server_name=host,
+            server_port=free_port(host or "127.0.0.1") if port == 0 else port,
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            max_file_size="50mb",
+            state_session_capacity=200,
+            theme=_theme(gr),
+            css=html.CSS,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"the page cannot be served at {host}:{port}: choose another `--host` or `--port`."
+        ) from error
+    return public or local
+
+
+def launch_page(
+    page: "gradio.Blocks",
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    ready: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve a page until Ctrl-C; `ready` is called with its address once it answers. Else as `serve_page`."""
+    address = serve_page(page, host, port, share)
+    try:
+        ready(address)
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close(verbose=False)

@@ -1,0 +1,13 @@
+"""From any weights to a `CLCAViTForImageClassification`, and back: load CLCA checkpoints, ViTs of transformers and timm, and files of the
+original code; resample position embeddings; convert folders; write model cards."""
+
+from .. import _moved
+from .from_original import load_original, load_original_file
+from .from_timm import load_timm
+from .from_transformers import load_transformers
+from .loading import load_model, load_pretrained
+
+
+__all__ = ["load_model", "load_original", "load_original_file", "load_pretrained", "load_timm", "load_transformers"]
+
+__getattr__ = _moved.names_of(__name__)

@@ -1,0 +1,265 @@
+"""Convert checkpoint files of the original code, one or a folder of them, into model folders."""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCard, ModelCardData
+from tqdm import tqdm
+
+from clca import CLCAViTForImageClassification
+
+from ..transforms.preprocessing import make_image_processor
+from ..utils.files import new_folder, write_text_atomically
+from ..utils.text import one_sentence
+from .convert import MARKER, is_made_of
+from .from_original import OriginalFile, build, read_original_file
+from .model_card import describe_model
+
+
+REPORT = "conversion_report.json"
+
+
+SUFFIXES = (".pth", ".pt")
+
+
+class Outcome(NamedTuple):
+    """What became of the files of a folder, by their paths relative to it."""
+
+    converted: list[str]
+    skipped: list[str]  # complete already
+    failed: dict[str, str]  # file -> why
+
+    def summary(self) -> str:
+        """Counts, and a line for each of the first failures."""
+        counts = f"converted {len(self.converted)}, skipped {len(self.skipped)}, failed {len(self.failed)}"
+        shown = [f"  {name}: {reason}" for name, reason in list(self.failed.items())[:20]]
+        more = [f"  and {len(self.failed) - 20} more"] if len(self.failed) > 20 else []
+        return "\n".join([counts, *shown, *more])
+
+
+def convert_file(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    overwrite: bool = False,
+) -> bool:
+    """Turn a checkpoint file into a model folder: configuration, weights, code, image processor and model card.
+
+    The folder appears complete or not at all.
+
+    Args:
+        path: the file.
+        output: folder to make; it may exist if it is empty.
+        class_names: names of the classes, by index.
+        image_size: side of the images in pixels, where it is not the checkpoint's.
+        num_attention_heads: where the file does not tell it.
+        overwrite: replace a folder that another conversion made.
+
+    Returns:
+        Whether the folder was written; False if it is already there, made of the same file in the same way.
+
+    Raises:
+        ValueError: as `load_original_file`; another number of class names than classes; or `output` is something else.
+        OSError: the folder cannot be written.
+    """
+    path, output = Path(path), Path(output).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    options = {"image_size": image_size, "num_attention_heads": num_attention_heads, "class_names": None}
+    if class_names is not None:
+        options["class_names"] = hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest()
+    made_of = {"source": path.name, "bytes": path.stat().st_size, "ends": _fingerprint(path), **options}
+    if is_made_of(output, made_of, overwrite):
+        return False
+
+    file = read_original_file(path)
+    overrides = {"image_size": image_size, "num_attention_heads": num_attention_heads}
+    model = build(file, {name: value for name, value in overrides.items() if value is not None})
+    if class_names is not None:
+        if len(class_names) != model.config.num_labels:
+            raise ValueError(
+                f"`class_names` holds {len(class_names)} names, and `{path}` has {model.config.num_labels} classes."
+            )
+        model.config.id2label = dict(enumerate(class_names))
+        model.config.label2id = {name: index for index, name in enumerate(class_names)}
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        _image_processor(file, model.config.image_size).save_pretrained(folder)
+        write_text_atomically(folder / "README.md", _card(file, model, output.name))
+        write_text_atomically(folder / MARKER, json.dumps(made_of, indent=2) + "\n")
+    return True
+
+
+logger = logging.getLogger(__name__)
+
+
+def convert_folder(
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    class_names: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    **options: Any,
+) -> Outcome:
+    """Convert all checkpoint files below a folder, one after the other, each into `output` / its path without suffix.
+
+    What is already there is skipped, so the same call goes on where another was interrupted. A file that cannot be converted
+    is logged and left out. `conversion_report.json` in `output` says what became of each.
+
+    Args:
+        folder: it is searched with all its folders for .pth and .pt files.
+        output: folder for the results.
+        class_names: names of the classes, by index; or a mapping to such from the names of data sets.
+        options: further arguments of `convert_file`.
+
+    Raises:
+        ValueError: there is no checkpoint file below `folder`.
+    """
+    folder, output = Path(folder), Path(output)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"there is no {' or '.join(SUFFIXES)} file below {folder}.")
+    outcome = Outcome([], [], {})
+    try:
+        for path in tqdm(files, desc="converting", unit="file", disable=None):
+            name = path.relative_to(folder)
+            try:
+                names = _names_for(path, class_names) if isinstance(class_names, Mapping) else class_names
+                written = convert_file(path, output / name.with_suffix(""), class_names=names, **options)
+            except Exception as error:  # whatever is wrong with one file, the others are converted
+                outcome.failed[str(name)] = one_sentence(error) or type(error).__name__
+                logger.warning("%s is left out: %s", name, outcome.failed[str(name)])
+            else:
+                (outcome.converted if written else outcome.skipped).append(str(name))
+    finally:
+        write_text_atomically(output / REPORT, json.dumps(outcome._asdict(), indent=2) + "\n")
+    return outcome
+
+
+def read_class_names(path: str | os.PathLike) -> list[str] | dict[str, list[str]]:
+    """Names of classes by index: from a file of one name a line, or of a CSV table with `class_id` and `class_name`.
+
+    A folder of such files gives a dictionary from the names of the files, which are those of data sets, to their classes.
+
+    Raises:
+        ValueError: no such file, or ids that are not all numbers from 0, or from 1.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = {file.stem: _class_names(file) for file in sorted(path.iterdir()) if file.suffix in (".csv", ".txt")}
+        if not names:
+            raise ValueError(f"`class_names`: there is no .csv or .txt file in {path}.")
+        return names
+    if not path.is_file():
+        raise ValueError(f"`class_names`: there is no file {path}.")
+    return _class_names(path)
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`class_names`: {path} is not a text file.") from error
+    if not lines or "class_name" not in next(csv.reader(lines[:1])):
+        return [line.strip() for line in lines]
+    try:
+        rows = {int(row["class_id"]): row["class_name"].strip() for row in csv.DictReader(lines)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"`class_names`: each row of {path} must have a `class_id` and a `class_name`.") from error
+    if len(rows) != len(lines) - 1 or sorted(rows) not in (list(range(len(rows))), list(range(1, len(rows) + 1))):
+        raise ValueError(
+            f"`class_names`: the {len(lines) - 1} ids in {path} must be different, from 0 or 1, without gaps."
+        )
+    return [rows[index] for index in sorted(rows)]
+
+
+def _names_for(path: Path, class_names: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
+    """The classes of the data set that the file's name begins with; None if there are none for it."""
+    return class_names.get(path.name.partition("_")[0])
+
+
+def _fingerprint(path: Path, most: int = 1 << 16) -> str:
+    """Hash of both ends of a file. At its end a checkpoint, which is a zip archive, holds a checksum of every tensor."""
+    with path.open("rb") as file:
+        head = file.read(most)
+        file.seek(max(path.stat().st_size - most, 0))
+        return hashlib.sha256(head + file.read(most)).hexdigest()
+
+
+def _image_processor(file: OriginalFile, image_size: int) -> Any:
+    """The pictures of the original's evaluation: squashed to a square, its centre cropped."""
+    # mean and deviation of 0.5, or ImageNet's
+    statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
+    if statistics and file.options.get("dataset_name", "").startswith("cifar"):
+        logger.warning("%s was trained with statistics of its own data: mean and deviation 0.5 are a guess", file.path)
+    own_size = file.options.get("input_size") == image_size
+    resize_size = file.options.get("resize_size") if own_size else None
+    return make_image_processor(image_size, resize_size, image_mean=statistics, image_std=statistics)
+
+
+def _card(file: OriginalFile, model: CLCAViTForImageClassification, title: str) -> str:
+    """README.md of a converted model."""
+    config, options = model.config, file.options
+    tags = ["clca", "token-reduction", "fine-grained", "vision"] + ([config.reduction] if config.reduction else [])
+    data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags, model_name=title)
+    kept = f"keep rate {_listed(config.keep_rate)}"
+    if config.keep_tokens is not None:
+        kept = f"{_listed(config.keep_tokens)} tokens kept"
+    rows = {
+        "file": f"`{file.path.name}`",
+        "model, as the original calls it": f"`{file.model_name}`",
+        "method": "none" if config.reduction is None else f"`{config.reduction}`, {kept}",
+        "data set": options.get("dataset_name"),
+        "classes": config.num_labels,
+        "epochs of the training, as set": options.get("epochs"),
+        "seed": options.get("seed"),
+    }
+    rows |= {f"{name}, as reported by the file": f"{value:g}" for name, value in file.reported.items()}
+    body = _BODY.format(
+        title=title,
+        model=describe_model(config),
+        table="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
+        parameters=f"{model.num_parameters():,}",
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(map(str, values))
+
+
+_BODY = """# {title}
+
+{model} {parameters} parameters.
+
+The weights were not trained with this code: they are those of a checkpoint file of the original implementation of CLCA,
+cross-layer cache aggregation for token reduction in ultra-fine-grained image recognition
+([paper](https://huggingface.co/papers/2501.00243)), converted by `ufgir convert`. Their licence is that of the file.
+
+| | |
+| --- | --- |
+{table}
+
+What is marked as reported by the file was copied from it, not measured again.
+
+## How to load
+
+The code of the model comes with it, hence `trust_remote_code=True`. FOLDER is this folder, or its repository on the Hub.
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+model = AutoModelForImageClassification.from_pretrained("FOLDER", trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained("FOLDER")
+
+classify = pipeline("image-classification", model="FOLDER", trust_remote_code=True)
+# classify("picture.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
+```
+"""

@@ -1,0 +1,509 @@
+"""Checkpoint files of the original CLCA code, loaded, and converted to folders that transformers loads.
+
+A file is what `torch.save` made of a dictionary: the weights in `model`, and the options of the run in `args` (an
+`argparse.Namespace`) or `config` (a dict). What a model is follows from the shapes and names of its weights first, and from
+the options where they do not tell; a bare dictionary of weights needs the original's file name,
+`<dataset>_<model>[_<keep rate>][_cla|_ifa][_clc][_<CLR>][_fz]_<serial>.pth`.
+"""
+
+import argparse
+import logging
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import HEADS_BEFORE_NORM, PROBING_HEADS
+from clca.reductions_clca import get_reduction
+
+from ..utils.text import shortened
+from .original_keys import _PROBING_METHODS, convert_original_state, original_config
+from .resample import resample_weights
+from .state_dicts import common_dtype, fill_model
+from .timm_architectures import Architecture, find_architecture
+
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("topk", "evit", "dyvit", "ats", "dpcknn", "tome", "sit", "patchmerger", "heuristic", "kmedoids", "sinkhorn")
+METHODS_NOT_HERE = ("maws", "dmaws", "edar", "nfedar", "glsf")
+LEARNT_SLOTS = {"sit": "weight.3.bias", "patchmerger": "queries", "sinkhorn": "v"}  # tensor with a row for each slot
+
+_FILE_NAME = re.compile(
+    r"(?P<dataset_name>[^_]+)_(?P<model>(?:[a-z0-9]+_|h2t|vqt)?(?:vit|deit3?|flexivit)_.+?)(?:_(?P<keep_rate>[01]\.\d+))?"
+    r"(?:_(?P<head>cla|ifa))?(?P<clc>_clc)?(?:_(?P<num_clr>\d{1,2}))?(?:_fz)?_(?P<serial>\d+)"
+)
+# Names of weights that only one method has.
+_PARTS = (
+    (r"score_predictor\.", "dyvit"),
+    (r"cluster_layers\.\d+\.score\.", "dpcknn"),
+    (r"cluster_layers\.\d+\.(scale|weight)", "sit"),
+    (r"cluster_layers\.\d+\.(queries|norm)", "patchmerger"),
+    (r"cluster_layers\.\d+\.v", "sinkhorn"),
+    (r"query_prompt_embeddings", "vqt"),
+)
+_DEFAULT_LAYERS = {3: [3, 6, 9], 6: [2, 3, 5, 6, 8, 9]}  # of 12; six where ToMe keeps 25 %, since it can halve at most
+_INTEGERS = ("num_clr", "ifa_dws_conv_groups", "num_query_tokens", "k_neighbors", "cluster_iters", "input_size")
+_INTEGERS += ("num_classes", "num_heads", "resize_size")
+_REPORTED = ("accuracy", "max_accuracy", "epoch")
+
+
+class OriginalFile(NamedTuple):
+    """What a file holds."""
+
+    path: Path
+    state: dict[str, torch.Tensor]  # under the original's names
+    options: dict[str, Any]  # those of the run, under the original's names; unset ones left out
+    model_name: str  # `<method>_<architecture>[.<pretraining>]`
+    method: str  # "vit" for no reduction
+    architecture: Architecture
+    reported: dict[str, float]  # accuracy and epoch, as the file has them
+
+
+def load_original_file(path: str | os.PathLike, **overrides: Any) -> CLCAViTForImageClassification:
+    """A model with the weights of a checkpoint file of the original code, in evaluation mode.
+
+    The file is read without executing what a pickle may hold: beside tensors and plain values, only `argparse.Namespace` is
+    built.
+
+    Args:
+        path: the file.
+        overrides: fields of `CLCAViTConfig` in place of those that the file tells, and for what it does not tell: the
+            `num_attention_heads` of a width that timm has no model of. With another `image_size` or `patch_size` the
+            weights are resampled.
+
+    Raises:
+        ValueError: the file is no such checkpoint, asks for other classes or functions, is of a model or method that does
+            not exist here, or contradicts itself or the overrides.
+        FileNotFoundError: there is no such file.
+    """
+    return build(read_original_file(path), overrides)
+
+
+def read_original_file(path: str | os.PathLike) -> OriginalFile:
+    """The contents of a checkpoint file, unpickled safely; see `load_original_file` for the errors."""
+    path = Path(path)
+    payload = _unpickle(path)
+    if not isinstance(payload, Mapping):
+        raise ValueError(f"`{path}` holds {type(payload).__name__}, not a dictionary with `model`.")
+    from_name = _options_of_file_name(path)
+    if "model" in payload:
+        state = payload["model"]
+        options = {k: v for source in ("config", "args") for k, v in _options(payload, source, path).items()}
+        if not any(source in payload for source in ("config", "args")):
+            options = from_name
+        options.setdefault("model", options.get("model_name", from_name.get("model")))
+    else:
+        state, options, payload = payload, from_name, {}
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(
+            f"`{path}` has no weights: neither `model` in it nor the file itself is a dictionary of tensors."
+        )
+    if not isinstance(options.get("model"), str):
+        raise ValueError(
+            f"`{path}` does not tell which model it is: `args` and `config` have no `model`, and the file is not called "
+            "<dataset>_<model>_..._<serial>."
+        )
+    method, architecture = split_model_name(options["model"])
+    return OriginalFile(
+        path=path,
+        state={_without_wrapper(key): tensor for key, tensor in state.items()},
+        options=_checked({k: v for k, v in options.items() if v is not None}),
+        model_name=options["model"],
+        method=method,
+        architecture=architecture,
+        reported={k: float(payload[k]) for k in _REPORTED if _is_number(payload.get(k))},
+    )
+
+
+def _unpickle(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    is_archive = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if file.read(2) == b"PK" and not is_archive:
+            raise ValueError(f"`{path}` is not complete: it begins like a checkpoint, and its end is missing.")
+    with _only_safe_globals(argparse.Namespace):
+        try:
+            # mapped into memory, an optimizer's state is never read
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        except Exception as error:  # garbage fails in many ways
+            if foreign := _foreign_globals(path, error):
+                raise ValueError(
+                    f"`{path}` asks for {', '.join(foreign)}, which is not executed: only tensors, plain values and "
+                    "argparse.Namespace are read, since anything else in a pickle can run code."
+                ) from error
+            raise ValueError(
+                f"`{path}` is not a checkpoint that torch can read, or only a part of one "
+                f"({type(error).__name__}: {_first_line(error)})."
+            ) from error
+
+
+@contextmanager
+def _only_safe_globals(*allowed: type) -> Iterator[None]:
+    """Let torch build `allowed` and none of what other packages have allowed in this process."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+
+
+def _foreign_globals(path: Path, error: Exception) -> list[str]:
+    """Classes and functions that a file asks for beside what is allowed, without importing them."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # only for the newer of torch's two formats
+        return sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no more is known"]
+    return shortened(lines[0]).rstrip(":").removesuffix(".")
+
+
+def _options(payload: Mapping[str, Any], source: str, path: Path) -> dict[str, Any]:
+    value = payload.get(source, {})
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{source}` in `{path}` must be a Namespace or a dictionary, got {type(value).__name__}.")
+    return dict(value)
+
+
+def _options_of_file_name(path: Path) -> dict[str, Any]:
+    """What the file's name says, under the names of the options; nothing if it follows another scheme."""
+    match = _FILE_NAME.fullmatch(path.stem)
+    if match is None:
+        return {}
+    options = {"dataset_name": match["dataset_name"], "model": match["model"], "clc": bool(match["clc"])}
+    options |= {"ifa_head": bool(match["head"]), "num_clr": int(match["num_clr"] or 0)}
+    if match["keep_rate"]:
+        options["keep_rate"] = [float(match["keep_rate"])]
+    return options
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with `keep_rate` and `reduction_loc` as lists; ValueError for a value of the wrong kind."""
+    for name, kind, kind_name in (("keep_rate", Real, "numbers"), ("reduction_loc", int, "integers")):
+        if name in options:
+            value = options[name]
+            options[name] = list(value) if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(v, kind) and not isinstance(v, bool) for v in options[name]):
+                raise ValueError(f"`{name}` of the checkpoint must be {kind_name}, got {value!r}.")
+    for name in _INTEGERS:
+        if name in options and (not isinstance(options[name], int) or isinstance(options[name], bool)):
+            raise ValueError(f"`{name}` of the checkpoint must be an integer, got {options[name]!r}.")
+    return options
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _without_wrapper(key: str) -> str:
+    """A weight's name without what DistributedDataParallel puts before it."""
+    return str(key).removeprefix("module.")
+
+
+def split_model_name(name: str) -> tuple[str, Architecture]:
+    """`evit_deit3_base_patch16_224.fb_in1k` -> "evit" and the architecture behind it; "vit" for no method.
+
+    Raises:
+        ValueError: no architecture or method of this version.
+    """
+    match = re.fullmatch(rf"(?:({'|'.join((*METHODS, *METHODS_NOT_HERE))})_|({'|'.join(PROBING_HEADS)})_?)?(.+)", name)
+    if match is None:
+        raise ValueError("`model` of the checkpoint is empty.")
+    method = match[1] or match[2] or "vit"
+    if method in METHODS_NOT_HERE:
+        raise ValueError(
+            f"`model` is {name}: the reduction method {method} is not one of the paper's, nor is it here."
+        )
+    try:
+        return method, find_architecture(match[3])
+    except ValueError as error:
+        network = match[3].partition(".")[0]  # a pretraining that is not known may be one of a network that is
+        try:
+            return method, find_architecture(network)
+        except ValueError:
+            raise ValueError(f"`model` is {name}: {error}") from error
+
+
+def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLCAViTForImageClassification:
+    """The model of a file; see `load_original_file` for the overrides and errors."""
+    overrides = dict(overrides or {})
+    known = {f.name for f in fields(CLCAViTConfig)} | {"num_labels"}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"CLCAViTConfig has no argument {', '.join(f'`{name}`' for name in unknown)}.")
+    try:
+        source = _config_of_weights(file, overrides)
+    except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"the weights of `{file.path}` are not those of a ViT: {type(error).__name__}: {_first_line(error)}."
+        ) from error
+    config = CLCAViTConfig.from_dict(source.to_dict() | _changes(source, overrides))
+    weights = resample_weights(convert_original_state(file.state, config), source, config)
+    model = CLCAViTForImageClassification(config).eval()
+    # The original drops the final norm where the head reads CLS before it; ours stays, unused.
+    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    fill_model(model.to(common_dtype(weights)), weights, optional, source=f"weights of `{file.path}`")
+    return model
+
+
+def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCAViTConfig:
+    """The configuration that a file's weights were trained in, heads and what else it cannot tell taken from overrides."""
+    options, dims = dict(file.options), _dims(file, overrides)
+    _read_head(file, options, dims)
+    _read_stages(file, options, dims, overrides)
+    num_labels = _num_labels(file.state)
+    _agree(file, "num_classes", options.get("num_classes"), num_labels, "the weights of the head")
+    spec = {"method": file.method, "options": options, "dims": dims, "num_labels": num_labels}
+    exact = {"intermediate_size": file.state["blocks.0.mlp.fc1.weight"].shape[0]}
+    if "quickgelu" in file.architecture.name:
+        exact["hidden_act"] = "quick_gelu"
+    slots = _slots(file)
+    if slots and not file.options.get("keep_rate"):
+        exact |= {"keep_rate": [1.0], "keep_tokens": slots}
+    config = CLCAViTConfig.from_dict(original_config(spec).to_dict() | exact)
+    expected = [get_reduction(file.method).num_slots(config, stage) for stage in range(len(slots))]
+    if expected != slots:
+        raise ValueError(
+            f"`keep_rate` of `{file.path}` is {options['keep_rate']}, which makes {expected} tokens, and the weights make "
+            f"{slots}."
+        )
+    return config
+
+
+def _changes(source: CLCAViTConfig, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides, with what has to change with them. ValueError for those that contradict the weights."""
+    fixed = ("num_labels", "hidden_size", "num_hidden_layers", "intermediate_size", "num_channels", "num_clr_tokens")
+    for name in (*fixed, "num_register_tokens", "head"):
+        if name in overrides and overrides[name] != getattr(source, name):
+            raise ValueError(
+                f"`{name}`={overrides[name]!r} contradicts the weights, which have {getattr(source, name)}."
+            )
+    changes = {name: value for name, value in overrides.items() if name != "num_labels"}
+    if "keep_tokens" in changes:
+        changes = {"keep_rate": [1.0]} | changes
+    elif "keep_rate" in changes:
+        changes = {"keep_tokens": None} | changes
+    elif source.reduction in LEARNT_SLOTS and {"image_size", "patch_size"} & changes.keys():
+        method = get_reduction(source.reduction)  # slots are weights: there are as many for any number of patches
+        slots = [method.num_slots(source, stage) for stage in range(len(source.reduction_layers))]
+        changes |= {"keep_rate": [1.0], "keep_tokens": slots}
+    if changes.get("reduction", source.reduction) != source.reduction:
+        changes = {"reduction_kwargs": None} | changes
+    return changes
+
+
+def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments of the original's ViT."""
+    state = file.state
+    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight"):
+        if key not in state:
+            raise ValueError(f"`{file.path}` does not hold the weights of a ViT: `{key}` is missing.")
+    width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    hidden, inner = (state[f"blocks.0.mlp.{key}"].shape for key in ("fc1.weight", "fc2.weight"))
+    if hidden[0] != inner[1]:
+        raise ValueError(f"`{file.path}` has gated MLPs, which are not read from this kind of file.")
+    has_cls = "cls_token" in state
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    grid, no_embed_class = _grid(file, has_cls + registers)
+    _agree(file, "input_size", file.options.get("input_size"), grid * patch_size, "the position embeddings")
+    depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
+    has_scale = "blocks.0.ls1.gamma" in state  # where it starts matters to new models only
+    pool = "map" if "attn_pool.latent" in state else "token" if has_cls and "fc_norm.weight" not in state else "avg"
+    return {
+        "img_size": grid * patch_size,
+        "patch_size": patch_size,
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": _num_heads(file, width, overrides),
+        "mlp_ratio": hidden[0] / width,
+        "layer_norm_eps": file.architecture.fields["layer_norm_eps"],
+        "class_token": has_cls,
+        "global_pool": pool,
+        "fc_norm": "norm.weight" not in state,  # of a mean: else the norm comes before it
+        "reg_tokens": registers,
+        "no_embed_class": no_embed_class,
+        "pre_norm": "norm_pre.weight" in state,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "init_values": file.architecture.fields.get("layerscale_value", 1e-5) if has_scale else None,
+    }
+
+
+def _grid(file: OriginalFile, prefix: int) -> tuple[int, bool]:
+    """Patches along a side of the image, and whether only patches have position embeddings."""
+    rows = file.state["pos_embed"].shape[1]
+    others = prefix + (file.state["clr"].shape[1] if "clr" in file.state else 0)
+    # decides in the rare case that both counts are squares
+    named = not file.architecture.fields.get("prefix_position_embeddings", True)
+    for no_embed_class in (named, not named):
+        patches = rows if no_embed_class else rows - others
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            return math.isqrt(patches), no_embed_class
+    raise ValueError(
+        f"`pos_embed` in `{file.path}` has {rows} rows: without the {others} of CLS, registers and CLR or with them, that "
+        "is no square number of patches."
+    )
+
+
+def _num_heads(file: OriginalFile, width: int, overrides: Mapping[str, Any]) -> int:
+    said = [overrides.get("num_attention_heads"), file.options.get("num_heads")]
+    if (heads := next((n for n in said if n is not None), None)) is not None:
+        return heads
+    fields = file.architecture.fields
+    if width != fields["hidden_size"]:
+        raise ValueError(
+            f"`num_attention_heads` of `{file.path}` cannot be told: {file.architecture.name} has the width "
+            f"{fields['hidden_size']}, and the weights have {width}. Set `num_attention_heads`."
+        )
+    return fields["num_attention_heads"]
+
+
+def _read_head(file: OriginalFile, options: dict[str, Any], dims: Mapping[str, Any]) -> None:
+    """Complete the options by what the weights tell about head and CLR. ValueError if they contradict each other."""
+    state, width = file.state, dims["embed_dim"]
+    clr = state["clr"].shape[1] if "clr" in state else 0
+    _agree(file, "num_clr", options.get("num_clr"), clr, "the weights")
+    has_ifa = "ifa_head.0.4.weight" in state
+    _agree(file, "ifa_head", _as_bool(options.get("ifa_head")), has_ifa, "whether the weights have one")
+    options |= {"num_clr": clr, "ifa_head": has_ifa}
+    if has_ifa:
+        is_cla = state["ifa_head.0.4.weight"].dim() == 3
+        groups = state["ifa_head.0.1.weight"].shape[0] // width if is_cla else 0
+        # a file's name says `_cla` or `_ifa`, its options how many channels
+        _agree(file, "ifa_dws_conv_groups", options.get("ifa_dws_conv_groups"), groups, "the weights of the head")
+        options["ifa_dws_conv_groups"] = groups
+    if "query_prompt_embeddings" in state:
+        queries = state["query_prompt_embeddings"].shape[1]
+        _agree(file, "num_query_tokens", options.get("num_query_tokens"), queries, "the weights")
+        options["num_query_tokens"] = queries
+
+
+def _read_stages(
+    file: OriginalFile, options: dict[str, Any], dims: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Complete the options by method, layers and keep rate. ValueError if weights and options contradict each other."""
+    for pattern, method in _PARTS:
+        if method != file.method and (key := next((k for k in file.state if re.match(pattern, k)), None)):
+            raise ValueError(
+                f"`model` of `{file.path}` is {file.model_name}, and the weights hold `{key}`, a part of {method}."
+            )
+    if file.method == "dpcknn":
+        equal = not any(key.startswith("cluster_layers.") for key in file.state)
+        _agree(file, "equal_weight", _as_bool(options.get("equal_weight")), equal, "whether the weights lack a score")
+        options["equal_weight"] = equal
+    if overrides.get("reduction_layers") is not None:
+        options["reduction_loc"] = list(overrides["reduction_layers"])
+    depth, probes = dims["depth"], file.method in PROBING_HEADS
+    counts = _num_stages(file, dims)
+    if file.method == "vit":
+        options["reduction_loc"] = [layer for layer in _DEFAULT_LAYERS[3] if layer < depth]  # whatever the options say
+    elif "reduction_loc" not in options:
+        count = max(counts.values(), default=3)
+        layers = list(range(depth)) if probes and count == depth else _DEFAULT_LAYERS.get(count)
+        if layers is None or layers[-1] >= depth:
+            raise ValueError(f"`reduction_layers` of `{file.path}` are told nowhere: set `reduction_layers`.")
+        logger.warning("%s does not tell its layers of reduction: %s are assumed", file.path, layers)
+        options["reduction_loc"] = layers
+    layers = options["reduction_loc"] or (list(range(depth)) if probes else [])
+    for key, count in counts.items():
+        # an aggregation head reads the last layer in any case
+        if count != len(set(layers) - ({depth - 1} if key.startswith("ifa_head") else set())):
+            raise ValueError(
+                f"`reduction_loc` of `{file.path}` is {options['reduction_loc']}, and `{key}` is made for {count} such "
+                "layers."
+            )
+    if file.method not in ("vit", *PROBING_HEADS) and not options.get("keep_rate"):
+        if not _slots(file) and not {"keep_rate", "keep_tokens"} & overrides.keys():
+            raise ValueError(f"`keep_rate` of `{file.path}` is told nowhere: set `keep_rate`.")
+        options["keep_rate"] = [1.0]  # replaced by what is known
+
+
+def _num_stages(file: OriginalFile, dims: Mapping[str, Any]) -> dict[str, int]:
+    """How many layers reduce or are probed, by the name of each weight that tells it."""
+    state, width, counts = file.state, dims["embed_dim"], {}
+    if "ifa_head.0.4.weight" in state:
+        key = "ifa_head.0.1.weight" if state["ifa_head.0.4.weight"].dim() == 3 else "ifa_head.0.0.weight"
+        counts[key] = state[key].shape[-1] - 1
+    if "query_prompt_embeddings" in state:
+        counts["query_prompt_embeddings"] = state["query_prompt_embeddings"].shape[0]
+    if file.method == "h2t" and "head.weight" in state:
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        counts["head.weight"] = (state["head.weight"].shape[1] - 2 * width) // (3 * width + hidden)
+    for part in ("score_predictor", "cluster_layers"):
+        if stages := {m[1] for key in state if (m := re.match(rf"{part}\.(\d+)\.", key))}:
+            counts[part] = len(stages)
+    return counts
+
+
+def _slots(file: OriginalFile) -> list[int]:
+    """Tokens that each stage makes, where they are weights."""
+    pattern = rf"cluster_layers\.(\d+)\.{re.escape(LEARNT_SLOTS.get(file.method, '-'))}"
+    slots = {int(m[1]): len(tensor) for key, tensor in file.state.items() if (m := re.fullmatch(pattern, key))}
+    return [slots[stage] for stage in sorted(slots)]
+
+
+def _num_labels(state: Mapping[str, torch.Tensor]) -> int:
+    """Classes of the head that is used: beside an aggregation head, the original keeps a stale one."""
+    key = "ifa_head.0.4.weight" if "ifa_head.0.4.weight" in state else "head.weight"
+    if key not in state:
+        raise ValueError("`model` has no `head.weight`: there is no classifier in it.")
+    return state[key].shape[0]
+
+
+def _as_bool(value: Any) -> bool | None:
+    return None if value is None else bool(value)
+
+
+def _agree(file: OriginalFile, name: str, said: Any, shown: Any, where: str) -> None:
+    if said is not None and said != shown:
+        raise ValueError(f"`{name}` of `{file.path}` is {said}, which contradicts {where}: {shown}.")
+
+
+def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> CLCAViTForImageClassification:
+    """A model with the weights of the original code, in evaluation mode, in the dtype of the weights.
+
+    Args:
+        state_dict: tensors under the original's keys (timm's, and `clr`, `ifa_head.*` and those of the methods).
+        spec: what the model is, see `original_config`. `num_labels` may be left out: the head tells it.
+
+    Raises:
+        ValueError: keys that do not belong, are missing, or have another shape than the configuration says.
+    """
+    if "num_labels" not in spec:
+        spec = {**spec, "num_labels": _labels_of_spec(state_dict, spec)}
+    config = original_config(spec)
+    model = CLCAViTForImageClassification(config).eval()
+    converted = convert_original_state(state_dict, config)
+    # The original drops the final norm where the head reads CLS before it; ours stays, unused.
+    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    fill_model(model.to(common_dtype(converted)), converted, optional, source="tensors of the `state_dict`")
+    return model
+
+
+def _labels_of_spec(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> int:
+    """Classes of the head that is used: the last layer of an aggregation head, else `head`."""
+    aggregates = spec["options"].get("ifa_head") and spec["method"] not in _PROBING_METHODS
+    prefix = "ifa_head." if aggregates else "head."
+    biases = [key for key in state_dict if key.startswith(prefix) and key.endswith("bias")]
+    if not biases:
+        raise ValueError(f"`state_dict` has no {prefix}* to tell the number of classes from: set `num_labels`.")
+    return state_dict[max(biases)].shape[0]

@@ -1,0 +1,275 @@
+"""Models loaded from checkpoints: weights that are lacking, of another shape or cut off are told, not passed over."""
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
+from clca.aggregation_clca import SwitchableBatchNorm
+from clca.budget_clca import Budget
+from clca.configuration_clca import check_config
+from clca.reductions_clca import get_reduction
+
+from ..utils.text import one_sentence
+from .resample import resample_weights
+
+
+EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
+HEAD = ("classifier.",)  # what a look at the tokens does not need
+OF_REDUCTION = ("keep_rate", "keep_tokens", "reduction_kwargs")  # fields that mean nothing without a method
+_NAMED = 3  # weights in a message
+
+
+class Loaded(NamedTuple):
+    """A model, and the names of its weights that the checkpoint lacks: they are random."""
+
+    model: CLCAViTForImageClassification
+    untrained: list[str]
+
+
+def checkpoint_config(checkpoint: str, values: Mapping[str, Any], revision: str | None = None) -> CLCAViTConfig:
+    """The configuration of a checkpoint with `values` in place of its own, checked.
+
+    `CLCAViTConfig` lets counts of tokens give way to rates, and a method's options to another method. Several keep rates that it
+    was trained for give way, too: to counts, to a method that has one rate only, and to none.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        values: fields of the configuration.
+        revision: of the Hub repository.
+
+    Raises:
+        OSError: there is no such checkpoint, or its configuration cannot be read.
+        ValueError: a value is out of range.
+    """
+    values = dict(values)
+    if values.get("keep_tokens") is not None or ("reduction" in values and has_one_rate(values["reduction"])):
+        values = {"train_keep_rates": None} | values
+    config = CLCAViTConfig.from_pretrained(checkpoint, revision=revision, **values)
+    check_config(config)
+    return config
+
+
+def load_model(
+    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, spare: Sequence[str] = (), **kwargs: Any
+) -> Loaded:
+    """A model that is to be used as it is, in evaluation mode, in float32. What a checkpoint may lack is drawn with a fixed seed.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        config: of the model wanted.
+        revision: of the Hub repository.
+        spare: beginnings of the names of weights that may be lacking, because nothing is asked of them.
+        kwargs: more arguments of `from_pretrained`, such as `use_safetensors`.
+
+    Raises:
+        ValueError: weights that are lacking, cannot be read, or have other shapes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, untrained = load_with_report(checkpoint, config, revision, **kwargs)
+    if needed := [name for name in untrained if not name.startswith(tuple(spare))]:
+        of = f" of {config.reduction}" if any(".reduction." in name for name in needed) else ""
+        raise ValueError(
+            f"{checkpoint} is not trained for this network: it has no {some_of(needed)}{of}. They would be random: train it "
+            "first."
+        )
+    return Loaded(model.eval(), untrained)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def load_pretrained(
+    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
+) -> CLCAViTForImageClassification:
+    """The weights of a checkpoint in a model that is to be trained, see `load_with_report`; weights that are lacking start as the
+    model starts them.
+
+    Raises:
+        ValueError: weights that cannot be read, or of other shapes without `ignore_mismatched_sizes`.
+    """
+    return load_with_report(
+        checkpoint,
+        config,
+        revision,
+        advice="perhaps for another number of classes; `ignore_mismatched_sizes` starts those anew",
+        **kwargs,
+    ).model
+
+
+def load_with_report(
+    checkpoint: str,
+    config: CLCAViTConfig,
+    revision: str | None = None,
+    *,
+    ignore_mismatched_sizes: bool = False,
+    advice: str = "load it with the options that it was trained with",
+    **kwargs: Any,
+) -> Loaded:
+    """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
+
+    Where `config.image_size` or `config.patch_size` is not the checkpoint's, position embeddings and patch projection are
+    resampled, see `ufgir.checkpoints.resample`; a token that is new to the checkpoint starts as the model starts it. A CLA head that was
+    trained for several keep rates serves a `config` without `train_keep_rates` with its statistics at the rate of `config`.
+
+    Args:
+        checkpoint: folder or Hub repository.
+        config: of the model wanted.
+        revision: of the Hub repository.
+        ignore_mismatched_sizes: start weights of other shapes anew.
+        advice: what to do about such weights, for the message.
+        kwargs: more arguments of `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ValueError: weights that cannot be read, or of other shapes without `ignore_mismatched_sizes`.
+    """
+    options = {"revision": revision, "dtype": torch.float32, **kwargs}
+    saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
+    sizes = {name: saved.get(name, getattr(config, name)) for name in ("image_size", "patch_size")}
+    as_saved = CLCAViTConfig.from_dict(config.to_dict() | sizes)
+    try:
+        model, info = CLCAViTForImageClassification.from_pretrained(
+            checkpoint, config=as_saved, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+        untrained = set(info["missing_keys"])
+        if rates := None if config.train_keep_rates else saved.get("train_keep_rates"):
+            whole = CLCAViTForImageClassification.from_pretrained(checkpoint, **options).state_dict()
+            settled = at_one_rate(whole, rates, rate_of(config))
+            known = {name: settled[name] for name in untrained if name in settled}
+            model.load_state_dict(known, strict=False)
+            untrained -= known.keys()
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        text = one_sentence(error).removesuffix("For details look at the above report!").strip()
+        raise ValueError(f"the weights of {checkpoint} cannot be read: {text}") from error
+    if odd := sorted(info["mismatched_keys"]):
+        if not ignore_mismatched_sizes:
+            name, there, here = odd[0]
+            raise ValueError(
+                f"weights of {checkpoint} have other shapes than the model's, {advice}: {name} is {tuple(there)} there and "
+                f"{tuple(here)} here" + (f", and {len(odd) - 1} more." if len(odd) > 1 else ".")
+            )
+        untrained |= {name for name, *_ in odd}
+    if (as_saved.image_grid, as_saved.patch_size) != (config.image_grid, config.patch_size):
+        weights = resample_weights(model.state_dict(), as_saved, config)
+        attention = model.config._attn_implementation
+        model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
+        own = model.state_dict()
+        # Slots of a reduction that the checkpoint did not have were made for its size; they start anew at this one.
+        new = {k for k in weights if ".reduction." in k and saved.get("reduction") != config.reduction}
+        new = {k for k in new if weights[k].shape != own[k].shape}
+        if odd := [k for k in own if k not in new and weights[k].shape != own[k].shape]:
+            raise ValueError(
+                f"weights of {checkpoint} have other shapes than the model's: {odd[0]} is {tuple(weights[odd[0]].shape)} there "
+                f"and {tuple(own[odd[0]].shape)} here, because of another `image_size` or `patch_size`."
+            )
+        model.load_state_dict({k: v for k, v in weights.items() if k not in new} | {k: own[k] for k in new})
+    return Loaded(model, sorted(untrained))
+
+
+def has_one_rate(reduction: str | None) -> bool:
+    """Whether a method, or no method, may have no `train_keep_rates`: its trained models have one keep rate."""
+    if reduction is None:
+        return True
+    return get_reduction(reduction).fixed_rate.__func__ is not TokenReduction.fixed_rate.__func__
+
+
+def rate_of(config: CLCAViTConfig) -> float:
+    """The keep rate of all stages that comes closest to what a model keeps in the end: 1 without a reduction."""
+    if config.reduction is None:
+        return 1.0
+    if config.keep_tokens is None:
+        return Budget.of(config).mean_rate
+    return (config.keep_tokens[-1] / config.num_patches) ** (1 / len(config.reduction_layers))
+
+
+def at_one_rate(weights: Mapping[str, torch.Tensor], rates: Sequence[float], rate: float) -> dict[str, torch.Tensor]:
+    """Weights of a model with `train_keep_rates` as those of a model without: its batch norms have the statistics of a rate.
+
+    Args:
+        weights: a state dict.
+        rates: its `train_keep_rates`.
+        rate: in (0, 1]; 1 for a model without a reduction.
+    """
+    settled = {}
+    for name, value in weights.items():
+        place, _, kind = name.rpartition(".")
+        if kind not in ("rate_mean", "rate_var"):
+            settled[name] = value
+            continue
+        norm = SwitchableBatchNorm(value.shape[1], sorted(rates))
+        settled[f"{place}.running_{kind.removeprefix('rate_')}"] = norm.at(rate, value)
+        settled[f"{place}.num_batches_tracked"] = torch.tensor(0)
+    return settled
+
+
+def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
+    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a value that is out of range or means nothing to it.
+    """
+    config = read_config(model, values)
+    check_meaning(values, [config])
+    return config
+
+
+def read_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
+    """As `load_config`, but values may mean nothing: of several configurations they may mean something to others."""
+    if model is None:
+        width = values.get("hidden_size", 768)
+        defaults = {"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, "num_labels": 1000}
+        return CLCAViTConfig(**defaults | values)
+    if not Path(model).is_dir() and Path(model).exists():
+        raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
+    if Path(model).is_dir() and not Path(model, "config.json").is_file():  # transformers would take its defaults
+        raise ValueError(f"there is no checkpoint in the folder {model}: it has no config.json.")
+    try:
+        return checkpoint_config(model, values)
+    except OSError as error:
+        if Path(model).is_dir():
+            raise ValueError(f"the config.json of {model} cannot be read: {one_sentence(error)}") from error
+        raise ValueError(
+            f"there is no checkpoint {model}: neither a folder with config.json nor on the Hub."
+        ) from error
+
+
+# What gives a field its meaning -> whether a configuration has that, and the fields.
+_MEANING: dict[str, tuple[Callable[[CLCAViTConfig], bool], tuple[str, ...]]] = {
+    "a `reduction`": (lambda config: config.reduction is not None, OF_REDUCTION),
+    "a `reduction`, a cross-layer cache or another head than the linear one": (
+        lambda config: config.uses_reduction_layers,
+        ("reduction_layers",),
+    ),
+    "a cross-layer cache": (
+        lambda config: config.cross_layer_cache,
+        ("cache_gap", "cache_pool_cls", "cache_pool_clr", "cache_recover_at_last"),
+    ),
+}
+
+
+def check_meaning(values: Mapping[str, Any], configs: Sequence[CLCAViTConfig]) -> None:
+    """Refuse what was typed in vain.
+
+    Args:
+        values: fields of a configuration; None is as if it were not there.
+        configs: that came of them.
+
+    Raises:
+        ValueError: a field that means nothing to any of them, such as a keep rate where nothing is reduced.
+    """
+    for needed, (has, names) in _MEANING.items():
+        for name in names:
+            value = values.get(name)
+            if value is not None and not any(map(has, configs)):
+                told = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                raise ValueError(
+                    f"`{name}` {told} means nothing to a model without {needed}: leave it out, or choose one."
+                )

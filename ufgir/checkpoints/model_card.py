@@ -1,0 +1,221 @@
+"""The README.md beside a saved model: metadata for the Hub, and what a reader needs to judge and load the model."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..utils.files import write_text_atomically
+from ..utils.metric_names import METRIC_NAMES, measured
+
+
+SHOWN_CLASSES = 20
+
+
+def on_the_hub(name: str | None) -> str | None:
+    """`name` if it can be a repository on the Hub, else None: a local path has no business in the metadata."""
+    try:
+        if not name or Path(name).exists():
+            return None
+        validate_repo_id(name)
+    except (HFValidationError, OSError):
+        return None
+    return name
+
+
+def describe_model(config: Any) -> str:
+    """A paragraph on what the network is, from its configuration."""
+    size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
+    text = [f"A Vision Transformer ({size}; {config.image_size} px images in patches of {config.patch_size} px)"]
+    stages = ", ".join(map(str, config.reduction_layers))
+    if config.reduction is None:
+        text.append(" without token reduction.")
+    else:
+        kept = f"rate {config.keep_rate}" if config.keep_tokens is None else f"{config.keep_tokens} tokens"
+        text.append(
+            f" whose tokens the method `{config.reduction}` reduces in layers {stages} (0-based; keeps {kept})."
+        )
+    if config.cross_layer_cache:
+        parts = ["the mean of the tokens (GAP)"] if config.cache_gap else []
+        if config.num_clr_tokens:
+            parts.append(f"{config.num_clr_tokens} cross-layer register(s) (CLR)")
+        text.append(f" A cross-layer cache (CLC) keeps {' and '.join(parts)} of every layer for the layers after.")
+    if config.head != "linear":
+        text.append(f" The head is `{config.head}`.")
+    return "".join(text)
+
+
+def write_model_card(
+    output_dir: str | os.PathLike,
+    *,
+    config: Any,
+    dataset_name: str,
+    class_names: Sequence[str],
+    split_sizes: Mapping[str, int],
+    metrics: Mapping[str, Mapping[str, float]],
+    settings: Mapping[str, Any],
+    macs: int | None,
+    dense_macs: int,
+    num_parameters: int,
+    model_id: str | None = None,
+    base_model: str | None = None,
+    dataset_id: str | None = None,
+    dataset_config: str | None = None,
+    dataset_revision: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write README.md into `output_dir`, atomically, and return its path.
+
+    Args:
+        output_dir: folder of the saved model.
+        config: the model's `CLCAViTConfig`.
+        dataset_name: name of the data, for people.
+        class_names: names of the classes, by index.
+        split_sizes: split name -> number of images.
+        metrics: split name -> metrics of `METRIC_NAMES`, fractions in [0, 1]; other entries and numbers that are not finite are
+            left out.
+        settings: every setting that is not left at the script's default, written down as a recipe.
+        macs: multiply-adds of one image, None where they differ by image.
+        dense_macs: the same for this backbone without reduction, cache and aggregation head.
+        num_parameters: parameters of the model.
+        model_id: repository on the Hub; the card shows the folder's path where there is none.
+        base_model: checkpoint that training started from: a Hub repository or a folder.
+        dataset_id: the data's repository on the Hub, where it has one.
+        dataset_config: its configuration, where it has several.
+        dataset_revision: its branch, tag or commit.
+        revision: branch, tag or commit of `model_id` that holds this model, if it is not main.
+        license: of the weights, as the Hub abbreviates it. By default MIT, as this code, for a model trained from scratch; one
+            that started from another's weights inherits their terms, so that it is called `unknown`.
+    """
+    output_dir = Path(output_dir)
+    name = model_id or str(output_dir)
+    title = name.rstrip("/").split("/")[-1]
+    base_id, dataset_id = on_the_hub(base_model), on_the_hub(dataset_id)
+    metrics = {
+        split: {key: float(values[key]) for key in METRIC_NAMES if key in values and math.isfinite(values[key])}
+        for split, values in metrics.items()
+    }
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=dataset_id or dataset_name,
+            dataset_name=dataset_name,
+            dataset_config=dataset_config,
+            dataset_split=split,
+            dataset_revision=dataset_revision,
+            metric_type=METRIC_NAMES[key][0],
+            metric_name=METRIC_NAMES[key][1],
+            metric_value=round(value, 6),
+        )
+        for split, values in metrics.items()
+        for key, value in values.items()
+    ]
+    tags = ["clca", "token-reduction", "fine-grained", "vision"]
+    data = ModelCardData(
+        license=license or ("mit" if base_model is None else "unknown"),
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=tags + ([config.reduction] if config.reduction else []),
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=list(dict.fromkeys(METRIC_NAMES[key][0] for values in metrics.values() for key in values)) or None,
+        base_model=base_id,
+        model_name=title,
+        eval_results=results or None,
+        **({"base_model_relation": "finetune"} if base_id else {}),
+    )
+    body = _BODY.format(
+        title=title,
+        model=describe_model(config),
+        base=f" Training started from `{base_model}`." if base_model else "",
+        parameters=f"{num_parameters:,}",
+        macs="differs by image" if macs is None else f"{macs / 1e9:.3f}",
+        dense_macs=dense_macs / 1e9,
+        share=_SHARE_UNKNOWN
+        if macs is None
+        else f"Multiply-adds, {100 * macs / dense_macs:.1f} % of the dense backbone's.",
+        dataset=f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})" if dataset_id else f"`{dataset_name}`",
+        splits=", ".join(f"{split} {size:,}" for split, size in split_sizes.items()),
+        num_classes=len(class_names),
+        classes=", ".join(class_names[:SHOWN_CLASSES]) + (", ..." if len(class_names) > SHOWN_CLASSES else ""),
+        recipe=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).strip(),
+        metrics=_metrics_table(metrics),
+        name=name,
+        revision=f', revision="{revision}"' if revision else "",
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
+    return write_text_atomically(output_dir / "README.md", str(card))
+
+
+def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Split x metric as a Markdown table, in percent; only metrics that were measured."""
+    shown = measured(metrics.values())
+    if not shown:
+        return "Not evaluated."
+    lines = [
+        f"| split | {' | '.join(f'{METRIC_NAMES[key][1]} %' for key in shown)} |",
+        "| --- " + "| ---: " * len(shown) + "|",
+    ]
+    for split, values in metrics.items():
+        cells = [f"{100 * values[key]:.2f}" if key in values else "" for key in shown]
+        lines.append(f"| {split} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_SHARE_UNKNOWN = (
+    "This model keeps other numbers of tokens for other images: its multiply-adds cannot be said in advance."
+)
+
+_BODY = """# {title}
+
+{model}{base}
+It was made with CLCA, cross-layer cache aggregation for token reduction in ultra-fine-grained image recognition
+([paper](https://huggingface.co/papers/2501.00243)).
+
+## Data
+
+{dataset}: {splits} images, {num_classes} classes ({classes}).
+
+## Recipe
+
+What was set; all else are the defaults of `run_ufgir.py`.
+
+```yaml
+{recipe}
+```
+
+## Metrics
+
+{metrics}
+
+Macro-F1 is the mean F1 of the classes, each counting the same.
+
+## Cost
+
+| | this model | same backbone, dense |
+| --- | ---: | ---: |
+| GMACs an image | {macs} | {dense_macs:.3f} |
+
+{share} {parameters} parameters.
+
+## How to load
+
+The code of the model comes with it, hence `trust_remote_code=True`.
+
+```python
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+model = AutoModelForImageClassification.from_pretrained("{name}"{revision}, trust_remote_code=True)
+image_processor = AutoImageProcessor.from_pretrained("{name}"{revision})
+
+classify = pipeline("image-classification", model="{name}"{revision}, trust_remote_code=True)
+# classify("picture.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
+```
+"""

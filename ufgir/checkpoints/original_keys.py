@@ -1,0 +1,288 @@
+"""Weights of the original CLCA code, turned into `CLCAViTForImageClassification`."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from clca import CLCAViTConfig
+from clca.configuration_clca import AGGREGATING_HEADS, as_pair
+
+from ..utils.text import listed
+from .timm_keys import convert_timm_tensor, translate
+
+
+logger = logging.getLogger(__name__)
+
+# Where the original puts the reduction in a plain ViT, whatever its options say.
+_LAYERS_OF_PLAIN_VIT = (3, 6, 9)
+
+# Constructor arguments of the original's ViT (timm's names) that change what is computed.
+_DIMS = frozenset(
+    [
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "num_classes",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "qk_norm",
+        "init_values",
+        "class_token",
+        "no_embed_class",
+        "reg_tokens",
+        "pre_norm",
+        "global_pool",
+        "fc_norm",
+        "layer_norm_eps",
+    ]
+)
+
+# Options of the original's command line that a model depends on.
+_OPTIONS = frozenset(
+    [
+        "reduction_loc",
+        "keep_rate",
+        "clc",
+        "clc_include_gap",
+        "clc_pool_cls",
+        "clc_pool_clr",
+        "clc_recover_at_last",
+        "num_clr",
+        "ifa_head",
+        "ifa_dws_conv_groups",
+        "num_query_tokens",
+        "lasso_loss_weight",
+        "lasso_inner_dim",
+        "cls_weight",
+        "ratio_weight",
+        "cls_distill_weight",
+        "token_distill_weight",
+        "k_neighbors",
+        "equal_weight",
+        "cluster_iters",
+        "sinkhorn_eps",
+        "heuristic_pattern",
+        "min_radius",
+        "not_contiguous",
+        "dyvit_distill",
+        "debugging",
+    ]
+)
+
+_PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head
+
+# The original's own key -> ours, by regular expression, beside timm's (`timm_keys.TIMM_KEYS`).
+_KEYS = ((r"clr", "vit.embeddings.clr_tokens"),)
+# The number in these keys is that of the stage, not of the layer.
+_STAGE_KEYS = (
+    (r"score_predictor\.(\d+)\.in_conv\.(\d)\.(weight|bias)", r"in_proj.\2.\3"),
+    (r"score_predictor\.(\d+)\.out_conv\.(\d)\.(weight|bias)", r"out_proj.\2.\3"),
+    (r"cluster_layers\.(\d+)\.score\.(weight|bias)", r"score.\2"),
+    (r"cluster_layers\.(\d+)\.weight\.(\d)\.(weight|bias)", r"slot_logits.\2.\3"),
+    (r"cluster_layers\.(\d+)\.(scale|queries)", r"\2"),
+    (r"cluster_layers\.(\d+)\.norm\.(weight|bias)", r"norm.\2"),
+    (r"cluster_layers\.(\d+)\.v", r"prototypes"),
+)
+_LINEAR_KEYS = ((r"head\.(weight|bias)", r"classifier.\1"),)
+_HEAD_KEYS = {
+    "linear": _LINEAR_KEYS,
+    "h2t": _LINEAR_KEYS,
+    "vqt": _LINEAR_KEYS,
+    "cla": (
+        (r"ifa_head\.0\.0\.(\w+)", r"classifier.norm_in.\1"),
+        (r"ifa_head\.0\.1\.(weight|bias)", r"classifier.aggregate.\1"),
+        (r"ifa_head\.0\.2\.(\w+)", r"classifier.norm_out.\1"),
+        (r"ifa_head\.0\.4\.(weight|bias)", r"classifier.out_proj.\1"),
+    ),
+    "ifa": (
+        (r"ifa_head\.0\.0\.(weight|bias)", r"classifier.aggregate.\1"),
+        (r"ifa_head\.0\.3\.(weight|bias)", r"classifier.layernorm.\1"),
+        (r"ifa_head\.0\.4\.(weight|bias)", r"classifier.out_proj.\1"),
+    ),
+}
+
+
+def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
+    """The configuration of a model of the original code.
+
+    Args:
+        spec: `method`; `options`, under the original's names; `dims`, the constructor arguments of its ViT; `num_labels`.
+
+    Raises:
+        ValueError: a method, or an option's value, that this version cannot represent.
+    """
+    method, options, dims = spec["method"], spec["options"], spec["dims"]
+    _check_spec(method, options, dims)
+    depth, width = dims.get("depth", 12), dims.get("embed_dim", 768)
+    reduction = None if method in ("vit", *_PROBING_METHODS) else method.removesuffix("_old")
+    layers = (
+        [i for i in _LAYERS_OF_PLAIN_VIT if i < depth] if method == "vit" else list(options.get("reduction_loc", []))
+    )
+    head = method if method in _PROBING_METHODS else "linear"
+    if options.get("ifa_head") and head == "linear":
+        head = "cla" if options.get("ifa_dws_conv_groups", 2) > 0 else "ifa"
+    has_cls = dims.get("class_token", True)
+    if method in _PROBING_METHODS and (ignored := [name for name in ("clc", "ifa_head") if options.get(name)]):
+        logger.warning("%s of %s: the original ignores it, so it is left out.", " and ".join(ignored), method)
+    return CLCAViTConfig(
+        image_size=dims.get("img_size", 224),
+        patch_size=dims.get("patch_size", 16),
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=dims.get("num_heads", 12),
+        intermediate_size=int(width * dims.get("mlp_ratio", 4.0)),
+        layer_norm_eps=dims.get("layer_norm_eps", 1e-6),
+        qkv_bias=dims.get("qkv_bias", True),
+        num_labels=spec["num_labels"],
+        num_channels=dims.get("in_chans", 3),
+        reduction=reduction,
+        reduction_layers=layers,
+        reduction_kwargs=_reduction_kwargs(reduction, options, has_cls),
+        **_budget(reduction, options, dims),
+        cross_layer_cache=bool(options.get("clc")) and method not in _PROBING_METHODS,
+        num_clr_tokens=options.get("num_clr", 0),
+        cache_gap=options.get("clc_include_gap", True),
+        cache_pool_cls=options.get("clc_pool_cls", False),
+        cache_pool_clr=options.get("clc_pool_clr", False),
+        cache_recover_at_last=options.get("clc_recover_at_last", True),
+        head=head,
+        cla_multiplier=max(options.get("ifa_dws_conv_groups", 2), 1),
+        num_query_tokens=options.get("num_query_tokens", 5),
+        group_lasso_weight=options.get("lasso_loss_weight", 0.0),
+        vqt_original_slicing=head == "vqt",
+        layerscale_value=dims.get("init_values") or None,  # zero means none there
+        pre_norm=dims.get("pre_norm", False),
+        num_register_tokens=dims.get("reg_tokens", 0),
+        prefix_position_embeddings=not dims.get("no_embed_class", False),
+        use_class_token=has_cls,
+        pooling=_pooling(dims),
+        use_qk_norm=dims.get("qk_norm", False),
+    )
+
+
+def _check_spec(method: str, options: Mapping[str, Any], dims: Mapping[str, Any]) -> None:
+    unknown = sorted(set(dims) - _DIMS)
+    if unknown:
+        raise ValueError(
+            f"`dims` holds what this code does not know: {', '.join(unknown)}. Known: {', '.join(sorted(_DIMS))}."
+        )
+    for name in options:
+        close = [] if name in _OPTIONS else get_close_matches(name, _OPTIONS, n=1, cutoff=0.85)
+        if close:  # an option of training, of which there are many, is none of a model's business
+            raise ValueError(f"`options` holds {name!r}, which is no option of a model: did you mean {close[0]!r}?")
+    required = {"reduction_loc", "keep_rate"} if method not in ("vit", *_PROBING_METHODS) else set()
+    missing = sorted(name for name in required if name not in options)
+    if missing:
+        raise ValueError(f"`options` of {method} must hold {' and '.join(missing)}.")
+    for name, only in (("lasso_inner_dim", 0), ("cls_weight", 1.0)):
+        if options.get(name, only) != only:
+            raise ValueError(f"`{name}`={options[name]} of the original has no counterpart here; only {only} has.")
+
+
+def _pooling(dims: Mapping[str, Any]) -> str:
+    """Our `pooling` for `global_pool` and `fc_norm`: the norm comes after a mean, unless `fc_norm` is False."""
+    pooling = dims.get("global_pool", "token")
+    if pooling not in ("token", "avg", "map"):
+        raise ValueError(f"`global_pool` must be token, avg or map, got {pooling!r}.")
+    if pooling == "avg":
+        return "normed_mean" if dims.get("fc_norm") is False else "mean"
+    return "cls" if pooling == "token" else "map"
+
+
+def _budget(reduction: str | None, options: Mapping[str, Any], dims: Mapping[str, Any]) -> dict[str, list]:
+    """Our `keep_rate` or `keep_tokens` for the original's `keep_rate`, whose lists mean three different things."""
+    rates = list(options.get("keep_rate", []))
+    if reduction is None:
+        return {}
+    if reduction == "heuristic" and not options.get("not_contiguous", False):
+        return {}  # shrinks evenly, whatever its rate says
+    if len(rates) == 1 or reduction in ("topk", "evit"):
+        return {"keep_rate": rates}
+    if reduction == "dyvit":
+        if options.get("clc"):  # only the first entry counts there, for every stage
+            return {"keep_rate": [rates[0]] * len(rates)}
+        side = [
+            size // patch
+            for size, patch in zip(
+                as_pair(dims.get("img_size", 224)), as_pair(dims.get("patch_size", 16)), strict=True
+            )
+        ]
+        others = dims.get("class_token", True) + dims.get("reg_tokens", 0) + options.get("num_clr", 0)
+        return {"keep_rate": _own_rates(rates, math.prod(side) + others - 1)}
+    return {"keep_tokens": [int(count) for count in rates]}
+
+
+def _own_rates(shares: list[float], num_tokens: int) -> list[float]:
+    """Rates of the stages themselves for cumulative shares of `num_tokens`, nudged until the counts round alike."""
+    rates: list[float] = []
+    for share in shares:
+        rate, count = min(share / math.prod(rates), 1.0), int(num_tokens * share)
+        while rate < 1.0 and int(num_tokens * math.prod([*rates, rate])) < count:
+            rate = math.nextafter(rate, 1.0)
+        while int(num_tokens * math.prod([*rates, rate])) > count:
+            rate = math.nextafter(rate, 0.0)
+        rates.append(rate)
+    return rates
+
+
+def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls: bool) -> dict[str, Any] | None:
+    """The method's own options, under our names."""
+    if reduction in ("topk", "evit"):
+        return None if has_cls else {"score_by": "cls"}  # there, the first patch acts as CLS
+    names = {
+        "dpcknn": {"k_neighbors": "k_neighbors", "equal_weight": "equal_weight"},
+        "kmedoids": {"cluster_iters": "cluster_iters", "equal_weight": "equal_weight"},
+        "sinkhorn": {"cluster_iters": "cluster_iters", "sinkhorn_eps": "sinkhorn_eps"},
+        "heuristic": {"heuristic_pattern": "pattern", "min_radius": "min_radius"},
+        "dyvit": {name: name for name in ("ratio_weight", "cls_distill_weight", "token_distill_weight")},
+    }.get(reduction, {})
+    kwargs = {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+    if reduction == "heuristic":
+        kwargs["contiguous"] = not options.get("not_contiguous", False)
+    if reduction == "dyvit" and len(options["keep_rate"]) > 1:
+        kwargs["ratio_targets"] = list(options["keep_rate"])
+    return kwargs or None
+
+
+def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAViTConfig) -> dict[str, torch.Tensor]:
+    """Tensors under the original's keys, or gradients of such, under ours.
+
+    The original keeps a stale 1000-way `head` beside an aggregation head; it is left out.
+
+    Raises:
+        ValueError: keys that are neither known nor stale, all of them named.
+    """
+    converted, unexpected = {}, []
+    for key, tensor in state_dict.items():
+        if (tensors := convert_timm_tensor(key, tensor)) is not None:
+            converted |= tensors
+        elif key == "pos_embed":
+            num_clr = config.num_clr_tokens * config.prefix_position_embeddings
+            table, clr = tensor.split([tensor.shape[1] - num_clr, num_clr], dim=1)
+            converted["vit.embeddings.position_embeddings"] = table
+            if num_clr:
+                converted["vit.embeddings.clr_position_embeddings"] = clr
+        elif key == "query_prompt_embeddings":
+            for layer, queries in zip(config.probe_layers, tensor.split(1), strict=True):
+                converted[f"vit.layers.{layer}.probe.queries"] = queries
+        elif config.head in AGGREGATING_HEADS and re.fullmatch(r"head\.(weight|bias)", key):
+            continue
+        elif (ours := translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
+            converted[ours] = tensor
+        elif (ours := translate(key, _STAGE_KEYS)) is not None and (stage := int(re.search(r"\d+", key)[0])) < len(
+            config.reduction_layers
+        ):
+            converted[f"vit.layers.{config.reduction_layers[stage]}.reduction.{ours}"] = tensor
+        else:
+            unexpected.append(key)
+    if unexpected:
+        raise ValueError(f"`state_dict` holds keys with no place in this model: {listed(unexpected)}.")
+    return converted

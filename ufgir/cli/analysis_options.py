@@ -1,0 +1,308 @@
+"""What `ufgir analyze`, `compare` and `embed` share: their options, the models and images these name, and a record of both."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoImageProcessor
+
+from clca import CLCAViTForImageClassification
+from clca.configuration_clca import as_pair
+
+from ..analysis.inputs import as_json, no_file
+from ..checkpoints.loading import load_config, load_model, some_of
+from ..data.checks import DatasetError
+from ..data.labels import class_feature, is_multi_label
+from ..data.load import load_ufgir_dataset
+from ..data.splits import random_subset
+from ..data.streams import StreamedImages
+from ..data.transformed import TransformedImages
+from ..evaluation.prediction import file_names
+from ..transforms.preprocessing import EvalTransform, make_image_processor
+from ..utils.files import write_text_atomically
+from ..utils.provenance import PACKAGES, _version, describe_host, now
+from .common import check_fields, json_object
+from .outputs import check_folder
+
+
+def add_data_options(parser: argparse.ArgumentParser, batch_size: int = 64, streaming: bool = True) -> None:
+    """Options of the images and of how they are read."""
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--dataset",
+        required=True,
+        metavar="NAME|FOLDER",
+        help="synthetic_leaves, a folder, a name or an id of the Hub",
+    )
+    group.add_argument("--split", default="test", help="train, validation or test [%(default)s]")
+    group.add_argument(
+        "--dataset-options", type=json_object, default={}, metavar="JSON", help="more arguments of load_ufgir_dataset"
+    )
+    group.add_argument(
+        "--max-images", type=int, metavar="N", help="so many random images, of a stream the first [all]"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice [%(default)s]")
+    if streaming:
+        group.add_argument("--streaming", action="store_true", help="read images while they are used [no]")
+    group.add_argument("--skip-broken", action="store_true", help="leave images out that cannot be read [stop there]")
+    group.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="images a batch [%(default)s]")
+    group.add_argument(
+        "--num-workers", type=int, default=0, metavar="N", help="processes that load images [%(default)s]"
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto: an accelerator where there is one; cpu, cuda:1 [%(default)s]"
+    )
+
+
+def check_numbers(args: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers that are too small: those of `add_data_options`, and more by the names of their options.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, value in ({"batch_size": 1, "num_workers": 0, "seed": 0, "max_images": 1} | least).items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least {value}, got {given}.")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that was asked for.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if args.device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"`--device` {args.device} is not there: use auto or cpu.") from error
+    return device
+
+
+def images_of(
+    args: argparse.Namespace, models: Sequence["OpenModel"], class_names: Sequence[str] | None = None
+) -> "OpenImages":
+    """The images that `add_data_options` names."""
+    if getattr(args, "streaming", False) and args.skip_broken:
+        raise ValueError("`--skip-broken` cannot be used with `--streaming`: leave out one of them.")
+    return open_images(
+        args.dataset,
+        args.split,
+        [model.transform for model in models],
+        batch_size=args.batch_size,
+        class_names=class_names,
+        streaming=getattr(args, "streaming", False),
+        max_images=args.max_images,
+        **{"seed": args.seed} | args.dataset_options,
+    )
+
+
+# Models
+
+
+class OpenModel(NamedTuple):
+    """A model that was loaded, and where from."""
+
+    name: str  # folder or Hub repository
+    model: CLCAViTForImageClassification
+    transform: EvalTransform
+    changes: Mapping[str, Any]  # fields of the configuration in place of the checkpoint's
+    untrained: list[str]  # weights that the checkpoint lacks
+
+    def described(self) -> dict[str, Any]:
+        """For a record of provenance."""
+        config = self.model.config
+        fields = (
+            "reduction",
+            "reduction_layers",
+            "keep_rate",
+            "keep_tokens",
+            "reduction_kwargs",
+            "image_size",
+            "head",
+        )
+        return {
+            "name": self.name,
+            "revision": getattr(config, "_commit_hash", None),
+            **{field: getattr(config, field) for field in (*fields, "cross_layer_cache")},
+            "changes": dict(self.changes),
+            "untrained": self.untrained,
+        }
+
+    def notes(self) -> list[str]:
+        """What to say of weights that the checkpoint lacks."""
+        if not self.untrained:
+            return []
+        return [f"{self.name} is not trained: its {some_of(self.untrained)} are random (seed 0), and not used here."]
+
+
+def open_model(
+    name: str,
+    revision: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    spare: Sequence[str] = (),
+) -> OpenModel:
+    """A checkpoint in evaluation mode, with what makes pixels of pictures for it.
+
+    Args:
+        name: folder or Hub repository.
+        revision: branch, tag or commit of the Hub repository.
+        changes: fields of the configuration in place of the checkpoint's, such as `keep_rate`.
+        device: where to put it.
+        spare: beginnings of the names of weights that are not used, and may be lacking.
+
+    Raises:
+        ValueError: there is no such checkpoint, a field or value it cannot have, weights that are lacking or do not fit, or
+            images that are no squares.
+    """
+    check_fields(changes or {}, "`changes`")
+    values = dict(changes or {}) | ({} if revision is None else {"revision": revision})
+    config = load_config(name, values)
+    height, width = as_pair(config.image_size)
+    if height != width:
+        raise ValueError(
+            f"{name} takes images of {height} x {width} pixels, but pictures are resized to squares only."
+        )
+    try:
+        transform = EvalTransform(AutoImageProcessor.from_pretrained(name, revision=revision))
+    except (OSError, ValueError):
+        transform = None
+    if transform is None or transform.crop_size != height:
+        transform = EvalTransform(make_image_processor(height, checkpoint=name, revision=revision))
+    model, untrained = load_model(name, config, revision, spare)
+    model.config._commit_hash = getattr(config, "_commit_hash", None)
+    return OpenModel(name, model.to(device), transform, dict(changes or {}), untrained)
+
+
+# Images
+
+
+class OpenImages(NamedTuple):
+    """Images of a split, and what is known about them."""
+
+    dataset: Dataset  # {"pixel_values": (3, H, W), "labels": ...}, of a second model also "pixel_values_2"
+    pictures: Any  # the `datasets.Dataset` or stream behind it
+    files: Callable[[int], str | None]
+    class_names: list[str]
+    described: dict[str, Any]  # for a record of provenance
+
+
+class TwoTransforms:
+    """The pixels of a picture for two models."""
+
+    def __init__(self, first: EvalTransform, second: EvalTransform) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, image: Any, generator: Any = None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.first(image), "pixel_values_2": self.second(image)}
+
+
+def open_images(
+    name: str,
+    split: str,
+    transforms: Sequence[EvalTransform],
+    *,
+    batch_size: int,
+    class_names: Sequence[str] | None = None,
+    streaming: bool = False,
+    max_images: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> OpenImages:
+    """The images of a split, for one model or two.
+
+    Args:
+        name: what `load_ufgir_dataset` takes.
+        split: train, validation or test.
+        transforms: of each model.
+        batch_size: images a batch; streams deal them out in such blocks.
+        class_names: the model's classes, onto which those of the data are mapped; None to take the data's.
+        streaming: read while they are used.
+        max_images: at most so many: drawn at random, of a stream the first.
+        seed: of that choice, and of what the data set draws.
+        options: more arguments of `load_ufgir_dataset`.
+
+    Raises:
+        ValueError: there is no such split, it is empty, or data that cannot be used.
+    """
+    given = {"seed": seed, "verify": False} | ({"validation_fraction": 0.0} if streaming else {}) | options
+    try:
+        splits = load_ufgir_dataset(name, class_names=class_names, streaming=streaming, **given)
+    except ValueError as error:
+        raise DatasetError(str(error).replace("`name_or_path`", "`--dataset`")) from error
+    if split not in splits:
+        raise ValueError(f"`--split`: {name} has no {split} images; it has {', '.join(splits)}.")
+    pictures = splits[split]
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"`--max-images` must be at least 1, got {max_images}.")
+    if streaming:
+        pictures = pictures if max_images is None else pictures.take(max_images)
+    else:
+        if len(pictures) == 0:
+            raise ValueError(f"`--dataset`: the {split} split of {name} is empty: there is nothing to analyse.")
+        pictures = random_subset(pictures, max_images, seed)
+    label = pictures.features["label"]
+    names = class_feature(label).names
+    transform = transforms[0] if len(transforms) == 1 else TwoTransforms(*transforms)
+    if streaming:
+        dataset = StreamedImages(pictures, transform, batch_size=batch_size)
+        files = no_file
+    else:
+        dataset = TransformedImages(pictures, transform, num_labels=len(names) if is_multi_label(label) else None)
+        files = file_names(pictures)
+    about = {"dataset": name, "split": split, "images": None if streaming else len(pictures), **given}
+    return OpenImages(dataset, pictures, files, names, about | {"max_images": max_images, "streaming": streaming})
+
+
+def provenance(models: Sequence[OpenModel], images: OpenImages | None, /, **more: Any) -> dict[str, Any]:
+    """Of what, how, when and where a result was made: for the JSON file beside it."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": now(),
+        "host": describe_host(),
+        "models": [model.described() for model in models],
+        "data": None if images is None else images.described,
+        **more,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def check_output(folder: str | os.PathLike, marker: str) -> Path:
+    """A folder that may be written: new, empty, or one that holds a former result of the same command and nothing else.
+
+    Args:
+        folder: that is to be replaced.
+        marker: the record of the result, as `complete` writes it.
+
+    Raises:
+        ValueError: it holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    check_folder(folder, whole=True)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        own = set(json.loads((folder / marker).read_text(encoding="utf-8"))["files"]) if there else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    if others := sorted(there - own):
+        raise ValueError(f"`--output` {folder} holds other files, such as {others[0]}: choose a new folder.")
+    return folder
+
+
+def complete(folder: Path, marker: str, record: Mapping[str, Any]) -> None:
+    """Write the record of a result beside its files, with their names: a later result may take their place."""
+    files = sorted({path.name for path in folder.iterdir()} | {marker})
+    write_text_atomically(folder / marker, as_json({**record, "files": files}))

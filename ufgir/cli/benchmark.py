@@ -1,0 +1,409 @@
+"""`ufgir benchmark`: speed and memory beside transformers' dense ViT, and of the input pipeline."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from clca import REDUCTIONS, CLCAViTConfig
+
+from ..checkpoints.loading import read_config
+from ..profiling.benchmark import Benchmark
+from ..profiling.benchmark_cases import (
+    BACKENDS,
+    DTYPES,
+    MODEL_SIZES,
+    MODES,
+    PRESETS,
+    VARIANTS,
+    Case,
+    Preset,
+    Setting,
+    cross,
+    quarters,
+)
+from ..profiling.benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
+from ..profiling.scaling import DEPTHS, SIZES, Growth, draw_growth, growth_markdown, growth_tables, write_growth
+from ..runs.tables import variant_of
+from ..utils.text import align
+from .common import check_rates, config_values, require
+from .outputs import check_document, check_folder, told_first
+
+
+# Options whose combinations are measured: name -> (type, default, help).
+PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
+    "methods": (str, ["none", "evit"], "of token reduction: none, all, or names"),
+    "variants": (str, ["CLCA"], f"{', '.join(VARIANTS)}, in any case"),
+    "keep_rates": (float, [0.1], "shares of tokens kept, in (0, 1]"),
+    "image_sizes": (int, [224], "sides of the images, pixels"),
+    "batch_sizes": (int, [4], "images in a batch; --growth: 1"),
+    "dtypes": (str, ["float32"], f"{', '.join(DTYPES)}; in training of autocast"),
+    "backends": (str, ["eager"], "eager, compiled (torch.compile; CUDA graphs on a GPU), onnx (ONNX Runtime)"),
+    "modes": (str, ["inference"], "inference, training (forward, backward and AdamW)"),
+}
+GROWTH: dict[str, tuple[Callable[[str], Any], Any, str]] = {
+    "depths": (int, list(DEPTHS), "numbers of layers"),
+    "limit": (float, 180.0, "seconds; a point that should take longer to measure is only counted"),
+}
+PIPELINE: dict[str, tuple[Callable[[str], Any], Any, str]] = {
+    "workers": (int, [0, 1, 2], "numbers of processes of the DataLoader"),
+    "count": (int, 64, "images used"),
+}
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+INTERRUPTED = 130  # exit status, as shells have it
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="checkpoint: folder or Hub repository [random weights]"
+    )
+    what = parser.add_argument_group("what to measure (one of these, or every combination of the next group)")
+    one = what.add_mutually_exclusive_group()
+    one.add_argument(
+        "--preset", metavar="NAME", help=f"a table of docs/performance.md, with goals: {', '.join(PRESETS)}"
+    )
+    one.add_argument(
+        "--quick", action="store_true", help="everything a little, within three minutes: `--preset quick`"
+    )
+    one.add_argument("--growth", action="store_true", help="how time and memory grow with image size and depth")
+    one.add_argument(
+        "--input-pipeline",
+        metavar="DATASET",
+        help="reading and transforming the images of synthetic_leaves, a folder or a dataset on the Hub",
+    )
+    _add(parser.add_argument_group("combinations; each takes one or more values"), PLAN)
+    _add(parser.add_argument_group("--growth, which takes image sizes and the first of the other options"), GROWTH)
+    _add(parser.add_argument_group("--input-pipeline, likewise"), PIPELINE)
+
+    network = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
+    network.add_argument("--model-size", choices=MODEL_SIZES, help="width, layers and heads [base; --quick: tiny]")
+    for name in ("hidden-size", "num-hidden-layers", "num-attention-heads", "intermediate-size"):
+        network.add_argument(f"--{name}", type=int, metavar="N")
+    network.add_argument("--patch-size", type=int, metavar="N", help="pixels")
+    network.add_argument("--num-labels", type=int, metavar="N")
+    network.add_argument(
+        "--reduction-layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="counted from 0 [after a quarter, half and three quarters of them]",
+    )
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one [auto; a preset's own]"
+    )
+    how.add_argument("--threads", type=int, metavar="N", help="on a CPU [torch's default; presets for a CPU: 2]")
+    how.add_argument("--repetitions", type=int, metavar="N", help="timings of each case [7; a preset's own]")
+    how.add_argument("--seed", type=int, default=0, help="of weights, images and the order of cases [%(default)s]")
+    how.add_argument(
+        "--output", metavar="FOLDER", help="write tables (CSV, Markdown, JSON) and figures there [nothing]"
+    )
+    how.add_argument(
+        "--into",
+        metavar="FILE",
+        help="fill the place of the preset, growth or input-pipeline in a document; figures go to `figures` beside it",
+    )
+
+
+def _add(group: Any, options: dict[str, tuple[Callable[[str], Any], Any, str]]) -> None:
+    for name, (kind, default, text) in options.items():
+        several = isinstance(default, list)
+        shown = " ".join(map(str, default)) if several else default
+        more = {"nargs": "+"} if several else {}
+        metavar = "N" if kind is int else "X" if kind is float else "NAME"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} [{shown}]", **more)
+
+
+class Outcome(NamedTuple):
+    """What a measurement gives: text for the terminal, Markdown for a document, and what else can be written.
+
+    Attributes:
+        draw: (folder, beginning of file names) -> figures.
+        write: folder -> files.
+        status: 0; 1 if nothing could be measured; 130 if it was interrupted.
+    """
+
+    text: str
+    markdown: str
+    draw: Callable[[Path, str], list[Path]]
+    write: Callable[[Path], list[Path]]
+    status: int
+
+
+def run(args: argparse.Namespace) -> tuple[str, int]:
+    """The tables, and the exit status."""
+    args.preset = "quick" if args.quick else args.preset
+    name = args.preset or ("growth" if args.growth else "input-pipeline" if args.input_pipeline else None)
+    _check(args, name)
+    measure = {"growth": _growth, "input-pipeline": _pipeline}.get(name, _cases)
+    outcome = measure(args)
+    said = [outcome.text]
+    with told_first(said):
+        if args.output is not None:
+            said.append("\n".join(f"wrote {file}" for file in outcome.write(Path(args.output))))
+        if args.into is not None and outcome.status:
+            said.append(f"{args.into} stays as it is: what is incomplete has no place in it.")
+        elif args.into is not None:
+            document = Path(args.into)
+            figures = outcome.draw(document.parent / "figures", f"benchmark_{name}")
+            fill_in(document, name, outcome.markdown, figures)
+            said.append(f"filled in {name} of {document}")
+    return "\n\n".join(said), outcome.status
+
+
+def _status(interrupted: bool, measured: bool = True) -> int:
+    return INTERRUPTED if interrupted else 0 if measured else 1
+
+
+def _check(args: argparse.Namespace, name: str | None) -> None:
+    """What can be wrong is said before anything is measured."""
+    if args.preset is not None and args.preset not in PRESETS:
+        raise ValueError(_unknown("preset", args.preset, PRESETS))
+    given = [option for option in (*PLAN, *GROWTH, *PIPELINE) if getattr(args, option) is not None]
+    allowed = set(PLAN)
+    if name == "growth":
+        allowed |= set(GROWTH)
+    elif name == "input-pipeline":
+        allowed |= set(PIPELINE)
+    elif args.preset is not None:
+        allowed = set()
+    if refused := [option for option in given if option not in allowed]:
+        mode = f"`--preset {args.preset}`" if args.preset else f"`--{name}`" if name else "a table of combinations"
+        raise ValueError(f"`--{refused[0].replace('_', '-')}` does not go with {mode}.")
+    for option, least in (("repetitions", 1), ("threads", 1), ("seed", 0), ("count", 2), ("limit", 0)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise ValueError(f"`--{option}` must be at least {least}, got {value}.")
+    for option, least in (("image_sizes", 1), ("batch_sizes", 1), ("depths", 4), ("workers", 0)):
+        if wrong := [value for value in getattr(args, option) or () if value < least]:
+            raise ValueError(f"`--{option.replace('_', '-')}` must be at least {least}, got {wrong[0]}.")
+    check_rates(args.keep_rates, "--keep-rates")
+    args.variants = args.variants and [_named("variants", value, VARIANTS) for value in args.variants]
+    args.methods = args.methods and _methods(args.methods)
+    if args.keep_rates is not None and args.methods is not None and set(args.methods) == {"none"}:
+        raise ValueError("`--keep-rates` means nothing to models without a reduction: add a method to `--methods`.")
+    for option, known in (("dtypes", DTYPES), ("backends", BACKENDS), ("modes", MODES)):
+        values = getattr(args, option)
+        setattr(args, option, values and [_named(option, value, known) for value in values])
+    if args.model is not None and args.model_size is not None:
+        raise ValueError("`--model-size` does not go with a MODEL, which has a size.")
+    if args.seed > LARGEST_SEED:
+        raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
+    if args.output is not None:
+        check_folder(args.output)
+    if args.into is not None:
+        if name is None:
+            raise ValueError(
+                "`--into` needs `--preset`, `--growth` or `--input-pipeline`: other tables have no place."
+            )
+        check_place(Path(args.into), name)
+        check_document(args.into)
+    if args.output is not None or args.into is not None:
+        require("matplotlib", extra="visualization")
+
+
+def _named(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """The known name that `value` means, whatever the case of its letters."""
+    for name in known:
+        if name.lower() == value.lower():
+            return name
+    raise ValueError(_unknown(option, value, known))
+
+
+def _unknown(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(value, list(known), n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"`--{option.replace('_', '-')}` must be among {', '.join(known)}, got {value!r}.{hint}"
+
+
+def _methods(values: Sequence[str]) -> list[str]:
+    if "all" in values:
+        return ["none", *sorted(REDUCTIONS)]
+    return [_named("methods", value, ["none", *sorted(REDUCTIONS)]) for value in values]
+
+
+def _device(name: str | None) -> torch.device:
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError("`--device` cuda, or a preset for it, needs a GPU: torch finds none here.")
+    return torch.device("cuda" if there and name in (None, "auto", "cuda") else "cpu")
+
+
+def _plan(args: argparse.Namespace, option: str) -> Any:
+    """The value of an option, or its default."""
+    value = getattr(args, option)
+    return (PLAN | GROWTH | PIPELINE)[option][1] if value is None else value
+
+
+def _network(args: argparse.Namespace, size: str = "base") -> CLCAViTConfig:
+    """The network to be measured; what a checkpoint is trained for becomes the default of the plan."""
+    values = config_values(args)
+    if args.model is None:
+        width, layers, heads = MODEL_SIZES[args.model_size or size]
+        values = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads} | values
+        values = {"reduction_layers": quarters(values["num_hidden_layers"])} | values
+        values["image_size"] = 28 * values.get("patch_size", 16)  # any: the sizes of the plan take its place
+        return read_config(None, values)
+    config = read_config(args.model, values)
+    if args.image_sizes is None and isinstance(config.image_size, int):
+        args.image_sizes = [config.image_size]
+    if args.variants is None and variant_of(config.to_dict()) in VARIANTS:
+        args.variants = [variant_of(config.to_dict())]
+    if config.reduction is not None and args.methods is None:
+        args.methods = ["none", config.reduction]
+        if args.keep_rates is None:
+            if config.keep_tokens is not None or len(set(config.keep_rate)) > 1:
+                raise ValueError(f"{args.model} keeps another share at each stage: give one in `--keep-rates`.")
+            args.keep_rates = config.keep_rate[:1]
+    return config
+
+
+def _check_sizes(sizes: Sequence[int], config: CLCAViTConfig) -> None:
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    if wrong := [size for size in sizes if size % patch]:
+        raise ValueError(f"`--image-sizes` must be multiples of the patch size, {patch} pixels, got {wrong[0]}.")
+
+
+def _progress() -> Any:
+    return tqdm(disable=None, leave=False, unit="timing")  # on a terminal only
+
+
+def _own_network(args: argparse.Namespace) -> bool:
+    """Whether the network is another than the one that the goals are for."""
+    options = ("model", "model_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    options += ("patch_size", "num_labels", "reduction_layers")
+    return any(getattr(args, option) is not None for option in options)
+
+
+def _cases(args: argparse.Namespace) -> Outcome:
+    """A preset, or every combination."""
+    preset: Preset | None = PRESETS.get(args.preset)
+    config = _network(args, preset.model_size if preset else "base")
+    if preset is not None:
+        cases = [case._replace(goals=()) for case in preset.cases] if _own_network(args) else preset.cases
+        title = f"{args.model or 'Another network'}: {args.preset}" if _own_network(args) else preset.title
+    else:
+        methods = [None if method == "none" else method for method in _plan(args, "methods")]
+        settings = [
+            Setting(size, batch, dtype, backend, mode)
+            for mode in _plan(args, "modes")
+            for backend in _plan(args, "backends")
+            for dtype in _plan(args, "dtypes")
+            for size in _plan(args, "image_sizes")
+            for batch in _plan(args, "batch_sizes")
+        ]
+        cases = cross(methods, _plan(args, "variants"), _plan(args, "keep_rates"), settings)
+        title = f"{args.model or 'Random weights'}: {config.num_hidden_layers} layers, width {config.hidden_size}"
+    _check_sizes([case.setting.image_size for case in cases], config)
+    with _progress() as progress:
+        benchmark = Benchmark(
+            config,
+            _device(args.device or (preset.device if preset else None)),
+            checkpoint=args.model,
+            threads=args.threads or (preset.threads if preset else None),
+            repetitions=args.repetitions or (preset.repetitions if preset else 7),
+            seed=args.seed,
+            time_limit=preset.time_limit if preset else None,
+            progress=progress,
+        )
+        report = benchmark.run(cases)
+    facts = provenance()
+    parts = [title, *(f"{setting}\n{align(rows)}" for setting, rows in tables(report)), *report.warnings]
+    network = {name: getattr(config, name) for name in SHAPE} | {"checkpoint": args.model}
+    return Outcome(
+        "\n\n".join(parts),
+        markdown(report, facts),
+        lambda folder, prefix: draw(report, folder, prefix),
+        lambda folder: write_report(folder, report, facts, network),
+        _status(report.interrupted, any(result.seconds for result in report.results if result.case)),
+    )
+
+
+# What a record says about the network.
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_labels")
+SHAPE += ("reduction_layers",)
+
+
+def _first_case(args: argparse.Namespace, size: int) -> Case:
+    """One model with the first of each option; the method is the first that is one."""
+    method = next((m for m in _plan(args, "methods") if m != "none"), None)
+    first = [_plan(args, option)[0] for option in ("batch_sizes", "dtypes", "backends", "modes")]
+    rate = _plan(args, "keep_rates")[0] if method else 1.0
+    return Case(Setting(size, *first), method, _plan(args, "variants")[0], rate)
+
+
+def _growth(args: argparse.Namespace) -> Outcome:
+    """Time and memory over image size and depth."""
+    if args.model is not None:
+        raise ValueError("`--growth` changes size and depth, so that a MODEL's weights have no place: leave it out.")
+    if (args.modes or ["inference"])[0] != "inference" or (args.backends or ["eager"])[0] != "eager":
+        raise ValueError("`--growth` measures eager inference, and the memory of training beside it.")
+    config = _network(args)
+    args.batch_sizes = args.batch_sizes or [1]
+    sizes = args.image_sizes or list(SIZES)
+    _check_sizes(sizes, config)
+    with _progress() as progress:
+        growth = Growth(
+            config,
+            _first_case(args, sizes[0]),
+            _device(args.device),
+            threads=args.threads,
+            repetitions=args.repetitions or 3,
+            seed=args.seed,
+            limit=_plan(args, "limit"),
+            progress=progress,
+        )
+        growth.run(sizes, _plan(args, "depths"))
+    facts = provenance()
+    parts = [*map(align, growth_tables(growth)), *growth.remarks()]
+    return Outcome(
+        "\n\n".join(parts),
+        growth_markdown(growth, facts),
+        lambda folder, prefix: [draw_growth(growth.points, folder / f"{prefix}.png")] if growth.points else [],
+        lambda folder: write_growth(folder, growth, facts),
+        _status(growth.report.interrupted),
+    )
+
+
+def _pipeline(args: argparse.Namespace) -> Outcome:
+    """The input pipeline, and the model beside it."""
+    import datasets  # here, as it takes seconds
+
+    from ..profiling import input_pipeline as pipeline
+
+    config = _network(args)
+    sizes = args.image_sizes or [224, 448]
+    _check_sizes(sizes, config)
+    device = _device(args.device)
+    datasets.disable_progress_bars()
+    try:
+        found = pipeline.measure_pipeline(
+            args.input_pipeline,
+            sizes,
+            workers=_plan(args, "workers"),
+            count=_plan(args, "count"),
+            repetitions=args.repetitions or 3,
+            seed=args.seed,
+        )
+    finally:
+        datasets.enable_progress_bars()
+    if not found.interrupted:
+        with _progress() as progress:
+            benchmark = Benchmark(config, device, args.model, args.threads, 3, args.seed, progress=progress)
+            report = benchmark.run([_first_case(args, size) for size in sizes])
+        found.add_models(report)
+    facts = provenance()
+    parts = [align(pipeline.stage_table(found)), align(pipeline.loader_table(found)), *pipeline.remarks(found)]
+    return Outcome(
+        "\n\n".join(parts),
+        pipeline.pipeline_markdown(found, facts),
+        lambda folder, prefix: [],
+        lambda folder: pipeline.write_pipeline(folder, found, facts),
+        _status(found.interrupted),
+    )

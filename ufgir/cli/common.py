@@ -1,0 +1,157 @@
+"""What several subcommands share: groups of options, loading a configuration, a table of text."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import AutoImageProcessor, BaseImageProcessor
+
+from clca import REDUCTIONS, CLCAViTConfig
+from clca.configuration_clca import HEADS, as_pair
+
+from ..transforms.images import open_picture
+from ..utils.text import one_sentence, shortened
+
+
+# What `--clca` stands for.
+CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+PROCESSOR = "preprocessor_config.json"
+FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
+
+
+def add_reduction_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the token reduction, unset unless given."""
+    group = parser.add_argument_group("reduction (unset: as the checkpoint says)")
+    group.add_argument("--reduction", help=f"none, {', '.join(sorted(REDUCTIONS))}")
+    group.add_argument("--reduction-layers", type=int, nargs="+", metavar="LAYER", help="counted from 0 [3 6 9]")
+    group.add_argument("--keep-rate", type=float, nargs="+", metavar="RATE", help="in (0, 1]: one, or one a stage [1]")
+    group.add_argument("--keep-tokens", type=int, nargs="+", metavar="COUNT", help="one a stage, instead of rates")
+    group.add_argument("--reduction-kwargs", type=json_object, metavar="JSON", help="the method's own options")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the network, unset unless given."""
+    group = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
+    group.add_argument("--clca", action="store_true", help="cross-layer cache with one CLR, and the CLA head")
+    group.add_argument("--cross-layer-cache", action=argparse.BooleanOptionalAction, default=None)
+    group.add_argument("--num-clr-tokens", type=int, metavar="N")
+    group.add_argument("--head", help=", ".join(HEADS))
+    for name in (
+        "image-size",
+        "patch-size",
+        "hidden-size",
+        "num-hidden-layers",
+        "num-attention-heads",
+        "intermediate-size",
+        "num-register-tokens",
+        "num-labels",
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that is a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
+    return found
+
+
+def check_fields(changes: Mapping[str, Any], what: str) -> None:
+    """Refuse names that are no fields of a configuration: transformers would keep them, and nothing would read them.
+
+    Args:
+        changes: fields to change.
+        what: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the first, and what may be meant.
+    """
+    for name in changes:
+        if name not in FIELDS:
+            close = get_close_matches(name, FIELDS, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else " See the fields of CLCAViTConfig."
+            raise ValueError(f"{what}: a configuration has no field `{name}`.{hint}")
+
+
+def config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration that were set on the command line."""
+    values = dict(CLCA) if getattr(args, "clca", False) else {}
+    values |= {k: v for k, v in vars(args).items() if v is not None and k in FIELDS}
+    if values.get("reduction") == "none":
+        values = {"reduction_kwargs": None} | values | {"reduction": None}
+    return values
+
+
+def check_rates(rates: Sequence[float] | None, option: str) -> None:
+    """Refuse keep rates out of (0, 1], naming the option that holds several of them.
+
+    Raises:
+        ValueError: for the first of them.
+    """
+    for rate in rates or ():
+        if not 0 < rate <= 1:
+            raise ValueError(f"`{option}` must be in (0, 1], got {rate}.")
+
+
+def require(*packages: str, extra: str = "analysis") -> None:
+    """Say before a long pass that a package is missing, not after it.
+
+    Args:
+        packages: names to import.
+        extra: of this project, that installs them.
+
+    Raises:
+        ValueError: one of these importable names is not installed.
+    """
+    if missing := [name for name in packages if not _is_there(name)]:
+        raise ValueError(f"{', '.join(missing)} must be installed for this: pip install 'clca-vit[{extra}]'.")
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # it was imported in vain before
+        return False
+
+
+def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcessor:
+    """The image processor that was saved with a model.
+
+    Args:
+        model: folder or Hub repository.
+        config: of the model.
+
+    Raises:
+        ValueError: it has none, or one that cannot be read.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever stands in the file
+        if not Path(model).is_dir() or Path(model, PROCESSOR).is_file():
+            raise ValueError(f"the {PROCESSOR} of {model} cannot be read: {shortened(one_sentence(error))}") from error
+        raise ValueError(
+            f"{model} has no {PROCESSOR}, which says how pictures become pixels: copy it from the folder that the model was "
+            "trained in, or, for the mean and deviation of ImageNet, call "
+            f"ufgir.transforms.make_image_processor({as_pair(config.image_size)[0]}).save_pretrained({str(model)!r})."
+        ) from error
+
+
+def open_image(file: str) -> Image.Image:
+    """A picture, read completely, upright and RGB; ValueError if it is none."""
+    try:
+        return open_picture(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no picture {file}.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file} is not opened: {one_sentence(error)}") from error
+    except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
+        raise ValueError(f"{file} is not a picture that can be read: {one_sentence(error)}") from error

@@ -1,0 +1,57 @@
+"""`ufgir convert`: model folders of pretrained ViTs and of the original code's checkpoints."""
+
+import argparse
+from pathlib import Path
+
+from ..checkpoints.convert import convert_pretrained
+from ..checkpoints.convert_original import REPORT, convert_file, convert_folder, read_class_names
+from .common import add_network_options, add_reduction_options, config_values
+from .outputs import check_folder
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="model of transformers or timm: folder or Hub repository, or with --architecture a file of weights; "
+        "of the original code: a .pth file, or a folder that is searched for them",
+    )
+    parser.add_argument("--architecture", metavar="NAME", help="timm's name, see `ufgir pretrained`")
+    parser.add_argument("--output", required=True, metavar="DIR", help="model folder, or folder for such folders")
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="CSV of class_id,class_name, or one name a line; or a folder"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace folders that an earlier conversion made")
+    add_reduction_options(parser)
+    add_network_options(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[str, int]:
+    """Writes one model folder, or one for each file that can be converted; status 1 if one cannot."""
+    source, output, values = Path(args.source), Path(args.output), config_values(args)
+    weights_of_others = source.suffix in (".safetensors", ".bin") or (source / "config.json").exists()
+    check_folder(output, whole=True)
+    original = args.architecture is None and source.exists() and not weights_of_others
+    if not source.exists() and args.source.startswith(("/", ".", "~")) | args.source.endswith("/"):
+        raise ValueError(f"there is no file or folder {args.source}.")
+    if not source.exists() and source.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise ValueError(f"there is no file or folder {source}.")
+    if not original:
+        if args.class_names is not None:
+            raise ValueError("`--class-names` is for checkpoints of the original code.")
+        convert_pretrained(args.source, output, args.architecture, args.overwrite, **values)
+        return f"wrote {output}", 0
+    options = {name: values.pop(name, None) for name in ("image_size", "num_attention_heads")}
+    options["overwrite"] = args.overwrite
+    if values:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
+        raise ValueError(f"{names}: a checkpoint of the original code tells this itself.")
+    class_names = None if args.class_names is None else read_class_names(args.class_names)
+    if source.is_dir():
+        outcome = convert_folder(source, output, class_names, **options)
+        return f"{outcome.summary()}\nwrote {output / REPORT}", int(bool(outcome.failed))
+    if isinstance(class_names, dict):
+        raise ValueError(f"`--class-names` must be a file for one checkpoint, got the folder {args.class_names}.")
+    written = convert_file(source, output, class_names=class_names, **options)
+    return f"wrote {output}" if written else f"{output} is already there, made of the same file", 0

@@ -1,0 +1,70 @@
+"""`ufgir predict`: classify pictures whose classes are not known."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..checkpoints.loading import load_config, load_model
+from ..data.load import load_images
+from ..data.transformed import TransformedImages
+from ..evaluation.prediction import ENDINGS, predict_to_file
+from ..transforms.preprocessing import EvalTransform
+from .common import add_reduction_options, config_values, load_image_processor
+from .outputs import check_file
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint: folder or Hub repository")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders of them at any depth")
+    parser.add_argument(
+        "--output",
+        default="predictions.csv",
+        metavar="FILE",
+        help=f"table to write, {' or '.join(ENDINGS)} [%(default)s]",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time [%(default)s]")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="best guesses told of a picture [%(default)s]")
+    parser.add_argument(
+        "--num-workers", type=int, default=0, metavar="N", help="processes that read pictures [%(default)s]"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where one is [%(default)s]"
+    )
+    add_reduction_options(parser)
+
+
+def run(args: argparse.Namespace) -> str | tuple[str, int]:
+    """Writes the table; status 1 if pictures could not be read: the others are done."""
+    if Path(args.output).suffix not in ENDINGS:
+        raise ValueError(f"`--output` must end in {' or '.join(ENDINGS)}, got {args.output}.")
+    for name, least in (("batch_size", 1), ("top", 1), ("num_workers", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {getattr(args, name)}.")
+    check_file(args.output)
+    PartialState(cpu=args.device == "cpu")
+    images = load_images(args.images, verify=False)
+    config = load_config(args.model, config_values(args))
+    transform = EvalTransform(load_image_processor(args.model, config))
+    model = load_model(args.model, config).model
+    try:
+        result = predict_to_file(
+            model,
+            TransformedImages(images, transform, label_column=None),
+            args.output,
+            [config.id2label[label] for label in range(config.num_labels)],
+            files=images["path"],
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            top=args.top,
+            skip_broken=True,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        return "interrupted: the same command, given again, goes on where it stopped", 130
+    rate = f"{result.predicted / result.seconds:.1f} images a second"
+    text = f"wrote {result.path}: {result.images} images of {len(images)}, {rate}"
+    if not result.broken:
+        return text
+    return "\n".join([text, f"{len(result.broken)} could not be read:", *(f"  {name}" for name in result.broken)]), 1

@@ -1,0 +1,226 @@
+"""From the labels of any source to class indices: one list of class names for all splits, one or several classes an image."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+
+from .checks import DatasetError, check_same_classes, listed
+
+
+logger = logging.getLogger(__name__)
+
+
+def to_multi_hot(labels: Sequence[int], num_classes: int) -> torch.Tensor:
+    """Class indices of one image -> its target (num_classes,), float32: 1 for its classes, 0 for the others.
+
+    Raises:
+        ValueError: an index outside 0 ... num_classes - 1.
+    """
+    if outside := [label for label in labels if not 0 <= label < num_classes]:
+        raise ValueError(f"`labels` must lie in 0 ... {num_classes - 1}, got {listed(outside)}.")
+    target = torch.zeros(num_classes, dtype=torch.float32)
+    target[list(labels)] = 1.0
+    return target
+
+
+def class_feature(feature: Any) -> datasets.ClassLabel | None:
+    """The `ClassLabel` of a label column, also of a list of them; None if it has none."""
+    inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+    return inner if isinstance(inner, datasets.ClassLabel) else None
+
+
+def is_multi_label(feature: Any) -> bool:
+    """Whether a label column holds a list of classes for each image."""
+    return isinstance(feature, datasets.List | datasets.LargeList)
+
+
+def check_class_names(class_names: Sequence[str] | None) -> None:
+    """ValueError unless they are different texts, at least one."""
+    if class_names is None:
+        return
+    if isinstance(class_names, str) or not class_names or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"`class_names` must be a list of at least one name, got {class_names!r}.")
+    if len(set(class_names)) < len(class_names):
+        twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
+        raise ValueError(f"`class_names` must be different names, twice there: {listed(twice)}.")
+
+
+def split_text(text: str, separator: str) -> list[str]:
+    """ "cat; dog" -> ["cat", "dog"]; nothing between two separators is nothing."""
+    return [part for part in (part.strip() for part in text.split(separator)) if part]
+
+
+def as_lists(labels: Sequence[str], separator: str) -> list[list[str]] | list[list[int]]:
+    """Texts of several classes each -> lists; lists of integers, if every class is one."""
+    parts = [split_text(text, separator) for text in labels]
+    if all(part.lstrip("-").isdecimal() for row in parts for part in row) and any(parts):
+        return [[int(part) for part in row] for row in parts]
+    return parts
+
+
+def _flat(labels: Sequence[Any], multi: bool) -> Iterable[Any]:
+    return (label for row in labels for label in (row or ())) if multi else labels
+
+
+@dataclass
+class _Labels:
+    """The labels of one split, as they come."""
+
+    split: str
+    values: list[Any]  # one an image: an index, an integer or a text; or a list of them
+    multi: bool
+    names: list[str] | None  # of a ClassLabel
+
+    @classmethod
+    def read(cls, split: str, dataset: datasets.Dataset, source: str, separator: str | None) -> "_Labels":
+        feature = dataset.features["label"]
+        kind, multi = class_feature(feature), is_multi_label(feature)
+        inner = feature.feature if multi else feature
+        if not isinstance(inner, datasets.ClassLabel | datasets.Value):
+            raise DatasetError(
+                f"{source}: the label column of {split} must hold classes (ClassLabel, text or integers), or lists of "
+                f"them, got {feature}."
+            )
+        values = dataset.select_columns("label")[:]["label"]
+        if separator is not None:
+            if multi or not all(isinstance(value, str) for value in values):
+                raise DatasetError(
+                    f"`label_separator` splits text, but the labels of {source}, {split}, are {feature}: leave it out."
+                )
+            values, multi = as_lists(values, separator), True
+        labels = cls(split, values, multi, None if kind is None else kind.names)
+        labels._check(source)
+        return labels
+
+    def _check(self, source: str) -> None:
+        """Every image has a class, and all of them are of one type."""
+        if self.multi and any(row is None for row in self.values):
+            raise DatasetError(f"{source}: {self.split} has images whose list of labels is missing: label None.")
+        present = set(_flat(self.values, self.multi))
+        if self.names is not None:
+            missing = {label for label in present if label is None or not 0 <= label < len(self.names)}
+        else:
+            missing = present & {None, ""}
+        if missing:
+            raise DatasetError(
+                f"{source}: {self.split} has images without a class: label {listed(sorted(missing, key=str))}."
+            )
+        types = {type(label) for label in present}
+        if self.names is None and types not in ({int}, {str}) and (types or not self.multi):
+            found = ", ".join(sorted(kind.__name__ for kind in types))
+            raise DatasetError(f"{source}: labels of {self.split} must be all integers or all text, got {found}.")
+
+    @property
+    def kind(self) -> str:
+        """What the labels are, for the comparison of splits."""
+        if self.names is not None:
+            kind = "ClassLabel"
+        else:
+            first = next(iter(_flat(self.values, self.multi)), "")
+            kind = "integers" if isinstance(first, int) else "text"
+        return f"lists of {kind}" if self.multi else kind
+
+    def present(self) -> set[Any]:
+        return set(_flat(self.values, self.multi))
+
+
+def unify_labels(
+    splits: Mapping[str, datasets.Dataset],
+    source: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    id_names: Mapping[int, str] | None = None,
+    separator: str | None = None,
+) -> dict[str, datasets.Dataset]:
+    """`label` as `ClassLabel`, or `List(ClassLabel)` where images have several classes, with the same names in every split.
+
+    Args:
+        splits: with a column `label` of `ClassLabel`, text or integers, or lists of these.
+        source: what messages call the data.
+        class_names: the classes by index; labels are mapped onto them by name. By default the `ClassLabel`'s names, the
+            sorted texts of the first split, or the integers from 0 to the highest.
+        id_names: names of integer labels; by default the integers as text.
+        separator: what stands between the classes of one image in a text.
+
+    Raises:
+        DatasetError: labels that are missing, of mixed types, unknown, or different between splits.
+    """
+    labels = {name: _Labels.read(name, split, source, separator) for name, split in splits.items()}
+    first = next(iter(labels.values()))
+    for other in labels.values():
+        if other.kind != first.kind:
+            raise DatasetError(
+                f"{source}: labels are {first.kind} in {first.split}, but {other.kind} in {other.split}."
+            )
+
+    def names_of(split: _Labels) -> dict[Any, str]:
+        """Raw label to class name, of those present."""
+        if split.names is not None:
+            return {label: split.names[label] for label in split.present()}
+        return {label: (id_names or {}).get(label, str(label)) for label in split.present()}
+
+    named = {name: names_of(split) for name, split in labels.items()}
+    found = {name: set(names.values()) for name, names in named.items()}
+    if class_names is not None:
+        names = list(class_names)
+        _check_known(found, names, source)
+    else:
+        names = _own_classes(labels, named, source)
+        check_same_classes(found, source)
+
+    index = {name: i for i, name in enumerate(names)}
+    unified = {}
+    for name, split in splits.items():
+        if labels[name].names == names and separator is None:
+            unified[name] = split
+            continue
+        code = {label: index[text] for label, text in named[name].items()}
+        values: list[Any] = (
+            [code[label] for label in labels[name].values]
+            if not first.multi
+            else [list(dict.fromkeys(code[label] for label in row)) for row in labels[name].values]
+        )
+        feature = datasets.ClassLabel(names=names)
+        feature = datasets.List(feature) if first.multi else feature
+        unified[name] = split.remove_columns("label").add_column("label", values, feature=feature)
+    return unified
+
+
+def _check_known(found: Mapping[str, set[str]], names: Sequence[str], source: str) -> None:
+    for split, present in found.items():
+        if unknown := sorted(present - set(names)):
+            raise DatasetError(
+                f"{source}: {split} has {len(unknown)} classes that are not among the {len(names)} `class_names`: "
+                f"{listed(unknown)}. Known are {listed(names)}."
+            )
+        if lacking := len(set(names) - present):
+            logger.info("%s: %s has images of %d of %d classes", source, split, len(names) - lacking, len(names))
+
+
+def _own_classes(labels: Mapping[str, _Labels], named: Mapping[str, dict[Any, str]], source: str) -> list[str]:
+    """The classes by index, as the first split has them."""
+    first = next(iter(labels.values()))
+    if first.names is not None:
+        check_same_classes({name: set(split.names) for name, split in labels.items()}, source)
+        same = {name for name, split in labels.items() if set(split.names) == set(first.names)}
+        if unordered := [name for name in labels if name in same and labels[name].names != first.names]:
+            raise DatasetError(
+                f"{source}: {', '.join(unordered)} lists the same classes as {first.split} in another order."
+            )
+        return first.names
+    present = sorted(first.present())
+    if not present:
+        raise DatasetError(f"{source}: no image of {first.split} has a label.")
+    if isinstance(present[0], str):
+        return present
+    if present[0] < 0 or (gaps := sorted(set(range(present[-1] + 1)) - set(present))):
+        problem = f"got {present[0]}" if present[0] < 0 else f"no image of {first.split} has {listed(gaps)}"
+        raise DatasetError(
+            f"{source}: class ids must run from 0 to {present[-1]} without a gap; {problem}: number them "
+            "anew, or call classes by names."
+        )
+    return [named[first.split][label] for label in present]

@@ -1,0 +1,263 @@
+"""A stream of transformed images for a DataLoader or Trainer."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..transforms.preprocessing import ImageTransform
+from .checks import DatasetError, listed
+from .labels import class_feature, is_multi_label, split_text, to_multi_hot
+
+
+_DECODER = datasets.Image()
+
+
+class StreamedImages(IterableDataset):
+    """A stream of `{"pixel_values": (3, H, W), "labels": ...}` and what else the transform gives: what `TransformedImages` is
+    for data with a length. `labels` is a class index, or a float32 vector (K,) of zeros and ones where images have several.
+
+    All randomness of a transform comes from (seed, epoch, number of the row in the whole stream). Rows go out in blocks of
+    `batch_size`, one block to each rank in turn, and within a rank one to each DataLoader worker in turn. With the same
+    `batch_size` in the DataLoader its batches are therefore equal, and in the same order, for any number of workers; and R
+    ranks see in a step what one process with the R-fold batch sees. Every process reads all rows, which is cheap, but decodes
+    and transforms only its own.
+
+    Trainer: give it as `train_dataset` and set `max_steps`, or give `num_rows`. With more than one process accelerate reads a
+    stream in the main process and sends batches to the others, so leave `rank` and `world_size` alone; or give them, with
+    `drop_last`, and let `get_train_dataloader` return `own_share_loader`: then every process decodes its own share.
+
+    Args:
+        dataset: a stream with an image and a label column, of `load_ufgir_dataset(streaming=True)`. Rows keep its order, but
+            from the second epoch on `datasets` takes the files in another order; `dataset.shuffle(seed=..., buffer_size=...)`
+            beforehand mixes rows as well.
+        transform: `TrainTransform` or `EvalTransform`.
+        seed: first part of (seed, epoch, row), a non-negative integer.
+        batch_size: rows in a block: the batch size of the DataLoader, a device.
+        rank, world_size: of this process, and how many there are.
+        drop_last: leave out the rows after the last world_size x batch_size, so that all ranks have the same number of full
+            batches. Ranks that wait for one another need that.
+        num_rows: length of the whole stream, if it is known; `len()` is this rank's share of it.
+        image_column: name of the column of images.
+        label_column: name of the column of classes; None for images without labels.
+
+    Raises:
+        ValueError: an argument is out of range, or the label column has no classes.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        transform: ImageTransform,
+        seed: int = 0,
+        *,
+        batch_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        num_rows: int | None = None,
+        image_column: str = "image",
+        label_column: str | None = "label",
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {seed}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must be in 0 ... {world_size - 1} (`world_size` - 1), got {rank}.")
+        features = dataset.features or {}
+        if lacking := [name for name in (image_column, label_column) if name is not None and name not in features]:
+            raise ValueError(f"`dataset` lacks the columns {listed(lacking)}. Available: {listed(features)}.")
+        label = features.get(label_column)
+        classes = class_feature(label)
+        if label is not None and classes is None:
+            raise ValueError(f"`label_column` {label_column!r} must hold ClassLabel, got {label}.")
+        self.num_classes = None if classes is None else classes.num_classes
+        self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+        self.transform = transform
+        self.seed, self.batch_size, self.rank, self.world_size = seed, batch_size, rank, world_size
+        self.drop_last, self.num_rows = drop_last, num_rows
+        self.image_column, self.label_column = image_column, label_column
+        self._multi_label = is_multi_label(label)
+        # Epoch; the epoch that begins later, and after how many rows. In shared memory: worker processes that outlive an epoch
+        # see the change.
+        self._position = torch.tensor([0, -1, 0], dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that random decisions belong to."""
+        return int(self._position[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move on to `epoch`, in this process and in all workers; a shuffled stream is shuffled anew."""
+        self._position[0] = epoch
+        self.dataset.set_epoch(epoch)
+
+    def skip(self, rows: int, epoch: int | None = None) -> None:
+        """Begin `epoch` (by default the present one) after the first `rows` rows of this rank, without decoding them.
+
+        To resume in the middle of an epoch: `skip(steps_done * batch_size, epoch)`, and `ignore_data_skip=True` in
+        TrainingArguments.
+        """
+        if rows < 0:
+            raise ValueError(f"`rows` must not be negative, got {rows}.")
+        self._position[1] = self.epoch if epoch is None else epoch
+        self._position[2] = rows
+
+    def __len__(self) -> int:
+        """Rows of this rank in an epoch; TypeError if `num_rows` was not given."""
+        if self.num_rows is None:
+            raise TypeError("a stream has no length: give `num_rows`")
+        turn = self.world_size * self.batch_size
+        rest = (
+            0 if self.drop_last else min(max(self.num_rows % turn - self.rank * self.batch_size, 0), self.batch_size)
+        )
+        return self.num_rows // turn * self.batch_size + rest
+
+    def _own_blocks(self) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+        """Blocks of undecoded rows of this rank, with their number in this rank."""
+        waiting: tuple[int, dict[str, list[Any]]] | None = None
+        # not `for row in dataset`: in a worker process that would be another part of the stream in each worker
+        for number, block in enumerate(self.dataset.iter(batch_size=self.batch_size)):
+            turn, rank = divmod(number, self.world_size)
+            if rank == self.rank:
+                waiting = turn, block
+                if not self.drop_last:
+                    yield waiting
+            complete = rank == self.world_size - 1 and len(block[self.image_column]) == self.batch_size
+            if self.drop_last and complete and waiting is not None:
+                yield waiting
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch, resumed, skipped = self._position.tolist()
+        first = skipped if epoch == resumed else 0
+        worker = get_worker_info()
+        own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number, block in self._own_blocks():
+            # blocks that are skipped count as dealt out: after them it is the first worker's turn again
+            if (number - first // self.batch_size) % workers != own:
+                continue
+            for offset in range(max(first - number * self.batch_size, 0), len(block[self.image_column])):
+                row = (number * self.world_size + self.rank) * self.batch_size + offset
+                sample = self._transformed(block[self.image_column][offset], epoch, row)
+                if self.label_column is not None:
+                    sample["labels"] = self._labels(block[self.label_column][offset], row)
+                yield sample
+
+    def _transformed(self, raw: dict[str, Any], epoch: int, row: int) -> dict[str, Any]:
+        try:
+            image = _DECODER.decode_example(raw)
+        except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
+            raise DatasetError(
+                f"row {row} of the stream ({raw.get('path') or 'no path'}) cannot be read: {type(error).__name__}: {error}."
+            ) from error
+        # as `TransformedImages` for the first copy of an image
+        columns = self.transform(image, np.random.default_rng((self.seed, epoch, row, 0)))
+        return columns if isinstance(columns, dict) else {"pixel_values": columns}
+
+    def _labels(self, label: Any, row: int) -> int | torch.Tensor:
+        labels = label if self._multi_label else [label]
+        if outside := [value for value in labels if value is None or not 0 <= value < self.num_classes]:
+            raise DatasetError(f"row {row} of the stream has the label {outside[0]}, of {self.num_classes} classes.")
+        return to_multi_hot(label, self.num_classes) if self._multi_label else int(label)
+
+
+def own_share_loader(images: StreamedImages, device: torch.device | str, **options: Any) -> DataLoader:
+    """A DataLoader of the share that `images` has of a stream, for a Trainer's `get_train_dataloader`.
+
+    It moves batches to `device` and forwards `set_epoch` as accelerate's loaders do, but takes no share of the share: a stream
+    with a rank of its own must not be prepared by accelerate.
+
+    Args:
+        images: with its `rank` and `world_size`.
+        device: where batches go.
+        options: of `torch.utils.data.DataLoader`, e.g. `num_workers` and `collate_fn`; the batch size is that of `images`.
+    """
+    loader = DataLoader(images, batch_size=images.batch_size, **options)
+    return prepare_data_loader(
+        loader, torch.device(device), num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )
+
+
+SHARDS = 64  # of data that lie in a local folder: the most DataLoader workers that `datasets` can feed from them
+
+
+def to_stream(splits: datasets.DatasetDict) -> datasets.IterableDatasetDict:
+    """The same data as a stream, row by row."""
+    return datasets.IterableDatasetDict(
+        {name: split.to_iterable_dataset(num_shards=min(SHARDS, len(split))) for name, split in splits.items()}
+    )
+
+
+def _encode(
+    labels: Sequence[Any], names: Sequence[str] | None, index: Mapping[str, int], separator: str | None, where: str
+) -> dict[str, list[Any]]:
+    """A batch of labels -> class indices; DatasetError for a class that is not known."""
+
+    def code(label: Any) -> int:
+        name = names[label] if names is not None and label is not None and 0 <= label < len(names) else label
+        if name is not None and str(name) in index:
+            return index[str(name)]
+        raise DatasetError(
+            f"{where} has an image of the class {name!r}, which is not among the {len(index)} `class_names`."
+        )
+
+    if separator is not None:
+        labels = [split_text(text, separator) for text in labels]
+    codes = (list(dict.fromkeys(map(code, label))) if isinstance(label, list) else code(label) for label in labels)
+    return {"label": list(codes)}
+
+
+def unify_stream_labels(
+    splits: Mapping[str, datasets.IterableDataset],
+    source: str,
+    class_names: Sequence[str] | None = None,
+    separator: str | None = None,
+) -> datasets.IterableDatasetDict:
+    """`label` as `ClassLabel`, or lists of it, with the same names in every split of a stream; nothing is read.
+
+    Args:
+        splits: streams with the columns `image` and `label`.
+        source: what messages call the data.
+        class_names: the classes by index. By default those of the labels' `ClassLabel`.
+        separator: what stands between the classes of one image in a text.
+
+    Raises:
+        DatasetError: the classes are not known without reading all labels, or differ between splits; and, while a stream is
+            read, a label that is none of `class_names`.
+    """
+    kinds = {name: class_feature(split.features["label"]) for name, split in splits.items()}
+    first = next(iter(kinds.values()))
+    if class_names is None:
+        if unknown := [name for name, kind in kinds.items() if kind is None]:
+            raise DatasetError(
+                f"`streaming`: the labels of {source}, {', '.join(unknown)}, are no ClassLabel, so that the list of all "
+                "labels would be needed to know the classes: give them in `class_names`, or do not stream."
+            )
+        if other := [name for name, kind in kinds.items() if kind.names != first.names]:
+            raise DatasetError(
+                f"{source}: {', '.join(other)} lists other classes, or in another order, than {next(iter(kinds))}: give "
+                "`class_names`."
+            )
+    names = list(class_names if class_names is not None else first.names)
+    index = {name: i for i, name in enumerate(names)}
+    streams = {}
+    for name, split in splits.items():
+        feature = split.features["label"]
+        if kinds[name] is not None and kinds[name].names == names:
+            streams[name] = split
+            continue
+        lists = is_multi_label(feature) or separator is not None
+        kind = datasets.ClassLabel(names=names)
+        arguments = {"names": kinds[name] and kinds[name].names, "index": index, "separator": separator}
+        encode = functools.partial(_encode, where=f"{source}: {name}", **arguments)
+        features = {"image": datasets.Image(), "label": datasets.List(kind) if lists else kind}
+        # not decoded for the sake of the labels; and no `features` for map, after which a cast is no longer heeded
+        raw = split.cast_column("image", datasets.Image(decode=False))
+        streams[name] = raw.map(encode, input_columns=["label"], batched=True).cast(datasets.Features(features))
+    return datasets.IterableDatasetDict(streams)

@@ -1,0 +1,100 @@
+"""A PyTorch dataset that applies a transform to images and labels, and the callback that tells it the epoch."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ..transforms.preprocessing import ImageTransform
+
+
+class TransformedImages(torch.utils.data.Dataset):
+    """A map-style dataset of `{"pixel_values": (3, H, W), "labels": int}` and what else the transform gives.
+
+    Args:
+        dataset: rows are dicts, e.g. a `datasets.Dataset`.
+        transform: `TrainTransform` or `EvalTransform`.
+        seed: first part of (seed, epoch, index), a non-negative integer.
+        image_column: name of the column of PIL pictures.
+        label_column: name of the column of class indices; None for pictures without labels.
+        num_labels: the number of classes K, if the column holds a list of class indices for each picture; labels are then
+            (K,) float32, one where the picture has the class.
+        copies: how often an epoch may show a picture, differently each time: index `i + c * len(dataset)` is copy `c` of
+            picture `i`. The length is that of `dataset`; see `augmentation.RepeatedSampler`.
+
+    Raises:
+        ValueError: a negative seed, or less than one copy.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: ImageTransform,
+        seed: int = 0,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        num_labels: int | None = None,
+        copies: int = 1,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {seed}.")
+        if copies < 1:
+            raise ValueError(f"`copies` must be at least 1, got {copies}.")
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.image_column = image_column
+        self.label_column = label_column
+        self.num_labels = num_labels
+        self.copies = copies
+        # Shared memory: worker processes that outlive an epoch see the change, whatever their start method.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that random decisions belong to."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move on to `epoch`, in this process and in all workers."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        count = len(self)
+        if not -count <= index < count * self.copies:
+            raise IndexError(f"index {index} is outside a dataset of {count} images")
+        copy, index = divmod(int(index) + (count if index < 0 else 0), count)
+        row = self.dataset[index]
+        generator = np.random.default_rng((self.seed, self.epoch, index, copy))
+        columns = self.transform(row[self.image_column], generator)
+        sample = columns if isinstance(columns, dict) else {"pixel_values": columns}
+        if self.label_column is not None:
+            sample["labels"] = self._labels(row[self.label_column], index)
+        return sample
+
+    def _labels(self, value: Any, index: int) -> int | torch.Tensor:
+        if self.num_labels is None:
+            return int(value)
+        wrong = [label for label in value if not 0 <= label < self.num_labels]
+        if wrong:
+            raise ValueError(f"image {index} has the class {wrong[0]}, which is not in 0 to {self.num_labels - 1}.")
+        labels = torch.zeros(self.num_labels)
+        labels[list(value)] = 1.0
+        return labels
+
+
+class SetEpoch(TrainerCallback):
+    """Tells a `TransformedImages` which epoch begins, also when training resumes in the middle of one.
+
+    (Trainer and accelerate forward the epoch to samplers, and to datasets only on some paths.)
+    """
+
+    def __init__(self, dataset: TransformedImages) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))

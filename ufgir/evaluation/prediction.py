@@ -1,0 +1,404 @@
+"""Predictions on any number of images: in bounded memory, in order, split over processes, and taken up where they stopped.
+
+Each process appends to two files of its own in `_<name>.partial/` beside the result, batch by batch: the finished lines, and for
+every image a record of fixed size, of which the metrics are made (see `prediction_files`). At the end the first process puts
+the lines together, and the result appears under its name, complete. All processes must see that folder.
+
+Shapes: B images of a batch, K classes.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+from clca.loss_clca import classification_loss
+
+from ..utils.distributed import broadcast_buffers
+from ..utils.files import write_text_atomically
+from ..utils.locks import only_one
+from ..utils.provenance import as_read
+from ..utils.text import one_sentence
+from .prediction_files import PredictionTable, Shard, join, left_out, metrics
+
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".csv", ".jsonl")
+STATE = "state.json"
+SAMPLED = 1000  # images whose names, sizes and dates tell one data set from another
+HASHED = 64  # images whose contents do, where there are no files
+
+FileNames = Sequence[str | None] | Callable[[int], str | None]
+
+
+class Predictions(NamedTuple):
+    """What came of `predict_to_file`."""
+
+    path: Path
+    images: int  # lines written
+    metrics: dict[str, float]  # fractions in [0, 1], and the loss; empty without labels
+    broken: list[str]  # images left out
+    seconds: float  # since the call, of an earlier one nothing
+    predicted: int  # images since the call
+
+
+def predict_to_file(
+    model: nn.Module,
+    dataset: Dataset,
+    output: str | os.PathLike,
+    class_names: Sequence[str],
+    *,
+    files: FileNames | None = None,
+    collate: Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]] = default_data_collator,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    top: int = 5,
+    precision: torch.dtype | None = None,
+    skip_broken: bool = False,
+    progress: bool = False,
+    data: Mapping[str, Any] | None = None,
+) -> Predictions:
+    """Classify every image of a data set and write a line for each: index, file, label, prediction, best guesses.
+
+    In several processes (torchrun, accelerate launch) every one must call it; the images are split between them, and all get
+    the same answer. What an interrupted call has left is taken up if model, data and options are the same, else dropped.
+
+    Args:
+        model: a classifier, whose forward takes `pixel_values`. It is moved to the device of this process.
+        dataset: `dataset[i]` is {"pixel_values": (3, H, W)} and perhaps "labels": a class, or zeros and ones (K,) where an
+            image has several, or below 0 if it is not known. Or a stream, `ufgir.data.streams.StreamedImages`, that knows this
+            process's rank and the number of processes.
+        output: ends in .csv (columns index, file, label, prediction, class_1, probability_1, class_2, ...) or .jsonl (a list
+            `top` instead). Several classes of one image are separated by `;` in CSV and lists in JSON. Replaced if it exists.
+        class_names: K names.
+        files: the images' file names by index, None where one has none.
+        collate: samples to a batch.
+        batch_size: images a step and process.
+        num_workers: processes that load images, for each process.
+        top: guesses written; K if there are fewer classes.
+        precision: of autocast, None for none.
+        skip_broken: leave images that cannot be read out, with a warning that says why, instead of raising.
+        progress: show a bar.
+        data: what else tells these images from others, such as data set, split and options: see `identity_of_data` for what
+            is compared anyway.
+
+    Returns:
+        The metrics are top1, top5 (with more than five classes) and macro_f1, or, with several classes an image, map, micro_f1
+        and macro_f1, as in `ufgir.evaluation.metrics`; and the mean loss.
+
+    Raises:
+        ValueError: another ending, a number out of range, an empty data set, a stream that is split in another way, or a file that
+            another process is writing.
+    """
+    start, state, output = time.perf_counter(), PartialState(), Path(output)
+    _check(output, dataset, batch_size, top, state.num_processes)
+    names = files if callable(files) else (lambda index: files[index]) if files is not None else (lambda index: None)
+    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    table = PredictionTable(tuple(class_names), min(top, len(class_names)), output.suffix, several)
+    refusal = f"{output} is being written by another process: wait for it to end, or choose another file."
+    with only_one(output, refusal) if state.is_main_process else contextlib.nullcontext():
+        folder = output.with_name(f"_{output.name}.partial")
+        ranges: list[Any] = [None]
+        if state.is_main_process:
+            same = {
+                "model": hash_weights(model),
+                "data": [identity_of_data(dataset, names), dict(data or {})],
+                "table": table,
+                "precision": str(precision),
+            }
+            ranges = [_begin(folder, same, dataset, state.num_processes)]
+        ranges = broadcast_object_list(ranges)[0]
+        if isinstance(dataset, IterableDataset) and len(ranges) != state.num_processes:
+            raise ValueError(f"{folder} was begun by {len(ranges)} processes: go on with as many, or delete it.")
+
+        was_training, predicted = model.training, 0
+        model.to(state.device).eval()
+        broadcast_buffers(model)
+        try:
+            for number in range(state.process_index, len(ranges), state.num_processes):
+                shard = Shard(folder, number, table)
+                source, indices, count = _rest(dataset, ranges[number], shard.cut(batch_size))
+                loader = DataLoader(
+                    GuardedImages(source) if skip_broken else source,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    collate_fn=functools.partial(separate_broken, collate=collate),
+                    pin_memory=state.device.type == "cuda",
+                )
+                hidden = not (progress and state.is_main_process)
+                with shard, tqdm(total=count, desc="Predicting", unit="image", disable=hidden) as bar:
+                    for batch, size, problems in loader:
+                        rows = [(index, names(index)) for index in itertools.islice(indices, size)]
+                        for position, why in problems.items():
+                            logger.warning("%s cannot be read and is left out: %s", called(*rows[position]), why)
+                        good = [position for position in range(size) if position not in problems]
+                        records, lines = table.records(size), []
+                        if good:
+                            lines, records[good] = _predict(model, batch, [rows[i] for i in good], table, precision)
+                        shard.append(lines, records)
+                        predicted += size
+                        bar.update(size)
+        finally:
+            model.train(was_training)
+        predicted = sum(gather_object([predicted]))  # no process goes on before all have come here
+        answer: list[Any] = [None]
+        if state.is_main_process:
+            shards = [Shard(folder, number, table) for number in range(len(ranges))]
+            streamed = isinstance(dataset, IterableDataset)
+            starts = [0 if part is None else part[0] for part in ranges]
+            broken = [called(index, names(index)) for index in left_out(shards, starts)]
+            images = join(shards, table, folder / "joined", output, dataset.batch_size if streamed else None)
+            answer = [(images, metrics(shards, table), broken)]
+            shutil.rmtree(folder)
+        images, measured, broken = broadcast_object_list(answer)[0]
+        return Predictions(output, images, measured, broken, time.perf_counter() - start, predicted)
+
+
+def called(index: int, name: str | None) -> str:
+    return name or f"image {index}"
+
+
+def file_names(dataset: datasets.Dataset, column: str = "image") -> Callable[[int], str | None]:
+    """The file name of image i of a `datasets.Dataset`, for `predict_to_file(files=...)`; nothing is decoded."""
+    raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return lambda index: raw[index][column]["path"]
+
+
+def read_predictions(path: str | os.PathLike, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Some lines of a file of predictions, by the index of the image."""
+    wanted, found = set(indices), {}
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file) if Path(path).suffix == ".csv" else map(json.loads, file):
+            if int(row["index"]) in wanted:
+                found[int(row["index"])] = row
+    return found
+
+
+# What is predicted, and whether it is the same as before
+
+
+def _check(output: Path, dataset: Dataset, batch_size: int, top: int, processes: int) -> None:
+    if output.suffix not in ENDINGS:
+        raise ValueError(f"`output` must end in {' or '.join(ENDINGS)}, got {output}.")
+    for name, value in (("batch_size", batch_size), ("top", top)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if not isinstance(dataset, IterableDataset):
+        if len(dataset) == 0:
+            raise ValueError("`dataset` is empty: there is nothing to predict.")
+    elif (dataset.batch_size, dataset.world_size) != (batch_size, processes):
+        raise ValueError(
+            f"`dataset` deals out blocks of {dataset.batch_size} images to {dataset.world_size} processes: make it with "
+            f"`batch_size`={batch_size} and `world_size`={processes}."
+        )
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Of weights and configuration."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def identity_of_data(dataset: Dataset, names: Callable[[int], str | None]) -> dict[str, Any]:
+    """What tells the images of a data set from others, and what is done to them.
+
+    That is their number and all labels; of at most `SAMPLED` images the names, and the sizes and dates of their files; of at
+    most `HASHED` that are no files, in a table or drawn, the contents. Of a stream, of which nothing is known beforehand, the
+    first `HASHED` images and labels, and what its source says of its length.
+    """
+    transform = vars(dataset.transform) if hasattr(dataset, "transform") else {}
+    identity: dict[str, Any] = {"transform": {k: str(v) for k, v in transform.items()}}
+    rows = getattr(dataset, "dataset", None)  # of TransformedImages or StreamedImages
+    columns = (getattr(dataset, "image_column", None), getattr(dataset, "label_column", None))
+    if isinstance(dataset, IterableDataset):
+        return identity | {"count": None, **_beginning(dataset, rows, *columns)}
+    images, inside = [], []
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED)).astype(int).tolist():
+        name = names(index)
+        images.append([name, *_about_file(name)])
+        if len(images[-1]) == 1:
+            inside.append(index)
+    identity |= {"count": len(dataset), "images": images, "labels": _hash_labels(rows, columns[1])}
+    if columns[0] is not None and inside:
+        raw = _undecoded(rows, columns[0])
+        chosen = np.linspace(0, len(inside) - 1, min(len(inside), HASHED)).astype(int)
+        identity["contents"] = [_hash_image(raw[inside[i]][columns[0]]) for i in chosen]
+    return identity
+
+
+def _about_file(name: str | None) -> list[int]:
+    """Size and date; nothing of what is no file."""
+    try:
+        about = os.stat(name or "")
+    except (OSError, ValueError):
+        return []
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _undecoded(rows: Any, column: str) -> Any:
+    """The same rows, with images as names or bytes where `datasets` would decode them."""
+    is_image = isinstance((getattr(rows, "features", None) or {}).get(column), datasets.Image)
+    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
+
+
+def _hash_image(image: Any) -> Any:
+    """Of the bytes of a file, or of pixels; of a file that is only named, its name, size and date."""
+    if isinstance(image, dict):
+        if image["bytes"] is None:
+            return [image["path"], *_about_file(image["path"])]
+        return hashlib.sha256(image["bytes"]).hexdigest()
+    pixels = np.asarray(image)
+    return hashlib.sha256(f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def _hash_labels(rows: Any, column: str | None) -> str | None:
+    """Of all labels, a batch at a time; None where they cannot be read without the images."""
+    digest = hashlib.sha256()
+    if column is None:
+        return None
+    if isinstance(rows, datasets.Dataset):
+        for batch in rows.select_columns([column]).iter(batch_size=SAMPLED):
+            digest.update(json.dumps(batch[column]).encode())
+    elif isinstance(rows, Sequence):
+        for row in rows:
+            digest.update(f"{row[column]},".encode())
+    else:
+        return None
+    return digest.hexdigest()
+
+
+def _beginning(
+    dataset: IterableDataset, rows: Any, image_column: str | None, label_column: str | None
+) -> dict[str, Any]:
+    """What is known of a stream without reading all of it."""
+    known: dict[str, Any] = {"rows": getattr(dataset, "num_rows", None)}
+    if isinstance(rows, datasets.IterableDataset) and image_column is not None:
+        splits = rows.info.splits or {}
+        known |= {"shards": rows.num_shards, "split": str(rows.split)}
+        known["splits"] = {str(name): split.num_examples for name, split in splits.items()}
+        first = itertools.islice(_undecoded(rows, image_column), HASHED)
+        known["first"] = [[_hash_image(row[image_column]), row.get(label_column)] for row in first]
+    return known
+
+
+def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int) -> list[Any]:
+    """The range of the data set that each shard covers (of a stream None): as an interrupted call divided it, if that did the
+    same."""
+    same = as_read(same)
+    try:
+        found = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found is not None and found["same"] == same:
+        logger.info("%s: an interrupted prediction goes on", folder)
+        return found["ranges"]
+    if folder.exists():
+        logger.info("%s is dropped: it is of another model, other data or other options", folder)
+        shutil.rmtree(folder)
+    ranges: list[Any] = [None] * processes
+    if not isinstance(dataset, IterableDataset):
+        bounds = [len(dataset) * i // processes for i in range(processes + 1)]
+        ranges = [list(pair) for pair in itertools.pairwise(bounds)]
+    write_text_atomically(folder / STATE, json.dumps({"same": same, "ranges": ranges}))
+    return ranges
+
+
+# From images to lines and records
+
+
+def _rest(dataset: Dataset, part: Sequence[int] | None, done: int) -> tuple[Dataset, Iterator[int], int | None]:
+    """What is left of a shard: the data, their indices, and how many there are, if that is known."""
+    if part is not None:
+        left = range(part[0] + done, part[1])
+        return Subset(dataset, left), iter(left), len(left)
+    dataset.skip(done)
+    turns = (divmod(row, dataset.batch_size) for row in itertools.count(done))
+    indices = ((turn * dataset.world_size + dataset.rank) * dataset.batch_size + offset for turn, offset in turns)
+    return dataset, indices, None
+
+
+class _Broken(NamedTuple):
+    """Stands for an image that cannot be read."""
+
+    why: str
+
+
+class GuardedImages(Dataset):
+    """A data set that has `_Broken` where an image cannot be read."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
+            return _Broken(f"{type(error).__name__}: {one_sentence(error)}")
+
+
+def separate_broken(samples: list[Any], collate: Callable) -> tuple[Any, int, dict[int, str]]:
+    """A batch of what could be read, the number of samples, and which of them could not be read, and why."""
+    problems = {i: sample.why for i, sample in enumerate(samples) if isinstance(sample, _Broken)}
+    good = [sample for sample in samples if not isinstance(sample, _Broken)]
+    return collate(good) if good else None, len(samples), problems
+
+
+def _predict(
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    rows: Sequence[tuple[int, str | None]],
+    table: PredictionTable,
+    precision: torch.dtype | None,
+) -> tuple[list[bytes], np.ndarray]:
+    """Lines and records of a batch, whose images have the indices and file names `rows`."""
+    pixels = batch["pixel_values"].to(model.device, non_blocking=True)
+    with torch.inference_mode(), torch.autocast(pixels.device.type, precision, enabled=precision is not None):
+        logits = model(pixel_values=pixels).logits.float().cpu()
+    labels = batch.get("labels")
+    scores = logits.double().numpy()
+    order = np.argsort(-scores, axis=1, kind="stable")  # of equals the lower class, NaN last
+    records = table.records(len(rows))
+    lines = []
+    for i, (index, file) in enumerate(rows):
+        known = labels is not None and bool((labels[i] >= 0).all())
+        label = (labels[i].numpy() > 0 if table.several else int(labels[i])) if known else None
+        lines.append(table.line(index, file, label, scores[i], order[i]))
+        records[i]["bytes"], records[i]["predicted"] = len(lines[-1]), order[i, 0]
+        if table.several:
+            records[i]["scores"] = np.nan_to_num(scores[i], nan=-np.inf)
+        if known:
+            records[i]["loss"] = classification_loss(logits[i : i + 1], labels[i : i + 1], model.config)
+            records[i]["label"] = 0 if table.several else label
+            if table.several:
+                records[i]["targets"] = label
+            elif not np.isnan(scores[i, label]):
+                records[i]["rank"] = np.flatnonzero(order[i] == label)[0]
+            else:  # never among the highest
+                records[i]["rank"] = len(order[i])
+    return lines, records

@@ -1,0 +1,345 @@
+"""What `ufgir benchmark` measured, as tables, files and figures."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..utils.files import write_csv, write_text_atomically
+from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
+from ..utils.provenance import describe_host, now, peak_memory
+from .benchmark import Report, Result
+from .benchmark_cases import Setting
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "numpy", "datasets", "pillow")
+MEGA = 1e6
+COLUMNS = 3  # panels beside each other
+TextTable = list[list[str]]
+
+
+def provenance() -> dict[str, Any]:
+    """Command, date, machine and versions: what a table of numbers needs beside them."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # optional, or run from a checkout
+            continue
+    program = Path(sys.argv[0]).name
+    command = shlex.join(["ufgir" if program == "cli.py" else program, *sys.argv[1:]])
+    return {"command": command, "date": now(), "host": describe_host(), "versions": versions}
+
+
+def origin(facts: Mapping[str, Any], threads: int | None = None) -> str:
+    """Where numbers come from, in one line under their table."""
+    versions = [f"{name} {facts['versions'].get(name, '?')}" for name in ("torch", "transformers")]
+    parts = [f"`{facts['command']}`", facts["host"], f"{threads} thread{'s'[: threads > 1]}" if threads else ""]
+    parts += [", ".join(versions), facts["date"][:10]]
+    return "; ".join(part for part in parts if part)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _time(result: Result) -> str:
+    """Milliseconds, and the quartiles around them."""
+    quartiles = [1e3 * seconds for seconds in result.time]
+    digits = 0 if quartiles[0] >= 1000 else 1 if quartiles[0] >= 10 else 3
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*quartiles, d=digits)
+
+
+def _goals(result: Result) -> str:
+    """Each goal, and whether it is met."""
+    told = []
+    for goal in result.case.goals if result.case else ():
+        value = result.measured(goal.measure)
+        told.append(f"{goal}: {'not measured' if value is None else 'met' if goal.met(value) else 'missed'}")
+    return ", ".join(told)
+
+
+def setting_table(results: Sequence[Result]) -> TextTable:
+    """The results of one setting as cells, columns without any content left out."""
+    head = ["model", "ms [quartiles]", "images/s", "speed-up", "GMACs", "executed", "ratio", "possible", "realised"]
+    head += ["activations, MB", "of dense", "peak, MB", "of dense", "set-up, s", "goal"]
+    rows = [head]
+    for r in results:
+        if r.error:
+            rows.append([r.name, r.error, *[""] * (len(head) - 2)])
+            continue
+        memory = []
+        for kind in ("activation_memory", "peak_memory"):
+            size = getattr(r, kind)
+            memory += ["" if size is None else _number(size / MEGA, 1), _share(r.memory_ratio(kind))]
+        rows.append(
+            [
+                r.name,
+                _time(r) if r.time else "not measured",
+                _number(r.images_per_second, 2 if (r.images_per_second or 0) < 100 else 0),
+                "" if r.dense is None else _number(r.speedup),
+                *(_number(n / 1e9 if n else None, 3) for n in (r.macs, r.macs_executed)),
+                *("" if r.dense is None else _number(n) for n in (r.macs_ratio, r.possible)),
+                _share(r.realised),
+                *memory,
+                "" if r.setup_seconds is None else _number(r.setup_seconds, 1),
+                _goals(r),
+            ]
+        )
+    filled = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows[1:])]
+    return [[row[i] for i in filled] for row in rows]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def tables(report: Report) -> list[tuple[Setting, TextTable]]:
+    """A table for each setting."""
+    return [(setting, setting_table(results)) for setting, results in by_setting(report.results).items()]
+
+
+def by_setting(results: Sequence[Result]) -> dict[Setting, list[Result]]:
+    """The results of each setting."""
+    groups: dict[Setting, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.setting, []).append(result)
+    return groups
+
+
+def markdown_table(rows: TextTable) -> str:
+    """Cells as a Markdown table, the first column to the left and the others to the right."""
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown(report: Report, facts: Mapping[str, Any]) -> str:
+    """All tables, warnings and where the numbers come from."""
+    parts = [f"**{setting}**\n\n{markdown_table(rows)}" for setting, rows in tables(report)]
+    parts += [f"> {warning}" for warning in report.warnings]
+    rounds = f"Medians of {report.repetitions} rounds, each a batch of each model in turn"
+    return "\n\n".join([*parts, f"{rounds}. {origin(facts, report.threads)}."])
+
+
+def csv_rows(report: Report) -> list[dict[str, Any]]:
+    """One row for each result. Units: seconds of a batch, multiply-adds of an image, bytes."""
+    rows = []
+    for r in report.results:
+        time = r.time
+        rows.append(
+            {
+                "model": r.name,
+                "method": "dense" if r.case is None else r.case.method or "none",
+                "variant": "base" if r.case is None else r.case.variant,
+                "keep_rate": 1.0 if r.case is None else r.case.keep_rate,
+                **r.setting._asdict(),
+                "rounds": len(r.seconds),
+                "seconds_median": time and time.median,
+                "seconds_lower_quartile": time and time.lower,
+                "seconds_upper_quartile": time and time.upper,
+                "images_per_second": r.images_per_second,
+                "speedup": r.speedup,
+                "macs": r.macs,
+                "macs_executed": r.macs_executed,
+                "macs_ratio": r.macs_ratio,
+                "macs_executed_ratio": r.possible,
+                "realised": r.realised,
+                "activation_memory": r.activation_memory,
+                "activation_memory_ratio": r.memory_ratio("activation_memory"),
+                "peak_memory": r.peak_memory,
+                "peak_memory_ratio": r.memory_ratio("peak_memory"),
+                "setup_seconds": r.setup_seconds,
+                "parameters": r.parameters,
+                "goals": _goals(r),
+                "error": r.error,
+            }
+        )
+    return rows
+
+
+def record(report: Report, facts: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything, with every single timing, for programs."""
+    single = [r.seconds for r in report.results]
+    results = [row | {"seconds": seconds} for row, seconds in zip(csv_rows(report), single, strict=True)]
+    about = {name: value for name, value in vars(report).items() if name != "results"}
+    # of the process, from its start, all models of a race together: no case has a figure of its own for this
+    return {
+        **facts,
+        **about,
+        "warnings": report.warnings,
+        "process_peak_memory": peak_memory(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "network": network,
+        "results": results,
+    }
+
+
+def write_report(folder: Path, report: Report, facts: Mapping[str, Any], network: Mapping[str, Any]) -> list[Path]:
+    """benchmark.csv, benchmark.md, benchmark.json and the figures, each whole or not at all; the files that were written."""
+    record_text = json.dumps(record(report, facts, network), indent=1, ensure_ascii=False, default=str)
+    return [
+        write_csv(folder / "benchmark.csv", csv_rows(report)),
+        write_text_atomically(folder / "benchmark.md", markdown(report, facts) + "\n"),
+        write_text_atomically(folder / "benchmark.json", record_text + "\n"),
+        *draw(report, folder, "benchmark"),
+    ]
+
+
+def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
+    """PREFIX_throughput.png and, if there are several sizes of batches, PREFIX_latency.png; those that were drawn."""
+    drawn = []
+    with style():
+        panels = throughput_panels(report)
+        if panels:
+            drawn.append(_draw_panels(panels, _draw_throughput, folder / f"{prefix}_throughput.png"))
+        panels = latency_panels(report)
+        if panels:
+            drawn.append(_draw_panels(panels, _draw_latency, folder / f"{prefix}_latency.png"))
+    return drawn
+
+
+def throughput_panels(report: Report) -> dict[str, list[Result]]:
+    """Title -> results of one setting, where there is more than the dense model to show."""
+    groups = by_setting([r for r in report.results if r.time])
+    return {str(setting): group for setting, group in groups.items() if len(group) > 1}
+
+
+def latency_panels(report: Report) -> dict[str, list[Result]]:
+    """Title -> results of settings that differ in the size of the batch only."""
+    panels: dict[str, list[Result]] = {}
+    for result in report.results:
+        if result.time:
+            s = result.setting
+            panels.setdefault(f"{s.mode}, {s.image_size} px, {s.dtype}, {s.backend}", []).append(result)
+    return {title: group for title, group in panels.items() if len({r.setting.batch_size for r in group}) > 1}
+
+
+def _draw_panels(panels: Mapping[str, list[Result]], draw_one: Any, path: Path) -> Path:
+    columns = 2 if len(panels) == 4 else min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure, axes = new_figure(rows, columns, squeeze=False)
+    for place, (title, results) in zip(axes.flat, panels.items(), strict=False):
+        draw_one(place, title, results)
+    for place in list(axes.flat)[len(panels) :]:
+        place.remove()
+    known = [place.get_legend_handles_labels() for place in list(axes.flat)[: len(panels)]]
+    lines = {name: line for lines, names in known for line, name in zip(lines, names, strict=True)}
+    figure.set_figwidth(figure.get_figwidth() + 2)  # inches
+    figure.legend(lines.values(), lines.keys(), loc="outside right center")
+    return save_figure(figure, path)
+
+
+def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Result]]]:
+    """Name of a line -> how it looks, and its results: a method with a variant. Methods tell themselves apart by colour, or
+    variants where there is one method in several; models without cache and aggregation are hollow."""
+    variants = {r.case.variant for r in results if r.case}
+    one_method = len({r.case.method for r in results if r.case}) == 1 < len(variants)
+    lines: dict[str, tuple[dict[str, Any], list[Result]]] = {}
+    for result in results:
+        if result.case is None:
+            continue
+        method, variant = result.case.method, result.case.variant
+        name = (method or "no reduction") + ("" if variant == "base" else f" + {variant}")
+        look = method_style(None) if method is None else plain_style(variant if one_method else method, len(lines))
+        look = look | {"label": name} | ({"markerfacecolor": "white"} if variant == "base" else {})
+        lines.setdefault(name, (look, []))[1].append(result)
+    return lines
+
+
+def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> None:
+    """Images a second over executed GMACs; the grey line is what multiply-adds alone would allow."""
+    dense = next((r for r in results if r.case is None), None)
+    for look, line in _lines(results).values():
+        line = sorted(line, key=lambda r: r.macs_executed)
+        axes.plot([r.macs_executed / 1e9 for r in line], [r.images_per_second for r in line], **look)
+    if dense is not None:
+        least = min(r.macs_executed for r in results)
+        work = [least + (dense.macs_executed - least) * i / 50 for i in range(51)]
+        ideal = [dense.images_per_second * dense.macs_executed / macs for macs in work]
+        axes.plot([macs / 1e9 for macs in work], ideal, color="#808080", linewidth=1, label="as the GMACs")
+        axes.plot(dense.macs_executed / 1e9, dense.images_per_second, "k+", markersize=9, label=dense.name)
+    label(axes, "GMACs of an image, as executed", "images/s", title, legend=False)
+
+
+def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:
+    """Milliseconds of a batch over its size."""
+    from matplotlib.ticker import LogLocator  # installed, if there are axes
+
+    rates = sorted({r.case.keep_rate for r in results if r.case and r.case.method})
+    lines = []
+    reduced = [r for r in results if r.case and r.case.method]
+    for index, rate in enumerate(rates):
+        alpha = 1 - 0.6 * index / len(rates)  # the more is kept, the paler
+        for name, (look, line) in _lines([r for r in reduced if r.case.keep_rate == rate]).items():
+            lines.append((look | {"label": f"{name}, {rate:g}", "alpha": alpha}, line))
+    lines += list(_lines([r for r in results if r.case and not r.case.method]).values())
+    dense = list({r.setting: r for r in results if r.case is None}.values())
+    lines.append(({"color": "black", "marker": "+", "markersize": 9, "label": dense[0].name if dense else ""}, dense))
+    for look, line in lines:
+        line = sorted(line, key=lambda r: r.setting.batch_size)
+        if len(line) > 1:
+            axes.plot([r.setting.batch_size for r in line], [1e3 * r.time.median for r in line], **look)
+    sizes = sorted({r.setting.batch_size for r in results})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would be written over each other
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(True, axis="y", which="minor", alpha=0.5)
+    label(axes, "images in a batch", "ms of a batch", title, legend=False)
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The two comments in a document between which a table of this name stands."""
+    return f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+
+
+def check_place(document: Path, name: str) -> None:
+    """Whether a document has a place for a table; to be called before anything is measured.
+
+    Raises:
+        ValueError: there is no such file, or it lacks the markers, or has them twice.
+    """
+    if not document.is_file():
+        raise ValueError(f"`--into`: there is no file {document}.")
+    begin, end = markers(name)
+    text = document.read_text(encoding="utf-8")
+    if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
+        raise ValueError(f"`--into`: {document} must have {begin} and, after it, {end}, once each.")
+
+
+def fill_in(document: Path, name: str, content: str, figures: Sequence[Path] = ()) -> None:
+    """Put a table between its markers, in place of what is there; the rest of the document stays.
+
+    Args:
+        document: a Markdown file, see `check_place`.
+        name: of the table.
+        content: Markdown.
+        figures: pictures to be shown below.
+
+    Raises:
+        ValueError: see `check_place`.
+    """
+    check_place(document, name)
+    begin, end = markers(name)
+    shown = (f"![{_words(path)}]({Path(os.path.relpath(path, document.parent)).as_posix()})" for path in figures)
+    block = "\n\n".join([begin, content, *shown, end])
+    text = document.read_text(encoding="utf-8")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    write_text_atomically(document, re.sub(pattern, lambda _: block, text, count=1, flags=re.DOTALL))
+
+
+def _words(path: Path) -> str:
+    return path.stem.replace("_", " ")

@@ -1,0 +1,343 @@
+"""Where a model's parameters, multiply-adds and time are: `ufgir profile --layers`.
+
+The parts are the embeddings, each layer (with the reduction in it), the final norm and the head. What is in none of them, the
+recalls of the cache and the pooling most of all, is the rest. All parts add up to the model.
+"""
+
+import contextlib
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from clca import CLCAViTConfig, token_schedule
+from clca.cache_clca import recovery_layers
+
+from ..utils.files import write_csv, write_text_atomically
+from ..utils.plotting import BLACK, BLUE, label, new_figure, save_figure, style
+from .macs import count_macs
+from .timing import steady, synchronize
+
+
+REST = "rest"
+TextTable = list[list[str]]
+
+
+class Part(NamedTuple):
+    """One part of a model, and the same part of the dense one.
+
+    Attributes:
+        name: embeddings, layer 0, ..., final norm, head, or the rest.
+        tokens_in, tokens_out, recalled: rows of one image; at most that many where they depend on the image. None where there
+            are no tokens.
+        dense_tokens: rows that enter this part of the dense model.
+        parameters, macs, macs_executed, dense_macs: multiply-adds of one image, see `count_macs`.
+        seconds, dense_seconds: of a batch, medians; None if not measured.
+    """
+
+    name: str
+    tokens_in: int | None
+    tokens_out: int | None
+    recalled: int
+    dense_tokens: int | None
+    parameters: int
+    macs: int
+    macs_executed: int
+    dense_macs: int
+    seconds: float | None = None
+    dense_seconds: float | None = None
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a CLCA model or of transformers' ViT, by name, in the order in which they run."""
+    layers = {f"layer {index}": layer for index, layer in enumerate(model.vit.layers)}
+    return {"embeddings": model.vit.embeddings, **layers, "final norm": model.vit.layernorm, "head": model.classifier}
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Parameters of each part and of the rest."""
+    return _with_rest(
+        {name: sum(p.numel() for p in part.parameters()) for name, part in parts_of(model).items()},
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def macs_by_part(model: nn.Module, **kwargs: Any) -> dict[str, int]:
+    """What `count_macs` gives, for each part and the rest.
+
+    Args:
+        model: a CLCA model or transformers' ViT.
+        kwargs: more arguments of `count_macs`.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    with FlopCounterMode(display=False) as counter:  # sees what the counter inside sees, and in which module
+        total = count_macs(model, **kwargs)
+    root = type(model).__name__
+    counts = {
+        name: sum(counter.flop_counts.get(f"{root}.{names[id(part)]}", {}).values()) // 2
+        for name, part in parts_of(model).items()
+    }
+    return _with_rest(counts, total)
+
+
+def _with_rest(values: dict[str, Any], total: Any) -> dict[str, Any]:
+    return values | {REST: total - sum(values.values())}
+
+
+def profile_layers(
+    model: nn.Module,
+    dense: nn.Module,
+    config: CLCAViTConfig,
+    seconds: tuple[dict[str, float], dict[str, float]] | None = None,
+) -> list[Part]:
+    """The parts of a model beside those of the dense one.
+
+    Args:
+        model: with a method whose token counts depend on the image it must hold numbers, else it may be on the meta device.
+        dense: the dense model of the same depth.
+        config: of `model`.
+        seconds: see `time_parts`; nothing if not measured.
+    """
+    schedule, recovery = token_schedule(config), recovery_layers(config)
+    last = config.num_hidden_layers
+    dense_tokens = config.num_prefix_tokens + config.num_patches
+    parameters, macs, dense_macs = parameters_by_part(model), macs_by_part(model), macs_by_part(dense)
+    executed = macs_by_part(model, as_executed=True)
+    parts = []
+    for name in parameters:
+        kind, _, number = name.partition(" ")
+        index = int(number) if kind == "layer" else None
+        rows = {"embeddings": (None, schedule.before[0]), "final norm": (schedule.before[last], schedule.before[last])}
+        before, after = rows.get(name, (None, None))
+        recalled = 0
+        if index is not None:
+            before, after = schedule.before[index], schedule.after[index]
+            recalled = schedule.before[index + 1] - after if index in recovery else 0
+        times = (None, None) if seconds is None else tuple(times[name] for times in seconds)
+        counts = parameters[name], macs[name], executed[name], dense_macs[name]
+        theirs = None if before is None else dense_tokens
+        parts.append(Part(name, before, after, recalled, theirs, *counts, *times))
+    return parts
+
+
+def _blind(hook: Callable) -> Callable:
+    """Mark a hook as one that reads no rows: a model leaves out nothing that somebody may look at, and would be measured as
+    another one."""
+    hook.reads_no_rows = True
+    return hook
+
+
+class _Clock:
+    """Hooks that say when each part of a model begins and ends."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any, Any]] = []
+        self.handles = []
+        for name, part in parts_of(model).items():
+            self.handles.append(part.register_forward_pre_hook(_blind(lambda *_, name=name: self._begin(name))))
+            self.handles.append(part.register_forward_hook(_blind(lambda *_: self._end())))
+
+    def mark(self) -> Any:
+        """Now, on the device's own clock."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds."""
+        return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1e3
+
+    def _begin(self, name: str) -> None:
+        self.marks.append((name, self.mark(), None))
+
+    def _end(self) -> None:
+        name, start, _ = self.marks[-1]
+        self.marks[-1] = name, start, self.mark()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def time_parts(
+    models: Sequence[nn.Module],
+    pixels: torch.Tensor,
+    threads: int | None = None,
+    repetitions: int = 9,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Median seconds of each part, and of the rest, of several models that run in turn.
+
+    The rest is the median of what the whole forward pass takes beyond its parts. On a GPU, parts whose kernels are shorter than
+    their launch show the launch.
+
+    Args:
+        models: on the device of `pixels`, in evaluation mode.
+        pixels: (B, C, height, width).
+        threads: of torch on a CPU; None for its default.
+        repetitions: rounds; two more warm up.
+        seed: of the order within rounds.
+    """
+    device = pixels.device
+    clocks = [_Clock(model, device) for model in models]
+    seconds: list[dict[str, list[float]]] = [{} for _ in models]
+    order = random.Random(seed)
+    try:
+        with steady(threads), torch.inference_mode():
+            for round_index in range(repetitions + 2):
+                for i in order.sample(range(len(models)), len(models)):
+                    clocks[i].marks.clear()
+                    synchronize(device)
+                    start = clocks[i].mark()
+                    models[i](pixels)
+                    end = clocks[i].mark()
+                    synchronize(device)
+                    if round_index < 2:
+                        continue
+                    took = {name: clocks[i].between(*times) for name, *times in clocks[i].marks}
+                    for name, value in _with_rest(took, clocks[i].between(start, end)).items():
+                        seconds[i].setdefault(name, []).append(value)
+    finally:
+        for clock in clocks:
+            clock.remove()
+    return [{name: float(torch.tensor(values).median()) for name, values in of.items()} for of in seconds]
+
+
+def write_trace(model: nn.Module, pixels: torch.Tensor, path: Path) -> Path:
+    """A Chrome trace of one forward pass, with the parts by name, to be looked at in https://ui.perfetto.dev; whole or not at
+    all.
+
+    Raises:
+        ValueError: `path` ends in neither .json nor .json.gz.
+    """
+    check_trace(path)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if pixels.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), _named_parts(model):
+        model(pixels)
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+            model(pixels)
+            synchronize(pixels.device)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        profiler.export_chrome_trace(str(Path(folder) / path.name))
+        os.replace(Path(folder) / path.name, path)
+    return path
+
+
+def check_trace(path: Path) -> None:
+    """ValueError if a trace cannot have this name."""
+    if not path.name.endswith((".json", ".json.gz")):
+        raise ValueError(f"`--trace` must end in .json or .json.gz, got {path}.")
+
+
+@contextlib.contextmanager
+def _named_parts(model: nn.Module) -> Iterator[None]:
+    """Inside, the profiler sees the parts by name."""
+    open_ranges, handles = [], []
+
+    def begin(name: str) -> None:
+        open_ranges.append(torch.profiler.record_function(name))
+        open_ranges[-1].__enter__()
+
+    for name, part in parts_of(model).items():
+        handles.append(part.register_forward_pre_hook(_blind(lambda *_, name=name: begin(name))))
+        handles.append(part.register_forward_hook(_blind(lambda *_: open_ranges.pop().__exit__(None, None, None))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_table(parts: Sequence[Part]) -> TextTable:
+    """The parts as cells, the sum last; executed GMACs only where they differ, times only if measured."""
+    timed = parts[0].seconds is not None
+    differ = any(part.macs != part.macs_executed for part in parts)
+    head = ["part", "tokens in", "out", "recalled", "parameters", "GMACs", *["executed"] * differ, "dense", "share"]
+    rows = [head + (["ms", "dense", "share"] if timed else [])]
+    total = _sum(parts)
+    for part in (*parts, total):
+        macs = [part.macs, *[part.macs_executed] * differ, part.dense_macs]
+        row = [part.name, *("" if n is None else str(n) for n in (part.tokens_in, part.tokens_out))]
+        row += [f"+{part.recalled}" if part.recalled else "", f"{part.parameters:,}"]
+        row += [*(f"{n / 1e9:.3f}" for n in macs), _ratio(part.macs, part.dense_macs)]
+        if timed:
+            row += [f"{1e3 * part.seconds:.2f}", f"{1e3 * part.dense_seconds:.2f}"]
+            row.append(_ratio(part.seconds, part.dense_seconds) if part.name != REST else "")
+        rows.append(row)
+    return rows
+
+
+def _sum(parts: Sequence[Part]) -> Part:
+    def total(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else sum(values)
+
+    counts = ("parameters", "macs", "macs_executed", "dense_macs", "seconds", "dense_seconds")
+    return Part("sum", None, None, 0, None, *map(total, counts))
+
+
+def _ratio(ours: float, theirs: float) -> str:
+    return f"{ours / theirs:.1%}" if theirs > 0 else ""
+
+
+def layer_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """A row for each part, for a CSV file."""
+    return [part._asdict() for part in parts]
+
+
+def draw_layers(parts: Sequence[Part], path: Path, title: str = "") -> Path:
+    """Tokens, GMACs and, if measured, time of each part: bars, with those of the dense model as outlines."""
+    shown = [part for part in parts if part.name != REST]
+    names = [part.name for part in shown]
+    timed = shown[0].seconds is not None
+    panels = [("tokens", "tokens_in", "dense_tokens", 1.0), ("GMACs of an image", "macs", "dense_macs", 1e-9)]
+    panels += [("ms of a batch", "seconds", "dense_seconds", 1e3)] * timed
+    with style():
+        figure, axes = new_figure(len(panels), 1, sharex=True)
+        figure.set_size_inches(6.5, 2.2 * len(panels))
+        for place, (name, ours, theirs, scale) in zip(axes, panels, strict=True):
+            values = [[scale * (getattr(part, field) or 0) for part in shown] for field in (ours, theirs)]
+            place.bar(names, values[0], color=BLUE, label="this model")
+            place.bar(names, values[1], fill=False, edgecolor=BLACK, linewidth=1, label="dense")
+            label(place, "", name, title if place is axes[0] else None, legend=False)
+            place.grid(axis="x", visible=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
+        axes[-1].set_xticks(range(len(names)), names)
+        for text in axes[-1].get_xticklabels():
+            text.set(rotation=45, ha="right")
+        return save_figure(figure, path)
+
+
+def write_layers(
+    folder: Path, parts: Sequence[Part], facts: Mapping[str, Any], title: str, content: str
+) -> list[Path]:
+    """layers.csv, layers.md, layers.json and layers.png; the files that were written.
+
+    Args:
+        folder: made if it is not there.
+        parts: see `profile_layers`.
+        facts: where the numbers come from, see `provenance`.
+        title: of the picture.
+        content: of the Markdown file.
+    """
+    record = {**facts, "title": title, "parts": layer_rows(parts)}
+    return [
+        write_csv(folder / "layers.csv", layer_rows(parts)),
+        write_text_atomically(folder / "layers.md", content + "\n"),
+        write_text_atomically(folder / "layers.json", json.dumps(record, indent=1) + "\n"),
+        draw_layers(parts, folder / "layers.png", title),
+    ]

@@ -1,0 +1,260 @@
+"""What a run was, and what came of it: `run.json` in its folder, for `ufgir sweep` and `ufgir results`."""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..utils.files import write_text_atomically
+from ..utils.provenance import (
+    NOT_STORED,
+    PACKAGES,
+    PREDICTIONS_FILE,
+    _version,
+    as_read,
+    describe_host,
+    now,
+    peak_memory,
+)
+
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+MANIFEST = "sweep.json"  # in the folder of a sweep: its runs and how they ended
+NOT_STORED |= {"transformers_version", "clca_version"}  # stand among the versions
+NOT_STORED |= {"use_cache"}  # which Trainer switches off in training
+NOT_RUNS = ("checkpoint-", "tensorboard", ".", "_")  # folders that hold no runs, by how their names begin
+
+
+def write_run_record(
+    output_dir: str | os.PathLike,
+    *,
+    settings: Mapping[str, Any],
+    dataset: str,
+    split_sizes: Mapping[str, int],
+    config: Any,
+    metrics: Mapping[str, Mapping[str, float]],
+    macs: int | None,
+    dense_macs: int,
+    num_parameters: int,
+    seed: int,
+    train_seconds: float | None = None,
+    images_per_second: Mapping[str, float] | None = None,
+    model_images_per_second: float | None = None,
+    resumed_from: str | None = None,
+    data: Mapping[str, Mapping[str, Any] | None] | None = None,
+    pushed: bool | None = None,
+    command: Sequence[str] | None = None,
+) -> Path:
+    """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished,
+    but for its upload.
+
+    Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
+    the training of the same model left in that folder. What it measured on another data set, or on other images of a split
+    that was measured before, stands in `evaluations` only. The record of another model's training stays as it is, with a
+    warning.
+
+    Args:
+        output_dir: folder of the run.
+        settings: every option that was given, see `RecipeParser.settings`.
+        dataset: name, folder or Hub repository of the data.
+        split_sizes: split name -> number of images.
+        config: the model's `CLCAViTConfig`.
+        metrics: split name -> metric -> value, as they were computed (accuracies are fractions in [0, 1]).
+        macs: multiply-adds of one image, None where they differ by image.
+        dense_macs: the same for this backbone without reduction, cache and aggregation head.
+        num_parameters: parameters of the model.
+        seed: of the training.
+        train_seconds: seconds of training, None for a run that only evaluates; of a resumed run, those since.
+        images_per_second: split name -> images a second in its evaluation, loading and decoding included.
+        model_images_per_second: images a second of the model alone, where that was measured.
+        resumed_from: the checkpoint that this run went on from, if it did.
+        data: options on which the images that are evaluated depend, see `run_checks.evaluated_data`.
+        pushed: whether the run was uploaded to the Hub, see `mark_pushed`; None where that is not asked for.
+        command: `sys.argv` by default.
+    """
+    path = Path(output_dir) / RECORD
+    described = {k: v for k, v in config.to_dict().items() if k not in NOT_STORED} | {"num_labels": config.num_labels}
+    described = as_read(described)
+    measured = {
+        "split_sizes": dict(split_sizes),
+        "metrics": {split: {k: float(v) for k, v in values.items()} for split, values in metrics.items()},
+        "images_per_second": dict(images_per_second or {}),
+    }
+    run = {"command": shlex.join(sys.argv if command is None else command), "date": now(), "host": describe_host()}
+    old = _read(path)
+    if train_seconds is None and isinstance(old, dict) and old.get("train_seconds") is not None:
+        if {k: v for k, v in old["config"].items() if k not in NOT_STORED} != described:
+            logger.warning("%s holds the training of another model and was left alone", path)
+            return path
+        about = as_read({"dataset": dataset, "data": data, "settings": dict(settings), **measured})
+        kept = _fitting(old, about)
+        record = old | {n: old.get(n, {}) | {s: v for s, v in measured[n].items() if s in kept} for n in measured}
+        record["data"] = (old.get("data") or {}) | {s: v for s, v in (about["data"] or {}).items() if s in kept}
+        if others := [split for split in measured["metrics"] if split not in kept]:
+            told = (path, ", ".join(others))
+            logger.warning(
+                "%s: these metrics (%s) are of other images, or of some that were trained on, and stand in its `evaluations` only",
+                *told,
+            )
+        record["evaluations"] = [
+            *old.get("evaluations", []),
+            run | {"splits": list(measured["metrics"])} | about,
+        ]
+        record |= {} if pushed is None else {"pushed": pushed}
+    else:
+        record = {
+            **run,
+            "seed": seed,
+            "dataset": dataset,
+            "data": data,
+            "settings": dict(settings),
+            "config": described,
+            **measured,
+            "macs": macs,
+            "dense_macs": dense_macs,
+            "num_parameters": num_parameters,
+            "train_seconds": train_seconds,
+            "model_images_per_second": model_images_per_second,
+            "resumed_from": resumed_from,
+            **({} if pushed is None else {"pushed": pushed}),
+            "peak_memory": peak_memory(),
+            "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        }
+    return _write(path, record)
+
+
+def mark_pushed(output_dir: str | os.PathLike) -> None:
+    """Note in the record of a run that its upload has succeeded."""
+    path = Path(output_dir) / RECORD
+    record = _read(path)
+    if isinstance(record, dict) and record.get("pushed") is False:
+        _write(path, record | {"pushed": True})
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> Path:
+    return write_text_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    """The splits that an evaluation measured and a record may take: of its data set, not trained on, and either not measured
+    before or of the same images as before."""
+    before, now = old.get("data") or {}, new["data"] or {}
+    same = os.path.realpath(str(old.get("dataset"))) == os.path.realpath(str(new["dataset"]))  # `leaves`, `./leaves`
+    if not same or before.get("source", now.get("source")) != now.get("source"):
+        return set()
+    changed = {split for split in before if before[split] != now.get(split)}
+    trained_on = {split for split in before if before[split] is None}
+    return set(new["metrics"]) - (changed & set(old["metrics"])) - trained_on
+
+
+def remove_run_record(output_dir: str | os.PathLike) -> None:
+    """Before a training starts over in a folder: until it has ended, the folder holds no finished run."""
+    (Path(output_dir) / RECORD).unlink(missing_ok=True)
+
+
+def prediction_files(output_dir: str | os.PathLike) -> list[str]:
+    """Names of the files of predictions that a run, and later evaluations of it, have written by its record; and the usual one."""
+    record = _read(Path(output_dir) / RECORD)
+    runs = [record, *record.get("evaluations", [])] if isinstance(record, dict) else []
+    names = [str(run.get("settings", {}).get("predictions_file", PREDICTIONS_FILE)) for run in runs]
+    # a record is no reason to touch what lies elsewhere
+    return [name for name in dict.fromkeys([PREDICTIONS_FILE, *names]) if Path(name).name == name]
+
+
+def is_finished(folder: str | os.PathLike) -> bool:
+    """Whether a folder has the record of a run, and its upload, if one was asked for, has succeeded."""
+    record = _read(Path(folder) / RECORD)
+    return isinstance(record, dict) and record.get("pushed") is not False
+
+
+class RunRecords(NamedTuple):
+    """The finished runs, each its record with its `folder`, and folder -> why for those that are not finished."""
+
+    finished: list[dict[str, Any]]
+    unfinished: dict[Path, str]
+
+
+def read_run_records(folders: Iterable[str | os.PathLike]) -> RunRecords:
+    """All runs in or below some folders, in the order of their names; each once, however often a folder is named.
+
+    Not finished are: a run that a sweep lists and that has no record, a folder with checkpoints and no record, and a
+    record that cannot be read.
+
+    Raises:
+        ValueError: there is no such folder, or no run in it.
+    """
+    finished: dict[Path, dict[str, Any]] = {}
+    unfinished: dict[Path, str] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
+        before = len(finished) + len(unfinished)
+        seen = False
+        for place, names, files in os.walk(folder):
+            place = Path(place)
+            checkpoints = any(name.startswith("checkpoint-") for name in names)
+            names[:] = sorted(name for name in names if not name.startswith(NOT_RUNS))
+            if MANIFEST in files:
+                seen = True
+                for name, why in _missing_runs(place).items():
+                    unfinished.setdefault((place / name).resolve(), why)
+            if RECORD in files:
+                seen = True
+                record = _read(place / RECORD)
+                if isinstance(record, str):
+                    unfinished[place.resolve()] = record
+                else:
+                    finished[place.resolve()] = record | {"folder": str(place)}
+            elif checkpoints:
+                seen = True
+                unfinished.setdefault(place.resolve(), "interrupted, with checkpoints")
+        if not seen and before == len(finished) + len(unfinished):
+            raise ValueError(f"there are no runs in {folder}: a finished one has a {RECORD}")
+    return RunRecords(list(finished.values()), unfinished)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the sweep in `folder`, None where there is none.
+
+    Raises:
+        ValueError: it is not one that `ufgir sweep` wrote.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["runs"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the manifest of a sweep: {error!r}") from error
+    return manifest
+
+
+def _missing_runs(folder: Path) -> dict[str, str]:
+    """name -> how it stands, for the runs of a sweep that left no record."""
+    runs = (read_manifest(folder) or {"runs": {}})["runs"]
+    missing = {name: run for name, run in runs.items() if not (folder / name / RECORD).exists()}
+    told = {"running": "running, or killed"}  # whoever is killed cannot say so
+    return {
+        name: ": ".join(filter(None, (told.get(run["status"], run["status"]), run.get("error"))))
+        for name, run in missing.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | str | None:
+    """A record; None where there is none, a sentence where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"settings", "config", "metrics", "split_sizes", "macs", "seed"} - set(record)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{RECORD} cannot be read: {error}"
+    return f"{RECORD} lacks {', '.join(sorted(missing))}" if missing else record

@@ -1,0 +1,321 @@
+"""Runs gathered into tables: a row a run, and means with deviations over seeds (`ufgir results`)."""
+
+import csv
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import Row, write_text_atomically
+from ..utils.metric_names import METRIC_NAMES, measured
+
+
+# What tells settings apart in every study; other options are told where they differ.
+FACTORS = ("dataset", "backbone", "image_size", "method", "keep_rate", "variant")
+# Options that the factors stand for, and options that do not change what comes out.
+STOOD_FOR = {"dataset", "model_name_or_path", "image_size", "reduction", "keep_rate", "keep_tokens"}
+STOOD_FOR |= {"cross_layer_cache", "head"}
+IDLE = {"seed", "run_name", "report_to", "project", "logging_steps", "logging_strategy", "disable_tqdm"}
+IDLE |= {"num_pictures", "predictions_file", "per_device_eval_batch_size", "dataloader_num_workers"}
+IDLE |= {"save_total_limit", "push_to_hub", "hub_model_id", "hub_revision", "do_eval", "do_predict"}
+
+COSTS = ("gmacs", "images_per_second", "model_images_per_second", "train_seconds")
+SUMMARY = ("metric", "mean", "std", "n", *COSTS)  # columns of a summary that are no factors
+SHARES = METRIC_NAMES  # metrics that are fractions: in percent for people
+
+
+def variant_of(config: Mapping[str, Any]) -> str:
+    """base, CLC, CLA or CLCA; other heads by their names: IFA, CLC+IFA."""
+    cache, head = bool(config.get("cross_layer_cache")), config.get("head", "linear")
+    if head in ("linear", "cla"):
+        return {(False, "linear"): "base", (True, "linear"): "CLC", (False, "cla"): "CLA", (True, "cla"): "CLCA"}[
+            cache, head
+        ]
+    return "CLC+" * cache + head.upper()
+
+
+def _plain(value: Any) -> Any:
+    """A value for a cell: lists as words, one number where all are the same."""
+    if isinstance(value, list):
+        return value[0] if len(set(map(str, value))) == 1 else " ".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else "" if value is None else value
+
+
+def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """A row for each record of `read_run_records`: `run`, the factors, `seed`, every option in which the runs differ, all
+    metrics as `split_metric`, costs, machine and date. Units: metrics as they were recorded, GMACs, seconds, GiB."""
+
+    def option(record: Mapping[str, Any], name: str) -> Any:
+        source = record["config"] if name in record["config"] else record["settings"]
+        return _plain(source.get(name))
+
+    names = dict.fromkeys(name for record in records for name in record["settings"])
+    names = [name for name in names if name not in STOOD_FOR | IDLE | {"output_dir"}]
+    names = [name for name in names if len({str(option(record, name)) for record in records}) > 1]
+    rows = []
+    for record in records:
+        config, settings = record["config"], record["settings"]
+        kept = config["keep_rate"] if config.get("keep_tokens") is None else config["keep_tokens"]
+        row = {
+            "run": record["folder"],
+            "dataset": record.get("dataset", settings.get("dataset", "")),
+            "backbone": settings.get("model_name_or_path") or "from scratch",
+            "image_size": _plain(config["image_size"]),
+            "method": config.get("reduction") or "none",
+            "keep_rate": _plain(kept) if config.get("reduction") else 1.0,
+            "variant": variant_of(config),
+            "seed": record["seed"],
+            **{name: option(record, name) for name in names},
+        }
+        for split, metrics in record["metrics"].items():
+            row |= {f"{split}_{name}": value for name, value in metrics.items()}
+        speeds = record.get("images_per_second", {})
+        row |= {f"{split}_images_per_second": speed for split, speed in speeds.items()}
+        memory = record.get("peak_memory", {})
+        row |= {
+            "gmacs": "" if record["macs"] is None else record["macs"] / 1e9,  # they may differ by image
+            "dense_gmacs": record["dense_macs"] / 1e9,
+            "parameters": record.get("num_parameters", ""),
+            # of a resumed run only those since are known
+            "train_seconds": "" if record.get("resumed_from") else record.get("train_seconds") or "",
+            "model_images_per_second": record.get("model_images_per_second") or "",
+            **{f"peak_{kind}_gib": size / 2**30 for kind, size in memory.items()},
+            "host": record.get("host", ""),
+            "date": record.get("date", ""),
+        }
+        rows.append(row)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rows.sort(key=lambda row: [sort_key(row[name]) for name in (*FACTORS, *names, "seed")])
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
+def matching(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
+    """The rows for which every `column=value,value` holds, whatever the case of letters.
+
+    Raises:
+        ValueError: there is no such column, or nothing is left.
+    """
+    rows = list(rows)
+    for condition in conditions:
+        column, equals, values = condition.partition("=")
+        if not equals or not values:
+            raise ValueError(f"`--where` must be COLUMN=VALUE,VALUE, got {condition!r}")
+        column = known_column(column.replace("-", "_"), rows, "--where")
+        wanted = {sort_key(_number(value.strip())) for value in values.split(",")}
+        left = [row for row in rows if sort_key(row[column]) in wanted]
+        if not left:
+            there = ", ".join(sorted({str(row[column]) for row in rows}))
+            raise ValueError(f"`--where` {condition} leaves nothing; `{column}` is one of {there}")
+        rows = left
+    return rows
+
+
+def known_column(name: str, rows: Sequence[Row], flag: str) -> str:
+    """`name` if the rows have it, else ValueError with those that they have."""
+    if name not in rows[0]:
+        close = get_close_matches(name, rows[0], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"`{flag}`: there is no column {name!r}{hint}; there are {', '.join(rows[0])}")
+    return name
+
+
+def default_metric(rows: Sequence[Row], metric: str = "top1") -> str:
+    """The column of a metric: on test images where any run has it, else on validation images.
+
+    Raises:
+        ValueError: no run has it; the sentence names those there are.
+    """
+    for name in (metric, f"test_{metric}", f"validation_{metric}"):
+        if any(isinstance(row.get(name), (int, float)) for row in rows):
+            return name
+    there = [name for name in rows[0] if name.startswith(("test_", "validation_")) and not name.endswith("_second")]
+    raise ValueError(f"`--metric` {metric} is in none of the runs; they have {', '.join(there) or 'none at all'}")
+
+
+def default_factors(rows: Sequence[Row]) -> list[str]:
+    """`FACTORS`, and every option that differs between runs in which they are all the same."""
+    options = list(rows[0])[len(FACTORS) + 2 :]  # after run, factors, seed
+    options = [name for name in options if name not in _measured(rows[0])]
+    groups = grouped(rows, FACTORS)
+    return [*FACTORS, *(o for o in options if any(len({str(r[o]) for r in group}) > 1 for group in groups.values()))]
+
+
+def _measured(row: Row) -> set[str]:
+    own = {"dense_gmacs", "parameters", "host", "date", *COSTS}
+    return own | {name for name in row if name.startswith(("test_", "validation_", "train_", "peak_"))}
+
+
+def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple, list[Row]]:
+    """The rows by the `sort_key` of their values in some columns, in that order."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(sort_key(row[name]) for name in by), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def sort_key(value: Any) -> tuple[int, float, str]:
+    """For sorting and comparing cells: numbers by size, then variants as the paper orders them, then words."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return 0, float(value), ""
+    order = ("base", "clc", "cla", "clca")
+    text = str(value).lower()
+    return (1, order.index(text), text) if text in order else (2, 0, text)
+
+
+def summarize(rows: Sequence[Row], metric: str, by: Sequence[str]) -> list[Row]:
+    """Mean, sample deviation (None for one run) and number of runs for each combination of the factors `by`.
+
+    Args:
+        rows: of `run_rows`; those without the metric are left out.
+        metric: a column.
+        by: columns.
+
+    Returns:
+        Rows of `by`, `metric`, `mean`, `std`, `n`, and the means of `COSTS` (None where no run has them).
+    """
+    columns = {name: name for name in COSTS} | {"images_per_second": f"{metric.partition('_')[0]}_images_per_second"}
+    summary = []
+    for group in grouped([row for row in rows if _is_number(row[metric])], by).values():
+        values = [float(row[metric]) for row in group]
+        row = {name: group[0][name] for name in by}
+        std = statistics.stdev(values) if len(values) > 1 else None
+        row |= {"metric": metric, "mean": statistics.fmean(values), "std": std, "n": len(values)}
+        for name, column in columns.items():
+            numbers = [float(r[column]) for r in group if _is_number(r.get(column))]
+            row[name] = statistics.fmean(numbers) if numbers else None
+        summary.append(row)
+    return summary
+
+
+def pool(summary: Sequence[Row], by: Sequence[str]) -> list[Row]:
+    """Means of the means of a summary over the factors that are not in `by`; without a deviation, as it would mix seeds with
+    what was pooled."""
+    pooled = []
+    for group in grouped(summary, by).values():
+        row = {name: group[0][name] for name in by} | {"metric": group[0]["metric"]}
+        row |= {"mean": statistics.fmean(r["mean"] for r in group), "std": None, "n": sum(r["n"] for r in group)}
+        for name in COSTS:
+            numbers = [r[name] for r in group if _is_number(r[name])]
+            row[name] = statistics.fmean(numbers) if numbers else None
+        pooled.append(row if len(group) > 1 else row | {"std": group[0]["std"]})
+    return pooled
+
+
+def factors_of(summary: Sequence[Row]) -> list[str]:
+    """The columns of a summary that are factors."""
+    return [name for name in summary[0] if name not in SUMMARY]
+
+
+def varying(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
+    """Those of the columns that are not the same in all rows."""
+    return [name for name in names if len({sort_key(row[name]) for row in rows}) > 1]
+
+
+def read_summary(path: Path) -> list[Row]:
+    """A summary that was written as CSV.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not rows or not {"metric", "mean", "std", "n"} <= set(rows[0]):
+        raise ValueError(
+            f"{path} is not a summary that `ufgir results` wrote: it needs columns metric, mean, std and n"
+        )
+    for row in rows:
+        if not _is_number(row["mean"]) or not _is_number(row["n"]):
+            raise ValueError(f"{path}: `mean` and `n` must be numbers, got {row['mean']!r} and {row['n']!r}")
+        row |= {name: value if _is_number(value := row.get(name)) else None for name in ("std", *COSTS)}
+    return rows
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            pass
+    return text
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def metric_name(metric: str) -> str:
+    """`test_top1` -> `Test top-1 (%)`."""
+    split, _, name = metric.partition("_")
+    if split not in ("test", "validation", "train"):
+        split, name = "", metric
+    shown = METRIC_NAMES[name][1] if name in METRIC_NAMES else name
+    text = f"{split} {shown}".strip()
+    return text[0].upper() + text[1:] + (" (%)" if name in SHARES else "")
+
+
+def scale_of(metric: str) -> float:
+    """What a metric is multiplied with for people: 100 for fractions."""
+    return 100.0 if metric.partition("_")[2] in SHARES or metric in SHARES else 1.0
+
+
+def markdown(summary: Sequence[Row]) -> str:
+    """A summary as a Markdown table; factors that are the same in all rows stand above it."""
+    factors = factors_of(summary)
+    columns = varying(summary, factors)
+    metric = summary[0]["metric"]
+    scale = scale_of(metric)
+    digits = 2 if scale == 100 else 4
+    costs = [name for name in COSTS if any(row[name] is not None for row in summary)]
+    shown = {"gmacs": "GMACs", "images_per_second": "images/s, with loading"}
+    shown |= {"model_images_per_second": "images/s, model alone", "train_seconds": "training, s"}
+    head = [*columns, metric_name(metric), "runs", *(shown[name] for name in costs)]
+    lines = [head, ["---"] * len(columns) + ["---:"] * (len(head) - len(columns))]
+    for row in summary:
+        mean = f"{scale * row['mean']:.{digits}f}"
+        spread = "" if row["std"] is None else f" ± {scale * row['std']:.{digits}f}"
+        numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in costs]
+        lines.append([*(str(row[name]) for name in columns), mean + spread, str(row["n"]), *numbers])
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    constant = ", ".join(f"{name} {summary[0][name]}" for name in factors if name not in columns)
+    return f"{constant}\n\n{table}" if constant else table
+
+
+ALL_METRICS = "all_results.json"  # of all splits: Trainer adds to it
+
+
+def forget_metrics(output_dir: str | os.PathLike, split: str) -> None:
+    """Take what an earlier run has measured on a split out of `ALL_METRICS`, for a run that will not replace it."""
+    path = Path(output_dir) / ALL_METRICS
+    if path.exists():
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in metrics.items() if not name.startswith(f"{split}_")}
+        write_text_atomically(path, json.dumps(kept, indent=4, sort_keys=True))
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Aligned text, one line a split: images, seconds, and the metrics in percent where they were measured.
+
+    Args:
+        rows: {"split", "images", "seconds"} and any of the metrics, fractions in [0, 1].
+    """
+    shown = measured(rows)
+    table = [["split", "images", *(f"{METRIC_NAMES[key][1]} %" for key in shown), "seconds"]]
+    for row in rows:
+        metrics = [f"{100 * row[key]:.2f}" if key in row else "-" for key in shown]
+        table.append([row["split"], f"{row['images']:,}", *metrics, f"{row['seconds']:.1f}"])
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in table
+    )

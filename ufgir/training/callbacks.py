@@ -1,0 +1,256 @@
+"""What watches a training: gradient records, a guard against NaN, averaged weights (EMA), early stopping."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+
+from ..utils.arguments import option
+from ..utils.files import new_folder
+from .distributed import is_sharded
+from .ema import EMACallback
+from .gradients import GradientRecorder
+
+
+LAST_FOLDER = "last"  # in output_dir, a model
+
+
+@dataclass
+class CallbackArguments:
+    """What watches the training, and the average of its weights."""
+
+    _argument_group_name = "monitoring and averaging"
+
+    record_gradients: bool = option(
+        "write the size of the gradients at each step to gradients.csv in output_dir, and draw it", False
+    )
+    nan_guard: bool = option("stop when the loss, a gradient or a weight is not finite, and name it", True)
+    ema_decay: float = option(
+        "decay a step of an average of the weights (EMA), in [0, 1), e.g. 0.999; 0: no average", 0.0
+    )
+    ema_warmup: bool = option("EMA: the decay after n steps is at most (1 + n) / (10 + n), for short trainings", False)
+    ema_as_final: bool = option(
+        "EMA: the average is what is evaluated, saved and predicts; otherwise it is evaluated, too, and saved in "
+        "output_dir/ema",
+        False,
+    )
+    early_stopping_patience: int | None = option(
+        "stop after so many evaluations without a better metric_for_best_model [never]"
+    )
+    early_stopping_threshold: float = option(
+        "early stopping: better is what differs by more than this, in the metric's unit", 0.0
+    )
+    save_last_model: bool = option(
+        "with load_best_model_at_end, save the last weights, too, as a model in output_dir/last", False
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1), 0 for no average, got {self.ema_decay}")
+        for name in ("ema_warmup", "ema_as_final"):
+            if getattr(self, name) and not self.ema_decay:
+                raise ValueError(f"`{name}` needs `ema_decay`, e.g. 0.999: no average is made")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(
+                f"`early_stopping_patience` must be at least 1 evaluation, got {self.early_stopping_patience}"
+            )
+        if not self.early_stopping_threshold >= 0:
+            raise ValueError(f"`early_stopping_threshold` must not be negative, got {self.early_stopping_threshold}")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("`early_stopping_threshold` needs `early_stopping_patience`: nothing stops early")
+
+
+def make_callbacks(args: CallbackArguments, training: transformers.TrainingArguments) -> list[TrainerCallback]:
+    """The callbacks that were asked for, in the order in which they have to run.
+
+    Args:
+        args: what was asked for.
+        training: as the training will be; without validation images its `eval_strategy` is "no".
+
+    Raises:
+        ValueError: the options do not go together.
+    """
+    callbacks: list[TrainerCallback] = []
+    if args.record_gradients:
+        callbacks.append(GradientRecorder())
+    if args.nan_guard:  # before anything is made of what it refuses
+        callbacks.append(NaNGuard())
+    if args.ema_decay:
+        if is_sharded(training):
+            raise ValueError("`ema_decay` does not work with FSDP and DeepSpeed, which cut weights in pieces: use DDP")
+        callbacks.append(EMACallback(args.ema_decay, args.ema_warmup, args.ema_as_final))
+    if args.early_stopping_patience is not None:
+        if training.eval_strategy == IntervalStrategy.NO or training.metric_for_best_model is None:
+            raise ValueError(
+                "`early_stopping_patience` needs validation images, `eval_strategy` epoch or steps, and a "
+                "`metric_for_best_model`: nothing tells when to stop"
+            )
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    if args.save_last_model:
+        callbacks.append(LastModel())
+    return callbacks
+
+
+class ObserverMixin:
+    """For a `transformers.Trainer`: tells callbacks what it does not, and evaluates the averaged weights.
+
+    A callback may have any of these methods:
+
+        on_loss(loss)                           after each backward pass: the loss of the batch, a detached scalar
+        on_gradients(args, state, model, scale) the gradients of an optimizer step are complete, and not clipped; in fp16
+                                                they are `scale` times the real ones
+        on_load_best(trainer)                   the weights of the best checkpoint are about to replace the last ones
+        on_abort()                              training ends with an exception
+    """
+
+    def _tell(self, event: str, *args: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(*args)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; an exception is first told to the callbacks."""
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            self._tell("on_abort")
+            raise
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward pass of one batch; its loss."""
+        loss = super().training_step(*args, **kwargs)
+        self._tell("on_loss", loss.detach())
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._tell_gradients(model)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing was clipped
+            self._tell_gradients(model)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _tell_gradients(self, model: nn.Module) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self._tell("on_gradients", self.args, self.state, self.accelerator.unwrap_model(model), scale)
+
+    def _load_best_model(self) -> None:
+        self._tell("on_load_best", self)
+        super()._load_best_model()
+
+    def _average(self) -> EMACallback | None:
+        """The average of this model's weights, if there is one."""
+        averages = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback))
+        return next((average for average in averages if average.belongs_to(self.model)), None)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate; where there is an average of the weights, the average, too (`<prefix>_ema_top1`), or it alone."""
+        own, average = super().evaluation_loop, self._average()
+        if average is None:
+            return own(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if average.as_final:
+            with average.swapped(self.model):
+                return own(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = own(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with average.swapped(self.model):
+            averaged = own(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
+        output.metrics.update(averaged.metrics)
+        return output
+
+    def evaluate_average(self, images: torch.utils.data.Dataset, metric_key_prefix: str = "test") -> dict[str, float]:
+        """Metrics of the averaged weights alone, `<prefix>_ema_top1` etc.; none where there is no average beside the model.
+
+        For an evaluation that is not made with `evaluation_loop`.
+        """
+        average = self._average()
+        if average is None:
+            return {}
+        with average.swapped(self.model):
+            loader = self.get_test_dataloader(images)
+            name = f"{metric_key_prefix}_ema"
+            return super().evaluation_loop(loader, description="EMA", metric_key_prefix=name).metrics
+
+
+class NaNGuard(TrainerCallback):
+    """Stops a training at the first step with a loss, a gradient or a weight that is not finite, and says which.
+
+    It raises FloatingPointError before the step is taken or before anything is saved: checkpoints hold finite weights.
+    One number is looked at before each step and one after it; parameters are searched only when it is not finite. In fp16
+    the loss scaler deals with gradients that overflow, which is not an error while it can still lower its scale.
+
+    For a `ufgir.training.callbacks.ObserverMixin`, which calls `on_loss` and `on_gradients`.
+    """
+
+    def __init__(self) -> None:
+        self.loss: torch.Tensor | None = None  # of the batches since the last step, summed
+
+    def on_loss(self, loss: torch.Tensor) -> None:
+        """Note the loss of a batch."""
+        self.loss = loss if self.loss is None else self.loss + loss
+
+    def on_gradients(self, args: Any, state: Any, model: nn.Module, scale: float) -> None:
+        """Look at loss and gradients of the step that follows `state.global_step`."""
+        loss, self.loss = self.loss, None
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        if _is_finite([*gradients.values(), *([] if loss is None else [loss])]):
+            return
+        step = state.global_step + 1
+        if loss is not None and not loss.isfinite():
+            self._stop(args, step, f"the loss is {loss.item()}")
+        if scale <= 1:  # or else the scaler leaves out this step
+            self._search(args, step, "gradient", gradients)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        weights |= {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+        if not _is_finite(list(weights.values())):
+            self._search(args, state.global_step, "weight", weights)
+
+    def _search(self, args: Any, step: int, kind: str, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            odd = _local(tensor).isfinite().logical_not().sum().item()
+            if odd:
+                self._stop(args, step, f"the {kind} of {name} is not finite in {odd} of {tensor.numel()} values")
+
+    def _stop(self, args: Any, step: int, what: str) -> None:
+        raise FloatingPointError(
+            f"step {step}: {what}; training was stopped, and checkpoints in {args.output_dir} are of sound steps before it: a "
+            "lower `learning_rate`, a `max_grad_norm` or no mixed precision may help"
+        )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that FSDP has cut in pieces."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _is_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether all values are finite (or else so large that the norm of a tensor is not): one fused kernel, one number."""
+    parts = [part for part in map(_local, tensors) if part.numel()]
+    return not parts or math.isfinite(torch.stack(torch._foreach_norm(parts)).sum().item())
+
+
+class LastModel(TrainerCallback):
+    """Keeps the last weights as a model in `output_dir/last` where the best ones replace them at the end.
+
+    For a `ufgir.training.callbacks.ObserverMixin`, which calls `on_load_best`.
+    """
+
+    def on_load_best(self, trainer: transformers.Trainer) -> None:
+        """Save the model as it is now."""
+        target = Path(trainer.args.output_dir) / LAST_FOLDER
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # every process has a part to write
+            trainer.save_model(str(target), _internal_call=True)
+        elif trainer.args.should_save:
+            with new_folder(target) as folder:
+                trainer.save_model(str(folder), _internal_call=True)

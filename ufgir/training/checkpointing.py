@@ -1,0 +1,440 @@
+"""Checkpoints that are complete or do not count, and a training that goes on from one as if it had never stopped.
+
+A checkpoint is written into `output_dir/_incomplete/`. When all its files are on the disk, a list of them with their sizes is
+added, and the folder is renamed to `output_dir/checkpoint-<step>`: whatever ends the process, a folder of that name is whole.
+Checkpoints without such a list, e.g. those of a plain `transformers.Trainer`, count if their files can be read to the end.
+
+Callbacks may have state that belongs into a checkpoint, such as averaged weights: `CheckpointMixin` calls, on each callback that
+has it,
+
+    save_to_checkpoint(folder: Path)      by the process that saves, before the checkpoint is complete
+    load_from_checkpoint(folder: Path)    by every process, when training goes on, after every callback's `on_train_begin`
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+
+from ..utils.provenance import as_read
+from ..utils.text import differences
+from .callbacks import LAST_FOLDER
+from .ema import EMA_FOLDER
+from .gradients import GRADIENTS_FILE
+
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"  # in output_dir
+KEPT_PATCHES_FILE = "kept_patches.png"  # in output_dir
+INCOMPLETE = "_incomplete"  # uploads to the Hub leave out names that begin with _
+FILE_LIST = "checkpoint_files.json"
+# What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
+# FSDP's and DeepSpeed's.
+PARTS = {
+    "weights": ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*"),
+    "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "random state": ("rng_state*.pth",),
+}
+
+
+def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
+    """The folders `checkpoint-<step>` in `output_dir`, complete or not, by step."""
+    folders = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.is_dir()]
+    return sorted((f for f in folders if re.fullmatch(r".*-\d+", f.name)), key=step_of)
+
+
+def step_of(checkpoint: str | os.PathLike) -> int:
+    """The step after which a checkpoint was saved, by its name."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def what_is_missing(checkpoint: str | os.PathLike, to_resume: bool = True) -> str | None:
+    """Why a checkpoint is not complete, in a few words; None if it is.
+
+    Args:
+        to_resume: it must also hold all that training goes on from (with `save_only_model` it does not).
+    """
+    folder = Path(checkpoint)
+    if not (folder / TRAINER_STATE_NAME).is_file():  # Trainer writes it last
+        return f"{TRAINER_STATE_NAME} is missing"
+    listed = folder / FILE_LIST
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        problem = next(_unlike_the_list(folder, listed) if listed.exists() else _unreadable(folder), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME} or another list in it cannot be read"
+    if problem is None and to_resume:
+        for part, names in PARTS.items():
+            if not any(True for name in names for _ in folder.glob(name)):
+                return f"it has no {part}"
+    return problem
+
+
+def _unlike_the_list(folder: Path, listed: Path) -> Iterator[str]:
+    for name, size in json.loads(listed.read_text(encoding="utf-8"))["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            yield f"{name} is missing"
+        elif found != size:
+            yield f"{name} has {found} of {size} bytes"
+
+
+def _unreadable(folder: Path) -> Iterator[str]:
+    """Problems of a checkpoint that nobody has listed: each file is read to its end."""
+    if (folder / "checkpoint-is-incomplete.txt").exists():  # transformers' checkpoint on SIGTERM
+        yield "it is marked as incomplete"
+    for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        if (folder / index).exists():
+            for name in set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()):
+                if not (folder / name).is_file():
+                    yield f"{name} is missing"
+    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip() is not None:
+                        yield f"{file.name} is damaged"
+        except (SafetensorError, zipfile.BadZipFile, OSError):
+            yield f"{file.name} is cut off or damaged"
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The complete checkpoint with the highest step; later ones that are not complete are passed over with a warning."""
+    for folder in reversed(checkpoint_folders(output_dir)):
+        problem = what_is_missing(folder)
+        if problem is None:
+            return folder
+        logger.warning("%s is not complete and passed over: %s", folder, problem)
+    return None
+
+
+def complete_checkpoint(folder: Path, target: Path, **about: Any) -> None:
+    """Bring the files of `folder` to the disk, list them, and rename the folder to `target`, in whose place it comes.
+
+    Args:
+        about: what else the list says.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != FILE_LIST)
+    for file in files:
+        _to_disk(file)
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    (folder / FILE_LIST).write_text(json.dumps({**about, "files": sizes}, indent=1) + "\n", encoding="utf-8")
+    _to_disk(folder / FILE_LIST)
+    _to_disk(folder)
+    replaced = folder.with_name(f"{target.name}.replaced")
+    if target.exists():  # damaged, or saved at the same step before
+        os.replace(target, replaced)
+    os.replace(folder, target)
+    _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | os.PathLike | None) -> None:
+    """Delete the oldest checkpoints but `limit`, and those that are not complete.
+
+    Call it when a new checkpoint is complete: nothing is deleted before. The last complete checkpoint and the best one stay,
+    whatever the limit. (transformers' own function would count, and delete, a folder `checkpoint-5-mine`, too.)
+
+    Args:
+        limit: checkpoints to keep; None or 0 keeps all.
+        best: the best checkpoint, if there is one.
+    """
+    problems = {folder: what_is_missing(folder, to_resume=False) for folder in checkpoint_folders(output_dir)}
+    for folder, problem in problems.items():
+        if problem is not None:
+            logger.warning("%s is deleted, it is not complete: %s", folder, problem)
+            shutil.rmtree(folder, ignore_errors=True)
+    complete = [folder for folder, problem in problems.items() if problem is None]
+    kept = {complete[-1].resolve(), *([Path(best).resolve()] if best else [])} if complete else set()
+    excess = len(complete) - max(limit, len(kept)) if limit else 0
+    for folder in [f for f in complete if f.resolve() not in kept][: max(excess, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoints(output_dir: str | os.PathLike, after: str | os.PathLike | None = None) -> None:
+    """Delete the folders `checkpoint-<number>` in `output_dir`, and what an interrupted one has left.
+
+    Args:
+        after: only those with a higher number than this checkpoint's.
+    """
+    shutil.rmtree(Path(output_dir) / INCOMPLETE, ignore_errors=True)
+    for folder in checkpoint_folders(output_dir):
+        if after is None or step_of(folder) > step_of(after):
+            shutil.rmtree(folder)
+
+
+def remove_results(output_dir: str | os.PathLike, predictions: Iterable[str] = ()) -> None:
+    """Delete what an earlier training left in `output_dir` and a new one need not replace: averaged and last weights, an adapter,
+    recorded gradients, the files of `predictions`, a picture of them, and metrics, to which Trainer would add."""
+    output_dir = Path(output_dir)
+    for name in (EMA_FOLDER, LAST_FOLDER, ADAPTER_FOLDER):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    files = [f"{name}_results.json" for name in ("all", "train", "validation", "test", "test_ema")]
+    files += [GRADIENTS_FILE, str(Path(GRADIENTS_FILE).with_suffix(".png")), KEPT_PATCHES_FILE, *predictions]
+    for name in files:
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
+    """The checkpoint to resume from, or None to start afresh. Nothing is changed.
+
+    Args:
+        args: `resume_from_checkpoint` is "true" for the last complete one in `output_dir`, a checkpoint's folder, or "false"
+            or None; with `overwrite_output_dir`, checkpoints found in `output_dir` do not matter.
+
+    Raises:
+        ValueError: there is nothing to resume from, or it is not complete; or `output_dir` holds the checkpoints of another
+            training, or later ones, with which those of a new training would mix.
+    """
+    output_dir, found = args.output_dir, checkpoint_folders(args.output_dir)
+    wanted = (args.resume_from_checkpoint or "false").strip()
+    if wanted.lower() == "false":
+        if found and not args.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` holds {found[-1]}: continue with --resume_from_checkpoint true, start over with "
+                "--overwrite_output_dir true, or choose another folder"
+            )
+        return None
+    if wanted.lower() in ("true", "auto"):
+        checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint is None and wanted.lower() == "auto":
+            return None
+        if checkpoint is None:
+            which = "complete checkpoint" if found else "checkpoint"
+            raise ValueError(f"`resume_from_checkpoint`: there is no {which} in {output_dir}")
+        return str(checkpoint)
+    if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"`resume_from_checkpoint`: there is no checkpoint in {wanted}")
+    problem = what_is_missing(wanted)
+    if problem is not None:
+        raise ValueError(f"`resume_from_checkpoint`: {wanted} is not complete, {problem}; choose another, or true")
+    step = json.loads((Path(wanted) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    if found and step_of(found[-1]) > step and not args.overwrite_output_dir:
+        raise ValueError(
+            f"`output_dir` holds {found[-1]}, which is later than `resume_from_checkpoint` {wanted}: give it up with "
+            "--overwrite_output_dir true, resume from it, or choose another `output_dir`"
+        )
+    return wanted
+
+
+def check_fits(checkpoint: str | os.PathLike, model: nn.Module) -> None:
+    """Raise ValueError if the weights in `checkpoint` are not those of `model` by name and shape: Trainer would only warn and
+    go on from weights drawn at random. (Sharded checkpoints and adapters are not looked into.)"""
+    file = Path(checkpoint) / SAFE_WEIGHTS_NAME
+    if not file.is_file() or hasattr(model, "peft_config"):
+        return
+    with safe_open(file, "pt") as weights:
+        saved = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    own = {name: list(value.shape) for name, value in model.state_dict().items()}
+    odd = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
+    if odd:
+        name = odd[0]
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} is of another model, {len(odd)} weights differ, e.g. {name} with shape "
+            f"{saved.get(name, 'none')} there and {own.get(name, 'none')} here; resume with the options it was trained with"
+        )
+
+
+def check_settings(
+    checkpoint: str | os.PathLike, settings: Mapping[str, Any], free: Collection[str] = (), images: str | None = None
+) -> None:
+    """Compare what a training goes on with with what it began with, as far as the checkpoint says it.
+
+    The optimizer and its schedule come from the checkpoint, whatever the options: others would be passed over in silence.
+
+    Args:
+        settings: options by name, as they are now.
+        free: names of those that take effect from now on if they are changed; the others must not change.
+        images: a digest of the training images.
+
+    Raises:
+        ValueError: an option was changed, or the images are others.
+    """
+    listed = Path(checkpoint) / FILE_LIST
+    saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+    before = saved.get("settings") or {}
+    now = {name: value for name, value in as_read(dict(settings)).items() if name in before}
+    before = {name: value for name, value in before.items() if name in now}
+    for changed in sorted(name for name in free if before.get(name) != now.get(name)):
+        told = (checkpoint, changed, before[changed], now[changed])
+        logger.warning("%s was trained with `%s` %s: training goes on with %s", *told)
+        before[changed] = now[changed]
+    problems = [differences(before, now, "it")] if before != now else []
+    if None not in (images, saved.get("images")) and images != saved["images"]:
+        problems.append("other training images or classes")
+    if problems:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} is of a training with {' and '.join(problems)}. Go on as it began, or "
+            "start over with --overwrite_output_dir true"
+        )
+
+
+class _Flow(TrainerCallback):
+    """Saves checkpoints where a training can go on from, and gives callbacks back what they saved. The last of all callbacks.
+
+    Args:
+        callbacks: all callbacks of the training.
+        checkpoint: the one that the training goes on from, if any.
+    """
+
+    def __init__(self, callbacks: list[TrainerCallback], checkpoint: Path | None) -> None:
+        self.callbacks = callbacks
+        self.checkpoint = checkpoint
+        self.waits = False
+
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        for callback in self.callbacks if self.checkpoint is not None else ():
+            if hasattr(callback, "load_from_checkpoint"):
+                callback.load_from_checkpoint(self.checkpoint)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        # From a checkpoint of the last step of an epoch Trainer goes on with the next epoch. What else belongs to the end of
+        # the epoch, an evaluation perhaps, would be left out: it has to come before the checkpoint.
+        if control.should_save and state.epoch == int(state.epoch):
+            control.should_save, self.waits = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self.waits:
+            control.should_save, self.waits = True, False
+
+
+class CheckpointMixin:
+    """For a `transformers.Trainer`: checkpoints as this module describes them, and resumption that leaves no trace.
+
+    Beyond Trainer: what early stopping has counted is remembered; a training that had come to its end, by its number of steps
+    or by early stopping, does not train on when resumed; a best checkpoint is found when `output_dir` has been moved.
+    """
+
+    _aside = False  # a checkpoint is being written
+    # What checkpoints say of the training, for `check_settings`: options by name, and a digest of the training images.
+    settings: Mapping[str, Any] | None = None
+    images_digest: str | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint` as in Trainer, True being the last complete one in `output_dir`.
+
+        Raises:
+            ValueError: there is none, or it is of another model.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint`: there is no complete checkpoint in {self.args.output_dir}"
+                )
+        if checkpoint is not None:
+            check_fits(checkpoint, self.model)
+            self._compare_steps(Path(checkpoint) / FILE_LIST)
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / INCOMPLETE, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        flow = _Flow(self.callback_handler.callbacks, Path(checkpoint) if checkpoint else None)
+        self.add_callback(flow)
+        try:
+            return super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        finally:
+            self.callback_handler.callbacks.remove(flow)
+
+    def _step(self) -> dict[str, int]:
+        return {"images_per_step": self.get_total_train_batch_size(self.args), "processes": self.args.world_size}
+
+    def _compare_steps(self, listed: Path) -> None:
+        """Warn where a training cannot go on as if it had not stopped."""
+        saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+        for name, now in self._step().items():
+            if saved.get(name, now) != now:
+                logger.warning(
+                    "%s was written with %s %d, it is %d now: training goes on, but not as it would have without a stop",
+                    *(listed.parent, name, saved[name], now),
+                )
+
+    def _stateful(self) -> list[ExportableState]:
+        return [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(*args, **kwargs)
+        for callback in self._stateful():
+            saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
+            for name, value in saved.get("attributes", {}).items() if isinstance(saved, dict) else ():
+                setattr(callback, name, value)
+        state = self.state
+        if state.best_global_step and state.best_model_checkpoint is None:
+            moved = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if moved.is_dir():
+                state.best_model_checkpoint = str(moved)
+            else:  # or else no later one could be called the best
+                logger.warning("the best checkpoint so far, %s, is gone: the best of those to come counts", moved.name)
+                state.best_metric = state.best_global_step = None
+        return position
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        stopped = any(
+            isinstance(c, EarlyStoppingCallback) and 0 < c.early_stopping_patience <= c.early_stopping_patience_counter
+            for c in self.callback_handler.callbacks
+        )
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        output_dir = super()._get_output_dir(trial)
+        return os.path.join(output_dir, INCOMPLETE) if self._aside else output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        target = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = output_dir / INCOMPLETE / target.name
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful()).stateful_callbacks
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(target)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "save_to_checkpoint"):
+                        callback.save_to_checkpoint(folder)
+        finally:
+            self._aside = False
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        if self.args.should_save:
+            about = {"settings": as_read(dict(self.settings or {})), "images": self.images_digest}
+            complete_checkpoint(folder, target, **self._step(), **about)
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._aside:  # it is uploaded in the background, by its final name
+            super()._push_from_checkpoint(checkpoint_folder)

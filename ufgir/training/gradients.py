@@ -1,0 +1,304 @@
+"""The size of the gradients at each step of a training: a CSV file, and the figure of the paper that is drawn from it."""
+
+import csv
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ..utils.plotting import label, new_figure, plain_style, save_figure, style
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+logger = logging.getLogger(__name__)
+
+GRADIENTS_FILE = "gradients.csv"
+STATISTICS = {  # column -> what it is, see `gradient_statistics`
+    "max_grad_all": "Largest |gradient|",
+    "mean_max_grad_layer": "Mean over parameters of the largest |gradient|",
+    "std_max_grad_layer": "Deviation over parameters of the largest |gradient|",
+    "mean_avg_grad_layer": "Mean over parameters of the mean |gradient|",
+    "std_avg_grad_layer": "Deviation over parameters of the mean |gradient|",
+}
+
+
+def _sizes(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Largest and summed absolute value of each gradient: (2, P)."""
+    return (_sizes_in_place if gradients[0].device.type == "cpu" else _sizes_fused)(gradients)
+
+
+def _sizes_fused(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Two fused kernels: fast on a GPU, slow on a CPU."""
+    maxima = torch._foreach_norm(gradients, math.inf)
+    return torch.stack([*maxima, *torch._foreach_norm(gradients, 1)]).view(2, -1)
+
+
+def _sizes_in_place(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """One place in memory for the absolute values of each gradient in turn, which on a CPU takes a third of the time."""
+    place = gradients[0].new_empty(max(gradient.numel() for gradient in gradients))
+    maxima, sums = [], []
+    for gradient in gradients:
+        absolute = torch.abs(gradient, out=place[: gradient.numel()].view(gradient.shape))
+        maxima.append(absolute.max())
+        sums.append(absolute.sum())
+    return torch.stack(maxima + sums).view(2, -1)
+
+
+def _statistics(maxima: np.ndarray, means: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers of `gradient_statistics` from max|g| and mean|g| of each parameter, (..., P) each."""
+    several = maxima.shape[-1] > 1  # the deviation of one number is not defined
+    return {
+        "max_grad_all": maxima.max(-1),
+        "mean_max_grad_layer": maxima.mean(-1),
+        "std_max_grad_layer": maxima.std(-1, ddof=1) if several else np.full(maxima.shape[:-1], np.nan),
+        "mean_avg_grad_layer": means.mean(-1),
+        "std_avg_grad_layer": means.std(-1, ddof=1) if several else np.full(maxima.shape[:-1], np.nan),
+    }
+
+
+def is_counted(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter takes part in the statistics: it is trained, has a gradient, and is not called a bias."""
+    return parameter.requires_grad and "bias" not in name and parameter.grad is not None and parameter.numel() > 0
+
+
+def gradient_statistics(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float]:
+    """How large the gradients are, as the original measures it.
+
+    Args:
+        parameters: name -> parameter, with gradients; those without one, frozen ones and biases do not count.
+
+    Returns:
+        `max_grad_all`, the largest |g| of all; mean and sample deviation over the parameters of max|g|
+        (`mean_max_grad_layer`, `std_max_grad_layer`) and of mean|g| (`mean_avg_grad_layer`, `std_avg_grad_layer`). The
+        original calls a parameter a layer.
+
+    Raises:
+        ValueError: none of the parameters counts.
+    """
+    gradients = [p.grad for n, p in parameters.items() if is_counted(n, p)]
+    if not gradients:
+        raise ValueError("`parameters` must hold a trainable one that has a gradient and is not called a bias.")
+    maxima, sums = _sizes(gradients).double().cpu().numpy()
+    means = sums / [g.numel() for g in gradients]
+    return {name: float(value) for name, value in _statistics(maxima, means).items()}
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to: `vit.layers.3`, `vit.embeddings`, `classifier`, ..."""
+    return re.match(r"(.*?\.\d+|(.*\.)?vit\.[^.]+|[^.]+)(\.|$)", name)[1]
+
+
+class GradientRecorder(TrainerCallback):
+    """Writes a line to `output_dir/gradients.csv` at each optimizer step, before gradients are clipped, and draws them.
+
+    Columns: `step`, counted from 1; the numbers of `gradient_statistics`; and for each layer `max/<layer>` and
+    `mean/<layer>`, the largest and the mean |g| of its weights. Gradients are those of the whole batch, accumulated and,
+    in fp16, unscaled. Lines are written in batches, and before every evaluation and checkpoint; training that resumes
+    drops the lines after the checkpoint, so the file is that of an uninterrupted run. Process 0 writes. At the end
+    `gradients.png` beside the file shows the largest one over the steps, where matplotlib is installed.
+
+    For a `ufgir.training.callbacks.ObserverMixin`, which calls `on_gradients` and `on_abort`.
+
+    Args:
+        path: the CSV file; `gradients.csv` in the trainer's output_dir if None.
+        flush_every: steps between two writes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, flush_every: int = 50) -> None:
+        if flush_every < 1:
+            raise ValueError(f"`flush_every` must be at least 1 step, got {flush_every}.")
+        self.path = None if path is None else Path(path)
+        self.flush_every = flush_every
+        self.names: list[str] = []  # the parameters that are recorded, from the first step on
+        self.steps: list[int] = []  # not written yet
+        self.sizes: list[torch.Tensor] = []  # not written yet, (2, P) each, on their device
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.path = self.path or Path(args.output_dir) / GRADIENTS_FILE
+        self.names, self.steps, self.sizes = [], [], []
+        if state.is_world_process_zero:
+            _keep_lines(self.path, state.global_step)
+
+    def on_gradients(self, args: Any, state: Any, model: torch.nn.Module, scale: float) -> None:
+        """Note the gradients of the step that follows `state.global_step`; they were multiplied by `scale` (fp16)."""
+        if not state.is_world_process_zero:
+            return
+        parameters = {n: p for n, p in model.named_parameters() if is_counted(n, p)}
+        gradients = [p.grad for p in parameters.values()]
+        if not gradients or any(type(g) is not torch.Tensor for g in gradients):
+            if not self.names:
+                logger.warning("No gradients are recorded: they are sharded over processes or kept elsewhere.")
+            self.names = ["-"]
+            return
+        if self.names != list(parameters):  # the first step, or parameters were frozen or freed
+            self.flush()
+            self.names, self.numels = list(parameters), [p.numel() for p in parameters.values()]
+        self.steps.append(state.global_step + 1)
+        self.sizes.append(_sizes(gradients) / scale)
+        if len(self.steps) >= self.flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was noted."""
+        if not self.steps:
+            return
+        sizes = torch.stack(self.sizes).double().cpu().numpy()  # (steps, 2, P)
+        maxima, sums, numels = sizes[:, 0], sizes[:, 1], np.asarray(self.numels)
+        columns = {"step": self.steps, **_statistics(maxima, sums / numels)}
+        layers = np.asarray([layer_of(name) for name in self.names])
+        for layer in dict.fromkeys(layers.tolist()):
+            own = layers == layer
+            columns[f"max/{layer}"] = maxima[:, own].max(-1)
+            columns[f"mean/{layer}"] = sums[:, own].sum(-1) / numels[own].sum()
+        _append(self.path, columns)
+        self.steps, self.sizes = [], []
+
+    def _flush_before(self, control: Any) -> None:
+        # What a checkpoint covers must be on the disk before it. (Whether an evaluation leads to one is not yet known.)
+        if control.should_save or control.should_evaluate:
+            self.flush()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._flush_before(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._flush_before(control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.flush()
+        if state.is_world_process_zero and self.path.is_file():
+            try:
+                with style():
+                    save_figure(stability_figure([self.path]), self.path.with_suffix(".png"))
+            except ImportError as error:
+                logger.info("%s is not drawn: %s", self.path, error)
+
+    def on_abort(self) -> None:
+        """Training ends with an exception: what led to it is worth having."""
+        self.flush()
+
+
+def _append(path: Path, columns: Mapping[str, Any]) -> None:
+    """Add lines; where the columns are others than the file's, those that it lacks are added, empty in its old lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header, lines = _read(path)
+    missing = [name for name in columns if name not in header]
+    if missing or not header:
+        header += missing
+        _rewrite(path, header, lines)
+    text = [[f"{value:.7g}" for value in columns[name]] if name in columns else None for name in header]
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(zip(*(t or [""] * len(columns["step"]) for t in text), strict=True))
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and whole lines of a file; none if there is no file."""
+    if not path.is_file():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(line for line in file if line.endswith("\n")))  # the process may have died in the last
+    return (lines[0], lines[1:]) if lines and lines[0][:1] == ["step"] else ([], [])
+
+
+def _rewrite(path: Path, header: list[str], lines: list[list[str]]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *(line + [""] * (len(header) - len(line)) for line in lines)])
+    os.replace(beside, path)
+
+
+def _keep_lines(path: Path, last: int) -> None:
+    """Leave the lines of the steps up to `last` in the file, if there is one; say which are missing."""
+    header, lines = _read(path)
+    kept = [line for line in lines if int(line[0]) <= last]
+    if len(kept) < last:
+        logger.warning("%s: only %d of the %d steps before this checkpoint are in it", path, len(kept), last)
+    if header and kept:
+        _rewrite(path, header, kept)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_gradients(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The columns of a file of `GradientRecorder`, (steps,) each, float64; `step` holds integers, an empty cell is NaN.
+
+    Raises:
+        ValueError: there is no such file, or it is not of this kind, or empty.
+    """
+    header, lines = _read(Path(path))
+    if not lines:
+        raise ValueError(f"`csv_files`: {path} is no file of recorded gradients, or holds no step")
+    try:
+        table = np.asarray([[float(cell or "nan") for cell in line] for line in lines], dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"`csv_files`: {path} is damaged: {error}") from error
+    columns = dict(zip(header, table.T, strict=True))
+    return columns | {"step": columns["step"].astype(np.int64)}
+
+
+LONG = 100  # steps: the curves of longer trainings are drawn with their level
+
+
+def stability_figure(
+    csv_files: Sequence[str | os.PathLike[str]],
+    labels: Sequence[str] | None = None,
+    column: str = "max_grad_all",
+    log: bool = False,
+) -> "Figure":
+    """The paper's figure "Max Gradient Absolute Value vs Train Step"; to be called inside `ufgir.utils.plotting.style()`.
+
+    Trainings of more than 100 steps have thin lines, each step a point, and over them a median of 5 % of the steps.
+
+    Args:
+        csv_files: written by `GradientRecorder`, one a training.
+        labels: what the trainings are called; files with the same label (seeds, say) share a style and a line in the
+            legend. A label that begins with a variant or a method, such as `CLCA 53.2 %`, has its style. None: no legend
+            for a single file, the names of the folders for several.
+        column: of the files, e.g. `mean_avg_grad_layer`, or `max/<layer>`.
+        log: a logarithmic axis for the gradients.
+
+    Raises:
+        ValueError: no files, labels of another number, or a file without that column.
+    """
+    if not csv_files or (labels is not None and len(labels) != len(csv_files)):
+        raise ValueError(
+            f"`labels` must be one for each file, got {len(labels or ())} for {len(csv_files)} files of `csv_files`."
+        )
+    tables = [read_gradients(file) for file in csv_files]
+    for file, table in zip(csv_files, tables, strict=True):
+        if column not in table:
+            known = ", ".join(name for name in table if name != "step")
+            raise ValueError(f"`column` must be one of those in {file}, {known}, got {column!r}.")
+    names = list(labels) if labels is not None else [Path(file).absolute().parent.name for file in csv_files]
+    looks = {name: plain_style(name, i) for i, name in enumerate(dict.fromkeys(names))}
+    figure, axes = new_figure()
+    for position, (name, table) in enumerate(zip(names, tables, strict=True)):
+        steps, values = table["step"], table[column]
+        look = looks[name] | ({"label": None} if name in names[:position] else {})
+        if len(steps) <= LONG:
+            axes.plot(steps, values, **look | {"linewidth": 1.0, "markersize": 4})
+            continue
+        # Every step, thin, for the peaks; over them a running median with the style of the label, for the level.
+        axes.plot(steps, values, color=look["color"], linewidth=0.5, alpha=0.35)
+        width = len(steps) // 20
+        level = [np.median(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(steps))]
+        marks = (list(looks).index(name) * width // 2, 2 * width)
+        axes.plot(steps, level, markevery=marks, **look | {"linewidth": 1.4, "markersize": 4, "zorder": 3})
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    label(
+        axes, "Training step", STATISTICS.get(column, f"|gradient|, {column}"), legend=len(looks) > 1 or bool(labels)
+    )
+    return figure

@@ -1,0 +1,101 @@
+"""What `run_ufgir.py` adds to transformers' loading and Trainer: care with weights, checkpoints and the model card."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer import hf_api
+
+from ..checkpoints.loading import load_pretrained as load_pretrained  # beside the Trainer, where a script looks for it
+from .augmentation import AugmentationMixin
+from .callbacks import ObserverMixin
+from .checkpointing import CheckpointMixin
+from .distillation import Distillation
+from .distributed import DistributedMixin
+from .keep_rates import draw_keep_rate
+from .optimization import OptimizationMixin
+
+
+class UFGIRTrainer(
+    ObserverMixin, CheckpointMixin, DistributedMixin, OptimizationMixin, AugmentationMixin, transformers.Trainer
+):
+    """A Trainer that evaluates every image, learns from a teacher, logs the parts of the loss, and leaves our model card
+    alone. The mixins say what they add: averaged weights and other observers, whole checkpoints and exact resumption, several
+    processes, parameter groups and schedules, augmentation.
+
+    `dataloader_drop_last` is for training (a last batch of one image breaks a BatchNorm); transformers would apply it
+    to evaluation, too, and silently leave images out.
+
+    Args:
+        distillation: a teacher and how much is learnt from it, None for none.
+        optimization: parameter groups, schedule and freezing, see `OptimizationMixin`; None for the defaults.
+    """
+
+    def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation
+        self._loss_terms: dict[str, list[torch.Tensor]] = {}  # name -> values since the last log line
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The model's loss; while training at the keep rate drawn for the step, if there are several, and with the teacher's
+        share."""
+        teacher = {}
+        rates = getattr(self.model.config, "train_keep_rates", None)
+        if rates and model.training:
+            inputs = {**inputs, "keep_rate": draw_keep_rate(rates, self.args.seed, self.state.global_step)}
+        if self.distillation is not None and model.training:
+            teacher = self.distillation.inputs(inputs["pixel_values"])
+            if self.distillation.by_method:
+                inputs, teacher = {**inputs, **teacher}, {}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if teacher:
+            loss = self.distillation.loss(outputs, teacher["teacher_logits"])
+        if model.training and len(outputs.loss_terms or {}) > 1:
+            for name, term in outputs.loss_terms.items():
+                self._loss_terms.setdefault(name, []).append(term)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Beside the loss, the means of its parts since the last line, where it has several."""
+        if "loss" in logs:
+            logs |= {f"loss_{name}": torch.stack(v).mean().item() for name, v in self._loss_terms.items()}
+            self._loss_terms = {}
+        super().log(logs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _keeping_last_batch(self) -> Iterator[None]:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of all evaluation images."""
+        with self._keeping_last_batch():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of all test images."""
+        with self._keeping_last_batch():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Also make the branch that `hub_revision` names: an upload to one that is missing fails."""
+        super().init_hf_repo(token, private)
+        if self.args.hub_revision is not None and self.is_world_process_zero():
+            token = token if token is not None else self.args.hub_token
+            hf_api().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: `ufgir.checkpoints.model_card.write_model_card` writes README.md, a push must not replace it."""

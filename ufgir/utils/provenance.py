@@ -1,0 +1,66 @@
+"""Where a result comes from: the time, the machine, its memory, and the versions of packages."""
+
+import json
+import os
+import platform
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+PREDICTIONS_FILE = "predictions.csv"  # unless `predictions_file` says otherwise
+
+
+PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
+
+
+# of a configuration: names of classes, and what says where and how it was saved instead of what the model is
+NOT_STORED = {"id2label", "label2id", "architectures", "auto_map", "dtype", "_name_or_path"}
+
+
+def as_read(value: Any) -> Any:
+    """A value as it is when it has been written to a JSON file and read again."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def now() -> str:
+    """Date and time with the offset from UTC, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def describe_host() -> str:
+    """The machine in a few words: accelerators, cores, processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    parts = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
+    return ", ".join([*parts, f"{os.cpu_count()} CPU cores ({processor})", platform.system()])
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes at the highest: `host`, resident, of this process; `gpu`, allocated by torch, on its fullest GPU."""
+    memory = {}
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        memory["gpu"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return memory
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout, not installed
+        return None
