@@ -34,6 +34,18 @@ TOKENS: dict[str, dict[str, Any]] = {
     "no_cls": {"use_class_token": False, "pooling": "mean", "num_clr_tokens": 0},  # CLR start from CLS
 }
 
+# By method, and by head and backbone: parameters that sit directly on some module, or are used outside its forward.
+VARIANTS: dict[str, dict[str, Any]] = {
+    str(method): CACHES["clca"] | ({"reduction": method, "keep_rate": 0.5} if method else {}) for method in METHODS
+} | {
+    "ifa": {"reduction": "topk", "keep_rate": 0.5, "head": "ifa"},
+    "h2t": {"reduction": "evit", "keep_rate": 0.5, "head": "h2t", "num_register_tokens": 2},
+    "vqt": {"reduction": "evit", "keep_rate": 0.5, "head": "vqt", "cross_layer_cache": True},
+    "vqt_slicing": {"head": "vqt", "vqt_original_slicing": True},
+    "scaled": {"layerscale_value": 0.1, "pre_norm": True, "use_qk_norm": True, "use_swiglu_ffn": True},
+    "map": {"reduction": "tome", "keep_rate": 0.5, "use_class_token": False, "pooling": "map"},
+}
+
 
 class Case(NamedTuple):
     """A row of the table: method, cache and head, tokens of the backbone."""
@@ -69,6 +81,11 @@ def tiny_config(**changes: Any) -> CLCAViTConfig:
 
 def tiny_model(**changes: Any) -> CLCAViTForImageClassification:
     return build(tiny_config(**changes))
+
+
+def variant_model(variant: str) -> CLCAViTForImageClassification:
+    """One of VARIANTS in float32."""
+    return tiny_model(**VARIANTS[variant]).float()
 
 
 def build(config: CLCAViTConfig) -> CLCAViTForImageClassification:
