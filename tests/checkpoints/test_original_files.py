@@ -20,9 +20,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor
 
 from clca import CLCAViTForImageClassification
-from ufgir.checkpoints import from_original as original_files
+from ufgir.checkpoints import convert_original
+from ufgir.checkpoints.convert import MARKER
 from ufgir.checkpoints.convert_original import REPORT, convert_file, convert_folder, read_class_names
-from ufgir.checkpoints.from_original import MARKER, load_original, load_original_file, split_model_name
+from ufgir.checkpoints.from_original import (
+    OriginalFile,
+    _options_of_file_name,
+    load_original,
+    load_original_file,
+    split_model_name,
+)
 from ufgir.checkpoints.resample import resample_position_embeddings
 from ufgir.cli import entry as cli
 
@@ -175,7 +182,7 @@ def test_model_names(pretraining: str, prefix: str) -> None:
     method, architecture = split_model_name(prefix + pretraining)
     assert method == (prefix.strip("_") or "vit") and architecture.name == pretraining
     tags = "_0.1_cla_clc_1" if prefix == "evit_" else ""
-    options = original_files._options_of_file_name(Path(f"soygene_{prefix}{pretraining}{tags}_30.pth"))
+    options = _options_of_file_name(Path(f"soygene_{prefix}{pretraining}{tags}_30.pth"))
     assert options["model"] == prefix + pretraining and options["num_clr"] == int(bool(tags))
     assert options.get("keep_rate") == ([0.1] if tags else None)
 
@@ -424,15 +431,15 @@ def test_a_folder_of_files(
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     make_folder(source, evit)
-    write_card = original_files._card
+    write_card = convert_original._card
 
     def failing(error: BaseException) -> None:
-        def card(file: original_files.OriginalFile, *args: Any) -> str:
+        def card(file: OriginalFile, *args: Any) -> str:
             if file.path.name == "late.pth":
                 raise error
             return write_card(file, *args)
 
-        monkeypatch.setattr(original_files, "_card", card)
+        monkeypatch.setattr(convert_original, "_card", card)
 
     # Interrupted in the middle of the last file: the others are there, of it there is nothing.
     failing(KeyboardInterrupt())
