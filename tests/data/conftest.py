@@ -1,0 +1,16 @@
+"""Fixtures of several files of tests/data."""
+
+import pytest
+
+from tests.data.raw_layouts import draw_raw, miniature
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """A function: set -> its miniature, the folder that was downloaded, and the root of the layout in it."""
+
+    def draw(name):
+        spec = miniature(name)
+        return spec, tmp_path / "raw", draw_raw(tmp_path / "raw", spec)
+
+    return draw
