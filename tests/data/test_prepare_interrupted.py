@@ -15,9 +15,7 @@ from ufgir.data.prepare.ultra_fgvc import UnsoundData
 from ufgir.utils import locks as locking
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def killed_at(what, calls, *arguments, **options):

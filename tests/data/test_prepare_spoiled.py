@@ -13,9 +13,7 @@ from ufgir.data.prepare.parquet_folder import prepare
 from ufgir.data.prepare.ultra_fgvc import UnsoundData, check, find_root
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def problems(spec, source, kind=None):
