@@ -24,7 +24,7 @@ demo: $(BASE)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a do
 
 test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=15 $(PYTEST_ARGS)
 
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
 	@$(INSTALL) parameterized

@@ -1,7 +1,9 @@
 """Tiny models and the table of cases that several test files go through."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
@@ -73,6 +75,29 @@ class Case(NamedTuple):
 
 # The CLA head reads CLS, so it does not meet `no_cls`.
 CASES = [Case(m, c, t) for m in METHODS for c in CACHES for t in TOKENS if (c, t) != ("clca", "no_cls")]
+
+
+def pairs() -> Iterable[Case]:
+    """Cases that bring each method together with each cache and with each kind of tokens, and each cache with each kind."""
+    caches = list(CACHES)
+    for i, method in enumerate(METHODS):
+        for j, tokens in enumerate(TOKENS):
+            case = Case(method, caches[(i + j) % 3], tokens)
+            yield case if case in CASES else Case(method, caches[i // 3 % 2], tokens)
+
+
+PAIRS = list(pairs())
+
+
+def slow_unless(fast: Callable[[Any], bool], rows: Iterable[Any]) -> list[Any]:
+    """For `parametrize` with one name: the rows, of which only those that are `fast` run in every test."""
+    return [row if fast(row) else pytest.param(row, marks=pytest.mark.slow) for row in rows]
+
+
+def table(cases: Iterable[Case]) -> list[Any]:
+    """For `parametrize`: PAIRS among the cases run in every test. What only all three of method, cache and tokens do
+    together is slow."""
+    return slow_unless(PAIRS.__contains__, cases)
 
 
 def tiny_config(**changes: Any) -> CLCAViTConfig:
