@@ -12,7 +12,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def drawn(tmp_path):
+def raw(tmp_path):
     """A function: set -> its miniature, the folder that was downloaded, and the root of the layout in it."""
 
     def draw(name):

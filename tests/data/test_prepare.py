@@ -50,8 +50,8 @@ def test_sets_are_the_published_ones():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_sound_source_becomes_parquet(name, drawn, tmp_path):
-    spec, source, root = drawn(name)
+def test_sound_source_becomes_parquet(name, raw, tmp_path):
+    spec, source, root = raw(name)
     text = prepare(spec, source, tmp_path / "out", num_workers=2)
     assert f"{spec.train} train, {spec.test} test images of {CLASSES} classes" in text
 
@@ -85,8 +85,8 @@ def test_rows_of_file_names_are_in_the_order_of_class_and_number(tmp_path):
     ]
 
 
-def test_classes_without_a_cultivar_of_their_own_keep_their_numbers(drawn):
-    spec, source, root = drawn("soyageing_r4")
+def test_classes_without_a_cultivar_of_their_own_keep_their_numbers(raw):
+    spec, source, root = raw("soyageing_r4")
     file = root / "R4" / "images" / "yd01_R4_1_train.png"
     file.rename(file.with_name("yd00_R4_9_train.png"))  # the code of class 1 in class 2
     lines = root / "R4" / "anno" / "train.txt"
@@ -95,8 +95,8 @@ def test_classes_without_a_cultivar_of_their_own_keep_their_numbers(drawn):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_folder_is_found(name, drawn, tmp_path):
-    spec, source, root = drawn(name)
+def test_the_folder_is_found(name, raw, tmp_path):
+    spec, source, root = raw(name)
     assert find_root(spec, source) == find_root(spec, root) == root
     moved = tmp_path / "downloads" / "some_folder"
     moved.parent.mkdir()
@@ -123,8 +123,8 @@ def test_all_sets_live_in_one_download(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cotton", "soygene"])
-def test_builder_yields_the_same_rows(name, drawn, tmp_path):
-    spec, source, root = drawn(name)
+def test_builder_yields_the_same_rows(name, raw, tmp_path):
+    spec, source, root = raw(name)
     builder = UltraFGVC(config_name=name, data_dir=source, spec=spec, cache_dir=str(tmp_path / "cache"))
     builder.download_and_prepare()
     built = builder.as_dataset()
@@ -152,8 +152,8 @@ def test_builder_yields_the_same_rows(name, drawn, tmp_path):
 # Splits, shards, card
 
 
-def test_validation_is_the_last_part_of_each_class(drawn, tmp_path):
-    spec, source, root = drawn("soygene")  # 3, 4, 5 images
+def test_validation_is_the_last_part_of_each_class(raw, tmp_path):
+    spec, source, root = raw("soygene")  # 3, 4, 5 images
     prepare(spec, source, tmp_path / "out", validation="last")
     found = rows_of(tmp_path / "out")
     train = listed(spec, root)["train"]
@@ -171,8 +171,8 @@ def test_validation_is_the_last_part_of_each_class(drawn, tmp_path):
         assert [i.tobytes() for i in rows["image"]] == [i.tobytes() for i in loaded[split]["image"]]
 
 
-def test_validation_of_soyageing_is_its_last_stage_unless_drawn(drawn, tmp_path):
-    spec, source, _ = drawn("soyageing")
+def test_validation_of_soyageing_is_its_last_stage_unless_drawn(raw, tmp_path):
+    spec, source, _ = raw("soyageing")
     text = prepare(spec, source, tmp_path / "last", validation="last")
     assert "the last images of each class, which the loader takes for validation, come from R6" in text
     assert {path[:2] for path, *_ in rows_of(tmp_path / "last")["validation"]} == {"R6"}
@@ -180,8 +180,8 @@ def test_validation_of_soyageing_is_its_last_stage_unless_drawn(drawn, tmp_path)
     assert len({path[:2] for path, *_ in rows_of(tmp_path / "random")["validation"]}) > 1
 
 
-def test_random_validation_and_shots_are_stratified_and_seeded(drawn, tmp_path):
-    spec, source, root = drawn("soyageing")
+def test_random_validation_and_shots_are_stratified_and_seeded(raw, tmp_path):
+    spec, source, root = raw("soyageing")
     folders = {}
     for name, seed in {"default": None, "zero": 0, "one": 1}.items():
         prepare(spec, source, tmp_path / name, validation="random", validation_fraction=0.3, seed=seed, shots=4)
@@ -194,8 +194,8 @@ def test_random_validation_and_shots_are_stratified_and_seeded(drawn, tmp_path):
     assert folders["default"] == folders["zero"] != folders["one"]
 
 
-def test_random_choices_are_those_of_the_loader(drawn, tmp_path):
-    spec, source, _ = drawn("soyageing")
+def test_random_choices_are_those_of_the_loader(raw, tmp_path):
+    spec, source, _ = raw("soyageing")
     prepare(spec, source, tmp_path / "plain")
     prepare(spec, source, tmp_path / "chosen", validation="random", seed=3, shots=4)
     options = {"validation_split": "random", "seed": 3, "shots": 4, "cache_dir": tmp_path / "cache"}
@@ -205,15 +205,15 @@ def test_random_choices_are_those_of_the_loader(drawn, tmp_path):
         assert [row["image"]["path"] for row in raw] == [path for path, *_ in rows]
 
 
-def test_too_many_shots_keep_all_and_say_so(drawn, tmp_path):
-    spec, source, _ = drawn("soygene")
+def test_too_many_shots_keep_all_and_say_so(raw, tmp_path):
+    spec, source, _ = raw("soygene")
     text = prepare(spec, source, tmp_path / "out", shots=4)
     assert "note: 1 classes have fewer than 4 images for train" in text
     assert Counter(label for _, label, _ in rows_of(tmp_path / "out")["train"]) == {0: 3, 1: 4, 2: 4}
 
 
-def test_shards_hold_the_rows_in_order_and_obey_their_size(drawn, tmp_path):
-    spec, source, root = drawn("soygene")
+def test_shards_hold_the_rows_in_order_and_obey_their_size(raw, tmp_path):
+    spec, source, root = raw("soygene")
     prepare(spec, source, tmp_path / "one")
     assert sorted(path.name for path in (tmp_path / "one" / "data").iterdir()) == [
         "test-00000-of-00001.parquet",
@@ -233,8 +233,8 @@ def test_shards_hold_the_rows_in_order_and_obey_their_size(drawn, tmp_path):
     assert len(list((tmp_path / "single" / "data").iterdir())) == spec.train + spec.test  # at least one image each
 
 
-def test_card(drawn, tmp_path):
-    spec, source, _ = drawn("soygene")
+def test_card(raw, tmp_path):
+    spec, source, _ = raw("soygene")
     prepare(spec, source, tmp_path / "out", validation="last")
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     header = card.data.to_dict()
@@ -270,8 +270,8 @@ def test_card(drawn, tmp_path):
         ({"source": "nowhere"}, "`source` must be the folder of the raw download"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_read(options, message, drawn, tmp_path, monkeypatch):
-    spec, source, _ = drawn("cotton")
+def test_wrong_arguments_are_refused_before_anything_is_read(options, message, raw, tmp_path, monkeypatch):
+    spec, source, _ = raw("cotton")
     counting = Counting(monkeypatch)
     with pytest.raises(ValueError, match=message):
         prepare(spec, **{"source": source, "output": tmp_path / "out"} | options)
@@ -281,8 +281,8 @@ def test_wrong_arguments_are_refused_before_anything_is_read(options, message, d
 # The command
 
 
-def test_command(drawn, tmp_path, monkeypatch, capsys):
-    spec, source, root = drawn("soygene")
+def test_command(raw, tmp_path, monkeypatch, capsys):
+    spec, source, root = raw("soygene")
     output = str(tmp_path / "out")
     command = ["prepare", "soygene", "--source", str(source), "--output", output]
     assert main(command) == 1  # the miniature is not the published set

@@ -42,8 +42,8 @@ def killed_at(what, calls, *arguments, **options):
 
 
 @pytest.mark.parametrize("name", ["soyglobal", "soygene"])
-def test_killed_while_writing_goes_on(name, drawn, tmp_path, monkeypatch):
-    spec, source, _ = drawn(name)
+def test_killed_while_writing_goes_on(name, raw, tmp_path, monkeypatch):
+    spec, source, _ = raw(name)
     prepare(spec, source, tmp_path / "whole", shard_size="2KB")
     killed_at("_write_shard", 4, spec, source, tmp_path / "out", shard_size="2KB", num_workers=2)
     work = tmp_path / ".out.preparing"
@@ -59,8 +59,8 @@ def test_killed_while_writing_goes_on(name, drawn, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw", "whole"]
 
 
-def test_killed_while_checking_goes_on(drawn, tmp_path, monkeypatch):
-    spec, source, _ = drawn("cotton")
+def test_killed_while_checking_goes_on(raw, tmp_path, monkeypatch):
+    spec, source, _ = raw("cotton")
     killed_at("inspect_file", 8, spec, source, tmp_path / "out", num_workers=1)
     journal = tmp_path / ".out.preparing" / "checked.jsonl"
     text = journal.read_text()
@@ -86,8 +86,8 @@ def interrupted(spec, source, output, monkeypatch, shards=3):
     assert not output.exists()
 
 
-def test_shards_of_another_source_are_written_anew(drawn, tmp_path, monkeypatch):
-    spec, source, root = drawn("soygene")
+def test_shards_of_another_source_are_written_anew(raw, tmp_path, monkeypatch):
+    spec, source, root = raw("soygene")
     interrupted(spec, source, tmp_path / "out", monkeypatch)
     changed = root / "images" / "GDC000-1-000_1_train.png"
     changed.write_bytes(leaf("validation", 0, 0))
@@ -104,8 +104,8 @@ def test_shards_of_another_source_are_written_anew(drawn, tmp_path, monkeypatch)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_damage_of_the_same_size_is_seen_after_an_interruption(drawn, tmp_path, monkeypatch):
-    spec, source, root = drawn("soygene")
+def test_damage_of_the_same_size_is_seen_after_an_interruption(raw, tmp_path, monkeypatch):
+    spec, source, root = raw("soygene")
     interrupted(spec, source, tmp_path / "out", monkeypatch)
     file = root / "images" / "GDC000-1-000_1_train.png"
     file.write_bytes(bytes(file.stat().st_size))
@@ -114,8 +114,8 @@ def test_damage_of_the_same_size_is_seen_after_an_interruption(drawn, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_other_options_take_up_the_check_but_not_the_shards(drawn, tmp_path, monkeypatch):
-    spec, source, _ = drawn("soygene")
+def test_other_options_take_up_the_check_but_not_the_shards(raw, tmp_path, monkeypatch):
+    spec, source, _ = raw("soygene")
     interrupted(spec, source, tmp_path / "out", monkeypatch)
     counting = Counting(monkeypatch)
     prepare(spec, source, tmp_path / "out", validation="last", shard_size="4KB")
@@ -124,8 +124,8 @@ def test_other_options_take_up_the_check_but_not_the_shards(drawn, tmp_path, mon
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_file_that_changes_between_check_and_copy_stops_the_run(drawn, tmp_path, monkeypatch):
-    spec, source, root = drawn("cotton")
+def test_a_file_that_changes_between_check_and_copy_stops_the_run(raw, tmp_path, monkeypatch):
+    spec, source, root = raw("cotton")
     original = parquet_folder.plan_shards
 
     def change(*arguments):
@@ -142,8 +142,8 @@ def test_a_file_that_changes_between_check_and_copy_stops_the_run(drawn, tmp_pat
     assert row[2] == hashlib.sha256(leaf("validation", 1, 0)).hexdigest()
 
 
-def test_full_disk_leaves_no_output_and_the_next_run_goes_on(drawn, tmp_path, monkeypatch):
-    spec, source, _ = drawn("cotton")
+def test_full_disk_leaves_no_output_and_the_next_run_goes_on(raw, tmp_path, monkeypatch):
+    spec, source, _ = raw("cotton")
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
@@ -156,8 +156,8 @@ def test_full_disk_leaves_no_output_and_the_next_run_goes_on(drawn, tmp_path, mo
     assert len(rows_of(tmp_path / "out")["test"]) == 9
 
 
-def test_done_is_done_and_others_are_not_overwritten(drawn, tmp_path, monkeypatch):
-    spec, source, root = drawn("cotton")
+def test_done_is_done_and_others_are_not_overwritten(raw, tmp_path, monkeypatch):
+    spec, source, root = raw("cotton")
     (tmp_path / "out").mkdir()  # an empty folder is fine
     prepare(spec, source, tmp_path / "out")
     before = files(tmp_path / "out")
@@ -180,8 +180,8 @@ def test_done_is_done_and_others_are_not_overwritten(drawn, tmp_path, monkeypatc
     assert files(tmp_path / "precious") == {"thesis.txt": b"years of work"}
 
 
-def test_two_at_a_time_are_refused(drawn, tmp_path, monkeypatch):
-    spec, source, _ = drawn("cotton")
+def test_two_at_a_time_are_refused(raw, tmp_path, monkeypatch):
+    spec, source, _ = raw("cotton")
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     with (
         locking.only_one(tmp_path / "out", ""),

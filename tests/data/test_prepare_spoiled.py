@@ -52,8 +52,8 @@ def spoil(name, root):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_everything_bad_is_reported_at_once_and_nothing_written(name, drawn, tmp_path):
-    spec, source, root = drawn(name)
+def test_everything_bad_is_reported_at_once_and_nothing_written(name, raw, tmp_path):
+    spec, source, root = raw(name)
     cut, duplicate, first, leaking, test, missing = spoil(name, root)
     before = files(tmp_path)
     with pytest.raises(UnsoundData) as caught:
@@ -112,8 +112,8 @@ def listed_without(spec, root, gone, name):
     ids=["empty", "text", "damaged", "half"],
 )
 @pytest.mark.parametrize("name", ["soylocal", "soygene"])
-def test_broken_images(name, content, problem, drawn):
-    spec, source, root = drawn(name)
+def test_broken_images(name, content, problem, raw):
+    spec, source, root = raw(name)
     bad = sorted(root.rglob("*_train.png"))[:2]
     for file in bad:  # two broken files with the same bytes are broken, not duplicates
         file.write_bytes(content)
@@ -122,8 +122,8 @@ def test_broken_images(name, content, problem, drawn):
     assert all(problem in p.text for p in found)
 
 
-def test_unreadable_file_is_broken(drawn, monkeypatch):
-    spec, source, _ = drawn("cotton")
+def test_unreadable_file_is_broken(raw, monkeypatch):
+    spec, source, _ = raw("cotton")
 
     def refuse(file):
         raise PermissionError(13, "Permission denied")
@@ -134,8 +134,8 @@ def test_unreadable_file_is_broken(drawn, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_same_bytes_under_two_classes_are_left_out_both(split, drawn):
-    spec, source, root = drawn("cotton")
+def test_same_bytes_under_two_classes_are_left_out_both(split, raw):
+    spec, source, root = raw("cotton")
     number = 1 if split == "train" else 4
     one, two = root / f"1_{number}_{split}.png", root / f"3_{number}_{split}.png"
     two.write_bytes(one.read_bytes())
@@ -145,8 +145,8 @@ def test_same_bytes_under_two_classes_are_left_out_both(split, drawn):
     assert not {one.name, two.name} & {row.file for row in checked.rows}
 
 
-def test_leak_stays_in_test_whatever_its_class(drawn):
-    spec, source, root = drawn("soygene")
+def test_leak_stays_in_test_whatever_its_class(raw):
+    spec, source, root = raw("soygene")
     for index, file in enumerate(sorted((root / "images").glob("GDC002*_train.png"))[:2]):
         file.write_bytes(leaf("test", index, 0))  # of class 1 and 2 in test
     checked = check(spec, source)
@@ -154,14 +154,14 @@ def test_leak_stays_in_test_whatever_its_class(drawn):
     assert Counter(row.split for row in checked.rows) == {"train": spec.train - 2, "test": spec.test}
 
 
-def test_copy_in_another_growth_stage_is_a_duplicate(drawn):
-    spec, source, root = drawn("soyageing")
+def test_copy_in_another_growth_stage_is_a_duplicate(raw):
+    spec, source, root = raw("soyageing")
     (root / "R6/images/yd01_R6_1_train.png").write_bytes(leaf("train", 1, 0))  # that of R1
     assert problems(spec, source) == [("duplicate", "R6/images/yd01_R6_1_train.png")]
 
 
-def test_file_names_that_tell_nothing(drawn):
-    spec, source, root = drawn("cotton")
+def test_file_names_that_tell_nothing(raw):
+    spec, source, root = raw("cotton")
     for name in ("4_1_train.png", "0_1_test.png", "one_1_train.png", "1_1_val.png", "1_train.png"):
         (root / name).write_bytes(leaf("validation", 0, 0))
     for name in ("Thumbs.db", ".DS_Store", "._1_1_train.png", "readme.txt"):
@@ -175,8 +175,8 @@ def test_file_names_that_tell_nothing(drawn):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_lines_of_lists_that_cannot_be_used(name, drawn):
-    spec, source, root = drawn(name)
+def test_lines_of_lists_that_cannot_be_used(name, raw):
+    spec, source, root = raw(name)
     part = {"soygene": "", "soyageing": "R3/", "soyageing_r4": "R4/"}[name]
     lists = {split: root / f"{part}anno/{split}.txt" for split in ("train", "test")}
     train, test = (file.read_text().splitlines() for file in lists.values())
@@ -204,8 +204,8 @@ def test_lines_of_lists_that_cannot_be_used(name, drawn):
     assert Counter(row.split for row in checked.rows) == {"train": spec.train, "test": spec.test}
 
 
-def test_file_listed_in_both_splits_leaks(drawn):
-    spec, source, root = drawn("soygene")
+def test_file_listed_in_both_splits_leaks(raw):
+    spec, source, root = raw("soygene")
     old = root / "images" / "GDC000-1-000_1_train.png"
     old.rename(old.with_name("GDC000-1-000.png"))  # a name that tells no split
     for split in ("train", "test"):
@@ -219,8 +219,8 @@ def test_file_listed_in_both_splits_leaks(drawn):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_counts_and_classes_are_compared_with_the_published_ones(name, drawn):
-    spec, source, _ = drawn(name)
+def test_counts_and_classes_are_compared_with_the_published_ones(name, raw):
+    spec, source, _ = raw(name)
     more = replace(spec, classes=7, train=spec.train + 1, test_per_class=(4, 4))
     report = check(more, source).report()
     least = spec.train_per_class[0] if spec.train_per_class[0] == spec.train_per_class[1] else "3 to 5"
@@ -232,8 +232,8 @@ def test_counts_and_classes_are_compared_with_the_published_ones(name, drawn):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_without_images_is_never_written(split, drawn, tmp_path):
-    spec, source, root = drawn("cotton")
+def test_a_split_without_images_is_never_written(split, raw, tmp_path):
+    spec, source, root = raw("cotton")
     for file in root.glob(f"*_{split}.png"):
         file.write_bytes(b"broken")
     with pytest.raises(UnsoundData, match=f"cotton: no sound image is left in {split}\ncannot be decoded .9.:"):
@@ -242,8 +242,8 @@ def test_a_split_without_images_is_never_written(split, drawn, tmp_path):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_missing_lists_and_folders_are_named(name, drawn):
-    spec, source, root = drawn(name)
+def test_missing_lists_and_folders_are_named(name, raw):
+    spec, source, root = raw(name)
     part = spec.layout.parts[-1]
     (root / part / "images").rename(root / part / "pictures")
     with pytest.raises(ValueError, match=r"images is not a folder: expected .*anno/train.txt"):
