@@ -183,7 +183,7 @@ def test_the_command_serves_until_ctrl_c(capsys, checkpoint, monkeypatch, reques
 
 def test_the_space(checkpoint, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(app, "launch_page", made.append)
+    monkeypatch.setattr("ufgir.app.launch_page", made.append)  # which the Space imports
     monkeypatch.setenv("MODEL_ID", checkpoint)
     Image.new("RGB", (8, 8)).save(tmp_path / "leaf.png")
     monkeypatch.setenv("EXAMPLES", str(tmp_path))
