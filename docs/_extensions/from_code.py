@@ -16,7 +16,7 @@ from typing import Any
 from sphinx.application import Sphinx
 
 
-_PLACE = re.compile(r"^```\{(modules|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_PLACE = re.compile(r"^```\{(modules|reductions|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 def _plain(text: str) -> str:
