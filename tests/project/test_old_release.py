@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     reason="the bits are those of x86 processors under Linux",
 )
 
-RELEASE = Path(__file__).parent / "fixtures" / "release_0_1_0"
+RELEASE = Path(__file__).parents[1] / "fixtures" / "release_0_1_0"
 CHECKPOINT = "checkpoint-37"  # of 60 steps
 FOLDERS = ("model", CHECKPOINT)
 TRAIN = "from run_ufgir import main; main()"
