@@ -526,7 +526,7 @@ def test_loading_again_forgets_the_answers_of_before(tmp_path, leaf):
     assert viewer.checkpoint(name)  # still there
 
 
-@pytest.mark.parametrize("kind", app._CHOICES)
+@pytest.mark.parametrize("kind", app.shown_kinds(of_patch=False))
 def test_pictures_of_the_stages(viewer, checkpoint, leaf, kind):
     shown = viewer.stages(checkpoint, leaf, Setting("tome", 0.5, True), kind)
     stages = ["after layer 1", "after layer 2"]
@@ -634,7 +634,7 @@ def test_the_command_serves_until_ctrl_c(capsys, checkpoint, monkeypatch, reques
 
 def test_the_space(checkpoint, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(app, "launch_page", made.append)
+    monkeypatch.setattr("ufgir.app.launch_page", made.append)  # which the Space imports
     monkeypatch.setenv("MODEL_ID", checkpoint)
     Image.new("RGB", (8, 8)).save(tmp_path / "leaf.png")
     monkeypatch.setenv("EXAMPLES", str(tmp_path))

@@ -49,7 +49,9 @@ def unit_sum(rows: torch.Tensor) -> torch.Tensor:
 
 def before_attention(config) -> bool:
     """Whether the stages of a method reduce first thing in their layer."""
-    return config.reduction is not None and REDUCTIONS[config.reduction].before_layer is not TokenReduction.before_layer
+    return (
+        config.reduction is not None and REDUCTIONS[config.reduction].before_layer is not TokenReduction.before_layer
+    )
 
 
 # Functions of attention maps

@@ -7,17 +7,8 @@ that visitors meet.
 # Images that are uploaded, or found in --examples
 
 MAX_UPLOAD = "50mb"  # size of a file, as Gradio reads it: a photo of a camera has less
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-)  # no format that Pillow hands to another program, as it does EPS
-MOST_PIXELS = (
-    120_000_000  # pixels of an image that is opened: larger ones, made to fill the memory, are refused undecoded
-)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS, for one, Pillow would hand to another program
+MOST_PIXELS = 120_000_000  # of an image that is opened: larger ones, made to fill the memory, are not decoded
 LONGEST_SIDE = 1024  # pixels of an image that is kept: more than any model sees
 FOLDER_EXAMPLES = 12  # images shown of --examples: two rows of thumbnails
 DRAWN_EXAMPLES = 8  # leaves shown of a model's data set, one a class
@@ -35,7 +26,7 @@ TOO_LARGE = f"It takes models of {MOST_LAYERS} layers, {MOST_PATCHES} patches an
 
 AT_ONCE = 1  # computations: a model uses all cores, and latencies are measured
 MOST_WAITING = 64  # requests in the queue: who comes later is told to come again
-SLOWEST_KEEP_RATE = 0.01  # of the slider: one percent of the tokens
+SMALLEST_KEEP_RATE = 0.01  # of the slider: one percent of the tokens
 QUICK = 1.0  # seconds of a forward pass: a slower model is timed only when the button is pressed
 MOST_ROUNDS = 7  # runs that a latency is the median of
 FEWEST_ROUNDS = 3  # runs, even of a slow model

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.text import one_sentence
 from ..visualization.kinds import KINDS
+from ..visualization.records import Kind
 from . import html as html
 from . import limits
 from .viewer import Leaf, Setting, Viewer, drawn_examples, folder_examples, open_leaf
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "outputs/demo"
 _DENSE = "none (every token stays)"
-# The pictures that visitors choose from, and those of the chosen patch, which are shown below.
-_CHOICES = {name: kind for name, kind in KINDS.items() if kind.page and kind.page.patch_heading is None}
-_OF_PATCH = {name: kind for name, kind in KINDS.items() if kind.page and kind.page.patch_heading is not None}
 _SLOW = "Latency is measured when you press the button: this model is slow here."
+
+
+def shown_kinds(of_patch: bool) -> dict[str, Kind]:
+    """The pictures that visitors choose from, or those of the chosen patch, which are shown below."""
+    pages = {name: kind for name, kind in KINDS.items() if kind.page is not None}
+    return {name: kind for name, kind in pages.items() if (kind.page.patch_heading is not None) == of_patch}
 
 
 def import_gradio() -> Any:
@@ -121,8 +125,8 @@ class _Page:
         )
         self.model_problem = gr.HTML(elem_id="model-problem")
         self.about = gr.HTML("" if model is None else html.about_model(self.viewer.checkpoint(model)))
-        choices = [(kind.title, name) for name, kind in _CHOICES.items()]
-        self.kind = gr.Radio(choices, value=next(iter(_CHOICES)), label="Pictures", elem_id="kind")
+        choices = [(kind.title, name) for name, kind in shown_kinds(of_patch=False).items()]
+        self.kind = gr.Radio(choices, value=choices[0][1], label="Pictures", elem_id="kind")
         self.compare = gr.Checkbox(False, label="Compare with a second setting, B", elem_id="compare")
 
     def _panel(self, letter: str, model: str | None) -> dict[str, Any]:
@@ -134,9 +138,9 @@ class _Page:
                 label=f"Reduction method, {letter}", filterable=False, elem_id=f"method-{letter}", **choices["method"]
             )
             parts["rate"] = gr.Slider(
-                limits.SLOWEST_KEEP_RATE,
+                limits.SMALLEST_KEEP_RATE,
                 1,
-                step=limits.SLOWEST_KEEP_RATE,
+                step=limits.SMALLEST_KEEP_RATE,
                 label=f"Keep rate of each stage, {letter}",
                 elem_id=f"rate-{letter}",
                 **choices["rate"],
@@ -172,7 +176,7 @@ class _Page:
         if letter == "B" and method in checkpoint.fixed_rate:
             method = None
         elif letter == "B":
-            rate = max(limits.SLOWEST_KEEP_RATE, round(rate / 2, 2))
+            rate = max(limits.SMALLEST_KEEP_RATE, round(rate / 2, 2))
         return {
             "method": {"choices": [m or _DENSE for m in checkpoint.methods], "value": method or _DENSE},
             "rate": {
@@ -313,7 +317,8 @@ class _Page:
 
     def _pictures_of(self, patch: tuple[int, int] | None, name: str, leaf: Leaf, setting: Setting) -> str:
         """The pictures of the chosen patch that can be drawn."""
-        kinds = {k: kind for k, kind in _OF_PATCH.items() if self.viewer.unmet(name, setting, k) is None}
+        kinds = shown_kinds(of_patch=True)
+        kinds = {key: kind for key, kind in kinds.items() if self.viewer.unmet(name, setting, key) is None}
         if kinds and patch is None:
             return html.problem("Row and column of the patch must be numbers.")
         parts = []

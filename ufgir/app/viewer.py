@@ -62,8 +62,8 @@ from .limits import (
     PICTURE_SIDE,
     PREDICTIONS,
     SETTINGS,
-    SLOWEST_KEEP_RATE,
     SMALLEST_DRAWN,
+    SMALLEST_KEEP_RATE,
     TIMING_SECONDS,
     TOO_LARGE,
     TOP_CLASSES,
@@ -181,7 +181,7 @@ def own_setting(config: CLCAViTConfig) -> Setting:
     rate = math.prod(rates)
     if config.keep_tokens is not None:
         rate = min(1.0, config.keep_tokens[-1] / config.num_patches) ** (1 / stages)
-    return Setting(config.reduction, max(round(rate, 2), SLOWEST_KEEP_RATE), config.cross_layer_cache)
+    return Setting(config.reduction, max(round(rate, 2), SMALLEST_KEEP_RATE), config.cross_layer_cache)
 
 
 def setting_config(config: CLCAViTConfig, setting: Setting) -> CLCAViTConfig:

@@ -22,7 +22,7 @@ from .outputs import check_file
 GRID = "grid"  # the value of --what that puts several pictures side by side
 # The options of a grid.
 GRID_OPTIONS = {
-    "of": Option("kind of picture; the last column of it is shown", "kept", choices=list(KINDS)),
+    "of": Option("kind of picture; the last column of it is shown", "kept", choices=KINDS),
     "models": Option("checkpoints beside MODEL", nargs="+", metavar="MODEL"),
     "methods": Option("names as of --reduction", "the checkpoint's", nargs="+", metavar="METHOD"),
     "keep_rates": Option("in (0, 1]", "the checkpoint's", type=float, nargs="+", metavar="RATE"),

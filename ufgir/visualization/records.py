@@ -4,7 +4,7 @@
 gallery read everything that they need from these records.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Option(NamedTuple):
     help: str
     default: str = "none"
     type: Callable[[str], Any] = str
-    choices: Sequence[str] | None = None
+    choices: Collection[str] | None = None
     nargs: int | str | None = None
     metavar: str | tuple[str, ...] | None = None
     convert: Callable[[Any], Any] = lambda value: value
