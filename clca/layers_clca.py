@@ -15,9 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTMLP
 
-from .aggregation_clca import H2TProbe, LayerTrace, VQTProbe
 from .attention_clca import FIRST_ROW, AttentionContext, RowMap, TakenRows, attention_softmax
 from .configuration_clca import CLCAViTConfig, as_pair
+from .heads_clca import H2TProbe, LayerTrace, VQTProbe
 from .hooks_clca import is_hooked
 from .linear_clca import linear
 from .reduction_base import TokenReduction, TokenState

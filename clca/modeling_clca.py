@@ -24,16 +24,6 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .aggregation_clca import (
-    CLAHead,
-    SelectedLinear,
-    SwitchableBatchNorm,
-    VQTProbe,
-    best_features,
-    build_head,
-    head_weight,
-    mean_tokens,
-)
 from .cache_clca import CrossLayerCache, mean_rows, recovery_layers
 from .configuration_clca import (
     AGGREGATING_HEADS,
@@ -42,6 +32,16 @@ from .configuration_clca import (
     CLCAViTConfig,
     check_config,
     without_targets,
+)
+from .heads_clca import (
+    CLAHead,
+    SelectedLinear,
+    SwitchableBatchNorm,
+    VQTProbe,
+    best_features,
+    build_head,
+    head_weight,
+    mean_tokens,
 )
 from .hooks_clca import is_watched
 from .layers_clca import (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, token_schedule
-from clca.aggregation_clca import SwitchableBatchNorm
+from clca.heads_clca import SwitchableBatchNorm
 from tests.helpers import images, labels, tiny_config, tiny_model
 from ufgir.elastic import draw_keep_rate
 from ufgir.profiling import count_macs, dense_config

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from clca import CLCAViTConfig, TokenReduction
-from clca.aggregation_clca import SwitchableBatchNorm
 from clca.budget_clca import Budget
+from clca.heads_clca import SwitchableBatchNorm
 from clca.reductions_clca import get_reduction
 
 
