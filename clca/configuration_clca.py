@@ -4,7 +4,6 @@ cache (CLC), the aggregation head (CLA) and the backbones of the paper need (htt
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -13,6 +12,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.models.vit.configuration_vit import ViTConfig
+
+from .budget_clca import as_pair, check_rates
+from .reductions_clca import checked_budget, get_reduction
 
 
 __version__ = "0.1.0"
@@ -326,11 +328,6 @@ def without_targets(reduction_kwargs: dict[str, Any] | None) -> dict[str, Any] |
     return {name: value for name, value in (reduction_kwargs or {}).items() if name != "ratio_targets"} or None
 
 
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def check_config(config: CLCAViTConfig) -> None:
     """Check every value and store sequences as lists. Called when a config is made, and again when a model is built
     from it, since transformers does not validate what `from_pretrained` overrides.
@@ -416,8 +413,6 @@ def _check_reduction(config: CLCAViTConfig) -> None:
                 "Choose a method, or leave the options out."
             )
         return
-    from .reductions_clca import get_reduction  # here, because the methods import this module
-
     if not layers:
         raise ValueError("`reduction_layers` must name at least one layer when `reduction` is set, got [].")
     for name in ("keep_rate", "keep_tokens"):
@@ -428,19 +423,6 @@ def _check_reduction(config: CLCAViTConfig) -> None:
                 f"{len(layers)} stages, got {value}."
             )
     get_reduction(config.reduction).check(config)
-
-
-def check_rates(rates: Sequence[float]) -> None:
-    """Refuse what is not a list of keep rates.
-
-    Raises:
-        ValueError: a rate out of (0, 1], something that is no number, or no rate at all.
-    """
-    for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:  # NaN is neither
-            raise ValueError(f"`keep_rate` must be in (0, 1], got {rate}.")
-    if not rates:
-        raise ValueError("`keep_rate` must hold at least one rate, got [].")
 
 
 def _check_keep_tokens(config: CLCAViTConfig) -> None:
@@ -457,8 +439,6 @@ def _check_keep_tokens(config: CLCAViTConfig) -> None:
 
 
 def _check_train_keep_rates(config: CLCAViTConfig) -> None:
-    from .reductions_clca import checked_budget
-
     rates = config.train_keep_rates = sorted(set(config.train_keep_rates))
     if not rates:
         raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
