@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import AGGREGATING_HEADS, HEADS_BEFORE_NORM, as_pair
+from clca.configuration_clca import as_pair
+from clca.heads_clca import HEADS
 
 from .filling import common_dtype, fill_model, listed
 from .from_timm import load_timm as load_timm  # beside load_original, where a user looks for it
@@ -275,9 +276,9 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
         elif key == "query_prompt_embeddings":
             for layer, queries in zip(config.probe_layers, tensor.split(1), strict=True):
                 converted[f"vit.layers.{layer}.probe.queries"] = queries
-        elif config.head in AGGREGATING_HEADS and re.fullmatch(r"head\.(weight|bias)", key):
+        elif HEADS[config.head].reads == "cls_tokens" and re.fullmatch(r"head\.(weight|bias)", key):
             continue
-        elif (ours := translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
+        elif (ours := translate(key, (*_KEYS, *_HEAD_KEYS.get(config.head, ())))) is not None:
             converted[ours] = tensor
         elif (ours := translate(key, _STAGE_KEYS)) is not None and (stage := int(re.search(r"\d+", key)[0])) < len(
             config.reduction_layers
@@ -306,7 +307,7 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)
     # The original drops the final norm where the head reads CLS before it; ours stays, unused.
-    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(converted)), converted, optional, source="tensors of the `state_dict`")
     return model
 

@@ -27,7 +27,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tqdm import tqdm
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import HEADS_BEFORE_NORM, PROBING_HEADS
+from clca.heads_clca import HEADS, heads_reading
 from clca.reductions_clca import get_reduction
 
 from .arguments import one_sentence, shortened
@@ -236,7 +236,9 @@ def split_model_name(name: str) -> tuple[str, Architecture]:
     Raises:
         ValueError: no architecture or method of this version.
     """
-    match = re.fullmatch(rf"(?:({'|'.join((*METHODS, *METHODS_NOT_HERE))})_|({'|'.join(PROBING_HEADS)})_?)?(.+)", name)
+    match = re.fullmatch(
+        rf"(?:({'|'.join((*METHODS, *METHODS_NOT_HERE))})_|({'|'.join(heads_reading('probes'))})_?)?(.+)", name
+    )
     if match is None:
         raise ValueError("`model` of the checkpoint is empty.")
     method = match[1] or match[2] or "vit"
@@ -270,7 +272,7 @@ def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLC
     weights = resample_weights(convert_original_state(file.state, config), source, config)
     model = CLCAViTForImageClassification(config).eval()
     # The original drops the final norm where the head reads CLS before it; ours stays, unused.
-    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(weights)), weights, optional, source=f"weights of `{file.path}`")
     return model
 
@@ -423,7 +425,7 @@ def _read_stages(
         options["equal_weight"] = equal
     if overrides.get("reduction_layers") is not None:
         options["reduction_loc"] = list(overrides["reduction_layers"])
-    depth, probes = dims["depth"], file.method in PROBING_HEADS
+    depth, probes = dims["depth"], file.method in heads_reading("probes")
     counts = _num_stages(file, dims)
     if file.method == "vit":
         options["reduction_loc"] = [layer for layer in _DEFAULT_LAYERS[3] if layer < depth]  # whatever the options say
@@ -442,7 +444,7 @@ def _read_stages(
                 f"`reduction_loc` of `{file.path}` is {options['reduction_loc']}, and `{key}` is made for {count} such "
                 "layers."
             )
-    if file.method not in ("vit", *PROBING_HEADS) and not options.get("keep_rate"):
+    if file.method not in ("vit", *heads_reading("probes")) and not options.get("keep_rate"):
         if not _slots(file) and not {"keep_rate", "keep_tokens"} & overrides.keys():
             raise ValueError(f"`keep_rate` of `{file.path}` is told nowhere: set `keep_rate`.")
         options["keep_rate"] = [1.0]  # replaced by what is known
