@@ -1,22 +1,29 @@
-"""The guide to a picture of one's own."""
+"""The guides to a picture and to a head of one's own: their code runs, and leaves nothing behind."""
 
 import re
 from pathlib import Path
 
+import pytest
+
+from clca.heads_clca import HEADS
 from ufgir.visualization.kinds import KINDS
 
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_code_of_the_guide_to_pictures(monkeypatch):
-    """Its Python blocks run, and leave no picture behind."""
-    kinds = dict(KINDS)
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "adding-a-picture.md").read_text(), re.M | re.S)
-    assert len(blocks) == 2
+@pytest.mark.parametrize(
+    ("guide", "table", "name", "count"),
+    [("adding-a-picture.md", KINDS, "norms", 2), ("adding-a-head.md", HEADS, "max", 1)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_code_of_the_guide(guide, table, name, count):
+    before = dict(table)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / guide).read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == count
     try:
         exec("\n".join(blocks), {})
-        assert set(KINDS) - set(kinds) == {"norms"}
+        assert set(table) - set(before) == {name}
     finally:
-        KINDS.clear()
-        KINDS.update(kinds)
+        table.clear()
+        table.update(before)
