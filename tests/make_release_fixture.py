@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 
 
 ROOT = Path(__file__).parents[1]
-PROCESS = Path(__file__).with_name("old_release_process.py")
+# not beside tests/clca, which would hide `clca` from it
+PROCESS = Path(__file__).with_name("project") / "old_release_process.py"
 # The same bits on every x86 processor. Without these, libraries choose their instructions by the processor, and the weights
 # differ after a few steps.
 PINNED = {
