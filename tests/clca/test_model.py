@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, TokenReduction, token_schedule
 from clca.cache_clca import mean_rows
-from clca.configuration_clca import HEADS, HEADS_BEFORE_NORM, PROBING_HEADS
+from clca.heads_clca import HEADS, heads_reading
 from clca.modeling_clca import eager_attention_forward
 from clca.reduction_base import ScoredPruning, gather_rows
 from tests.helpers import CASES, METHODS, TINY, TOKENS, Case, images, labels, tiny_config, tiny_model
@@ -332,7 +332,7 @@ def check_activation_checkpointing(model: CLCAViTForImageClassification, reentra
     ("option", "value"),
     [
         *[("reduction", name) for name, method in REDUCTIONS.items() if method.differentiable_tracks],
-        *[("head", head) for head in PROBING_HEADS],
+        *[("head", head) for head in heads_reading("probes")],
     ],
 )
 def test_reentrant_checkpointing_is_refused_where_it_loses_gradients(option: str, value: str) -> None:
@@ -942,7 +942,7 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
     with torch.no_grad():
         assert (model(images()).logits[1:2] - model(images()[1:2]).logits).abs().max() <= 1e-9
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    before_norm = {"vit.layernorm.weight", "vit.layernorm.bias"} if head in HEADS_BEFORE_NORM else set()
+    before_norm = {"vit.layernorm.weight", "vit.layernorm.bias"} if HEADS[head].before_norm else set()
     assert frozen == before_norm
     _, gradients = loss_and_gradients(model)
     unmoved = [name for name, g in gradients.items() if g is None or not g.any() or not g.isfinite().all()]
@@ -955,7 +955,7 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
         (head, options, reentrant)
         for head, options in HEAD_CASES
         for reentrant in (False, True)
-        if not (reentrant and head in PROBING_HEADS)  # refused, see above
+        if not (reentrant and head in heads_reading("probes"))  # refused, see above
     ],
     ids=str,
 )
