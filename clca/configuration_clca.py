@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -104,7 +104,10 @@ _LEGACY_KEYS = frozenset(
 )
 
 
-def _with_value_errors(cls: type) -> type:
+_Config = TypeVar("_Config", bound=ViTConfig)
+
+
+def _with_value_errors(cls: type[_Config]) -> type[_Config]:
     """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
     strict_setattr = cls.__setattr__
 

@@ -123,7 +123,8 @@ class Head:
     """What a head reads of the network, and the classifier that it puts on that. A subclass is listed in `HEADS`, under the
     name that `config.head` knows it by; it is a module itself where its classifier is more than a linear layer.
 
-    A module of a classifier or a probe that has a method `init_weights` is initialised by it, after its parts.
+    A module of a classifier or a probe that has parameters of its own and a method `init_weights` is initialised by that,
+    after its parts. (In code from the Hub transformers passes over modules without parameters of their own.)
 
     Attributes:
         reads: what the classifier is called with.
@@ -263,6 +264,15 @@ class AggregationHead(Head, nn.Module):
         return cls(config, config.num_labels)
 
 
+class LayerConvolution(nn.Conv1d):
+    """A depth-wise convolution over the layers."""
+
+    def init_weights(self) -> None:
+        """Draw the kernels: a few numbers per channel need more than the range meant for wide layers."""
+        bound = self.kernel_size[0] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+
+
 class CLAHead(AggregationHead):
     """Cross-layer aggregation (https://huggingface.co/papers/2501.00243): a depth-wise convolution over the layers mixes
     the CLS tokens channel by channel, a point-wise one classifies.
@@ -276,7 +286,7 @@ class CLAHead(AggregationHead):
         width, inner = config.hidden_size, config.hidden_size * config.cla_multiplier
         rates = config.train_keep_rates
         self.norm_in = SwitchableBatchNorm(width, rates) if rates else nn.BatchNorm1d(width)
-        self.aggregate = nn.Conv1d(width, inner, kernel_size=len(config.aggregation_layers), groups=width)
+        self.aggregate = LayerConvolution(width, inner, kernel_size=len(config.aggregation_layers), groups=width)
         self.norm_out = SwitchableBatchNorm(inner, rates) if rates else nn.BatchNorm1d(inner)
         self.activation = nn.GELU()
         self.out_proj = nn.Conv1d(inner, num_labels, kernel_size=1)
@@ -284,11 +294,6 @@ class CLAHead(AggregationHead):
     @classmethod
     def takes_rate(cls, config: "CLCAViTConfig") -> bool:
         return bool(config.train_keep_rates)
-
-    def init_weights(self) -> None:
-        """Draw the kernels over the layers. A few numbers per channel need more than the range meant for wide layers."""
-        bound = self.aggregate.kernel_size[0] ** -0.5
-        init.uniform_(self.aggregate.weight, -bound, bound)
 
     def forward(self, cls_tokens: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
         """CLS tokens (B, M, D), not normalised, that come from a backbone at a keep rate, to logits (B, K).

@@ -131,8 +131,9 @@ def eager_attention_forward(
 
 
 class CLCAViTAttention(nn.Module):
-    """Self-attention in two steps, between which a stage may say what becomes of the tokens: `look` makes the keys, a call the
-    rest."""
+    """Self-attention in two steps, between which a stage may say what becomes of the tokens: `make_context` makes keys and
+    values, a call of the module the rest. Only the parts have parameters, and they are always called as modules, which
+    offloading and sharding wait for."""
 
     def __init__(self, config: CLCAViTConfig, method: type[TokenReduction]) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class CLCAViTAttention(nn.Module):
         """Queries (B, H, n, d) of normalised rows (B, n, D)."""
         return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
 
-    def look(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
+    def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
         """Keys, values and mask of normalised tokens (B, N, D), for questions and for the attention itself. The first
         `hidden_keys` tokens have neither key nor value."""
         key = self.k_norm(self.split_heads(linear(self.k_proj, hidden_states[:, hidden_keys:])))
@@ -189,7 +190,7 @@ class CLCAViTAttention(nn.Module):
             (B, M, D), and the map (B, H, N, N), (B, H, M, N) for tokens chosen before, or None.
         """
         if hidden_states is not context.hidden_states:
-            context = self.look(hidden_states, context.state, hidden_states.shape[1] - context.key.shape[2])
+            context = self.make_context(hidden_states, context.state, hidden_states.shape[1] - context.key.shape[2])
         has_output = context.output is not None
         from_rows = row_map is None or row_map.rows is None or has_output
         if has_output:
@@ -312,7 +313,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         self.reduction = self.method(config, stages.index(index), **options) if index in stages else None
         self.before_stage = index + 1 in stages
         self.probe = HEADS[config.head].probe(config) if index in config.probe_layers else None
-        self.shows_all_tokens = self.probe is not None and self.probe.reads_tokens
+        self.probe_reads_tokens = self.probe is not None and self.probe.reads_tokens
         self.attention = CLCAViTAttention(config, self.method)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -324,7 +325,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
         # A probe of all tokens needs them before they are merged. (What is drawn per token, as dropout is, must be drawn
         # before, too.)
-        self.can_merge_early = self.reduction is not None and self.method.merges_early and not self.shows_all_tokens
+        self.can_merge_early = self.reduction is not None and self.method.merges_early and not self.probe_reads_tokens
 
     def forward(
         self,
@@ -351,7 +352,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
             hidden_states, state = self.reduction("before_layer", hidden_states, state)
 
         normed = self.layernorm_before(hidden_states)
-        context = self.attention.look(normed, state, hidden_keys)
+        context = self.attention.make_context(normed, state, hidden_keys)
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
         context.keeps_output = not output_attentions and fast_paths_enabled()
         row_map, state = self.map_rows(context, merge_early, only_first)
@@ -368,7 +369,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if self.probe is None:  # what only a probe asks for is large
             del normed, attended, context, row_map
         rows, inner = self.layernorm_after(hidden_states), None
-        if self.shows_all_tokens:  # and what is inside the MLP, which is otherwise called whole, as hooks expect
+        if self.probe_reads_tokens:  # and what is inside the MLP, which is otherwise called whole, as hooks expect
             inner = self.mlp.hidden(rows)
         transformed = self.mlp(rows) if inner is None else self.mlp.project(inner)
         transformed = self.drop_path(self.layer_scale2(self.dropout(transformed)))

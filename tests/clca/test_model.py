@@ -16,15 +16,15 @@ from clca.cache_clca import mean_rows
 from clca.heads_clca import HEADS, heads_reading
 from clca.modeling_clca import eager_attention_forward
 from clca.reduction_base import ScoredPruning, gather_rows
-from tests.helpers import CASES, METHODS, TINY, TOKENS, Case, images, labels, tiny_config, tiny_model
+from tests.helpers import CASES, METHODS, TINY, TOKENS, Case, images, labels, table, tiny_config, tiny_model
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize("case", table(CASES), ids=str)
 # For what does not depend on the kind of tokens.
 main_case = pytest.mark.parametrize(
     "case", [c for c in CASES if c.tokens == "cls" and c.cache in ("plain", "clca")], ids=str
 )
-reducing_case = pytest.mark.parametrize("case", [c for c in CASES if c.method is not None], ids=str)
+reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.method is not None), ids=str)
 
 # Methods for which the schedule is an upper bound.
 COUNT_IS_A_BOUND = {"ats": "quantiles that fall on the same token take it once"}
@@ -280,7 +280,7 @@ def test_autocast_is_finite(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.method and c.tokens != "registers"], ids=str)
+@pytest.mark.parametrize("case", table(c for c in CASES if c.method and c.tokens != "registers"), ids=str)
 def test_hardly_anything_is_kept(case: Case) -> None:
     """At rates that leave one token or none: finite in evaluation and training, counts as foretold, images apart. Where
     the cache has nothing to average it takes row 0."""

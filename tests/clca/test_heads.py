@@ -163,3 +163,14 @@ def test_no_head_is_named_outside_its_class() -> None:
                 assert not set(values) & set(HEADS), f"{path.name}:{node.lineno}"
             if isinstance(node, ast.Tuple | ast.List | ast.Set):
                 assert not {getattr(e, "value", None) for e in node.elts} & set(HEADS), f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_the_kernels_of_cla_are_not_drawn_as_those_of_wide_layers(
+    from_hub: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in code from the Hub, of which transformers initialises only modules with parameters of their own."""
+    monkeypatch.setattr(CLCAViTForImageClassification, "is_custom_code", lambda self: from_hub)
+    weight = tiny_model(head="cla", initializer_range=0.02).classifier.aggregate.weight
+    bound = weight.shape[-1] ** -0.5
+    assert 0.8 * bound < weight.abs().max() <= bound
