@@ -9,6 +9,7 @@ from torch import nn
 
 from clca import (
     CLCAViTForImageClassification,
+    linear_clca,
 )
 from tests.helpers import METHODS, tiny_model
 
@@ -26,6 +27,23 @@ def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
             if name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
+
+
+# Linear layers by oneDNN.
+
+
+def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what oneDNN is called with, also by tiny layers."""
+    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", 0)
+    seen: list[tuple[int, ...]] = []
+    original = linear_clca._onednn_linear
+
+    def watched(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(tuple(rows.shape))
+        return original(rows, *args)
+
+    monkeypatch.setattr(linear_clca, "_onednn_linear", watched)
+    return seen
 
 
 def rows_seen(module: nn.Module, call: Callable[[], Any]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from clca.cache_clca import mean_rows
-from clca.configuration_clca import HEADS, HEADS_BEFORE_NORM, PROBING_HEADS
+from clca.heads_clca import HEADS, heads_reading
 from tests.clca.helpers import NO_EFFECT, TOPK_CACHE, check_activation_checkpointing, loss_and_gradients
 from tests.helpers import METHODS, images, labels, tiny_model
 
@@ -37,7 +37,7 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
     with torch.no_grad():
         assert (model(images()).logits[1:2] - model(images()[1:2]).logits).abs().max() <= 1e-9
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    before_norm = {"vit.layernorm.weight", "vit.layernorm.bias"} if head in HEADS_BEFORE_NORM else set()
+    before_norm = {"vit.layernorm.weight", "vit.layernorm.bias"} if HEADS[head].before_norm else set()
     assert frozen == before_norm
     _, gradients = loss_and_gradients(model)
     unmoved = [name for name, g in gradients.items() if g is None or not g.any() or not g.isfinite().all()]
@@ -50,7 +50,7 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
         (head, options, reentrant)
         for head, options in HEAD_CASES
         for reentrant in (False, True)
-        if not (reentrant and head in PROBING_HEADS)  # refused, see above
+        if not (reentrant and head in heads_reading("probes"))  # refused, see above
     ],
     ids=str,
 )

@@ -2,7 +2,6 @@
 
 import copy
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -15,25 +14,8 @@ from clca import (
     linear_clca,
 )
 from clca.linear_clca import linear
-from tests.clca.speed import CACHE, make
+from tests.clca.speed import CACHE, count_onednn, make
 from tests.helpers import images
-
-
-# Linear layers by oneDNN.
-
-
-def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what oneDNN is called with, also by tiny layers."""
-    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", 0)
-    seen: list[tuple[int, ...]] = []
-    original = linear_clca._onednn_linear
-
-    def watched(rows: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(tuple(rows.shape))
-        return original(rows, *args)
-
-    monkeypatch.setattr(linear_clca, "_onednn_linear", watched)
-    return seen
 
 
 def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

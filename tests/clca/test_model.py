@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clca import REDUCTIONS, CLCAViTForImageClassification, CLCAViTModel, TokenReduction, token_schedule
-from clca.configuration_clca import PROBING_HEADS
+from clca.heads_clca import heads_reading
 from clca.reduction_base import ScoredPruning
 from tests.clca.helpers import (
     COUNT_IS_A_BOUND,
@@ -292,7 +292,7 @@ def test_activation_checkpointing_changes_nothing(case: Case, reentrant: bool) -
     ("option", "value"),
     [
         *[("reduction", name) for name, method in REDUCTIONS.items() if method.differentiable_tracks],
-        *[("head", head) for head in PROBING_HEADS],
+        *[("head", head) for head in heads_reading("probes")],
     ],
 )
 def test_reentrant_checkpointing_is_refused_where_it_loses_gradients(option: str, value: str) -> None:
