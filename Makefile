@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+BASE := $(VENV)/.base
 READY := $(VENV)/.ready
 LEAVES := outputs/demo_leaves/test/*/00000.png
 TORCHAO := $(VENV)/torchao
@@ -16,7 +17,7 @@ help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
+demo: $(BASE)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a download: outputs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
 	@ls $(LEAVES) >/dev/null 2>&1 || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/demo_leaves --images_per_class 1 1 1 --image_size 109
 	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo $(LEAVES) --what rollout --output outputs/demo/rollout.png
@@ -26,7 +27,7 @@ test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt parameterized
+	@$(INSTALL) parameterized
 	HF_HUB_OFFLINE=1 $(BIN)/python -m hf_tests $(PYTEST_ARGS)
 
 docs: $(READY)  ## build the documentation site: docs/_build/html
@@ -56,12 +57,21 @@ browser:
 # Apart from the rest: where torchao is installed, every import of transformers' Trainer complains about its GPU kernels.
 $(TORCHAO): $(READY)
 	@rm -rf $@
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $@ torchao
+	$(INSTALL) --no-deps --target $@ torchao
 
-# The environment is complete if this file is newer than all that says what belongs into it.
-$(READY): setup.cfg pyproject.toml constraints.txt
+# An environment is complete if its file is newer than all that says what belongs into it: $(BASE) has the package alone, which
+# is all that the demo needs, $(READY) the tools of development as well.
+REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+$(BASE): $(REQUIREMENTS)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, but $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % sys.version_info[:2])' \
 	    && echo "Making the virtual environment $(VENV) (once, takes minutes)" && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --editable .
+	@touch $@
+
+$(READY): $(BASE)
+	@echo "Adding the tools of development (once, takes minutes)"
+	$(INSTALL) --editable '.[dev]'
 	@touch $@

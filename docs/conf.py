@@ -47,7 +47,7 @@ html_show_sphinx = False
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebooks hold their outputs; tests/test_notebooks.py runs them
+nb_execution_mode = "off"  # the notebooks hold their outputs; tests/project/test_notebooks.py runs them
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}

@@ -9,11 +9,10 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTForImageClassification
+from tests.helpers import CACHES, METHODS, TINY, build, images, tiny_config
 from ufgir import export
 from ufgir.cli import entry as cli
 from ufgir.export import TENSORRT_OPERATORS, export_model
-
-from .helpers import CACHES, METHODS, TINY, build, images, tiny_config
 
 
 SHORT = TINY | {"num_hidden_layers": 3, "reduction_layers": [1]}  # an export takes seconds, most of them per layer

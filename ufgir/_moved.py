@@ -144,9 +144,7 @@ def names_of(old: str, warn: bool = True) -> Callable[[str], Any]:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(
-        f"{old} has moved to {new}. The old path will be removed in release 0.4.", FutureWarning, stacklevel=3
-    )
+    warnings.warn(f"{old} has moved to {new}.", FutureWarning, stacklevel=3)
 
 
 class _MovedModules(MetaPathFinder, Loader):

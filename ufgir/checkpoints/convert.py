@@ -15,6 +15,7 @@ from .timm_architectures import find_architecture
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+MARKER = "conversion.json"  # in a converted folder: what it was made of
 
 
 def convert_pretrained(
@@ -82,9 +83,6 @@ model = AutoModelForImageClassification.from_pretrained("path/to/{title}", trust
 image_processor = AutoImageProcessor.from_pretrained("path/to/{title}")
 ```
 """
-
-
-MARKER = "conversion.json"  # in a converted folder: what it was made of
 
 
 def is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bool:

@@ -22,9 +22,9 @@ from .from_original import OriginalFile, build, read_original_file
 from .model_card import describe_model
 
 
+logger = logging.getLogger(__name__)
+
 REPORT = "conversion_report.json"
-
-
 SUFFIXES = (".pth", ".pt")
 
 
@@ -97,9 +97,6 @@ def convert_file(
         write_text_atomically(folder / "README.md", _card(file, model, output.name))
         write_text_atomically(folder / MARKER, json.dumps(made_of, indent=2) + "\n")
     return True
-
-
-logger = logging.getLogger(__name__)
 
 
 def convert_folder(

@@ -1,4 +1,4 @@
-"""Models loaded from checkpoints: weights that are lacking, of another shape or cut off are told, not passed over."""
+"""Load configurations and models from CLCA and stock ViT checkpoints. Missing, mismatched or truncated weights are reported."""
 
 import pickle
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Weights into a model: every one that belongs, and nothing silently left out."""
+"""Strict state-dict loading: missing, unexpected or mismatched keys raise."""
 
 import logging
 import re

@@ -10,12 +10,10 @@ from .checks import SPLIT_NAMES, DatasetError, split_of
 from .labels import class_feature
 
 
+logger = logging.getLogger(__name__)
+
 IMAGE_COLUMNS = ("image", "img", "picture", "photo")  # tried in this order
-
-
 LABEL_COLUMNS = ("label", "labels", "class_id", "class", "target", "cultivar", "fine_label")
-
-
 Splits = datasets.DatasetDict | datasets.IterableDatasetDict
 
 
@@ -36,9 +34,6 @@ def _find_column(
     if not candidates:
         raise DatasetError(f"No {role} column found: name it in `{role}_column`. Available: {', '.join(features)}.")
     return candidates[0]
-
-
-logger = logging.getLogger(__name__)
 
 
 def our_splits(loaded: Any, source: str, rename: Mapping[str, str] | None = None) -> dict[str, Any]:

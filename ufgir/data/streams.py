@@ -1,4 +1,4 @@
-"""A stream of transformed images for a DataLoader or Trainer."""
+"""Data read while they are used: streams with the columns and classes of data in memory, and streams of transformed images."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from .checks import DatasetError, listed
 from .labels import class_feature, is_multi_label, split_text, to_multi_hot
 
 
+SHARDS = 64  # of data that lie in a local folder: the most DataLoader workers that `datasets` can feed from them
 _DECODER = datasets.Image()
 
 
@@ -182,9 +183,6 @@ def own_share_loader(images: StreamedImages, device: torch.device | str, **optio
     return prepare_data_loader(
         loader, torch.device(device), num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
     )
-
-
-SHARDS = 64  # of data that lie in a local folder: the most DataLoader workers that `datasets` can feed from them
 
 
 def to_stream(splits: datasets.DatasetDict) -> datasets.IterableDatasetDict:

@@ -1,4 +1,4 @@
-"""What a model costs, counted as the field counts it."""
+"""Count the multiply-accumulate operations (MACs) of a model, as the paper counts them."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Write files and folders whole: they appear complete or not at all."""
 
 import csv
 import io

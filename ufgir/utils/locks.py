@@ -1,4 +1,4 @@
-"""One process at a time where two would write over each other."""
+"""File locks for output files and folders: one process at a time."""
 
 import contextlib
 from collections.abc import Iterator

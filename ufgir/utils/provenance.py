@@ -13,11 +13,7 @@ import torch
 
 
 PREDICTIONS_FILE = "predictions.csv"  # unless `predictions_file` says otherwise
-
-
 PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
-
-
 # of a configuration: names of classes, and what says where and how it was saved instead of what the model is
 NOT_STORED = {"id2label", "label2id", "architectures", "auto_map", "dtype", "_name_or_path"}
 

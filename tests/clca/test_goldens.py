@@ -1,0 +1,195 @@
+"""Parity with the original: every golden file is one tiny model that it really ran, with weights and results.
+
+`pytest tests/clca/test_goldens.py --goldens DIR` runs any folder of such files.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from clca import CLCAViTForImageClassification, token_schedule
+from clca.modeling_clca import CLCAViTSlicingLayer
+from clca.reduction_dpcknn import DPCKNNReduction
+from clca.reduction_dyvit import DyViTReduction
+from clca.reduction_kmedoids import KMedoidsReduction
+from clca.reduction_sinkhorn import SinkhornReduction
+from ufgir.checkpoints.from_original import load_original
+from ufgir.checkpoints.original_keys import convert_original_state
+
+
+class Golden:
+    """One file: `spec`, `state` under the original's keys, everything else by name."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.spec = json.loads(file.metadata()["config"])
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.state = self.group("state")
+        self.training = self.spec.get("mode") == "train"
+        self.images = self["input"]
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+
+    def per_layer(self, prefix: str) -> list[tuple[int, torch.Tensor]]:
+        return sorted((int(k), v) for k, v in self.group(prefix).items() if k.isdigit())
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+
+@pytest.fixture
+def golden(golden_file: Path) -> Golden:
+    return Golden(golden_file)
+
+
+class Record:
+    """What a model computed on the way, which its output does not hold."""
+
+    def __init__(self, model: CLCAViTForImageClassification, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[torch.Tensor] = []  # after each layer
+        self.tracks: list[dict[str, torch.Tensor]] = []  # after each layer
+        self.labels: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each stage that clusters
+        self.plans: list[torch.Tensor] = []  # of each stage that transports
+        for layer in model.vit.layers:
+            layer.register_forward_hook(self.note)
+        for cls, name, record in (
+            (DPCKNNReduction, "label", self.labels),
+            (KMedoidsReduction, "label", self.labels),
+            (SinkhornReduction, "transport", self.plans),
+        ):
+            monkeypatch.setattr(cls, name, self.recording(getattr(cls, name), record))
+
+    def note(self, layer: torch.nn.Module, inputs: tuple, output: tuple) -> None:
+        rows, state = output
+        if isinstance(layer, CLCAViTSlicingLayer):  # the files of VQT hold what there was before the slice
+            rows = torch.cat([state.report["probe"], rows], dim=1)
+        self.rows.append(rows)
+        self.tracks.append(state.tracks)
+
+    @staticmethod
+    def recording(method, record: list):
+        def wrapper(*args):
+            record.append(method(*args))
+            return record[-1]
+
+        return wrapper
+
+
+def inject_noise(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = iter([tensor for _, tensor in golden.per_layer("gumbel")])
+    monkeypatch.setattr(DyViTReduction, "draw_gumbel", staticmethod(lambda scores: next(noise).to(scores)))
+
+
+def test_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, loss, gradients, CLS after each layer, token counts; with the noise injected, in training too."""
+    model = load_original(golden.state, golden.spec).double().train(golden.training)
+    inject_noise(golden, monkeypatch)
+    record = Record(model, monkeypatch)
+    output = model(golden.images.double(), labels=golden["targets"])
+    if not golden.spec.get("all_finite", True):  # F2: an empty mean made the original NaN
+        assert output.logits.isfinite().all()
+    else:
+        assert (output.logits - golden["logits"]).abs().max() <= 1e-9
+        assert (output.loss - golden["loss"]).abs() <= 1e-9
+        for index, expected in golden.per_layer("cls"):
+            difference = (record.rows[index][:, 0] - expected).abs().max()
+            assert difference <= 1e-9, f"CLS after layer {index}"
+
+    counts = [count.item() for _, count in golden.per_layer("tokens")]
+    if counts:
+        assert [rows.shape[1] for rows in record.rows] == counts
+    if "tokens.final" in golden.tensors:
+        assert output.token_counts[-1] == golden["tokens.final"]
+
+    for (_, expected), decision in zip(
+        golden.per_layer("out_pred"), (output.reports or {}).get("decision", ()), strict=True
+    ):
+        assert torch.equal(decision.detach(), expected)
+
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if golden.spec.get("all_finite", True):
+        for name, gradient in convert_original_state(golden.group("grad"), model.config).items():
+            assert (gradients[name] - gradient).abs().max() <= 1e-8 * gradient.abs().max(), name
+    else:
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+    state = dict(model.named_buffers())
+    for name, expected in convert_original_state(golden.group("state_after"), model.config).items():
+        assert (state[name] - expected).abs().max() <= 1e-9, name
+
+
+def test_token_schedule(golden: Golden) -> None:
+    """The counts follow from the configuration alone; for ATS they are upper bounds."""
+    if golden.training:
+        pytest.skip("in training DynamicViT removes nothing")
+    model = load_original(golden.state, golden.spec)
+    with torch.no_grad():
+        output = model(golden.images, output_hidden_states=True)
+    before, after = token_schedule(model.config)
+    counts = output.token_counts, tuple(h.shape[1] for h in output.hidden_states[1:])
+    if golden.spec["method"] == "ats":
+        assert all(n <= bound for n, bound in zip(counts[0] + counts[1], before + after, strict=True))
+    else:
+        assert counts == (tuple(before), tuple(after))
+
+
+def test_choices(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept rows, clusters, sizes and masks, exactly: logits do not see the order of kept tokens."""
+    model = load_original(golden.state, golden.spec).double()
+    method = golden.spec["method"].removesuffix("_old")
+    record = Record(model, monkeypatch)
+    with torch.no_grad():
+        assignments = model(golden.images.double(), output_assignments=True).assignments
+
+    prefix = model.config.num_prefix_tokens
+    for stage, (_, expected) in enumerate(golden.per_layer("kept")):
+        if method in ("dpcknn", "kmedoids"):
+            kept = record.labels[stage][0]
+        elif method == "ats":
+            rows = assignments[stage][:, 1:]
+            kept = torch.where(rows.sum(dim=-1) > 0, rows.argmax(dim=-1) - 1, -1)  # pads are made of nothing
+        else:
+            if method in ("topk", "evit"):
+                expected = expected[:, :-1]  # the original appends a -1 for the fused row, to top-k's as well
+            kept = assignments[stage].argmax(dim=-1)[:, 1 : 1 + expected.shape[1]] - 1
+        assert torch.equal(kept, expected), f"stage {stage}"
+
+    for stage, (_, expected) in enumerate(golden.per_layer("kept_abs")):
+        visible = assignments[stage].diagonal(dim1=1, dim2=2)[:, 1:]
+        assert torch.equal(visible.nonzero()[:, 1].view(len(visible), -1), expected), f"stage {stage}"
+
+    for stage, (_, expected) in enumerate(golden.per_layer("assign")):
+        if method in ("dpcknn", "kmedoids"):
+            groups = record.labels[stage][1]
+        elif method == "sinkhorn":
+            groups = record.plans[stage].argmax(dim=2)
+        elif method == "tome":
+            groups = assignments[stage].argmax(dim=1)[:, 1:] - 1
+        else:
+            groups = assignments[stage][:, prefix:, prefix:].argmax(dim=1)
+        assert torch.equal(groups, expected), f"stage {stage}"
+
+    for layer, expected in golden.per_layer("size"):
+        assert torch.equal(record.tracks[layer]["size"].unsqueeze(-1), expected), f"layer {layer}"
+    for layer, expected in golden.per_layer("mask"):
+        valid = record.tracks[layer].get("valid", torch.ones_like(expected))
+        assert torch.equal(valid.bool(), expected.bool()), f"layer {layer}"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_float32(golden: Golden, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in single precision, with either attention."""
+    if not golden.spec.get("all_finite", True):
+        pytest.skip("the original's logits are NaN")
+    model = load_original(golden.state, golden.spec).train(golden.training)
+    model.set_attn_implementation(attention)
+    inject_noise(golden, monkeypatch)
+    with torch.no_grad():
+        logits = model(golden.images).logits
+    assert logits.dtype == torch.float32
+    assert (logits - golden["logits"]).abs().max() <= 2e-5

@@ -1,0 +1,533 @@
+"""What reduction methods must do beyond the common table: full-size counts, tracing, export, their own options."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clca import (
+    REDUCTIONS,
+    CLCAViTConfig,
+    CLCAViTForImageClassification,
+    TokenReduction,
+    reductions_clca,
+    token_schedule,
+)
+from clca.reduction_ats import num_quantiles, quantiles
+from clca.reduction_base import ScoredPruning, TokenState
+from clca.reductions_clca import register_reduction
+from tests.helpers import TINY, images, labels, tiny_config, tiny_model
+from ufgir.interpret.tracing import trace_patches, unmerge
+
+
+SCALE = json.loads((Path(__file__).parents[1] / "goldens_misc" / "paper_scale.json").read_text())["cases"]
+CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+
+
+@pytest.mark.parametrize("case", SCALE)
+def test_full_size_counts(case: str) -> None:
+    """ViT-B/16 at 224 and 448 px: the original's token counts, for ATS as an upper bound."""
+    size, method, kind, rate = case.replace("px/", " px/").split(" ", 1)[0], *case.split(" ")[1:]
+    config = CLCAViTConfig(
+        image_size=int(size),
+        reduction=method,
+        keep_rate=float(rate.removeprefix("kr=")),
+        **(CLCA if kind == "clca" else {}),
+    )
+    before, after = token_schedule(config)
+    counts = [*after, before[-1]]
+    expected = SCALE[case][1]
+    if method == "ats":
+        assert all(count >= n for count, n in zip(counts, expected, strict=True))
+    else:
+        assert counts == expected
+
+
+@pytest.mark.parametrize("size", [224, 448])
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_nothing_is_nan(method: str, size: int) -> None:
+    """Keep rate 0.1 in three stages at full resolution, where some methods are left with CLS alone."""
+    config = CLCAViTConfig(
+        **TINY | {"image_size": size, "patch_size": 16, "num_hidden_layers": 8, "reduction_layers": [2, 4, 6]},
+        **CLCA,
+        reduction=method,
+        keep_rate=0.1,
+    )
+    model = CLCAViTForImageClassification(config)
+    pixels = images(2, size, size).float()
+    with torch.no_grad():
+        assert model.eval()(pixels).logits.isfinite().all()
+    loss = model.train()(pixels, labels=labels(2)).loss
+    loss.backward()
+    assert loss.isfinite()
+    # Every trainable parameter has a gradient, also of a stage that keeps nothing: distributed training waits for it.
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# What CUDA refuses to compute where deterministic algorithms are asked for (transformers' `full_determinism`).
+ONLY_IN_ANY_ORDER = (
+    "cumsum",
+    "cumprod",
+    "histc",
+    "kthvalue",
+    "median",
+    "put_",
+    "bincount",
+    "upsample",
+    "grid_sampler",
+    "pool",
+)
+
+
+class FloatingPointOperators(TorchDispatchMode):
+    """Names of the operators that are given floating-point numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in tree_leaves(args)):
+            self.names.add(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)], ids=str)
+def test_deterministic_algorithms(method: str | None) -> None:
+    """They change no logits, and a training step asks for no operator that CUDA has in any order only."""
+    model = tiny_model(**({"reduction": method, "keep_rate": 0.5} if method else {}), **CLCA)
+    expected = model(images(4)).logits
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(model(images(4)).logits, expected)
+        with FloatingPointOperators() as used:
+            model.train()(images(4), labels=labels(4)).loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "mm" in used.names
+    assert [name for name in used.names if name.startswith(ONLY_IN_ANY_ORDER)] == []
+
+
+# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
+EXPORT_OPTIONS = {"ats": {"pad_to_bound": True}}
+
+
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_export(method: str) -> None:
+    """torch.export with a dynamic batch, cache and CLA head included, gives the same logits at another batch size."""
+    model = tiny_model(reduction=method, keep_rate=0.5, reduction_kwargs=EXPORT_OPTIONS.get(method), **CLCA)
+    dynamic = {"pixel_values": {0: torch.export.Dim("batch", min=2, max=64)}}
+    program = torch.export.export(model, (), {"pixel_values": images(2)}, dynamic_shapes=dynamic, strict=False)
+    pixels = images(5, seed=2)
+    exported = program.module()(pixel_values=pixels).logits
+    assert (exported - model(pixels).logits).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("cache", [{}, CLCA], ids=["plain", "clca"])
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_traces_lead_back_to_patches(method: str, cache: dict) -> None:
+    """Shares are non-negative, at most one per token, and of a kept patch exactly one; nothing comes from nowhere."""
+    model = tiny_model(reduction=method, keep_rate=0.5, **cache)
+    output = model(images(), output_assignments=True)
+    trace = trace_patches(output.assignments, model.config)
+    assert trace.final.shape == (3, output.token_counts[-1], 16)
+    for rows in (*trace.stages, trace.final):
+        assert (rows >= 0).all()
+        assert (rows.sum(dim=-1) <= 1 + 1e-6).all()
+        assert rows.sum() > 0
+    patches = torch.randn(3, 16, 4, dtype=torch.float64)
+    spread = unmerge(trace.final @ patches, trace.final)
+    assert spread.shape == patches.shape
+    held = (trace.final > 1 - 1e-9).any(dim=1) & ((trace.final > 0).sum(dim=1) == 1)  # in one token, alone in it
+    assert torch.allclose(spread[held], patches[held])
+
+
+def test_unmerge_by_hand() -> None:
+    """Two patches in one token, one in two, one nowhere."""
+    shares = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.5, 0.0]]])
+    tokens = torch.tensor([[[1.0], [4.0], [1.0]]])
+    assert torch.allclose(unmerge(tokens, shares), torch.tensor([[[1.0], [1.0], [3.0], [0.0]]]))
+    with pytest.raises(ValueError, match="`shares`"):
+        unmerge(tokens[:, :2], shares)
+
+
+def test_trace_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="`assignments`"):
+        trace_patches((), tiny_config())
+    with pytest.raises(ValueError, match="`assignments`"):
+        trace_patches((torch.eye(17)[None],), tiny_config(reduction="topk", keep_rate=0.5))
+
+
+def test_ats_quantiles() -> None:
+    """K - 1 of them, or K where double arithmetic rounds up: the length is worked out without a tensor."""
+    for samples in range(1, 400):
+        assert len(quantiles(samples)) == num_quantiles(samples)
+    assert [k for k in range(1, 49) if num_quantiles(k) == k] == [3, 7, 12, 14, 19, 27, 34, 35, 36, 39, 42, 47, 48]
+
+
+def test_pads_of_ats_never_enter_the_tail() -> None:
+    """A stage in layer 0 finds the cache empty, so that its last rows, not recalled ones, are cached in place of CLR."""
+    model = tiny_model(reduction="ats", keep_rate=0.9, reduction_layers=[0, 2], **CLCA | {"num_clr_tokens": 2})
+    pixels = images(6)
+    pixels[0] *= 20  # an image of few different samples, which the batch pads
+    output = model(pixels, output_assignments=True)
+    pads = (output.assignments[0].sum(dim=-1) == 0).sum(dim=1)
+    assert pads.min() == 0 < pads.max()
+    alone = torch.cat([model(image[None]).logits for image in pixels])
+    assert (output.logits - alone).abs().max() <= 1e-9
+
+
+def test_ats_computes_queries_for_sampled_rows_only() -> None:
+    model = tiny_model(reduction="ats", keep_rate=0.25)
+    seen = []
+    layer = model.vit.layers[1]
+    layer.attention.q_proj.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    layer.mlp.fc1.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    counts = model(images()).token_counts
+    assert seen == [1, counts[2], counts[2]]  # CLS to choose, then the chosen
+    assert counts[2] < counts[1]
+
+
+def test_dynamic_vit_survives_dropping_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draw that keeps no token at all, in every stage (F24: a mean of nothing was 0 / 0)."""
+    noise = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    monkeypatch.setattr(REDUCTIONS["dyvit"], "draw_gumbel", staticmethod(lambda scores: noise.expand_as(scores)))
+    model = tiny_model(reduction="dyvit", keep_rate=0.5, **CLCA).train()
+    output = model(images(), labels=labels())
+    output.loss.backward()
+    assert all(decision.sum() == 0 for decision in output.reports["decision"][:1])
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_dynamic_vit_in_training_reports_that_nothing_moved() -> None:
+    model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
+    assignments = model(images(), output_assignments=True).assignments
+    assert len(assignments) == 2
+    assert all(torch.equal(a, torch.eye(17, dtype=a.dtype).expand(3, -1, -1)) for a in assignments)
+
+
+def test_sinkhorn_prototypes_stay_at_unit_length() -> None:
+    """In training they are normalised in place, in evaluation the parameter is left alone."""
+    model = tiny_model(reduction="sinkhorn", keep_rate=0.5)
+    prototypes = model.vit.layers[1].reduction.prototypes
+    before = prototypes.detach().clone()
+    model(images())
+    assert torch.equal(prototypes, before)
+    model.train()(images())
+    assert torch.allclose(prototypes.norm(dim=-1), torch.ones(len(prototypes), dtype=torch.float64))
+
+
+def test_kmedoids_in_the_first_layer_and_with_equal_weights() -> None:
+    """No attention precedes layer 0: all tokens weigh alike."""
+    for options in ({"reduction_layers": [0, 2]}, {"reduction_kwargs": {"equal_weight": True}}):
+        model = tiny_model(reduction="kmedoids", keep_rate=0.5, **options)
+        output = model(images(), output_assignments=True)
+        assert output.token_counts[-1] == token_schedule(model.config).before[-1]
+        kept = output.assignments[0].argmax(dim=-1)
+        assert all(len(rows.unique()) == len(rows) for rows in kept)  # different medoids
+
+
+@pytest.mark.parametrize("method", ["topk", "evit"])
+def test_without_cls_tokens_are_scored_by_what_they_receive(method: str) -> None:
+    options = {"use_class_token": False, "pooling": "mean", "reduction": method, "keep_rate": 0.5}
+    model = tiny_model(**options)
+    original = tiny_model(**options, reduction_kwargs={"score_by": "cls"})
+    assert model.vit.layers[1].reduction.score_by == "received"
+    original.load_state_dict(model.state_dict())
+    assert not torch.equal(model(images()).logits, original(images()).logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dpcknn", {"k_neighbors": 0}, "`k_neighbors`"),
+        ("kmedoids", {"cluster_iters": -1}, "`cluster_iters`"),
+        ("sinkhorn", {"sinkhorn_eps": 0.0}, "`sinkhorn_eps`"),
+        ("sinkhorn", {"cluster_iters": 0}, "`cluster_iters`"),
+        ("heuristic", {"pattern": "l3"}, "`pattern`"),
+        ("topk", {"score_by": "luck"}, "`score_by`"),
+        ("dyvit", {"ratio_weight": -1.0}, "`ratio_weight`"),
+        ("dyvit", {"ratio_targets": [0.5]}, "`ratio_targets`"),
+        ("dyvit", {"token_distill": "l1"}, "`token_distill`"),
+        ("tome", {"r": 8}, "no option `r`"),
+        ("heuristic", {"contiguous": "no"}, "`contiguous` must be bool"),
+        ("heuristic", {"min_radius": "a"}, "`min_radius` must be float"),
+        ("heuristic", {"contiguous": True}, "`keep_rate` and `keep_tokens` mean nothing"),
+        ("dpcknn", {"k_neighbors": True}, "`k_neighbors` must be int"),
+        ("dyvit", {"ratio_weight": float("inf")}, "`ratio_weight` must be float"),
+        ("dyvit", {"ratio_targets": 0.5}, "`ratio_targets` must be"),
+    ],
+)
+def test_options_are_checked(method: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(reduction=method, reduction_kwargs=options, keep_rate=0.5)
+
+
+@pytest.mark.parametrize("method", ["dpcknn", "kmedoids", "tome"])
+def test_autocast_does_not_change_what_is_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances and similarities of the same tokens are compared in full precision under autocast, too."""
+    reduction = REDUCTIONS[method]
+    tokens = torch.randn(2, 49, 16)
+    choose = {
+        "dpcknn": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12),
+        "kmedoids": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12, None),
+        "tome": lambda: (reduction.match(tokens, 20),),
+    }[method]
+    plain = choose()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = choose()
+    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
+
+
+def test_heuristic_follows_the_keep_rate() -> None:
+    """By default the circle has about the keep rate's share of the patches."""
+    for rate, patches in ((0.25, 4), (1.0, 16)):
+        model = tiny_model(reduction="heuristic", keep_rate=rate, reduction_layers=[1])
+        visible = model(images(), output_assignments=True).assignments[0].diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
+        assert visible.tolist() == [patches] * 3
+
+
+def test_dpcknn_breaks_ties_by_position() -> None:
+    """Two equal tokens are one cluster: only the first of them is far from anything denser."""
+    tokens = torch.tensor([[[0.0, 0], [0, 0], [10, 0], [10.5, 0], [0, 7], [0, 8]]])
+    model = tiny_model(reduction="dpcknn", reduction_kwargs={"k_neighbors": 2})
+    centres, labels = model.vit.layers[1].reduction.label(tokens, 3)
+    assert not {0, 1} <= set(centres[0].tolist())
+    assert labels[0, 0] == labels[0, 1]
+
+
+def test_scores_are_compared_in_full_precision() -> None:
+    """In a bfloat16 model, too: rounded scores would tie."""
+    model = tiny_model(reduction="topk", keep_rate=0.5, image_size=128).bfloat16()
+    seen = []
+    layer = model.vit.layers[1]
+    keep_best = layer.reduction.keep_best
+    layer.reduction.keep_best = lambda *args: seen.append(args[1]) or keep_best(*args)
+    model(images(2, 128, 128))
+    assert seen[0].dtype == torch.float32
+    assert len(seen[0][0].unique()) > 0.95 * seen[0].shape[1]
+
+
+def test_traces_of_a_half_precision_model() -> None:
+    """Stages that merge and stages that do nothing report in different dtypes."""
+    model = tiny_model(reduction="tome", keep_rate=[0.5, 1.0]).bfloat16()
+    output = model(images(), output_assignments=True)
+    trace = trace_patches(output.assignments, model.config)
+    assert trace.final.sum(dim=-1)[:, 1:].mean() == pytest.approx(1.0, abs=0.01)
+
+
+def test_tome_never_removes_more_than_was_asked() -> None:
+    """A target above the patches of a small image is no target."""
+    model = tiny_model(reduction="tome", keep_tokens=[12, 8])
+    assert model(images(2, 16, 16), interpolate_pos_encoding=True).token_counts[-1] == 5
+
+
+def test_ratio_target_of_counts_follows_the_image() -> None:
+    """`keep_tokens` of an image of 36 patches, not of the 16 that the configuration has."""
+    model = tiny_model(reduction="dyvit", keep_tokens=[9, 9]).train()
+    torch.manual_seed(3)
+    output = model(images(3, 48, 48), labels=labels(), interpolate_pos_encoding=True)
+    shares = torch.stack([decision.mean(dim=1) for decision in output.reports["decision"]])
+    assert output.loss_terms["keep_ratio"].item() == pytest.approx(2 * (shares - 9 / 36).square().mean().item())
+
+
+def test_queries_of_vqt_do_not_see_what_dynamic_vit_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every token dropped in training, the queries can only answer from CLS."""
+    noise = torch.tensor([-1e4, 1e4], dtype=torch.float64)
+    monkeypatch.setattr(REDUCTIONS["dyvit"], "draw_gumbel", staticmethod(lambda scores: noise.expand_as(scores)))
+    model = tiny_model(reduction="dyvit", keep_rate=0.5, head="vqt", reduction_layers=[1]).train()
+    layer, weights = model.vit.layers[1], []
+    attend = model.vit.method.attend
+
+    def note(*args):
+        weights.append(attend(*args)[1])
+        return attend(*args)
+
+    monkeypatch.setattr(model.vit.method, "attend", staticmethod(note))
+    model(images())
+    queries = [w for w in weights if w.shape[2] == layer.probe.queries.shape[1]]
+    assert queries and all((w[..., 0] > 0.99).all() for w in queries)
+
+
+@pytest.mark.parametrize(
+    ("saved", "override"),
+    [
+        ({"reduction": "topk", "keep_rate": 0.5}, {"keep_tokens": [8, 3]}),
+        ({"reduction": "topk", "keep_tokens": [8, 3]}, {"keep_rate": 0.5}),
+        ({"reduction": "dpcknn", "reduction_kwargs": {"k_neighbors": 3}}, {"reduction": "topk"}),
+    ],
+)
+def test_overrides_take_the_place_of_what_was_saved(saved: dict, override: dict, tmp_path: Path) -> None:
+    tiny_model(**saved).save_pretrained(tmp_path)
+    model = CLCAViTForImageClassification.from_pretrained(tmp_path, **override)
+    expected = tiny_config(**({"reduction": "topk"} | override))
+    assert token_schedule(model.config) == token_schedule(expected)
+
+
+def test_dynamic_vit_with_a_frozen_backbone() -> None:
+    """The backbone evaluates, the head trains: no decisions are drawn, and no ratio is asked of them."""
+    model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
+    model.vit.eval()
+    assert set(model(images(), labels=labels()).loss_terms) == {"classification"}
+
+
+def test_one_image_cannot_train_a_batch_norm() -> None:
+    model = tiny_model(head="cla").train()
+    with pytest.raises(ValueError, match="at least two images"):
+        model(images(1), labels=labels(1))
+    assert model.eval()(images(1)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_labels": 0, "head": "cla"}, {"num_labels": 0, "group_lasso_weight": 0.1}, {"num_labels": -1}]
+)
+def test_no_classes(options: dict) -> None:
+    with pytest.raises(ValueError, match="`num_labels`"):
+        tiny_config(**options)
+    assert tiny_model(num_labels=0)(images()).logits.shape == (3, 16)
+
+
+@pytest.mark.parametrize("method", ["ats", "heuristic", "tome"])
+def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
+    """Its kernel takes masks of another shape, so sdpa computes the layers that have one."""
+    model = tiny_model(reduction=method, keep_rate=0.5, **CLCA)
+    expected = model(images()).logits
+    attention = model.vit.layers[-1].attention
+    model.config._attn_implementation = "flex_attention"
+    masked = attention.attention_function(torch.ones(1, 1, 1, 1), output_attentions=False)
+    model.config._attn_implementation = "sdpa"
+    assert masked is attention.attention_function(None, output_attentions=False)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["h2t", "vqt"])
+@pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)])
+@pytest.mark.parametrize("cache", [{}, {"cross_layer_cache": True, "num_clr_tokens": 1}], ids=["plain", "cache"])
+def test_probing_heads_with_every_method(head: str, method: str | None, cache: dict) -> None:
+    """They leave the tokens alone, do not see the batch, and train."""
+    model = tiny_model(head=head, reduction=method, keep_rate=0.5 if method else 1.0, **cache)
+    pixels = images()
+    output = model(pixels)
+    linear = tiny_model(reduction=method, keep_rate=0.5 if method else 1.0, **cache)
+    linear.vit.load_state_dict(model.vit.state_dict(), strict=False)
+    assert output.token_counts == linear(pixels).token_counts
+    assert torch.allclose(output.logits[:1], model(pixels[:1]).logits, atol=1e-9)
+    model.train()(pixels, labels=labels()).loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    if head == "vqt":
+        assert all(model.vit.layers[i].probe.queries.grad.abs().sum() > 0 for i in model.config.probe_layers)
+
+
+def test_vqt_queries_do_not_disturb_the_tokens() -> None:
+    """As its paper has it: the backbone's tokens are the same with and without queries."""
+    model = tiny_model(head="vqt")
+    plain = tiny_model()
+    plain.vit.load_state_dict(model.vit.state_dict(), strict=False)
+    pixels = images()
+    assert torch.equal(model.vit(pixels).last_hidden_state, plain.vit(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", ["h2t", "vqt"])
+def test_select_features(head: str, tmp_path: Path) -> None:
+    """The features with the largest weights stay, a new head is trained on them, and it is saved with them; twice."""
+    model = tiny_model(head=head)
+    weight = model.classifier.weight.detach().clone()
+    kept = model.select_features(0.25)
+    assert len(kept) == round(0.25 * weight.shape[1])
+    norms = weight.norm(dim=0)
+    assert norms[kept].min() >= norms[[i for i in range(len(norms)) if i not in set(kept.tolist())]].max()
+    model.train()(images(), labels=labels()).loss.backward()
+    assert model.classifier.linear.weight.grad.abs().sum() > 0
+    again = model.select_features(0.5)
+    assert torch.equal(model.classifier.selected, kept[again])
+    model.eval().save_pretrained(tmp_path)
+    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images()).logits, model(images()).logits)
+    with pytest.raises(ValueError, match="`fraction`"):
+        model.select_features(0.0)
+    with pytest.raises(ValueError, match="`head`"):
+        tiny_model().select_features(0.5)
+
+
+class EverySecond(ScoredPruning):
+    """Keep the rows at the front, as a user's own method might."""
+
+    name = "every_second"
+
+    def __init__(self, config: CLCAViTConfig, stage: int, *, step: int = 2) -> None:
+        super().__init__(config, stage)
+        self.step = step
+
+    def before_layer(self, hidden_states, state):
+        position = torch.arange(hidden_states.shape[1] - 1, device=hidden_states.device)
+        scores = (position % self.step == 0).to(hidden_states.dtype).expand(hidden_states.shape[0], -1)
+        return self.prune(hidden_states, state, scores)
+
+
+def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, used with cache and head, saved, loaded; and a clear error where it is not registered."""
+    monkeypatch.setattr("clca.reductions_clca.REDUCTIONS", REDUCTIONS.copy())
+    with pytest.raises(ValueError, match="register_reduction"):
+        tiny_config(reduction="every_second")
+    register_reduction(EverySecond)
+    register_reduction(EverySecond)  # the same again
+    model = tiny_model(reduction="every_second", keep_rate=0.5, reduction_kwargs={"step": 3}, **CLCA)
+    warnings = []
+    monkeypatch.setattr("clca.modeling_clca.logger.warning", lambda text, *args: warnings.append(text % args))
+    model.save_pretrained(tmp_path)
+    assert "'every_second' is not saved" in warnings[0]
+    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images()).logits, model(images()).logits)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="register_reduction"):
+        CLCAViTForImageClassification.from_pretrained(tmp_path)
+
+
+def test_dyvit_sorts_where_it_keeps_all() -> None:
+    """As the original: the first rows are those of the best scores, which registers, left out of a mean, then are not."""
+    model = tiny_model(reduction="dyvit", keep_rate=1.0, num_register_tokens=2, pooling="mean")
+    with torch.no_grad():
+        output = model(images(), output_assignments=True)
+        rows = output.assignments[0].argmax(dim=2)
+        stage = model.vit.layers[1].reduction
+        hidden = model.vit.layers[0](*first_layer_input(model))[0]
+        scores = stage.predict(hidden[:, 1:], torch.ones(3, hidden.shape[1] - 1))[..., 0]
+    assert torch.equal(rows[:, 1:] - 1, scores.argsort(dim=1, descending=True))
+    assert (rows[:, 0] == 0).all()
+
+
+def first_layer_input(model: CLCAViTForImageClassification) -> tuple[torch.Tensor, TokenState]:
+    hidden = model.vit.embeddings(images())
+    state = reductions_clca.initial_state(model.config, model.config.image_grid)
+    return hidden, model.vit.method.start(hidden, state, training=False)
+
+
+def test_a_cell_of_a_notebook_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of the second run is another one of the same name, and takes the place of the first."""
+    monkeypatch.setattr(reductions_clca, "REDUCTIONS", dict(REDUCTIONS))
+    cell = "class Mine(TokenReduction):\n    name = 'mine'\nregister_reduction(Mine)"
+    spaces = [{"TokenReduction": TokenReduction, "register_reduction": register_reduction, "__name__": "cell"}] * 2
+    classes = [exec(cell, space) or space["Mine"] for space in spaces]
+    assert classes[0] is not classes[1]
+    assert reductions_clca.get_reduction("mine") is classes[1]
+    with pytest.raises(ValueError, match="taken"):
+        register_reduction(type("Other", (TokenReduction,), {"name": "mine"}))
+
+
+def test_register_refuses() -> None:
+    class Nameless(TokenReduction):
+        pass
+
+    class Taken(TokenReduction):
+        name = "evit"
+
+    class Shouting(TokenReduction):
+        name = "LOUD"
+
+    for cls, message in ((Nameless, "`name`"), (Taken, "taken"), (Shouting, "`name`"), (dict, "`cls`")):
+        with pytest.raises(ValueError, match=message):
+            register_reduction(cls)

@@ -1,0 +1,65 @@
+"""Traces are what really happens to tokens: shown on networks whose layers do nothing but reduce, cache and recall."""
+
+import pytest
+import torch
+
+from tests.helpers import CASES, images, tiny_config, tiny_model
+from ufgir.interpret.tracing import carry, trace_patches
+
+
+# These two make new tokens of normalised ones. Heads and pooling change nothing here.
+IDLE = [
+    case
+    for case in CASES
+    if case.method not in ("patchmerger", "sinkhorn") and case.cache != "clca" and case.tokens != "cls_mean"
+]
+
+
+def idle(case, **changes):
+    """A model whose layers add nothing to their tokens."""
+    model = case.model(**changes)
+    with torch.no_grad():
+        for layer in model.vit.layers:
+            for part in (layer.attention.o_proj, layer.mlp.fc2):
+                part.weight.zero_()
+                part.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [0, 3]], ids=str)
+@pytest.mark.parametrize("case", IDLE, ids=str)
+def test_tokens_are_what_their_traces_say(case, layers) -> None:
+    """Every token of every layer is the sum of the embedded rows by its shares, recalled GAP and CLR too; a stage in layer 0
+    finds the cache empty."""
+    model = idle(case, reduction_layers=layers)
+    pixels = images()
+    output = model.vit(pixels, output_hidden_states=True, output_assignments=True)
+    embedded = output.hidden_states[0]
+    sources = torch.eye(embedded.shape[1], dtype=torch.float64).expand(3, -1, -1)
+    trace = carry(sources, output.assignments, model.config)
+    for shares, rows in zip(trace.left, output.hidden_states[1:], strict=True):
+        visible = shares.sum(dim=-1) > 0  # not padding, nor outside the heuristic's circle
+        assert shares.shape[1] == rows.shape[1]
+        assert (shares @ embedded - rows)[visible].abs().max() <= 1e-9
+    assert [shares.shape[1] for shares in (*trace.entered, trace.final)] == list(output.token_counts)
+    final = model.vit.layernorm(trace.final @ embedded) - output.last_hidden_state
+    assert final[trace.final.sum(dim=-1) > 0].abs().max() <= 1e-9
+    if case.method is None:
+        return
+
+    patches = slice(model.config.num_prefix_tokens, model.config.num_prefix_tokens + 16)
+    of_patches = trace_patches(output.assignments, model.config)
+    assert (of_patches.final - trace.final[..., patches]).abs().max() <= 1e-12
+    assert len(of_patches.stages) == 2 and torch.equal(of_patches.stages[1], of_patches.left[layers[1]])
+    own = trace_patches(output.assignments, model.config, recall=False)
+    assert (own.final <= of_patches.final + 1e-12).all()
+    assert own.final.sum() < of_patches.final.sum() or case.cache == "plain"
+
+
+def test_assignments_of_another_grid_are_refused() -> None:
+    model = tiny_model(reduction="topk", keep_rate=0.5)
+    assignments = model(images(), output_assignments=True).assignments
+    with pytest.raises(ValueError, match="`assignments` of layer 1 take in 17 tokens, but 25 patches make 26"):
+        trace_patches(assignments, model.config, 25)
+    with pytest.raises(ValueError, match="one matrix per stage, 3 for `reduction`='topk', got 2"):
+        trace_patches(assignments, tiny_config(reduction="topk", keep_rate=0.5, reduction_layers=[1, 2, 3]))

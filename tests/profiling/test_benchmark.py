@@ -1,0 +1,476 @@
+"""`ufgir benchmark`: what is compared with what, what is counted, and that nothing is lost when something fails."""
+
+import gc
+import json
+
+import pytest
+import torch
+from transformers import ViTForImageClassification
+
+from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
+from tests.helpers import tiny_config
+from ufgir import export
+from ufgir.cli import entry as cli
+from ufgir.profiling import benchmark
+from ufgir.profiling import scaling as growth
+from ufgir.profiling.benchmark import Benchmark, Report, Result, make_dense
+from ufgir.profiling.benchmark_cases import (
+    MODEL_SIZES,
+    PRESETS,
+    Case,
+    Goal,
+    Setting,
+    by_setting,
+    case_config,
+    cross,
+    quarters,
+)
+from ufgir.profiling.benchmark_report import check_place, csv_rows, fill_in, setting_table, throughput_panels
+from ufgir.profiling.macs import count_macs
+from ufgir.profiling.timing import Race
+
+
+CPU = torch.device("cpu")
+AT = Setting(32, 2)
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_labels": 3}
+OPTIONS = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
+OPTIONS += ["--patch-size", "8", "--threads", "1", "--repetitions", "2"]
+TINY = [*OPTIONS, "--image-sizes", "32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Every benchmark collects garbage first; what all the imports have left need not be looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_config(reduction_layers=[1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def report(base):
+    """No reduction, EViT, ATS and a training step, three rounds each."""
+    cases = cross([None, "evit", "ats"], ["base", "CLCA"], [0.5], [AT])
+    cases += cross(["evit"], ["CLCA"], [0.5], [Setting(32, 2, mode="training"), Setting(32, 1, mode="training")])
+    return Benchmark(base, CPU, threads=1, repetitions=3).run(cases)
+
+
+def result(seconds=(1.0,), case=None, **values):
+    return Result(AT, case, "x", seconds=list(seconds), **values)
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["benchmark", *argv])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+class TestCases:
+    def test_every_combination_once(self):
+        cases = cross([None, "evit"], ["base", "CLCA"], [0.1, 0.5], [AT, AT._replace(batch_size=8)])
+        assert len(cases) == len(set(cases)) == 2 * (2 + 2 * 2)
+        assert [len(group) for group in by_setting(cases).values()] == [6, 6]
+
+    def test_layers_that_reduce(self):
+        assert quarters(12) == [3, 6, 9] and quarters(24) == [6, 12, 18] and quarters(4) == [1, 2, 3]
+
+    def test_only_static_backends_pad(self, base):
+        for backend, kwargs in (
+            ("eager", None),
+            ("compiled", {"pad_to_bound": True}),
+            ("onnx", {"pad_to_bound": True}),
+        ):
+            config = case_config(base, Case(AT._replace(backend=backend), "ats", "CLCA", 0.5))
+            assert config.reduction_kwargs == kwargs and config.keep_rate == [0.5] and config.head == "cla"
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_presets_are_possible(self, name):
+        width, layers, heads = MODEL_SIZES[PRESETS[name].model_size]
+        base = CLCAViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+        for case in PRESETS[name].cases:
+            assert case_config(base, case).reduction == case.method
+
+    def test_presets_hold_the_goals(self):
+        def goals(name, **values):
+            (case,) = [
+                c
+                for c in PRESETS[name].cases
+                if all(getattr(c, k, getattr(c.setting, k, None)) == v for k, v in values.items())
+            ]
+            return {goal.measure: goal.value for goal in case.goals}
+
+        at448 = [c for c in PRESETS["cpu448"].cases if c.method is not None]
+        assert {c.method for c in at448} == set(REDUCTIONS) and all(c.goals for c in at448)
+        assert goals("cpu448", method="evit", keep_rate=0.1) == {"speedup": 3.0}
+        assert goals("cpu448", method="evit", keep_rate=0.7) == {"speedup": 1.5}
+        assert goals("cpu448", method="topk") == {"speedup": 3.2}
+        assert goals("cpu448", method="ats") == {"speedup": 3.1}
+        assert goals("cpu448", method="tome") == {"realised": 0.95}
+        assert goals("cpu448", method=None, variant="base") == {"speedup": 1.05}
+        assert goals("cpu448", method=None, variant="CLCA") == {"speedup": 1.0}
+        assert goals("cpu224", method="evit", batch_size=1) == {"speedup": 2.6}
+        assert goals("training", method="evit") == {"speedup": 2.8, "activations": 0.45}
+        assert goals("gpu", mode="training") == {"speedup": 2.6, "peak": 0.5}
+        static = {name for name in REDUCTIONS if REDUCTIONS[name].static_shapes}
+        assert {c.method for c in PRESETS["gpu"].cases if c.setting.batch_size == 1} == static
+
+    @pytest.mark.parametrize(
+        ("goal", "met", "missed"), [(Goal("speedup", 3.0), 3.0, 2.99), (Goal("activations", 0.45), 0.45, 0.46)]
+    )
+    def test_goals(self, goal, met, missed):
+        assert goal.met(met) and not goal.met(missed)
+
+
+class TestBenchmark:
+    def test_each_case_is_beside_the_dense_model_of_its_setting(self, report, base):
+        assert [r.name for r in report.results[:7]] == [
+            "dense (transformers)",
+            "no reduction",
+            "no reduction + CLCA",
+            "evit, 0.5",
+            "evit + CLCA, 0.5",
+            "ats, 0.5",
+            "ats + CLCA, 0.5",
+        ]
+        dense = report.results[0]
+        for r in report.results[1:7]:
+            assert r.dense is dense and len(r.seconds) == len(dense.seconds) == 3 and r.error is None
+            config = case_config(base, r.case)
+            torch.manual_seed(0)
+            model = CLCAViTForImageClassification(config)
+            assert r.parameters == model.num_parameters()
+            if r.case.method != "ats":  # whose tokens depend on the weights
+                assert r.macs == count_macs(model) and r.macs_executed == count_macs(model, as_executed=True)
+        assert report.results[1].macs == dense.macs == dense.macs_executed
+
+    def test_the_dense_model_is_that_of_transformers(self, base):
+        assert type(make_dense(base, AT)) is ViTForImageClassification
+        assert make_dense(base, AT).config._attn_implementation == "sdpa"
+        ours = CLCAViTConfig.from_dict(base.to_dict() | {"num_register_tokens": 2})
+        assert type(make_dense(ours, AT)) is CLCAViTForImageClassification
+        pooled = CLCAViTConfig.from_dict(base.to_dict() | {"pooling": "mean"})
+        assert type(make_dense(pooled, AT)) is CLCAViTForImageClassification
+
+    @pytest.mark.parametrize("mode", ["inference", "training"])
+    def test_all_have_the_same_weights(self, base, mode):
+        runner = Benchmark(base, CPU)
+        setting = AT._replace(mode=mode)
+        with torch.no_grad():
+            dense, ours, again = (
+                runner._model(Result(setting, case, "")) for case in (None, Case(setting, None), Case(setting, "evit"))
+            )
+            pixels = torch.randn(2, 3, 32, 32)
+            torch.testing.assert_close(dense(pixels).logits, ours(pixels).logits, atol=1e-5, rtol=1e-5)
+        tables = [m.vit.embeddings.position_embeddings for m in (ours, again)]
+        assert torch.equal(*tables)
+        # one copy serves all in inference; each trains its own
+        assert (tables[0].data_ptr() == tables[1].data_ptr()) == (mode == "inference")
+
+    def test_attention_is_uneven(self, base):
+        """A deviation of the logits of attention near two: not every patch gets the same, and none gets all."""
+        model = Benchmark(base, CPU)._model(Result(AT, None, ""))
+        with torch.no_grad():
+            hidden = model.vit.layers[0].layernorm_before(model.vit.embeddings(torch.randn(2, 3, 32, 32)))
+            attention = model.vit.layers[0].attention
+            query, key = (
+                p(hidden).unflatten(-1, (2, 8)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj)
+            )
+        deviation = (query @ key.transpose(-1, -2) * 8**-0.5).std()
+        assert 1.0 < deviation < 4.0
+
+    def test_ratios(self):
+        dense = result([4.0, 2.0, 3.0], macs=300, macs_executed=300)
+        reduced = result([1.0, 1.5, 1.25], Case(AT, "evit"), dense=dense, macs=120, macs_executed=100)
+        assert reduced.speedup == 3.0 / 1.25 and reduced.macs_ratio == 2.5 and reduced.possible == 3.0
+        assert reduced.realised == pytest.approx(0.8) and reduced.images_per_second == 2 / 1.25
+        assert dense.speedup is None and dense.realised is None
+
+    def test_a_case_that_fails_says_why(self, report):
+        dense, reduced = (r for r in report.results if r.setting == Setting(32, 1, mode="training"))
+        assert "BatchNorm" in reduced.error and reduced.seconds == [] and reduced.speedup is None
+        assert dense.error is None and dense.seconds
+        table = setting_table([dense, reduced])
+        assert table[2][:2] == [reduced.name, reduced.error]
+
+    @pytest.mark.parametrize(
+        ("setting", "words"),
+        [
+            (Setting(32, 2, backend="onnx", mode="training"), "do not train"),
+            (Setting(32, 2, "float16", "onnx"), "float32 only"),
+            (Setting(30, 2), "multiple of `patch_size`"),
+        ],
+    )
+    def test_impossible_settings(self, base, setting, words):
+        report = Benchmark(base, CPU, repetitions=1).run([Case(setting, None)])
+        assert all(words in r.error for r in report.results)
+
+    def test_compiled(self, base, monkeypatch):
+        asked = []
+
+        def compile(function, **options):
+            asked.append(options)
+            return function
+
+        monkeypatch.setattr(torch, "compile", compile)
+        cases = [
+            Case(AT._replace(backend="compiled", mode=mode), "ats", "CLCA", 0.5) for mode in ("inference", "training")
+        ]
+        report = Benchmark(base, CPU, threads=1, repetitions=1).run(cases)
+        assert len(asked) == 4 and all(options["fullgraph"] for options in asked)
+        for r in report.results:
+            assert r.error is None and r.seconds and r.setup_seconds > 0 and r.peak_memory is None
+
+    def test_compiled_on_a_gpu_is_a_cuda_graph_or_an_error(self, monkeypatch):
+        """torch would log that it cannot, and time something else. (The options are those that this torch has.)"""
+        asked = {}
+        monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+        assert benchmark._compiled(lambda x: x + 1, torch.device("cuda"))(1) == 2
+        known = torch._inductor.config.get_config_copy()
+        assert asked["fullgraph"] and all(known[name] != value for name, value in asked["options"].items())
+        assert asked["options"]["triton.cudagraphs"] and asked["options"]["triton.cudagraph_or_error"]
+
+    def test_onnx(self, base, monkeypatch):
+        helper = pytest.importorskip("onnx").helper
+        pytest.importorskip("onnxruntime")
+        exported = []
+
+        def export_model(model, path):
+            exported.append(model.config)
+            value = helper.make_tensor_value_info
+            graph = helper.make_graph(
+                [helper.make_node("ReduceMean", ["pixel_values"], ["logits"], axes=[2, 3], keepdims=0)],
+                "g",
+                [value("pixel_values", 1, ["n", 3, 32, 32])],
+                [value("logits", 1, ["n", 3])],
+            )
+            model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=9)
+            path.write_bytes(model.SerializeToString())
+            return export.Exported(path, 0.0, {}, [], [])
+
+        monkeypatch.setattr(export, "export_model", export_model)
+        report = Benchmark(base, CPU, threads=1, repetitions=1).run([Case(AT._replace(backend="onnx"), "evit")])
+        assert [r.error for r in report.results] == [None, None] and all(r.seconds for r in report.results)
+        assert report.results[0].name == "dense (ours)" and [c.reduction for c in exported] == [None, "evit"]
+
+    @pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "inference"), ("float16", "training")])
+    def test_half_precision(self, base, dtype, mode):
+        report = Benchmark(base, CPU, threads=1, repetitions=1).run([Case(Setting(32, 2, dtype, mode=mode), "evit")])
+        assert [r.error for r in report.results] == [None, None] and all(r.seconds for r in report.results)
+
+    def test_too_many_for_one_race(self, base, monkeypatch):
+        monkeypatch.setitem(benchmark.AT_ONCE, "inference", 1)
+        report = Benchmark(base, CPU, threads=1, repetitions=1).run(cross(["topk"], ["base"], [0.2, 0.4], [AT]))
+        dense = [r for r in report.results if r.case is None]
+        assert [r.dense for r in report.results] == [None, dense[0], None, dense[1]]
+
+    def test_time_limit(self, base):
+        report = Benchmark(base, CPU, time_limit=-1.0).run([Case(AT, None)])
+        assert all("not begun: the time limit" in r.error for r in report.results)
+        assert report.over_time and not report.interrupted and "Partial" in report.warnings[-1]
+
+    def test_warnings(self):
+        report = Report([result([1.0, 1.0, 1.0])], other_cores=0.0)
+        assert report.warnings == []
+        report = Report([result([1.0, 2.0, 3.0])], other_cores=float(torch.multiprocessing.cpu_count()))
+        busy, wide = report.warnings
+        assert "The machine was busy" in busy and "1 of 1 times" in wide and "50%" in wide
+
+    def test_a_checkpoint_lends_its_weights(self, base, tmp_path):
+        torch.manual_seed(3)
+        model = CLCAViTForImageClassification(case_config(base, Case(AT, "topk", "CLCA", 0.5)))
+        model.save_pretrained(tmp_path)
+        dense = Benchmark(base, CPU, checkpoint=str(tmp_path))._model(Result(AT._replace(image_size=48), None, ""))
+        assert torch.equal(dense.vit.layers[0].mlp.fc1.weight, model.vit.layers[0].mlp.fc1.weight)
+        assert dense.vit.embeddings.position_embeddings.shape[1] == 37  # resampled
+
+
+class TestReport:
+    def test_reduction_needs_less(self, report):
+        dense, reduced = (r for r in report.results if r.setting == Setting(32, 2, mode="training"))
+        assert 0 < reduced.activation_memory < reduced.peak_memory
+        assert 0 < dense.activation_memory < dense.peak_memory
+        weights = 3 * 4 * dense.parameters  # and two moments of AdamW
+        assert dense.peak_memory > weights
+        assert reduced.memory_ratio("activation_memory") == reduced.activation_memory / dense.activation_memory
+
+    def test_rows(self, report):
+        rows = csv_rows(report)
+        assert len(rows) == len(report.results) and len({tuple(row) for row in rows}) == 1
+        assert rows[0]["method"] == "dense" and rows[1]["method"] == "none" and rows[3]["keep_rate"] == 0.5
+
+    def test_goals_are_told(self):
+        dense = result([3.0], macs=300, macs_executed=300)
+        goals = (Goal("speedup", 3.0), Goal("realised", 0.95), Goal("activations", 0.45))
+        reduced = result([1.0], Case(AT, "evit", goals=goals), dense=dense, macs=100, macs_executed=90)
+        table = setting_table([dense, reduced])
+        assert table[0][-1] == "goal"
+        assert table[2][-1] == "≥ 3x: met, ≥ 0.95 of GMACs: missed, activations ≤ 0.45: not measured"
+
+    def test_panels(self, report):
+        assert list(throughput_panels(report)) == [str(AT), str(Setting(32, 2, mode="training"))]
+
+    def test_filling_in(self, tmp_path):
+        document = tmp_path / "page.md"
+        document.write_text("a\n<!-- table: x -->\nold\n<!-- end: x -->\nb <!-- table: y --><!-- end: y -->\n")
+        fill_in(document, "x", "| 1\\d |", [tmp_path / "figures" / "x_y.png"])
+        text = document.read_text()
+        assert text.startswith(
+            "a\n<!-- table: x -->\n\n| 1\\d |\n\n![x y](figures/x_y.png)\n\n<!-- end: x -->\nb <!--"
+        )
+        fill_in(document, "x", "new")
+        assert "1" not in document.read_text() and document.read_text().endswith("y -->\n")
+        for name in ("z", "a\n"):
+            with pytest.raises(ValueError, match="must have <!-- table"):
+                check_place(document, name)
+        with pytest.raises(ValueError, match="there is no file"):
+            check_place(tmp_path / "other.md", "x")
+
+
+class TestCommand:
+    def test_files(self, capsys, tmp_path):
+        argv = [
+            "benchmark",
+            *TINY,
+            "--batch-sizes",
+            "2",
+            "4",
+            "--methods",
+            "none",
+            "topk",
+            "--output",
+            str(tmp_path / "new"),
+        ]
+        assert cli.main(argv) == 0
+        text = capsys.readouterr().out
+        assert "inference, 32 px, batch 4, float32, eager" in text and "topk + CLCA, 0.1" in text
+        files = {f.name for f in (tmp_path / "new").iterdir()}
+        assert files == {f"benchmark.{s}" for s in ("csv", "md", "json")} | {
+            "benchmark_throughput.png",
+            "benchmark_latency.png",
+        }
+        record = json.loads((tmp_path / "new" / "benchmark.json").read_text())
+        assert {"command", "date", "host", "versions", "threads", "warnings", "network"} <= set(record)
+        assert [len(r["seconds"]) for r in record["results"]] == [2] * 6 and record["network"]["hidden_size"] == 16
+        assert "| topk + CLCA, 0.1 |" in (tmp_path / "new" / "benchmark.md").read_text()
+
+    def test_interrupted(self, capsys, tmp_path, monkeypatch):
+        """What was measured is written, the document is not touched."""
+        rounds = Race.go
+
+        def go(self, count, after=None):
+            rounds(self, count, after)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Race, "go", go)
+        document = tmp_path / "page.md"
+        document.write_text("<!-- table: growth -->\n<!-- end: growth -->\n")
+        argv = ["benchmark", *TINY, "--batch-sizes", "2", "4", "--output", str(tmp_path / "out")]
+        assert cli.main(argv) == 130
+        assert "Partial" in capsys.readouterr().out
+        record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+        assert record["interrupted"] and [len(r["seconds"]) for r in record["results"]] == [1, 1, 1]
+        argv = ["benchmark", *TINY, "--growth", "--depths", "4", "--into", str(document)]
+        assert cli.main(argv) == 130
+        assert document.read_text() == "<!-- table: growth -->\n<!-- end: growth -->\n"
+
+    def test_a_preset_into_a_document(self, capsys, tmp_path):
+        document = tmp_path / "page.md"
+        document.write_text("<!-- table: training -->\n<!-- end: training -->\n")
+        argv = [*OPTIONS, "--patch-size", "64", "--repetitions", "1", "--into", str(document)]
+        assert cli.main(["benchmark", "--preset", "training", *argv]) == 0
+        assert "filled in training" in capsys.readouterr().out
+        text = document.read_text()
+        assert "training, 448 px, batch 4" in text and "| evit + CLCA, 0.1 |" in text
+        assert "goal" not in text  # those are for ViT-B/16
+        assert "![benchmark training throughput](figures/benchmark_training_throughput.png)" in text
+        assert (tmp_path / "figures" / "benchmark_training_throughput.png").is_file()
+
+    def test_a_checkpoint_sets_the_plan(self, capsys, tmp_path, base):
+        config = case_config(base, Case(AT, "topk", "CLC", 0.3))
+        CLCAViTForImageClassification(config).save_pretrained(tmp_path)
+        assert cli.main(["benchmark", str(tmp_path), "--repetitions", "1", "--threads", "1"]) == 0
+        text = capsys.readouterr().out
+        assert "32 px" in text and "topk + CLC, 0.3" in text and "no reduction + CLC" in text
+
+    def test_nothing_measured(self, capsys):
+        argv = ["benchmark", *TINY, "--methods", "evit", "--backends", "onnx", "--modes", "training"]
+        assert cli.main(argv) == 1
+        assert "ONNX files do not train" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["--preset", "cpu44"], "Did you mean cpu448?"),
+            (["--preset", "cpu448", "--methods", "evit"], "`--methods` does not go with `--preset cpu448`"),
+            (["--quick", "--growth"], "not allowed with"),
+            (["--methods", "evitt"], "Did you mean evit?"),
+            (["--variants", "CLCB"], "base, CLC, CLA, CLCA"),
+            (["--keep-rates", "0"], "`--keep-rates` must be in (0, 1], got 0.0"),
+            (["--image-sizes", "225"], "multiples of the patch size, 16"),
+            (["--batch-sizes", "0"], "`--batch-sizes` must be at least 1, got 0"),
+            (["--repetitions", "0"], "`--repetitions` must be at least 1"),
+            (["--dtypes", "float64"], "float32, bfloat16, float16"),
+            (["--backends", "tensorrt"], "eager, compiled, onnx"),
+            (["--depths", "6"], "`--depths` does not go with a table of combinations"),
+            (["--into", "page.md"], "`--into` needs"),
+            (["--growth", "--into", "no/page.md"], "there is no file no/page.md"),
+            (["--growth", "--modes", "training"], "eager inference"),
+            (["--input-pipeline", "no/such/folder", "--image-sizes", "32"], "no/such/folder"),
+            (["no/such/folder"], "there is no checkpoint no/such/folder"),
+            (["--hidden-size", "15"], "hidden_size"),
+            (["--seed", str(2**63)], f"`--seed` must be at most {2**63 - 1}, got {2**63}"),
+        ],
+    )
+    def test_mistakes(self, capsys, argv, words):
+        assert words in refused(capsys, *argv)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu(self, capsys):
+        assert "torch finds none here" in refused(capsys, *TINY, "--device", "cuda")
+        assert "torch finds none here" in refused(capsys, "--preset", "gpu")
+
+
+class TestGrowth:
+    def test_counts_everywhere_measures_where_it_is_quick(self, base, tmp_path, monkeypatch):
+        monkeypatch.setattr(growth, "DEPTH_SIZE", 32)
+        measured = growth.Growth(base, Case(Setting(32), "evit", "CLCA", 0.5), CPU, 1, 1, limit=1e4)
+        measured.run([32, 64], [4])
+        assert [(p.axis, p.value) for p in measured.points] == [("image size", 32), ("image size", 64), ("depth", 4)]
+        assert all(p.dense.time and p.case.time and p.dense_training and p.case_training for p in measured.points)
+        small, large, shallow = measured.points
+        assert large.dense_training > 2 * small.dense_training and large.case_training < large.dense_training
+        assert large.case.macs == count_macs(CLCAViTForImageClassification(case_config(base, large.case.case)))
+        assert shallow.dense.macs < small.dense.macs and shallow.dense_training < small.dense_training
+        assert measured.remarks() == measured.report.warnings
+
+        measured.limit = 0.0
+        measured.run([48], [])
+        last = measured.points[-1]
+        assert last.dense.time is None and last.dense_training is None
+        assert small.dense.macs < last.dense.macs < large.dense.macs
+        assert "Counted but not measured: 48" in measured.remarks()[0]
+        files = growth.write_growth(tmp_path, measured, {"command": "c", "host": "h", "date": "d", "versions": {}})
+        assert [f.name for f in files] == ["growth.csv", "growth.md", "growth.json", "growth.png"]
+        assert "| 48 | 0.00 | 0.00 |" in (tmp_path / "growth.md").read_text()
+
+    def test_memory_that_is_not_there(self, base, monkeypatch):
+        points = growth.Growth(base, Case(Setting(32), "evit", "CLCA", 0.5), CPU, 1, 1, limit=1e4)
+        monkeypatch.setattr(growth, "_available_memory", lambda: 1000)
+        points.run([32, 64], [])
+        assert "GB of memory" in points.points[1].skipped
+
+
+def test_quick_is_planned_to_end_in_three_minutes():
+    """It begins nothing after its limit; what takes longest, compiling, comes last."""
+    preset = PRESETS["quick"]
+    assert preset.time_limit <= 120 and preset.model_size == "tiny"
+    assert preset.cases[-1].setting.backend == "compiled"
+    assert {c.method for c in preset.cases} == {None, *REDUCTIONS}

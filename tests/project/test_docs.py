@@ -1,0 +1,176 @@
+"""The documentation site: built once, without a warning, and complete."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from argparse import ArgumentParser
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from filelock import FileLock
+from sphinx.util.inventory import InventoryFile
+
+import clca
+from run_ufgir import GROUPS
+from ufgir.cli.entry import COMMANDS
+from ufgir.utils.arguments import RecipeParser
+
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+COMMAND_MODULES = re.compile(r"ufgir\.cli\b")  # the reference of the commands has them
+
+
+def extension(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_extensions" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site. Warnings are errors, and there is no network. Processes of pytest-xdist share one."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "site"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "built").exists():
+            options = ["-W", "--keep-going", "-q", "-d", folder / "doctrees"]
+            process = subprocess.run(
+                [sys.executable, "-m", "sphinx", *options, DOCS, folder / "html"],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                timeout=1200,
+            )
+            assert process.returncode == 0 and not process.stderr, process.stderr
+            (folder / "built").touch()
+    return folder / "html"
+
+
+@pytest.fixture(scope="module")
+def names(site):
+    """Kind -> names of Python objects that have a place on the site."""
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
+    return {kind.removeprefix("py:"): set(objects) for kind, objects in inventory.items()}
+
+
+def text_of(page):
+    """The words of a page, without tags."""
+    words = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+    return words.replace("&lt;", "<").replace("&gt;", ">").replace("&#39;", "'").replace("&amp;", "&")
+
+
+class Links(HTMLParser):
+    """What a page points to, and what can be pointed to in it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.targets, self.anchors = [], {""}
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors.add(attributes.get("id"))
+        self.targets += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+
+
+def test_every_public_name_is_there(names):
+    everything = set().union(*names.values())
+    assert [name for name in clca.__all__ if f"clca.{name}" not in everything] == []
+
+
+def test_every_module_is_there(names):
+    files = [file for part in ("clca", "ufgir", "dataset_scripts") for file in (ROOT / part).rglob("*.py")]
+    paths = {file.parent if file.name == "__init__.py" else file.with_suffix("") for file in files}
+    modules = {".".join(path.relative_to(ROOT).parts) for path in paths if not path.name.startswith("_")}
+    modules = {name for name in modules - {"ufgir"} if not COMMAND_MODULES.match(name)}
+    missing = sorted(modules - names["module"])
+    assert missing == [], "add them to a page of docs/api/"
+
+
+def test_every_command_and_option_is_there(site):
+    words = text_of(site / "commands.html")
+    assert len(COMMANDS) > 10
+    for name in COMMANDS:
+        assert f"\nufgir {name}" in words
+        parser = ArgumentParser()
+        importlib.import_module(f"ufgir.cli.{name.replace('-', '_')}").configure(parser)
+        for action in parser._actions:
+            assert (action.option_strings or [str(action.metavar or action.dest)])[0] in words
+
+
+def test_every_option_of_the_script_is_there(site):
+    words = text_of(site / "options.html")
+    options = RecipeParser(GROUPS, prog="run_ufgir.py").options
+    assert [name for name in options if not re.search(rf"--{name}\b", words)] == []
+    assert "==SUPPRESS==" not in words and "%(default)s" not in words
+
+
+def test_every_section_of_the_readme_is_there_once():
+    sections = set(extension("from_readme").sections((ROOT / "README.md").read_text(encoding="utf-8")))
+    used = [m for p in DOCS.glob("*.md") for m in re.findall(r"^```\{readme\} (?:#+ )?(.+)$", p.read_text(), re.M)]
+    assert sorted(used) == sorted(sections)
+
+
+def test_every_guide_is_there(site):
+    pages = {path.relative_to(DOCS).with_suffix("") for path in DOCS.rglob("*") if path.suffix in (".md", ".ipynb")}
+    pages = {page for page in pages if page.parts[0] != "_build"}
+    assert len(pages) > 25
+    assert [str(page) for page in sorted(pages) if not (site / page).with_suffix(".html").is_file()] == []
+
+
+def test_links_and_images_resolve(site):
+    pages = {page: Links(page) for page in site.rglob("*.html")}
+    broken = []
+    for page, links in pages.items():
+        for target in links.targets:
+            url = urlsplit(target)
+            if url.scheme or url.netloc:
+                continue
+            file = (page.parent / unquote(url.path)).resolve() if url.path else page
+            if not file.is_file() or (file in pages and unquote(url.fragment) not in pages[file].anchors):
+                broken.append(f"{page.relative_to(site)}: {target}")
+    assert sum(len(links.targets) for links in pages.values()) > 1000
+    assert broken == []
+
+
+@pytest.mark.parametrize(
+    "markdown, rst",
+    [
+        ("`CLCAViTConfig` says", ":py:obj:`CLCAViTConfig` says"),
+        ("`keep_rate=0.5`, `a b`s", "``keep_rate=0.5``, ``a b``\\ s"),
+        ("2 * 3 | x_ and *optional*", "2 \\* 3 \\| x\\_ and *optional*"),
+        ("``literal`` stays", "``literal`` stays"),
+    ],
+)
+def test_words_of_docstrings(markdown, rst):
+    assert extension("docstrings").inline(markdown) == rst
+
+
+def test_blocks_of_docstrings():
+    lines = ["Like this:", "- one", "- two", "Done.", "", "    code()", "", "```python", "x = 1", "```"]
+    assert [line for line in extension("docstrings").to_rst(lines) if line] == [
+        "Like this:", "- one", "- two", "Done.", "::", "    code()", ".. code-block:: python", "   x = 1",
+    ]  # fmt: skip
+    table = extension("docstrings").to_rst(["| a | b |", "| --- | --- |", "| `c` | d |"])
+    assert [line for line in table if line] == [
+        ".. list-table::", "   :header-rows: 1", "   * - a", "     - b", "   * - ``c``", "     - d",
+    ]  # fmt: skip
+
+
+def test_code_of_the_guide_to_methods(monkeypatch):
+    """Its Python blocks run, and leave no method behind."""
+    methods = dict(clca.REDUCTIONS)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "adding-a-method.md").read_text(), re.M | re.S)
+    assert len(blocks) == 2
+    try:
+        exec("\n".join(blocks), {})
+        assert set(clca.REDUCTIONS) - set(methods) == {"neighbours"}
+    finally:
+        clca.REDUCTIONS.clear()
+        clca.REDUCTIONS.update(methods)

@@ -1,0 +1,71 @@
+"""The notebooks of docs/ run from the first cell to the last, and what they show is what is stored in them."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def execute():
+    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "docs" / "run_notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.execute
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that lies in a copy of the repository as the notebooks' own does; what they write stays there."""
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "recipes")
+    folder = tmp_path / "docs" / "notebooks"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def kinds(cell):
+    """What a cell shows: the stream's name, or the formats of a result."""
+    return [output.get("name") or sorted(output.get("data", {})) for output in cell.outputs]
+
+
+def texts(cell):
+    return [output.get("text") or output.data["text/plain"] for output in cell.outputs]
+
+
+def test_there_are_three():
+    assert [path.stem for path in NOTEBOOKS] == ["quick_start", "your_own_leaves", "your_own_method"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored(path):
+    """A notebook opens anywhere: valid, run in order without an error, no progress bars, and small."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for c in code for output in c.outputs)
+    assert path.stat().st_size < 400_000
+    assert str(ROOT) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, folder, execute, monkeypatch):
+    """Every cell runs and shows the kinds of things that are stored; where a cell is tagged `exact`, the very same text."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
+    stored = nbformat.read(path, as_version=4)
+    ran = execute(path, folder)
+    pairs = [pair for pair in zip(stored.cells, ran.cells, strict=True) if pair[0].cell_type == "code"]
+    for before, now in pairs:
+        assert kinds(now) == kinds(before), before.source
+        if "exact" in before.metadata.get("tags", []):
+            assert texts(now) == texts(before), before.source

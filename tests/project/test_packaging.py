@@ -1,0 +1,193 @@
+"""What a newcomer meets first: the README, the installation, the files of the repository."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, __version__
+from ufgir.cli.common import CLCA
+from ufgir.cli.profile import PAPER_GMACS
+from ufgir.profiling.macs import count_macs, on_meta
+
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = ("clca", "modeling_clca", "configuration_clca", "run_ufgir", "ufgir", "dataset_scripts")
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def lines(text):
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def run_python(*arguments, cwd, **environment):
+    """Python in a fresh process that finds nothing of this repository by itself."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_python_blocks_of_the_readme_run(tmp_path):
+    """All of them, one after the other in one program. The checkpoints they name are tiny ones in the current folder."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    size = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    stock = tmp_path / "google" / "vit-base-patch16-224-in21k"
+    ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(stock)
+    demo = tmp_path / "outputs" / "demo"
+    config = CLCAViTConfig(**size, image_size=32, patch_size=8, reduction="evit", keep_rate=0.5)
+    CLCAViTForImageClassification(config).save_pretrained(demo)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(demo)
+    (tmp_path / "readme.py").write_text("\n".join(blocks), encoding="utf-8")
+    run_python("readme.py", cwd=tmp_path, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "cache"))
+
+
+def test_files_the_readme_points_to_exist():
+    targets = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
+    assert targets >= {"docs/figures/architecture.svg", "docs/figures/synthetic_leaves.png"}
+    assert [target for target in sorted(targets) if not (ROOT / target).exists()] == []
+
+
+def test_commands_of_the_readme_name_what_exists():
+    commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make ([\w-]+)", commands):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    for file in re.findall(r"recipes/\S+|[\w/]+\.py", commands + makefile):
+        assert (ROOT / file).is_file()
+
+
+def readme_rows(first):
+    """The cells of a table's rows, from the row whose first cell is `first`."""
+    start = README.index(f"| {first} |")
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in README[start:].split("\n\n")[0].splitlines()]
+
+
+def test_method_table_of_the_readme_names_every_method():
+    names = [row[0].strip('`"') for row in readme_rows("`reduction`")[2:]]
+    assert names[0] == "None" and len(names) == len(set(names))
+    assert set(names[1:]) >= set(REDUCTIONS)
+
+
+@pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)])
+def test_method_table_of_the_readme_tells_the_cost(method):
+    cells = {row[0].strip('`"'): row[-2:] for row in readme_rows("`reduction`")[2:]}[str(method)]
+    if cells == ["differs by image"] * 2:
+        pytest.skip("token counts differ by image")
+    for cell, options in zip(cells, ({}, CLCA), strict=True):
+        values = {"image_size": 448, "num_labels": 1000, "reduction": method, "keep_rate": 0.25 if method else 1.0}
+        assert float(cell) == pytest.approx(count_macs(on_meta(CLCAViTConfig(**values | options))) / 1e9, abs=0.0051)
+
+
+def test_paper_table_of_the_readme_is_that_of_the_command():
+    rows = readme_rows("image")[2:]
+    published = [(float(row[3].removesuffix(" ¹")), float(row[5])) for row in rows]
+    assert published == list(PAPER_GMACS.values())
+
+
+def test_version_is_that_of_the_installed_package():
+    try:
+        version = metadata.version("clca-vit")
+    except metadata.PackageNotFoundError:
+        pytest.skip("run from the source folder, not installed")
+    assert version == __version__
+
+
+def test_citation_has_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == __version__
+    assert len(citation["preferred-citation"]["authors"]) == 6
+
+
+def test_extras(setup_cfg):
+    extras = setup_cfg["options.extras_require"]
+    own = {"augmentation", "visualization", "analysis", "export", "app", "peft", "quantization", "docs"}
+    assert set(extras) == own | {"dev"}
+    assert all(lines(extras[name]) for name in extras)
+    for name in own - {"quantization"}:
+        assert set(lines(extras["dev"])) > set(lines(extras[name]))
+
+
+def test_lower_bounds_are_the_tested_versions(setup_cfg):
+    """The requirements and the dev extra, which holds all but quantization."""
+    pinned = dict(line.split("==") for line in lines((ROOT / "constraints.txt").read_text(encoding="utf-8")))
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    assert pinned["torch"] == "2.13.0" and not any("+" in version for version in pinned.values())
+    required = lines(setup_cfg["options"]["install_requires"]) + lines(setup_cfg["options.extras_require"]["dev"])
+    for requirement in required:
+        name, bound = re.match(r"([\w-]+)[>=]=([\d.]+)", requirement).groups()
+        if name != "setuptools":
+            assert f"{pinned[name]}.".startswith(f"{bound}."), requirement
+
+
+def test_every_module_is_packaged(setup_cfg):
+    packages, modules = (set(lines(setup_cfg["options"][key])) for key in ("packages", "py_modules"))
+    folders = {folder.parent.relative_to(ROOT) for name in packages for folder in (ROOT / name).rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} == packages
+    assert {file.stem for file in ROOT.glob("*.py")} == modules
+    assert {*(name.partition(".")[0] for name in packages), *modules} == set(MODULES)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and "make test" in script.read_text(encoding="utf-8") and "make test" in README
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_build_backend_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["build-system"]["build-backend"] == "setuptools.build_meta"
+
+
+def test_wheel_works_from_another_folder(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *(f"{name}.py" for name in MODULES)):
+        if (ROOT / file).is_file():
+            (source / file).write_bytes((ROOT / file).read_bytes())
+    for folder in ("clca", "ufgir", "dataset_scripts"):  # a build leaves its traces in a copy
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+
+    pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
+    options = ("--no-deps", "--no-build-isolation", "--no-index")
+    run_python(*pip, "wheel", *options, "--wheel-dir", tmp_path, source, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"clca_vit-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = archive.read(f"clca_vit-{__version__}.dist-info/METADATA").decode()
+        commands = archive.read(f"clca_vit-{__version__}.dist-info/entry_points.txt").decode()
+    assert {f"clca/{file.name}" for file in (ROOT / "clca").glob("*.py")} <= names
+    assert "ufgir = ufgir.cli:main" in commands
+    assert f"Version: {__version__}\n" in info and "Provides-Extra: peft" in info
+
+    run_python(*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "target", wheel, cwd=tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    program = f"import {', '.join(MODULES)}\nfor m in ({', '.join(MODULES)}): assert {str(tmp_path)!r} in m.__file__"
+    run_python("-c", program, cwd=elsewhere, PYTHONPATH=str(tmp_path / "target"))

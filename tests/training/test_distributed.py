@@ -1,0 +1,461 @@
+"""Two processes: they train, evaluate, predict and resume as one does. All but the command line's own start are forks of this
+process, with the environment that torchrun makes (a fresh one would import torch for seconds)."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainingArguments
+
+import run_ufgir
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from tests.clca.test_accelerate import VARIANTS, make
+from tests.helpers import CACHES, TINY, images, labels, tiny_model
+from ufgir.data.streams import StreamedImages, to_stream
+from ufgir.data.transformed import TransformedImages
+from ufgir.evaluation import prediction
+from ufgir.evaluation.metrics import compute_metrics
+from ufgir.evaluation.prediction import predict_to_file
+from ufgir.training.checkpointing import checkpoint_folders, what_is_missing
+from ufgir.training.distributed import DistributedArguments
+from ufgir.training.trainer import UFGIRTrainer
+from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
+
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "reduction": "evit",
+    "reduction_layers": [1],
+    "keep_rate": 0.5,
+    "cross_layer_cache": True,
+    "num_clr_tokens": 1,
+    "do_train": True,
+    "do_predict": True,
+    "num_train_epochs": 4,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 5,
+    "ddp_find_unused_parameters": False,  # an unused one would stop the training
+}
+
+
+@pytest.fixture(scope="module")
+def leaves(tmp_path_factory) -> Path:
+    """Three classes of noisy colours: 18 images to train on, 9 to validate, 9 to test."""
+    root, generator = tmp_path_factory.mktemp("leaves"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("validation", 3), ("test", 3)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100, (20, 24, 3))
+                pixels[..., channel] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{name}{i}.png")
+    return root
+
+
+def recipe(folder: Path, data: Path, **changes: Any) -> str:
+    path = folder.parent / f"{folder.name}.yaml"
+    path.write_text(yaml.safe_dump(OPTIONS | {"dataset": str(data), "output_dir": str(folder)} | changes))
+    return str(path)
+
+
+def in_two_processes(function: Callable[[int], None], folder: Path) -> None:
+    """Call `function(rank)` in two processes, as torchrun would start them; fails with their tracebacks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def start(rank: int) -> None:
+        try:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            for state in (AcceleratorState, PartialState, GradientState):  # other tests have found one process
+                state._reset_state()
+            function(rank)
+        except BaseException:
+            (folder / f"error-{rank}").write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=start, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    errors = [file.read_text() for file in sorted(folder.glob("error-*"))]
+    assert not errors and [p.exitcode for p in processes] == [0, 0], "\n".join(errors)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_as_one(two: Path, one: Path) -> None:
+    """Weights, the loss of each step and each metric of validation and test; 9 images are no whole number of batches."""
+    expected = weights(one)
+    for name, value in weights(two).items():
+        assert (value - expected[name]).abs().max() <= 1e-5, name
+    assert len(log(two)) == len(log(one)) == 4 * 4 + 4 + 1
+    for actual, wanted in zip(log(two), log(one), strict=True):
+        for name in {"loss", "grad_norm", "learning_rate", "eval_loss", "eval_top1", "eval_macro_f1"} & wanted.keys():
+            assert actual[name] == pytest.approx(wanted[name], abs=1e-5), name
+    assert rows(two)[0].keys() == rows(one)[0].keys()
+    for actual, wanted in zip(rows(two), rows(one), strict=True):
+        assert all(actual[name] == wanted[name] for name in ("index", "file", "label", "prediction"))
+        assert float(actual["probability_1"]) == pytest.approx(float(wanted["probability_1"]), abs=1e-5)
+
+
+# Training
+
+
+def test_torchrun(leaves: Path, tmp_path: Path) -> None:
+    """The command, with a linear head: as one process with the doubled batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_ufgir.main([recipe(one, leaves, per_device_train_batch_size=4)])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_ufgir.py"]
+    command.append(recipe(two, leaves, per_device_train_batch_size=2))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_as_one(two, one)
+
+
+@pytest.fixture(scope="module")
+def trained(leaves: Path, tmp_path_factory) -> Path:
+    """`<head>1` and `<head>2`: trained by one process, and by two with half the batch each."""
+    root = tmp_path_factory.mktemp("trained")
+    heads = {head: {"head": head, "num_train_epochs": 4} for head in ("ifa", "cla")}
+    for head, changes in heads.items():
+        run_ufgir.main([recipe(root / f"{head}1", leaves, per_device_train_batch_size=4, **changes)])
+
+    def run(rank: int) -> None:
+        for head, changes in heads.items():
+            run_ufgir.main([recipe(root / f"{head}2", leaves, per_device_train_batch_size=2, **changes)])
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+
+    in_two_processes(run, root)
+    return root
+
+
+def test_ifa_head(trained: Path) -> None:
+    assert_as_one(trained / "ifa2", trained / "ifa1")
+
+
+def test_cla_head_is_not_as_one(trained: Path) -> None:
+    """Its BatchNorm sees the images of one process: the first loss is another already. (If this fails, say so in
+    docs/scaling.md.)"""
+    one, two = (log(trained / f"cla{n}")[0]["loss"] for n in (1, 2))
+    assert abs(one - two) > 1e-3
+
+
+def test_evaluation_of_a_batchnorm(trained: Path, leaves: Path, tmp_path: Path) -> None:
+    """Both processes evaluate with the statistics that are saved: the last evaluation is that of the saved model."""
+    folder = trained / "cla2"
+    argv = ["--model_name_or_path", str(folder), "--dataset", str(leaves), "--output_dir", str(tmp_path), "--use_cpu"]
+    metrics = run_ufgir.main([*argv, "--do_predict", "--num_pictures", "0"])
+    (tmp_path / "predictions.csv").rename(tmp_path / "one.csv")
+    for actual, wanted in zip(rows(folder), csv.DictReader((tmp_path / "one.csv").open(newline="")), strict=True):
+        assert float(actual["probability_1"]) == pytest.approx(float(wanted["probability_1"]), abs=2e-6)
+    said = json.loads((folder / "test_results.json").read_text())
+    assert said["test_top1"] == pytest.approx(metrics["test"]["top1"], abs=1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_parameter_is_unused(variant: str) -> None:
+    """DDP would wait for its gradient: every parameter that trains gets one in each step."""
+    model = make(variant).train()
+    model(images().float(), labels=labels()).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_resumed(leaves: Path, tmp_path: Path) -> None:
+    """Two processes, each with its own random state: to the bit as without the interruption. One process goes on from the
+    same checkpoint."""
+    plan = {
+        "drop_path_rate": 0.3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "eval_strategy": "no",
+        "do_predict": False,
+    }
+    plan |= {"load_best_model_at_end": False, "save_total_limit": 9, "num_train_epochs": 2}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+
+    def run(rank: int) -> None:
+        run_ufgir.main([recipe(whole, leaves, per_device_train_batch_size=2, **plan)])
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.copytree(whole / "checkpoint-3", stopped / "checkpoint-3")
+        torch.distributed.barrier()
+        again = recipe(stopped, leaves, per_device_train_batch_size=2, **plan)
+        run_ufgir.main([again, "--resume_from_checkpoint", "true"])
+
+    in_two_processes(run, tmp_path)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(stopped).items())
+    assert [f.name for f in checkpoint_folders(stopped)] == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
+    for folder in checkpoint_folders(whole):
+        assert what_is_missing(folder) is None
+        states = [torch.load(folder / f"rng_state_{rank}.pth", weights_only=False)["cpu"] for rank in range(2)]
+        assert not torch.equal(*states)
+    one = recipe(stopped, leaves, per_device_train_batch_size=4, **plan | {"num_train_epochs": 3})
+    run_ufgir.main([one, "--resume_from_checkpoint", "true"])
+    assert checkpoint_folders(stopped)[-1].name == "checkpoint-12"
+
+
+def test_each_process_draws_for_itself(tmp_path: Path) -> None:
+    """Dropout is not the same in all; the order of the images is."""
+
+    def run(rank: int) -> None:
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=False, seed=3)
+        args = dataclasses.replace(args, per_device_train_batch_size=2, dataloader_drop_last=True)
+        data = [{"pixel_values": torch.zeros(3, 32, 32), "labels": i} for i in range(8)]
+        batches = [
+            batch["labels"].tolist()
+            for batch in UFGIRTrainer(make("ifa"), args, train_dataset=data).get_train_dataloader()
+        ]
+        (tmp_path / f"{rank}.json").write_text(json.dumps([batches, torch.rand(3).tolist()]))
+
+    in_two_processes(run, tmp_path)
+    (first, noise), (second, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert sorted(itertools.chain(*first, *second)) == list(range(8)) and first != second
+    assert noise != other
+
+
+# BatchNorm
+
+
+def arguments(device: str, world_size: int = 2, **changes: Any) -> Any:
+    """As much of TrainingArguments as there is to know."""
+    known = {"device": torch.device(device), "world_size": world_size, "process_index": 0, "do_train": True}
+    known |= {"do_predict": True, "fsdp": None, "deepspeed": None}
+    return SimpleNamespace(**known | {"per_device_train_batch_size": 4} | changes)
+
+
+def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
+    """Where torch has it: on a GPU. (No test goes through it there.)"""
+    model, names = make("evit"), ("norm_in", "norm_out")
+    synchronised = DistributedArguments(sync_batchnorm=True)
+    with pytest.raises(ValueError, match="`sync_batchnorm` needs GPUs"):
+        synchronised.prepare(model, arguments("cpu"))
+    alone = synchronised.prepare(model, arguments("cuda", world_size=1))
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in alone.modules()) and not caplog.text
+    keys = list(model.state_dict())
+    together = synchronised.prepare(model, arguments("cuda"))
+    assert all(isinstance(getattr(together.classifier, name), nn.SyncBatchNorm) for name in names)
+    assert list(together.state_dict()) == keys
+
+
+def test_statistics_of_several_keep_rates_are_not_synchronised(caplog: pytest.LogCaptureFixture) -> None:
+    """And not passed over in silence."""
+    model = tiny_model(reduction="evit", head="cla", train_keep_rates=[0.25, 0.5])
+    with pytest.raises(ValueError, match="`sync_batchnorm` cannot be with `train_keep_rates`"):
+        DistributedArguments(sync_batchnorm=True).prepare(model, arguments("cuda"))
+    assert DistributedArguments().prepare(model, arguments("cuda")) is model
+    assert "not by the 8 of a step" in caplog.text and "makes them equal" not in caplog.text
+
+
+@pytest.mark.parametrize("device, words", [("cpu", "larger batch"), ("cuda", "(`sync_batchnorm` makes them equal)")])
+def test_it_is_told_that_batches_are_normalised_apart(
+    caplog: pytest.LogCaptureFixture, device: str, words: str
+) -> None:
+    plain = DistributedArguments()
+    plain.prepare(make("evit"), arguments(device))
+    assert "by the 4 images of its own process, not by the 8 of a step" in caplog.text and words in caplog.text
+    caplog.clear()
+    for model, args in (
+        (make("ifa"), arguments(device)),
+        (make("evit"), arguments(device, world_size=1)),
+        (make("evit"), arguments(device, process_index=1)),
+        (make("evit"), arguments(device, do_train=False)),
+    ):
+        assert plain.prepare(model, args) is model
+    assert not caplog.text
+
+
+# FSDP and DeepSpeed, which need GPUs: what is refused before they start
+
+
+def test_no_prediction_from_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, model = DistributedArguments(), make("ifa")
+    with pytest.raises(ValueError, match="`do_predict` needs whole weights"):
+        options.prepare(model, arguments("cuda", fsdp="full_shard"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="`do_predict` needs whole weights"):
+        options.prepare(model, arguments("cuda"))
+    assert options.prepare(model, arguments("cuda", do_predict=False)) is model
+    assert options.prepare(model, arguments("cuda", do_train=False)) is model
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_accelerate_recipes(name: str) -> None:
+    """accelerate reads them; the head says how to start them and whether that was done."""
+    file = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
+    assert file.read_text().startswith(
+        f"# accelerate launch --config_file recipes/accelerate/{name}.yaml run_ufgir.py recipes/"
+    )
+    assert "# Was it run?" in file.read_text()
+    config = ClusterConfig.from_yaml_file(str(file))
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
+    assert config.distributed_type == kinds[name] and config.num_processes == 2 and config.mixed_precision == "no"
+    for layer in str(config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "")).split(","):
+        assert not layer or layer in CLCAViTForImageClassification._no_split_modules
+
+
+# Evaluation and prediction
+
+
+NAMES = [f"class {i}" for i in range(7)]
+PROCESSOR = make_image_processor(32)
+
+
+@pytest.fixture(scope="module")
+def model() -> CLCAViTForImageClassification:
+    torch.manual_seed(0)
+    return CLCAViTForImageClassification(CLCAViTConfig(**TINY | CACHES["clca"] | {"num_labels": 7}))
+
+
+def pictures(count: int) -> TransformedImages:
+    generator = np.random.default_rng(0)
+    rows = [
+        {"image": Image.fromarray(generator.integers(0, 256, (36, 36, 3), dtype=np.uint8)), "label": i % 7}
+        for i in range(count)
+    ]
+    return TransformedImages(rows, EvalTransform(PROCESSOR))
+
+
+def as_stream(data: TransformedImages, rank: int, world_size: int) -> StreamedImages:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    rows = datasets.Dataset.from_list(data.dataset, features=features)
+    stream = to_stream(datasets.DatasetDict({"test": rows}))["test"]
+    return StreamedImages(stream, EvalTransform(PROCESSOR), batch_size=2, rank=rank, world_size=world_size)
+
+
+COUNTS = (1, 3, 4, 11)  # one process has nothing, a part of a batch, a batch; the other a part of one
+
+
+@pytest.fixture(scope="module")
+def outcomes(model: CLCAViTForImageClassification, tmp_path_factory) -> Path:
+    """What two processes say about data sets of several sizes: `<count>-<rank>.json`, `<count>.csv` and `stream.csv`."""
+    folder = tmp_path_factory.mktemp("outcomes")
+
+    def run(rank: int) -> None:
+        if rank == 1:  # as BatchNorm's statistics are after a step of training
+            for buffer in model.buffers():
+                buffer.add_(1)
+        for count in COUNTS:
+            args = TrainingArguments(
+                str(folder), per_device_eval_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
+            )
+            args.remove_unused_columns = False
+            trainer = UFGIRTrainer(model, args, compute_metrics=compute_metrics)
+            evaluated = trainer.evaluate(pictures(count))
+            if rank == 1:
+                for buffer in model.buffers():
+                    buffer.add_(1)
+            predicted = predict_to_file(model, pictures(count), folder / f"{count}.csv", NAMES, batch_size=2)
+            said = {"evaluated": evaluated, "predicted": predicted.metrics, "images": predicted.images}
+            (folder / f"{count}-{rank}.json").write_text(json.dumps(said))
+        streamed = predict_to_file(model, as_stream(pictures(11), rank, 2), folder / "stream.csv", NAMES, batch_size=2)
+        assert streamed.images == streamed.predicted == 11
+
+    in_two_processes(run, folder)
+    return folder
+
+
+def assert_same_lines(actual: Path, wanted: Path) -> None:
+    for one, other in zip(*(csv.DictReader(f.open(newline="")) for f in (actual, wanted)), strict=True):
+        for name in one:
+            if name.startswith("probability"):
+                assert float(one[name]) == pytest.approx(float(other[name]), abs=2e-6)
+            else:
+                assert one[name] == other[name]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_every_image_counts_once(
+    model: CLCAViTForImageClassification, outcomes: Path, tmp_path: Path, count: int
+) -> None:
+    """Metrics, the loss among them, and predictions are those of one process, in both processes."""
+    data = pictures(count)
+    batch = torch.utils.data.default_collate([data[i] for i in range(count)])
+    with torch.no_grad():
+        output = model.eval()(**batch)
+    expected = compute_metrics((output.logits.numpy(), batch["labels"].numpy())) | {"loss": output.loss.item()}
+    assert set(expected) == {"top1", "top5", "macro_f1", "loss"}
+    for rank in range(2):
+        said = json.loads((outcomes / f"{count}-{rank}.json").read_text())
+        assert {k: said["evaluated"][f"eval_{k}"] for k in expected} == pytest.approx(expected, abs=1e-5)
+        assert said["predicted"] == pytest.approx(expected, abs=1e-5) and said["images"] == count
+    alone = predict_to_file(model, data, tmp_path / "one.csv", NAMES, batch_size=2)
+    assert_same_lines(outcomes / f"{count}.csv", alone.path)
+
+
+def test_streams_in_two_processes(outcomes: Path) -> None:
+    assert_same_lines(outcomes / "stream.csv", outcomes / "11.csv")
+
+
+def test_begun_by_two_processes_and_finished_by_one(
+    model: CLCAViTForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts stay as they are. A stream cannot be dealt out anew."""
+    whole = predict_to_file(model, pictures(11), tmp_path / "whole.csv", NAMES, batch_size=2)
+    begin = prediction._begin
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "_begin", lambda folder, same, data, processes: begin(folder, same, data, 2))
+        patch.setattr(prediction, "join", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            predict_to_file(model, pictures(11), tmp_path / "p.csv", NAMES, batch_size=2)
+    assert len(list((tmp_path / "_p.csv.partial").glob("lines-*"))) == 2
+    again = predict_to_file(model, pictures(11), tmp_path / "p.csv", NAMES, batch_size=2)
+    assert again.predicted == 1  # the last of 5 images of the first part was no whole batch
+    assert again.metrics == pytest.approx(whole.metrics)
+    assert_same_lines(again.path, whole.path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction, "_begin", lambda folder, same, data, processes: begin(folder, same, data, 2))
+        with pytest.raises(ValueError, match="begun by 2 processes"):
+            predict_to_file(model, as_stream(pictures(5), 0, 1), tmp_path / "s.csv", NAMES, batch_size=2)

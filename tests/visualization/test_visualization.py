@@ -1,0 +1,569 @@
+"""Pictures: what is drawn where. Geometry is shown on a network whose attention is known, and read back from the pixels."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from clca import REDUCTIONS, CLCAViTForImageClassification
+from tests.helpers import CASES, Case, tiny_config
+from ufgir.cli import entry as cli
+from ufgir.cli.visualize import configure
+from ufgir.data.synthetic_leaves import cultivar_traits, draw_leaf
+from ufgir.visualization.kinds import (
+    KINDS,
+    attention_columns,
+    comparison,
+    draw,
+    kept_columns,
+    kept_patches_image,
+    make_view,
+    merge_columns,
+    rollout_columns,
+    similarity_columns,
+    trace_columns,
+)
+from ufgir.visualization.sheet import (
+    Cell,
+    brightened,
+    distinct_colours,
+    draw_sheet,
+    heat,
+    heated,
+    mean_colours,
+    over_pixels,
+    save_picture,
+)
+
+
+MODELS = [case for case in CASES if case.cache == "cache" and case.tokens in ("cls", "no_cls")]
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def processor(height: int = 32, width: int = 32) -> ViTImageProcessorPil:
+    """Pixels as they are, in [0, 1]."""
+    return ViTImageProcessorPil(
+        size={"height": height, "width": width}, resample=Image.Resampling.NEAREST, do_normalize=False
+    )
+
+
+def noise(count: int = 2, height: int = 32, width: int = 32) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def green_seeker(method: str | None, height: int, width: int, **changes) -> CLCAViTForImageClassification:
+    """A network of which every token attends to the greenest patches, and whose layers add nothing."""
+    config = tiny_config(image_size=[height, width], reduction=method, **changes)
+    model = CLCAViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.vit.embeddings.parameters():
+            parameter.zero_()
+        projection = model.vit.embeddings.patch_embeddings.projection
+        projection.weight[0, 0], projection.weight[0, 1] = -1 / 64, 1 / 64  # green minus red, the patch's mean
+        model.vit.embeddings.position_embeddings[..., 1] = 1.0  # so that there is something to norm
+        for layer in model.vit.layers:
+            attention = layer.attention
+            for part in (attention.q_proj, attention.k_proj, attention.o_proj, layer.mlp.fc2):
+                part.weight.zero_()
+                part.bias.zero_()
+            for head in range(config.num_attention_heads):
+                attention.q_proj.bias[head * attention.head_dim] = 10.0
+                attention.k_proj.weight[head * attention.head_dim, 0] = 1.0
+    return model
+
+
+def spotted(row: int, column: int, height: int = 24, width: int = 40) -> Image.Image:
+    """One green patch of 8 x 8 pixels on grey."""
+    image = Image.new("RGB", (width, height), (90, 90, 90))
+    image.paste((0, 255, 0), (column * 8, row * 8, column * 8 + 8, row * 8 + 8))
+    return image
+
+
+def cell(sheet: Image.Image, column: int, width: int = 40, height: int = 24) -> np.ndarray:
+    """Pixels (height, width, 3) of the first row's picture in a column of a sheet without titles."""
+    left = 4 + column * (width + 4)
+    return np.asarray(sheet.crop((left, 16, left + width, 16 + height)), dtype=int)
+
+
+def patches(pixels: np.ndarray) -> np.ndarray:
+    """Mean brightness (rows, columns) of patches of 8 x 8 pixels."""
+    rows, columns = pixels.shape[0] // 8, pixels.shape[1] // 8
+    return pixels.reshape(rows, 8, columns, 8, 3).mean(axis=(1, 3, 4))
+
+
+def place(values: np.ndarray) -> tuple[int, int]:
+    """Row and column of the largest value."""
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    return int(row), int(column)
+
+
+# Geometry: a grid of 3 x 5 patches, in which rows and columns cannot be mistaken for each other
+
+
+@pytest.mark.parametrize("spot", [(0, 0), (0, 4), (2, 0), (1, 3)], ids=str)
+@pytest.mark.parametrize("method", [None, "topk", "evit", "ats", "tome"], ids=str)
+def test_attention_and_rollout_lie_on_the_patch_that_is_looked_at(method, spot) -> None:
+    """In the first layer as in the last, where the tokens are fewer and in another order; with all of CLS' attention."""
+    model = green_seeker(method, 24, 40, **({} if method is None else {"keep_rate": 0.75}))
+    for kind, count in ((attention_columns, 5), (rollout_columns, 4)):
+        sheet = draw(kind, model, processor(24, 40), [spotted(*spot)], side=40)
+        for column in range(1, count + 1):
+            brightness = patches(cell(sheet, column))
+            others = np.delete(brightness.flatten(), spot[0] * 5 + spot[1])
+            assert place(brightness) == spot and brightness[spot] > others.max() + 50
+
+
+@pytest.mark.parametrize("spot", [(0, 0), (0, 4), (2, 0), (1, 3)], ids=str)
+def test_the_patch_that_is_looked_at_is_kept(spot) -> None:
+    """Alone after the last stage: in its own colours, the others dark. EViT's fused token holds the others."""
+    for method, fused in (("topk", 0), ("evit", 14)):
+        model = green_seeker(method, 24, 40, keep_tokens=[4, 1])
+        sheet = draw(kept_columns, model, processor(24, 40), [spotted(*spot)], side=40)
+        here, before = cell(sheet, 2), cell(sheet, 0)
+        box = slice(spot[0] * 8, spot[0] * 8 + 8), slice(spot[1] * 8, spot[1] * 8 + 8)
+        assert np.array_equal(here[box], before[box]) and (here[box] == (0, 255, 0)).all()
+        here[box], before[box] = 0, 0
+        assert (here <= 0.3 * before).all()
+        view = make_view(model, processor(24, 40), [spotted(*spot)])
+        (grouped,) = merge_columns(view)[1].cells
+        dropped = grouped.groups[grouped.groups < 0]
+        assert len(dropped) == 14 - fused and grouped.groups.shape == (3, 5)
+        assert (grouped.groups == grouped.groups[spot]).sum() == 1
+        traced = trace_columns(view, patch=spot)[1].cells[0]
+        assert traced.caption == f"token {grouped.groups[spot]}: 1 patch"
+        assert traced.groups.nonzero().tolist() == [list(spot)]
+
+
+def test_images_that_are_no_multiple_of_a_patch() -> None:
+    """Only what patches cover is drawn, each patch in its place."""
+    model = green_seeker("topk", 24, 40, keep_tokens=[4, 1])
+    image = Image.new("RGB", (45, 30), (90, 90, 90))
+    image.paste((0, 255, 0), (24, 8, 32, 16))
+    with pytest.raises(ValueError, match="30 x 45 pixels do not match the model's 24 x 40"):
+        draw(kept_columns, model, processor(30, 45), [image])
+    for kind in (kept_columns, attention_columns):
+        sheet = draw(kind, model, processor(30, 45), [image], side=40, interpolate_pos_encoding=True)
+        assert place(patches(cell(sheet, 2))) == (1, 3)
+    wide = Image.new("RGB", (56, 16), (90, 90, 90))
+    wide.paste((0, 255, 0), (48, 8, 56, 16))
+    sheet = draw(kept_columns, model, processor(16, 56), [wide], side=56, interpolate_pos_encoding=True)
+    assert place(patches(cell(sheet, 2, 56, 16))) == (1, 6)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_kept_patches_lie_on_the_leaf(monkeypatch, index) -> None:
+    """Read back from the sheet, of a network that looks for green, on drawn leaves. Where the leaf is, is known from the same
+    leaf on a blue ground."""
+
+    def leaf() -> Image.Image:
+        return draw_leaf(cultivar_traits(3)[index], np.random.default_rng(index), image_size=96)
+
+    picture = leaf()
+    blue = np.zeros((3, 96, 96), np.float32)
+    blue[2] = 1.0
+    monkeypatch.setattr("ufgir.data.synthetic_leaves._background", lambda rng, size: blue.copy())
+    on_blue = np.asarray(leaf(), dtype=int)
+    ground = on_blue[..., 2] > 2 * on_blue[..., :2].max(axis=2)
+    is_leaf = ~ground.reshape(12, 8, 12, 8).all(axis=(1, 3))  # at least a bit of it
+    assert 30 < is_leaf.sum() < 100
+
+    model = green_seeker("topk", 96, 96, keep_tokens=[60, 30])
+    sheet = draw(kept_columns, model, processor(96, 96), [picture], side=96)
+    before, after = patches(cell(sheet, 0, 96, 96)), patches(cell(sheet, 2, 96, 96))
+    kept = after > 0.9 * before
+    assert kept.sum() == 30 and (kept & is_leaf).sum() == 30
+
+
+# What is drawn over a picture
+
+
+def test_brightness() -> None:
+    """Full where a patch is kept, 15 % where nothing is left of it."""
+    picture = torch.ones(3, 4, 6)
+    shares = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]])
+    drawn = brightened(picture, shares)
+    assert drawn[0, ::2, ::2].tolist() == [pytest.approx([1.0, 0.15, 0.575]), pytest.approx([0.15, 0.15, 1.0])]
+    assert torch.equal(over_pixels(shares, picture)[:2, :2], torch.ones(2, 2))
+
+
+def test_groups_have_their_mean_colour() -> None:
+    """Two patches of a group that lie apart have one colour, as does a group with parts of several; a dropped patch is dark."""
+    picture = torch.zeros(3, 2, 8)
+    picture[0, :, :2], picture[0, :, 6:], picture[1, :, 2:4], picture[2, :, 4:6] = 1.0, 0.5, 1.0, 1.0
+    groups = torch.tensor([[7, 2, -1, 7]])
+    drawn = mean_colours(picture, groups)
+    assert drawn[:, 0, ::2].T.tolist() == [
+        [0.75, 0.0, 0.0],
+        [0.0, 1.0, 0.0],
+        pytest.approx([0.0, 0.0, 0.15]),
+        [0.75, 0, 0],
+    ]
+    tinted = distinct_colours(picture, groups)
+    assert torch.equal(tinted[:, 0, 2].nonzero(), tinted[:, 1, 3].nonzero())  # one hue a group
+    assert not torch.equal(tinted[:, 0, 0] > 0.1, tinted[:, 0, 2] > 0.1)
+    assert (tinted[:, :, 4:6] <= 0.15).all()
+
+
+def test_heat_rises_in_grey_too() -> None:
+    luminance = heat(torch.linspace(0, 1, 50)) @ torch.tensor([0.2126, 0.7152, 0.0722])
+    assert (luminance.diff() > 0).all()
+    drawn = heated(torch.full((3, 2, 6), 0.5), torch.tensor([[0.0, 1.0, torch.nan]]))
+    low, high, missing = drawn.mean(dim=(0, 1))[::2]
+    assert missing < 0.1 < low < high
+
+
+def test_outlines_run_between_groups() -> None:
+    """One pixel wide, at the start of the next group, at the size of the sheet and not of the picture."""
+    groups = torch.tensor([[0, 0, 1], [2, 0, 1]])
+    sheet = draw_sheet(["a"], [[Cell(torch.zeros(3, 16, 24), "", groups)]], None, side=48)
+    white = (cell(sheet, 0, 48, 32) == 255).all(axis=2)
+    expected = np.zeros((32, 48), dtype=bool)
+    expected[:, 32] = True  # 0 | 1
+    expected[16, :16] = True  # 0 over 2
+    expected[16:, 16] = True  # 2 | 0
+    assert np.array_equal(white, expected)
+
+
+def test_sheets_are_as_large_as_they_must_be() -> None:
+    """Longer side as asked for, the other in proportion; long texts end with an ellipsis instead of running on."""
+    wide, square = torch.zeros(3, 8, 16), torch.zeros(3, 8, 8)
+    sheet = draw_sheet(["a", "b" * 50], [[Cell(wide, "c" * 50), Cell(square)]] * 2, ["one", "two"], side=64, scale="s")
+    assert sheet.size == (2 * 68 + 4, 16 + 2 * (16 + 64 + 16 + 4) + 4 + 20)
+    pixels = np.asarray(sheet)
+    assert (pixels[:16, 4 + 64 : 4 + 68] == 255).all()  # nothing of the long name between the columns
+    assert (pixels[32:64, 4:68] == 0).all() and (pixels[64:96, 4:68] == 255).sum() > 0
+    assert draw_sheet(["a"], [[Cell(wide)]], None, side=1).size[0] == 9
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    image, path = Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png"
+    assert save_picture(image, path) == path and Image.open(path).size == (4, 4)
+    with pytest.raises(ValueError, match=r"another picture format, got a\.docx"):
+        save_picture(image, "a.docx")
+
+    def fail(self, file, **kwargs):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    before = path.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_picture(image, path)
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["a.png"]
+
+
+# Every kind, of every model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_every_kind_of_every_model(case, kind) -> None:
+    """A column for each stage, layer, range or reference, a cell for each image, with what is said below it."""
+    model = case.model()
+    config, stages = model.config, len(REDUCTIONS[case.method].layers(model.config)) if case.method else 0
+    options = {"patch": (1, 2)} if kind == "trace" else {}
+    expected = {
+        "kept": stages,
+        "merge": stages,
+        "trace": stages,
+        "attention": 5,
+        "rollout": 4,
+        "similarity": 1 + config.use_class_token,
+    }[kind]
+    view = make_view(model, processor(), noise())
+    if expected == 0 or (kind == "attention" and not config.use_class_token):
+        with pytest.raises(ValueError, match=r"reduces no tokens|needs a CLS token"):
+            KINDS[kind](view, **options)
+        return
+    columns = KINDS[kind](view, **options)
+    assert len(columns) == expected and all(len(column.cells) == 2 for column in columns)
+    for column in columns:
+        for drawn in column.cells:
+            assert drawn.picture.shape == (3, 32, 32) and drawn.picture.isfinite().all() and drawn.caption
+            assert (drawn.picture >= -1e-6).all() and (drawn.picture <= 1 + 1e-6).all()
+            assert drawn.groups is None or drawn.groups.shape == (4, 4)
+
+
+@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+def test_captions_count(method) -> None:
+    """Patches kept and groups, against the tokens that the stage left."""
+    model = Case(method, "plain", "cls").model()
+    view = make_view(model, processor(), noise())
+    assignments = model(view.pixels, output_assignments=True).assignments
+    kept, merged = kept_columns(view), merge_columns(view)
+    for stage, names in enumerate(zip(kept, merged, strict=True)):
+        assert [column.name for column in names] == [f"after layer {[1, 2][stage]}"] * 2
+        for image, (one, other) in enumerate(zip(*(column.cells for column in names), strict=True)):
+            tokens = int((assignments[stage][image].sum(dim=-1) > 0).sum()) - 1
+            groups = other.groups[other.groups >= 0].unique()
+            dropped = int((other.groups < 0).sum())
+            assert other.caption.startswith(f"{len(groups)} group") and (f"{dropped} dropped" in other.caption) == (
+                dropped > 0
+            )
+            assert 1 <= len(groups) <= tokens
+            if method in ("topk", "ats", "dyvit", "kmedoids", "heuristic"):  # a group is a patch
+                assert (
+                    len(groups) == tokens and one.caption == f"{tokens} of 16 patches kept" and dropped == 16 - tokens
+                )
+            if method in ("evit", "tome", "dpcknn", "sit", "patchmerger", "sinkhorn"):
+                assert dropped == 0
+
+
+def test_many_images_are_looked_at_in_batches(monkeypatch) -> None:
+    """ATS pads the images of a batch; each is drawn as if it were alone, and all in their order."""
+    model = Case("ats", "cache", "cls").model()
+    images = noise(5)
+    whole = draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32)
+    monkeypatch.setattr("ufgir.visualization.kinds._BATCH", 2)
+    assert (
+        draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32).tobytes()
+        == whole.tobytes()
+    )
+    monkeypatch.setattr("ufgir.visualization.kinds._BATCH", 1)
+    assert (
+        draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32).tobytes()
+        == whole.tobytes()
+    )
+
+
+def test_the_input_is_what_the_model_sees() -> None:
+    """Pixels are brought back whatever the image processor did to them."""
+    model, (image,) = CLCAViTForImageClassification(tiny_config()), noise(1)
+    size = {"height": 32, "width": 32}
+    for options in ({}, {"do_normalize": False}, {"do_normalize": False, "do_rescale": False}):
+        view = make_view(model, ViTImageProcessorPil(size=size, **options), [image])
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        assert (view.pictures[0] - expected).abs().max() < 1e-5
+
+
+def test_what_run_ufgir_draws() -> None:
+    model = Case("evit", "cache", "cls").model()
+    model.train()
+    sheet = kept_patches_image(model, processor(), noise(), ["a", "b"], side=48)
+    assert model.training
+    assert sheet.size == (3 * 52 + 4, 16 + 2 * (16 + 48 + 16 + 4) + 4)
+    assert sheet.tobytes() == draw(kept_columns, model, processor(), noise(), ["a", "b"], side=48).tobytes()
+
+
+def test_options_of_the_kinds() -> None:
+    model = Case("tome", "plain", "cls").model()
+    view = make_view(model, processor(), noise())
+    assert [c.name for c in attention_columns(view, [4, 0])] == ["layer 4", "layer 0"]
+    heads = attention_columns(view, [1], "all")
+    assert [c.name for c in heads] == ["layer 1, head 0", "layer 1, head 1"]
+    assert torch.equal(attention_columns(view, [1], [1])[0].cells[0].picture, heads[1].cells[0].picture)
+    assert not torch.equal(heads[0].cells[0].picture, heads[1].cells[0].picture)
+    assert [c.name for c in rollout_columns(view, [(0, 3), (4, 5)])] == ["layers 0 to 2", "layer 4"]
+    assert [c.name for c in similarity_columns(view, ["cls"], [0, 4])] == ["to CLS, layer 0", "to CLS, layer 4"]
+    means, distinct = merge_columns(view), merge_columns(view, "distinct")
+    assert torch.equal(means[0].cells[0].groups, distinct[0].cells[0].groups)
+    assert not torch.equal(means[0].cells[0].picture, distinct[0].cells[0].picture)
+    assert trace_columns(view, token=0)[0].cells[0].caption == "token 0: 0 patches"  # CLS
+    counts = [int(trace_columns(view, token=t)[0].cells[0].caption.split(": ")[1].split()[0]) for t in range(1, 5)]
+    assert sum(counts) == 16  # of the four tokens that are left
+
+
+def test_a_patch_that_no_token_holds() -> None:
+    model = green_seeker("topk", 24, 40, keep_tokens=[4, 1])
+    last = trace_columns(make_view(model, processor(24, 40), [spotted(0, 0)]), patch=(2, 2))[1].cells[0]
+    assert last.caption == "no token holds it"
+
+
+# Grids
+
+
+def test_grids_put_models_side_by_side() -> None:
+    """Each place is the last column that the model would have alone; models are made one after the other."""
+    models = [green_seeker("topk", 24, 40, keep_tokens=[6, count]) for count in (5, 3, 2, 1)]
+    alive = []
+
+    def produce():
+        for model in models:
+            alive.append(model)
+            yield model, processor(24, 40)
+
+    names, titles = ["few", "fewer"], ["a leaf", "another"]
+    images = [spotted(1, 1), spotted(2, 4)]
+    sheet = comparison(kept_columns, produce(), names, images, titles, ["one", "two"], side=40)
+    assert alive == models
+    assert sheet.size == (3 * 44 + 4, 16 + 4 * (16 + 24 + 16 + 4) + 4)
+    for place_of, model in enumerate(models):
+        row, column = divmod(place_of, 2)
+        for image in range(2):
+            alone = draw(kept_columns, model, processor(24, 40), images[image : image + 1], side=40)
+            top = 16 + (2 * image + row) * 60 + 16
+            left = 4 + (1 + column) * 44
+            assert np.array_equal(cell(alone, 2), np.asarray(sheet.crop((left, top, left + 40, top + 24))))
+
+
+def test_mistakes_with_pictures() -> None:
+    model = Case("evit", "plain", "cls").model()
+    view = make_view(model, processor(), noise())
+    for function in (
+        lambda images: draw(kept_columns, model, processor(), images),
+        lambda i: make_view(model, processor(), i),
+    ):
+        with pytest.raises(ValueError, match="`images` must hold at least one picture"):
+            function([])
+    with pytest.raises(ValueError, match="`images` must hold at least one picture"):
+        comparison(kept_columns, [(model, processor())], ["a"], [])
+    with pytest.raises(ValueError, match="`titles` must hold one text per image, 2, got 1"):
+        draw(kept_columns, model, processor(), noise(), ["one"])
+    for models in ([], [(model, processor())]):
+        with pytest.raises(ValueError, match=f"`models` must hold 1 x 2 models, got {len(models)}"):
+            comparison(kept_columns, models, ["a", "b"], noise())
+    for options in ({}, {"token": 1, "patch": (0, 0)}):
+        with pytest.raises(ValueError, match="either `token` or `patch` must be given"):
+            trace_columns(view, **options)
+    for token in (-1, 99):
+        with pytest.raises(ValueError, match=f"`token` must be in 0 .. .*, got {token}"):
+            trace_columns(view, token=token)
+    for patch in ((4, 0), (0, -1)):
+        with pytest.raises(ValueError, match=r"`patch` must be a row in 0 \.\. 3 and a column in 0 \.\. 3"):
+            trace_columns(view, patch=patch)
+    for heads in ("some", [], [2]):
+        with pytest.raises(ValueError, match=r"`heads` must be 'mean', 'all' or indices in 0 \.\. 1"):
+            attention_columns(view, heads=heads)
+    with pytest.raises(ValueError, match="`colours` must be one of mean, distinct, got 'red'"):
+        merge_columns(view, "red")
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A model with EViT and cache, one without CLS, and two pictures."""
+    folder = tmp_path_factory.mktemp("visualize")
+    variants = {
+        "evit": {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_clr_tokens": 1},
+        "no_cls": {"use_class_token": False, "pooling": "mean"},
+    }
+    for name, options in variants.items():
+        torch.manual_seed(0)
+        CLCAViTForImageClassification(tiny_config(**options)).save_pretrained(folder / name)
+        processor().save_pretrained(folder / name)
+    for index, image in enumerate(noise(2, 40, 50)):
+        image.save(folder / f"{index}.png")
+    return folder
+
+
+def visualize(capsys, folder, options):
+    """What the command wrote to the terminal, and its picture."""
+    model, image, file = (str(folder / name) for name in ("evit", "0.png", "out.png"))
+    assert cli.main(["visualize", model, image, *options.split(), "--output", file, "--side", "32"]) == 0
+    return capsys.readouterr().out, Image.open(file)
+
+
+@pytest.mark.parametrize(
+    ("argv", "columns"),
+    [
+        ("", 3),
+        ("--what merge --colours distinct", 3),
+        ("--what trace --patch 1 2", 3),
+        ("--what trace --token 3", 2),
+        ("--what attention", 6),
+        ("--what attention --layers 0 4 --heads all", 5),
+        ("--what attention --layers 3 --heads 1", 2),
+        ("--what rollout", 5),
+        ("--what rollout --ranges 0:2 1:5", 3),
+        ("--what similarity", 3),
+        ("--what similarity --to cls --layers 0 1 2", 4),
+        ("--what attention --reduction none", 6),
+        ("--what grid --methods topk tome evit", 4),
+        ("--what grid --keep-rates 0.75 0.5 0.25 --of rollout --ranges 0:5", 4),
+        ("--what grid --methods topk --keep_rates 0.75 0.5", 3),
+    ],
+)
+def test_the_command_draws(capsys, checkpoints, argv, columns) -> None:
+    text, picture = visualize(capsys, checkpoints, argv)
+    assert text == f"wrote {checkpoints / 'out.png'}\n"
+    assert picture.width == columns * 36 + 4
+
+
+def test_grids_of_the_command(capsys, checkpoints) -> None:
+    """Rows of methods, columns of rates; several models; what is not trained is said."""
+    _, picture = visualize(capsys, checkpoints, "--what grid --methods topk tome --keep-rates 0.75 0.5 0.25")
+    assert picture.size == (4 * 36 + 4, 16 + 2 * (16 + 32 + 16 + 4) + 4)
+    models = f"--models {checkpoints / 'no_cls'} {checkpoints / 'evit'}"
+    text, picture = visualize(capsys, checkpoints, f"--what grid --of similarity --to mean {models}")
+    assert picture.width == 4 * 36 + 4 and text.count("\n") == 1
+    text, _ = visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
+    assert f"{checkpoints / 'evit'} holds no weights of sit: its 14 are random" in text
+    assert text.count("holds no weights") == 2
+    first = (checkpoints / "out.png").read_bytes()
+    visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
+    assert (checkpoints / "out.png").read_bytes() == first
+
+
+def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -> None:
+    monkeypatch.chdir(checkpoints)
+    for options, name in (([], "kept_patches.png"), (["--what", "merge"], "merge.png")):
+        assert cli.main(["visualize", "evit", "0.png", "1.png", *options]) == 0
+        assert capsys.readouterr().out == f"wrote {name}\n" and (checkpoints / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("evit --side 5000", "`--side` must be between 1 and 4096, got 5000"),
+        ("evit --output a.svg", "`--output` must end in"),
+        ("evit --what nothing", "invalid choice: 'nothing'"),
+        ("evit --token 3", "`--token` belongs to --what trace, not to kept"),
+        ("evit --what rollout --layers 3", "`--layers` belongs to --what attention or similarity, not to rollout"),
+        ("evit --methods topk", "`--methods` belongs to --what grid, not to kept"),
+        ("evit --what grid", "--models, --methods or --keep-rates"),
+        ("evit --what grid --of kept --methods topk --to cls", "`--to` belongs to --what similarity, not to kept"),
+        ("evit --what grid --methods topk --reduction evit", "`--methods` takes the place of `--reduction`"),
+        ("evit --what grid --keep-rates 0.5 --keep-tokens 4 2", "`--keep-rates` takes the place of `--keep-tokens`"),
+        ("evit --what grid --keep-rates 2", "`--keep-rates` must be in (0, 1], got 2.0"),
+        ("evit --what grid --methods none topk", "reduces no tokens"),
+        ("evit --what grid --methods nonsense", "nonsense"),
+        ("evit --what grid --models nowhere", "there is no checkpoint nowhere"),
+        ("evit --what trace", "either `token` or `patch`"),
+        ("evit --what trace --token 40", "`token` must be in"),
+        ("evit --what attention --layers 5", "`layers` must name at least one layer of 0 .. 4, got 5"),
+        ("evit --what attention --heads both", "`--heads` must be mean, all or numbers of heads, got both"),
+        ("evit --what attention --heads 2", "`heads` must be 'mean', 'all' or indices in 0 .. 1"),
+        ("evit --what rollout --ranges 3", "two numbers of layers such as 0:4, got 3"),
+        ("evit --what rollout --ranges 3:9", "must lie in 0:5"),
+        ("no_cls --what attention", "CLS attention needs a CLS token"),
+        ("no_cls --what similarity --to cls", "the similarity to CLS needs a CLS token"),
+        ("no_cls --what merge", "reduces no tokens"),
+    ],
+)
+def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) -> None:
+    """One sentence, status 2, no file."""
+    monkeypatch.chdir(checkpoints)
+    before = sorted(checkpoints.iterdir())
+    model, *options = argv.split()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["visualize", model, "0.png", *options])
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and error.count("\n") == 1 and words in error
+    assert sorted(checkpoints.iterdir()) == before
+
+
+def test_the_gallery_has_every_kind_and_method() -> None:
+    """Its commands can be parsed, and made what it shows; its pictures are small."""
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith(".venv/bin/ufgir visualize")]
+    parser = argparse.ArgumentParser()
+    configure(parser)
+    parsed = [parser.parse_args(shlex.split(command)[2:]) for command in commands]
+    assert {args.what for args in parsed} == {*KINDS, "grid"}
+    shown = re.findall(r"\]\((figures/gallery/.*)\)", text)
+    files = [f"figures/gallery/{file.name}" for file in (DOCS / "figures" / "gallery").iterdir()]
+    assert sorted(shown) == sorted(files) == sorted(args.output.removeprefix("docs/") for args in parsed)
+    assert all((DOCS / file).stat().st_size < 150_000 for file in files)
+    drawn = {args.reduction or args.model.removeprefix("outputs/demo_") for args in parsed} | {
+        "evit"
+    }  # the demo's own
+    assert set(REDUCTIONS) <= drawn
