@@ -31,16 +31,13 @@ from ufgir.runs.report import (
 )
 from ufgir.runs.tables import forget_metrics
 from ufgir.training.adapters import merge
-from ufgir.training.arguments import (  # re-exported: those who import this script find them here
+from ufgir.training.arguments import (  # noqa: F401 (those who import this script find them here)
     GROUPS,
     LOCAL,
+    DataArguments,
+    ModelArguments,
     Options,
-)
-from ufgir.training.arguments import (
-    DataArguments as DataArguments,
-)
-from ufgir.training.arguments import (
-    ModelArguments as ModelArguments,
+    TrainingArguments,
 )
 from ufgir.training.checkpoint_files import ADAPTER_FOLDER
 from ufgir.training.checkpointing import check_fits, find_checkpoint, how_to_go_on

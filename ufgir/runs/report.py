@@ -1,6 +1,5 @@
 """What a run of `run_ufgir.py` leaves for people and for `ufgir results`: model card, record, picture of kept patches, summary."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,6 @@ from ..visualization.kinds import kept_patches_image
 from ..visualization.sheet import save_picture
 from .records import prediction_files, remove_run_record, write_run_record
 from .tables import summary_table
-
-
-logger = logging.getLogger(__name__)
 
 
 def remove_earlier(run: Run, options: Options) -> None:

@@ -40,7 +40,7 @@ from .option_checks import (
 from .trainer import UFGIRTrainer
 
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("run_ufgir")  # of the script, which sets its level
 
 # what `load_ufgir_dataset` takes from the options by the same names, beside the CSV files
 SAME_NAMES = ("image_column", "label_column", "label_separator", "validation_fraction", "validation_split", "shots")
