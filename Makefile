@@ -22,9 +22,9 @@ demo: $(BASE)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a do
 	@ls $(LEAVES) >/dev/null 2>&1 || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/demo_leaves --images_per_class 1 1 1 --image_size 109
 	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo $(LEAVES) --what rollout --output outputs/demo/rollout.png
 
-test: quality $(TORCHAO) browser  ## check the style, then run all tests: PYTEST_ARGS="-k evit" for some of them
+test: quality $(TORCHAO) browser  ## check the style, then run the tests: PYTEST_ARGS="-k evit" for some of them, "-m slow" for the slow ones
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=15 $(PYTEST_ARGS)
 
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
 	@$(INSTALL) parameterized

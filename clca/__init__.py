@@ -6,6 +6,7 @@ Importing this package registers the model with transformers' Auto classes.
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_clca import CLCAViTConfig, __version__
+from .fast_paths_clca import set_fast_paths
 from .modeling_clca import CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
 from .reduction_base import TokenReduction
 from .reductions_clca import REDUCTIONS, register_reduction, token_schedule
@@ -29,5 +30,6 @@ __all__ = [
     "TokenReduction",
     "__version__",
     "register_reduction",
+    "set_fast_paths",
     "token_schedule",
 ]

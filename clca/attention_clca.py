@@ -4,9 +4,14 @@ Shapes: B batch, N tokens in, M tokens out, D width, H heads, d head width.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from .reduction_base import TokenState
 
 
 FIRST_ROW = slice(0, 1)
@@ -49,7 +54,7 @@ class AttentionContext:
         hidden_states: normalised input of the attention, (B, N, D).
         key, value: (B, H, N, d), the key after its norm if it has one.
         mask: boolean or additive, (B, 1, 1, N), or None.
-        row_map: how the rows that leave the attention are made of those that enter it, where that is known this early.
+        state: what belongs to the tokens that the keys are of.
         output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
         keeps_output: whether `output` would be of use.
     """
@@ -61,13 +66,14 @@ class AttentionContext:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        state: "TokenState",
     ) -> None:
         self.attention = attention
         self.hidden_states = hidden_states
         self.key = key
         self.value = value
         self.mask = mask
-        self.row_map: RowMap | None = None
+        self.state = state
         self.output: torch.Tensor | None = None
         self.keeps_output = False
         self._query: torch.Tensor | None = None

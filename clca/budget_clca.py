@@ -1,11 +1,16 @@
-"""How many tokens the stages of a reduction keep: by the configuration, or as a forward was asked for."""
+"""How many tokens the stages of a reduction keep: by the configuration, or as a forward was asked for. And sizes as pairs.
+
+The lowest module of the package: it imports none of the others.
+"""
 
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .configuration_clca import CLCAViTConfig
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class Budget(NamedTuple):
@@ -15,7 +20,7 @@ class Budget(NamedTuple):
     keep_tokens: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, config: CLCAViTConfig) -> "Budget":
+    def of(cls, config: "CLCAViTConfig") -> "Budget":
         """What the configuration says."""
         tokens = config.keep_tokens
         return cls(_as_tuple(config.keep_rate), None if tokens is None else _as_tuple(tokens))
@@ -53,6 +58,24 @@ class Budget(NamedTuple):
         16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
         count = self.tokens(stage)
         return int(num_patches * self.cumulative_rate(stage)) if count is None else min(count, num_patches)
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Refuse what is not a list of keep rates.
+
+    Raises:
+        ValueError: a rate out of (0, 1], something that is no number, or no rate at all.
+    """
+    for rate in rates:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:  # NaN is neither
+            raise ValueError(f"`keep_rate` must be in (0, 1], got {rate}.")
+    if not rates:
+        raise ValueError("`keep_rate` must hold at least one rate, got [].")
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _as_tuple(values: Real | Sequence[Real]) -> tuple[Real, ...]:

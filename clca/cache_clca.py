@@ -4,13 +4,19 @@ written to the cache; after each reduction, what was cached is appended to the t
 Shapes: B batch, N tokens, D width.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from .configuration_clca import CLCAViTConfig
-from .reduction_base import TokenReduction, TokenState, gather_rows
+from .attention_clca import gather_rows
+from .reduction_base import TokenReduction, TokenState
 
 
-def recovery_layers(config: CLCAViTConfig) -> list[int]:
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
+
+
+def recovery_layers(config: "CLCAViTConfig") -> list[int]:
     """Layers after which the cache is recalled: the reduction layers and, with `cache_recover_at_last`, the last but one,
     so that the last layer sees what was cached since the last reduction."""
     if not config.cross_layer_cache:
@@ -21,7 +27,7 @@ def recovery_layers(config: CLCAViTConfig) -> list[int]:
     return sorted(layers)
 
 
-def rows_per_entry(config: CLCAViTConfig) -> int:
+def rows_per_entry(config: "CLCAViTConfig") -> int:
     """Rows that one layer writes to the cache."""
     return int(config.cache_gap) + config.num_clr_tokens
 
@@ -65,7 +71,7 @@ class CrossLayerCache:
         training: whether the model trains.
     """
 
-    def __init__(self, config: CLCAViTConfig, method: type[TokenReduction], training: bool) -> None:
+    def __init__(self, config: "CLCAViTConfig", method: type[TokenReduction], training: bool) -> None:
         self.config = config
         self.method = method
         self.training = training

@@ -4,25 +4,24 @@ cache (CLC), the aggregation head (CLA) and the backbones of the paper need (htt
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.models.vit.configuration_vit import ViTConfig
 
+from .budget_clca import as_pair, check_rates
+from .heads_clca import HEADS, VQTProbe, heads_reading
+from .reductions_clca import checked_budget, get_reduction
+
 
 __version__ = "0.1.0"
 
 logger = logging.getLogger(__name__)
 
-HEADS = ("linear", "cla", "ifa", "h2t", "vqt")
-AGGREGATING_HEADS = ("cla", "ifa")  # they read CLS after several layers
-PROBING_HEADS = ("h2t", "vqt")  # they take features out of the layers
-HEADS_BEFORE_NORM = ("cla", "ifa", "vqt")  # they read CLS before the final norm
 POOLINGS = ("cls", "mean", "normed_mean", "map")
 MULTI_LABEL_LOSSES = ("bce", "asymmetric")
 
@@ -105,7 +104,10 @@ _LEGACY_KEYS = frozenset(
 )
 
 
-def _with_value_errors(cls: type) -> type:
+_Config = TypeVar("_Config", bound=ViTConfig)
+
+
+def _with_value_errors(cls: type[_Config]) -> type[_Config]:
     """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
     strict_setattr = cls.__setattr__
 
@@ -161,7 +163,7 @@ class CLCAViTConfig(ViTConfig):
         cache_pool_clr (`bool`, defaults to `False`): The GAP includes CLR, also before the first retrieval.
         cache_recover_at_last (`bool`, defaults to `True`):
             Retrieve what is left in the cache before the last layer.
-        head (`str`, defaults to `"linear"`): Classification head: `linear`, `cla`, `ifa`, `h2t` or `vqt`.
+        head (`str`, defaults to `"linear"`): Classification head: a name of `clca.heads_clca.HEADS`.
         cla_multiplier (`int`, defaults to 2): Channels of the CLA head's depth-wise convolution per input channel.
         num_query_tokens (`int`, defaults to 5): Queries per layer of the VQT head.
         vqt_original_slicing (`bool`, defaults to `False`):
@@ -324,24 +326,19 @@ class CLCAViTConfig(ViTConfig):
     @property
     def probe_layers(self) -> list[int]:
         """Layers that the H2T and VQT heads take features from."""
-        if self.head not in PROBING_HEADS:
+        if HEADS[self.head].reads != "probes":
             return []
         return list(self.reduction_layers) or list(range(self.num_hidden_layers))
 
     @property
     def uses_reduction_layers(self) -> bool:
         """Whether `reduction_layers` means anything to this model."""
-        return self.reduction is not None or self.cross_layer_cache or self.head != "linear"
+        return self.reduction is not None or self.cross_layer_cache or HEADS[self.head].reads_layers()
 
 
 def without_targets(reduction_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
     """Options of a method without `ratio_targets`, DynamicViT's, which belong to the keep rates that they came with."""
     return {name: value for name, value in (reduction_kwargs or {}).items() if name != "ratio_targets"} or None
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def check_config(config: CLCAViTConfig) -> None:
@@ -360,6 +357,7 @@ def check_config(config: CLCAViTConfig) -> None:
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(config, name), int):
             setattr(config, name, list(getattr(config, name)))
+    _check_choices(config)
     _check_sizes(config)
     _check_reduction(config)
     if config.train_keep_rates is not None:
@@ -367,6 +365,13 @@ def check_config(config: CLCAViTConfig) -> None:
     _check_cache(config)
     _check_head(config)
     _check_without_class_token(config)
+
+
+def _check_choices(config: CLCAViTConfig) -> None:
+    for name, choices in (("head", HEADS), ("pooling", POOLINGS), ("multi_label_loss", MULTI_LABEL_LOSSES)):
+        value = getattr(config, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _check_sizes(config: CLCAViTConfig) -> None:
@@ -429,8 +434,6 @@ def _check_reduction(config: CLCAViTConfig) -> None:
                 "Choose a method, or leave the options out."
             )
         return
-    from .reductions_clca import get_reduction  # here, because the methods import this module
-
     if not layers:
         raise ValueError("`reduction_layers` must name at least one layer when `reduction` is set, got [].")
     for name in ("keep_rate", "keep_tokens"):
@@ -441,19 +444,6 @@ def _check_reduction(config: CLCAViTConfig) -> None:
                 f"{len(layers)} stages, got {value}."
             )
     get_reduction(config.reduction).check(config)
-
-
-def check_rates(rates: Sequence[float]) -> None:
-    """Refuse what is not a list of keep rates.
-
-    Raises:
-        ValueError: a rate out of (0, 1], something that is no number, or no rate at all.
-    """
-    for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:  # NaN is neither
-            raise ValueError(f"`keep_rate` must be in (0, 1], got {rate}.")
-    if not rates:
-        raise ValueError("`keep_rate` must hold at least one rate, got [].")
 
 
 def _check_keep_tokens(config: CLCAViTConfig) -> None:
@@ -470,8 +460,6 @@ def _check_keep_tokens(config: CLCAViTConfig) -> None:
 
 
 def _check_train_keep_rates(config: CLCAViTConfig) -> None:
-    from .reductions_clca import checked_budget
-
     rates = config.train_keep_rates = sorted(set(config.train_keep_rates))
     if not rates:
         raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
@@ -494,40 +482,37 @@ def _check_cache(config: CLCAViTConfig) -> None:
 
 
 def _check_head(config: CLCAViTConfig) -> None:
-    if config.head not in HEADS:
-        raise ValueError(f"`head` must be one of {', '.join(HEADS)}, got {config.head!r}.")
-    if config.pooling not in POOLINGS:
-        raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {config.pooling!r}.")
-    if config.head in PROBING_HEADS and config.pooling != "cls":
+    head = HEADS[config.head]
+    if head.reads == "probes" and config.pooling != "cls":
         raise ValueError(
             f"`pooling` must be 'cls' with `head`={config.head!r}, which does not pool, got {config.pooling!r}."
         )
-    if config.vqt_original_slicing and (config.head != "vqt" or config.reduction or config.cross_layer_cache):
+    if config.vqt_original_slicing and (head.probe is not VQTProbe or config.reduction or config.cross_layer_cache):
         raise ValueError("`vqt_original_slicing` is for `head`='vqt' without `reduction` and `cross_layer_cache`.")
     if config.num_selected_features is not None:
-        if config.head not in PROBING_HEADS:
-            raise ValueError(f"`num_selected_features` is for the heads h2t and vqt, not for {config.head!r}.")
+        if head.reads != "probes":
+            names = " and ".join(heads_reading("probes"))
+            raise ValueError(f"`num_selected_features` is for the heads {names}, not for {config.head!r}.")
         _check_minimum(config, "num_selected_features", 1)
-    if config.multi_label_loss not in MULTI_LABEL_LOSSES:
-        raise ValueError(
-            f"`multi_label_loss` must be one of {', '.join(MULTI_LABEL_LOSSES)}, got {config.multi_label_loss!r}."
-        )
     if not 0 <= config.group_lasso_weight < math.inf:
         raise ValueError(f"`group_lasso_weight` must be a number of at least 0, got {config.group_lasso_weight}.")
-    if config.num_labels == 0 and (config.head in AGGREGATING_HEADS or config.group_lasso_weight):
+    if config.num_labels == 0 and (head.reads == "cls_tokens" or config.group_lasso_weight):
+        *names, last = (name for name in HEADS if name not in heads_reading("cls_tokens"))
         raise ValueError(
-            f"`num_labels`=0, features without a classifier, is for the linear, h2t and vqt heads without "
+            f"`num_labels`=0, features without a classifier, is for the {', '.join(names)} and {last} heads without "
             f"`group_lasso_weight`; got `head`={config.head!r}."
         )
+    head.check(config)
 
 
 def _check_without_class_token(config: CLCAViTConfig) -> None:
     if config.use_class_token:
         return
+    head = HEADS[config.head]
     for name, needs_cls in (
-        ("head", config.head in HEADS_BEFORE_NORM),
+        ("head", head.before_norm),
         ("num_clr_tokens", config.num_clr_tokens > 0),
-        ("pooling", config.pooling == "cls" and config.head != "h2t"),
+        ("pooling", config.pooling == "cls" and head.reads != "probes"),
     ):
         if needs_cls:
             raise ValueError(

@@ -5,27 +5,21 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import nn
-from transformers.activations import GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTMLP
 
-from .aggregation_clca import H2TProbe, LayerTrace, VQTProbe
 from .attention_clca import FIRST_ROW, AttentionContext, RowMap, TakenRows, attention_softmax
-from .configuration_clca import CLCAViTConfig, as_pair
-from .hooks_clca import is_hooked
+from .budget_clca import as_pair
+from .configuration_clca import CLCAViTConfig
+from .fast_paths_clca import fast_paths_enabled
+from .gelu_clca import activate
+from .heads_clca import HEADS, LayerTrace
 from .linear_clca import linear
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
-
-
-# How a layer makes rows out of its own: asked once keys exist and before queries do.
-ChooseRows = Callable[[AttentionContext, TokenState], tuple[RowMap | None, TokenState]]
 
 
 class CLCAViTEmbeddings(nn.Module):
@@ -137,7 +131,9 @@ def eager_attention_forward(
 
 
 class CLCAViTAttention(nn.Module):
-    """Self-attention in which a reduction may mask or weigh keys, choose the query rows, or look at the outcome."""
+    """Self-attention in two steps, between which a stage may say what becomes of the tokens: `make_context` makes keys and
+    values, a call of the module the rest. Only the parts have parameters, and they are always called as modules, which
+    offloading and sharding wait for."""
 
     def __init__(self, config: CLCAViTConfig, method: type[TokenReduction]) -> None:
         super().__init__()
@@ -163,56 +159,67 @@ class CLCAViTAttention(nn.Module):
         """Queries (B, H, n, d) of normalised rows (B, n, D)."""
         return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        state: TokenState,
-        choose_rows: ChooseRows,
-        output_attentions: bool = False,
-        hidden_keys: int = 0,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, TokenState, AttentionContext]:
+    def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
+        """Keys, values and mask of normalised tokens (B, N, D), for questions and for the attention itself. The first
+        `hidden_keys` tokens have neither key nor value."""
         key = self.k_norm(self.split_heads(linear(self.k_proj, hidden_states[:, hidden_keys:])))
         value = self.split_heads(linear(self.v_proj, hidden_states[:, hidden_keys:]))
         mask = self.method.attention_mask(state)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(key.dtype)
-        context, before = AttentionContext(self, hidden_states, key, value, mask), state
-        context.keeps_output = not output_attentions
-        context.row_map, state = choose_rows(context, state)
-        context.keeps_output = False  # whoever asks later asks about an attention that has been computed
-        row_map, has_output = context.row_map, context.output is not None
+        return AttentionContext(self, hidden_states, key, value, mask, state)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: AttentionContext,
+        row_map: RowMap | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the attention adds to the tokens.
+
+        Args:
+            hidden_states: the normalised tokens (B, N, D) that `context` was made of.
+            context: their keys and values. If a hook has put other tokens in the place of `hidden_states`, new ones are made.
+            row_map: which M tokens are made of the N. None for all as they are.
+            output_attentions: compute the whole attention map.
+            kwargs: options of the attention kernel.
+
+        Returns:
+            (B, M, D), and the map (B, H, N, N), (B, H, M, N) for tokens chosen before, or None.
+        """
+        if hidden_states is not context.hidden_states:
+            context = self.make_context(hidden_states, context.state, hidden_states.shape[1] - context.key.shape[2])
+        has_output = context.output is not None
         from_rows = row_map is None or row_map.rows is None or has_output
         if has_output:
             output, weights = context.output.flatten(2), None
         else:
             query = context.query() if from_rows else self.project_query(row_map(hidden_states))
-            output, weights = self.attend(query, context, before, output_attentions, from_rows, **kwargs)
+            output, weights = self.attend(query, context, output_attentions, from_rows, **kwargs)
         if row_map is None:
-            return linear(self.o_proj, output), weights, state, context
+            return linear(self.o_proj, output), weights
         output = row_map(output) if from_rows else output
         if row_map.weight_sums is None:
-            return linear(self.o_proj, output), weights, state, context
+            return linear(self.o_proj, output), weights
         # The projection's bias counts as often as the weights of a row say; the projection itself is linear.
         sums = row_map.weight_sums.to(output.dtype)
-        output = linear(self.o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums
-        return output, weights, state, context
+        return linear(self.o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums, weights
 
     def attend(
         self,
         query: torch.Tensor,
         context: AttentionContext,
-        state: TokenState,
         output_attentions: bool = False,
         from_rows: bool = True,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of queries (B, H, n, d) to the keys and values of a context whose rows had that state: output
-        (B, n, D) before its projection and, if asked for, weights (B, H, n, N). `from_rows`: the queries are those of the
-        N rows, one each."""
+        """Attention of queries (B, H, n, d) to the keys and values of a context: output (B, n, D) before its projection and,
+        if asked for, weights (B, H, n, N). `from_rows`: the queries are those of the N tokens, one each."""
         key, value, outcome = context.key, context.value, None
         if self.training:
-            outcome = self.method.attend(query, key, value, self.scaling, state, from_rows)
+            outcome = self.method.attend(query, key, value, self.scaling, context.state, from_rows)
         if outcome is None:
             dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
             function = self.attention_function(context.mask, output_attentions)
@@ -236,12 +243,7 @@ class CLCAViTMLP(ViTMLP):
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, N, D) to (B, N, intermediate_size)."""
-        hidden = linear(self.fc1, hidden_states)
-        in_place = type(self.activation_fn) is GELUActivation and not torch.is_grad_enabled()
-        if in_place and not (torch.compiler.is_compiling() or is_hooked(self.fc1) or is_hooked(self.activation_fn)):
-            # The largest tensor of the model, which nobody else sees: a second one costs as much as the function itself.
-            return torch.ops.aten.gelu_(hidden)
-        return self.activation_fn(hidden)
+        return activate(self.activation_fn, self.fc1, linear(self.fc1, hidden_states))
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """And back."""
@@ -310,9 +312,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         options = config.reduction_kwargs or {}
         self.reduction = self.method(config, stages.index(index), **options) if index in stages else None
         self.before_stage = index + 1 in stages
-        self.probe = None
-        if index in config.probe_layers:
-            self.probe = H2TProbe() if config.head == "h2t" else VQTProbe(config)
+        self.probe = HEADS[config.head].probe(config) if index in config.probe_layers else None
+        self.probe_reads_tokens = self.probe is not None and self.probe.reads_tokens
         self.attention = CLCAViTAttention(config, self.method)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -322,13 +323,9 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if config.layerscale_value:
             self.layer_scale1, self.layer_scale2 = CLCAViTLayerScale(config), CLCAViTLayerScale(config)
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
-        # A probe of all rows needs them before they are merged. (What is drawn per row, as dropout is, must be drawn
+        # A probe of all tokens needs them before they are merged. (What is drawn per token, as dropout is, must be drawn
         # before, too.)
-        self.can_merge_early = (
-            self.reduction is not None
-            and self.method.before_mlp is TokenReduction.before_mlp
-            and not isinstance(self.probe, H2TProbe)
-        )
+        self.can_merge_early = self.reduction is not None and self.method.merges_early and not self.probe_reads_tokens
 
     def forward(
         self,
@@ -337,53 +334,57 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         output_attentions: bool = False,
         skip_unread: bool = False,
         only_first: bool = False,
+        hidden_keys: int = 0,
         **kwargs,
     ) -> tuple[torch.Tensor, TokenState]:
-        """Rows (B, N, D) through the layer, to (B, M, D).
+        """Tokens (B, N, D) through the layer, to (B, M, D).
 
         Args:
-            hidden_states: the rows.
+            hidden_states: the tokens.
             state: what belongs to them.
             output_attentions: compute the whole attention map, for whoever records it.
-            skip_unread: compute nothing in a stage for rows that leave in it, where that is possible.
-            only_first: give row 0 alone, (B, 1, D), and compute nothing for the others but keys and values.
+            skip_unread: compute nothing in a stage for tokens that leave in it, where that is possible.
+            only_first: give token 0 alone, (B, 1, D), and compute nothing for the others but keys and values.
+            hidden_keys: first tokens that nobody attends to.
             kwargs: options of the attention kernel.
         """
         if self.reduction is not None:
             hidden_states, state = self.reduction("before_layer", hidden_states, state)
-        before = state
 
         normed = self.layernorm_before(hidden_states)
+        context = self.attention.make_context(normed, state, hidden_keys)
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
-        # The probe, too, gets a function and not a module: accelerate moves modules among the arguments to a device.
-        choose_rows = partial(self.choose_rows, merge_early, only_first)
-        attended, _, state, context = self.attention(normed, state, choose_rows, output_attentions, **kwargs)
+        context.keeps_output = not output_attentions and fast_paths_enabled()
+        row_map, state = self.map_rows(context, merge_early, only_first)
+        context.keeps_output = False  # whoever asks later asks about an attention that has been computed
+        attended, _ = self.attention(normed, context, row_map, output_attentions, **kwargs)
         attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
-        if context.row_map is not None:
-            hidden_states = context.row_map(hidden_states)
+        if row_map is not None:
+            hidden_states = row_map(hidden_states)
         hidden_states, between = hidden_states + attended, state
 
         if self.reduction is not None and not merge_early:
             hidden_states, state = self.reduction("before_mlp", hidden_states, state, context)
 
         if self.probe is None:  # what only a probe asks for is large
-            del normed, attended, context
+            del normed, attended, context, row_map
         rows, inner = self.layernorm_after(hidden_states), None
-        if isinstance(self.probe, H2TProbe):  # looks into the MLP, which is otherwise called whole, as hooks expect
+        if self.probe_reads_tokens:  # and what is inside the MLP, which is otherwise called whole, as hooks expect
             inner = self.mlp.hidden(rows)
         transformed = self.mlp(rows) if inner is None else self.mlp.project(inner)
         transformed = self.drop_path(self.layer_scale2(self.dropout(transformed)))
         if self.probe is not None:
-            visible = tuple(self.method.visible(s) for s in (before, between, state))
-            trace = LayerTrace(normed, attended, inner, transformed, visible, context, before)
+            visible = tuple(self.method.visible(s) for s in (context.state, between, state))
+            trace = LayerTrace(normed, attended, inner, transformed, visible, context)
             state = state.with_report(probe=self.read_probe(trace))
         return hidden_states + transformed, state
 
-    def choose_rows(
-        self, merge_early: bool, only_first: bool, context: AttentionContext, state: TokenState
+    def map_rows(
+        self, context: AttentionContext, merge_early: bool, only_first: bool
     ) -> tuple[RowMap | None, TokenState]:
-        """Which rows the layer's attention is computed for, and which a stage makes of them, as far as it says so early."""
-        state = self.method.observe(context, state, self.before_stage)
+        """Return the map from the tokens to those that leave the attention (None for all as they are), as far as the stage
+        knows it from the context, and the state that belongs to these."""
+        state = self.method.observe(context, context.state, self.before_stage)
         if self.reduction is None:
             return first_row(state) if only_first else (None, state)
         rows, state = self.reduction("choose_rows", context, state)
@@ -393,12 +394,13 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
         """What the head's probe takes out of this layer."""
+        # It is given a function and not a module: accelerate moves modules among the arguments to a device.
         return self.probe(self.answer, trace)
 
-    def answer(self, queries: torch.Tensor, context: AttentionContext, state: TokenState) -> torch.Tensor:
-        """Rows (B, Q, D) that pass through the layer beside its tokens: they attend to the tokens, not to each other."""
+    def answer(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Tokens (B, Q, D) that pass through the layer beside its own: they attend to those, not to each other."""
         query = self.attention.project_query(self.layernorm_before(queries))
-        attended, _ = self.attention.attend(query, context, state, from_rows=False)
+        attended, _ = self.attention.attend(query, context, from_rows=False)
         attended = linear(self.attention.o_proj, attended)
         queries = queries + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(queries))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from .fast_paths_clca import fast_paths_enabled
 from .hooks_clca import is_hooked
 
 
@@ -31,16 +32,24 @@ _FEWEST_WEIGHTS = 2**16
 
 def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """What a linear layer makes of rows (..., in_features): by oneDNN in inference on a CPU in float32, and by calling the
-    layer in all other cases. `torch.backends.mkldnn.flags(enabled=False)` turns the former off."""
-    if _onednn_linear is not None and _is_plain(hidden_states) and _is_plain_layer(layer, hidden_states):
+    layer in all other cases. `set_fast_paths(False)` turns the former off, `torch.backends.mkldnn.flags(enabled=False)` too."""
+    # Few rows take little more time than these questions: those that most often answer no come first.
+    if (
+        _onednn_linear is not None
+        and not torch.is_grad_enabled()
+        and type(layer) is nn.Linear
+        and layer.in_features * layer.out_features >= _FEWEST_WEIGHTS
+        and _is_plain(hidden_states)
+        and _is_plain_layer(layer, hidden_states)
+    ):
         return _onednn_linear(hidden_states, layer.weight, layer.bias, "none", [], "")
     return layer(hidden_states)
 
 
 def _is_plain(hidden_states: torch.Tensor) -> bool:
-    """Whether these are float32 numbers on a CPU that nobody differentiates, traces, counts or transforms."""
+    """Whether these are float32 numbers on a CPU that nobody traces, counts or transforms."""
     return (
-        not torch.is_grad_enabled()
+        fast_paths_enabled()
         and not torch.compiler.is_compiling()
         and type(hidden_states) is torch.Tensor
         and hidden_states.device.type == "cpu"
@@ -55,12 +64,10 @@ def _is_plain(hidden_states: torch.Tensor) -> bool:
 
 
 def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a layer is torch's own, with weights of numbers that fit, and nobody has to know that it is called. Quantised
-    and distributed weights are of other classes; where offloading replaces `forward`, that stands on the layer itself."""
+    """Whether a linear layer has weights of numbers that fit, and nobody has to know that it is called. Quantised and
+    distributed weights are of other classes; where offloading replaces `forward`, that stands on the layer itself."""
     return (
-        type(layer) is nn.Linear
-        and layer.weight.numel() >= _FEWEST_WEIGHTS
-        and "forward" not in layer.__dict__
+        "forward" not in layer.__dict__
         and not is_hooked(layer)
         and type(layer.weight) is nn.Parameter
         and layer.weight.device.type == "cpu"

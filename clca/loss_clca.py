@@ -4,17 +4,20 @@ Shapes: B batch, K classes, n tokens, D width, S stages.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .configuration_clca import CLCAViTConfig
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: CLCAViTConfig) -> torch.Tensor:
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: "CLCAViTConfig") -> torch.Tensor:
     """Mean loss of a batch. (transformers' own takes soft labels for multi-label ones and changes the config on the way.)
 
     Args:

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import ClassVar, NamedTuple, Unpack
 
 import torch
@@ -19,31 +18,18 @@ from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel, ViTPreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .aggregation_clca import (
-    CLAHead,
-    SelectedLinear,
-    SwitchableBatchNorm,
-    VQTProbe,
-    best_features,
-    build_head,
-    head_weight,
-    mean_tokens,
-)
+from .budget_clca import Budget
 from .cache_clca import CrossLayerCache, mean_rows, recovery_layers
-from .configuration_clca import (
-    AGGREGATING_HEADS,
-    HEADS_BEFORE_NORM,
-    PROBING_HEADS,
-    CLCAViTConfig,
-    check_config,
-    without_targets,
-)
-from .hooks_clca import is_watched
+from .configuration_clca import CLCAViTConfig, check_config, without_targets
+from .fast_paths_clca import fast_paths_enabled
+from .heads_clca import HEADS, NetworkEnds, SelectedLinear, best_features, head_weight, heads_reading
+from .hooks_clca import HookWatch
 from .layers_clca import (
     CLCAViTAttention,
     CLCAViTAttentionPooling,
@@ -144,12 +130,16 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
         write key names that Trainer cannot resume from. Both classes are announced, so that either Auto class loads it."""
-        method = get_reduction(self.config.reduction)
-        if method.__module__.rpartition(".")[0] != __name__.rpartition(".")[0]:
-            logger.warning(
-                "The code of `reduction`=%r is not saved with the model: whoever loads it must register the method first.",
-                self.config.reduction,
-            )
+        for name, part in (
+            ("reduction", get_reduction(self.config.reduction)),
+            ("head", HEADS[self.config.head]),
+        ):
+            if part.__module__.rpartition(".")[0] != __name__.rpartition(".")[0]:
+                logger.warning(
+                    "The code of `%s`=%r is not saved with the model: whoever loads it must register it first.",
+                    name,
+                    getattr(self.config, name),
+                )
         if self._auto_class is not None:
             classes = {"AutoModel": CLCAViTModel, "AutoModelForImageClassification": CLCAViTForImageClassification}
             auto_map = {auto: f"modeling_clca.{cls.__name__}" for auto, cls in classes.items()}
@@ -179,7 +169,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         culprits = (
             {"reduction": self.config.reduction} if get_reduction(self.config.reduction).differentiable_tracks else {}
         )
-        culprits |= {"head": self.config.head} if self.config.head in PROBING_HEADS else {}
+        culprits |= {"head": self.config.head} if HEADS[self.config.head].reads == "probes" else {}
         if reentrant and culprits:
             names = " and ".join(f"`{name}`={value!r}" for name, value in culprits.items())
             raise ValueError(
@@ -210,12 +200,8 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         elif isinstance(module, TokenReduction):
             module.init_weights()
             module.make_constants()
-        elif isinstance(module, VQTProbe | SwitchableBatchNorm):
+        elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):  # of a head
             module.init_weights()
-        elif isinstance(module, CLAHead):
-            # A kernel of a few numbers per channel needs more than the range meant for wide layers.
-            bound = module.aggregate.kernel_size[0] ** -0.5
-            init.uniform_(module.aggregate.weight, -bound, bound)
 
 
 class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
@@ -234,7 +220,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         ViTPreTrainedModel.__init__(self, config)  # ViTModel's would build its own layers first
         check_config(config)
         self.config = config
-        self.method = get_reduction(config.reduction)
+        self.method, self.head = get_reduction(config.reduction), HEADS[config.head]
         self.embeddings = CLCAViTEmbeddings(config)
         self.layers = nn.ModuleList(
             CLCAViTSlicingLayer(config, index)
@@ -244,12 +230,13 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention_pooling = CLCAViTAttentionPooling(config) if config.pooling == "map" else None
-        self.aggregation_layers = config.aggregation_layers if config.head in AGGREGATING_HEADS else []
-        if config.head in HEADS_BEFORE_NORM:
-            # These heads read CLS before the final norm. It stays in the checkpoint, for other heads; frozen, since
-            # distributed training stops at trainable parameters without a gradient.
+        self.aggregation_layers = config.aggregation_layers if self.head.reads == "cls_tokens" else []
+        self.hook_watch = HookWatch()
+        if self.head.before_norm:
+            # The norm stays in the checkpoint, for other heads; frozen, since distributed training stops at trainable
+            # parameters without a gradient.
             self.layernorm.requires_grad_(False)
-        if self.attention_pooling is not None and config.head != "linear":
+        if self.attention_pooling is not None and self.head.reads != "pooled":
             self.attention_pooling.requires_grad_(False)  # for the same reason
         self.post_init()
 
@@ -262,6 +249,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         output_assignments: bool = False,
         keep_rate: float | Sequence[float] | None = None,
         for_head: bool = False,
+        budget: Budget | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CLCAViTModelOutput:
         """Run the backbone on `pixel_values` (B, C, height, width).
@@ -272,6 +260,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             output_assignments: return, per stage, which rows made which.
             keep_rate: for this forward, instead of the configuration's: one rate for all stages or one per stage.
             for_head: compute no more than the classifier reads. Where that is CLS, `last_hidden_state` is (B, 1, D).
+            budget: instead of `keep_rate`, what `checked_budget` has made of it.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention kernel.
 
         Raises:
@@ -294,11 +283,11 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
 
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool(interpolate_pos_encoding))
-        budget = checked_budget(self.config, keep_rate)
+        budget = checked_budget(self.config, keep_rate) if budget is None else budget
         state = initial_state(self.config, self.embeddings.grid(pixel_values), output_assignments, budget)
         state = self.method.start(hidden_states, state, self.training)
         cache = CrossLayerCache(self.config, self.method, self.training)
-        embeddings = hidden_states if self.config.head == "h2t" else None
+        embeddings = hidden_states if self.head.reads == "probes" else None
         cls_tokens, token_counts, reports = [], [], defaultdict(tuple)
         last = len(self.layers) - 1
 
@@ -317,9 +306,10 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
 
         token_counts.append(token_counts[-1] if shortcuts.only_first else hidden_states.shape[1])
         last_hidden_state = self.layernorm(hidden_states)
-        if self.config.head in PROBING_HEADS:
-            probed = reports.pop("probe")
-            pooled = self.collect(embeddings, probed, hidden_states, last_hidden_state, state)
+        if self.head.reads == "probes":
+            ends = NetworkEnds(embeddings, hidden_states, last_hidden_state, self.method.visible(state))
+            features = self.head.collect(reports.pop("probe", ()), ends)
+            pooled = torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
         else:
             pooled = self.pool(hidden_states, last_hidden_state, state)
         return CLCAViTModelOutput(
@@ -339,32 +329,19 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         Nothing is left out for whoever records hidden states, attention maps or assignments. In the last layer, also not for
         whoever hooks into or behind it, calls the backbone by itself, or has a head that reads more than row 0; and not
         where rows still move there, in a stage or from the cache."""
-        skip_unread = self.skip_unread_rows and not recording
-        head = self.config.head
-        reads_first = head in HEADS_BEFORE_NORM or (head == "linear" and self.config.pooling == "cls")
-        last = self.config.num_hidden_layers - 1
-        moves = self.layers[last].reduction is not None or last in recovery_layers(self.config)
-        only_first = for_head and reads_first and not moves and not self.config.vqt_original_slicing
-        # Whoever hooks into the last layer, or onto what only passes its rows on, wants to see them all.
-        watched = is_watched([*self.layers[last].modules(), self.layernorm, self])
-        return Shortcuts(skip_unread, skip_unread and only_first and not watched)
-
-    def collect(
-        self,
-        embeddings: torch.Tensor | None,
-        probed: tuple[torch.Tensor, ...],
-        hidden_states: torch.Tensor,
-        normalised: torch.Tensor,
-        state: TokenState,
-    ) -> torch.Tensor:
-        """What an H2T or VQT head reads, (B, F): the probes' features between those of the ends of the network."""
-        unit = partial(nn.functional.normalize, dim=-1)
-        if self.config.head == "h2t":
-            first, last = embeddings.mean(dim=1), mean_tokens(normalised, self.method.visible(state))
-            features = [unit(first), *probed, unit(last)]
-        else:
-            features = [*(unit(answers.flatten(1)) for answers in probed), unit(hidden_states[:, 0])]
-        return torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
+        if not self.skip_unread_rows or recording or not fast_paths_enabled():
+            return Shortcuts(False, False)
+        config, layer, last = self.config, self.layers[-1], len(self.layers) - 1
+        only_first = (
+            for_head
+            and self.head.reads_only_cls(config)
+            and layer.reduction is None
+            and last not in recovery_layers(config)
+            and not config.vqt_original_slicing
+            # Whoever hooks into the last layer, or onto what only passes its tokens on, wants to see them all.
+            and not self.hook_watch(layer, self.layernorm, self)
+        )
+        return Shortcuts(True, only_first)
 
     def pool(self, hidden_states: torch.Tensor, normalised: torch.Tensor, state: TokenState) -> torch.Tensor:
         """What a linear head reads, (B, D), of the last tokens before and after the final norm."""
@@ -409,7 +386,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         ViTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.vit = CLCAViTModel(config)
-        self.classifier = build_head(config)
+        self.classifier = HEADS[config.head].build(config)
         self.post_init()
 
     @can_return_tuple
@@ -445,19 +422,17 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
                 f"`teacher_logits` and `teacher_tokens` mean nothing to `reduction`={self.config.reduction!r}, whose loss "
                 "does not distil."
             )
-        adds_to_loss = self.vit.method.loss_terms.__func__ is not TokenReduction.loss_terms.__func__
+        budget = checked_budget(self.config, keep_rate)
         outputs = self.vit(
             pixel_values,
             interpolate_pos_encoding,
             output_assignments,
-            keep_rate,
-            for_head=not (self.training and adds_to_loss),  # which may read all tokens
+            for_head=not (self.training and self.vit.method.adds_to_loss),  # which may read all tokens
+            budget=budget,
             **kwargs,
         )
         features = outputs.cls_tokens if self.vit.aggregation_layers else outputs.pooler_output
-        budget = checked_budget(self.config, keep_rate)
-        # `train_keep_rates`, not the class of the head, which peft wraps
-        at_rate = (budget.mean_rate,) if self.config.head == "cla" and self.config.train_keep_rates else ()
+        at_rate = (budget.mean_rate,) if self.vit.head.takes_rate(self.config) else ()
         logits = self.classifier(features, *at_rate)
         if teacher_logits is not None and teacher_logits.shape != logits.shape:
             raise ValueError(
@@ -507,8 +482,9 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         Raises:
             ValueError: another head than H2T or VQT, or a fraction out of range.
         """
-        if self.config.head not in PROBING_HEADS:
-            raise ValueError(f"`head` must be h2t or vqt to select features, it is {self.config.head!r}.")
+        if self.vit.head.reads != "probes":
+            names = " or ".join(heads_reading("probes"))
+            raise ValueError(f"`head` must be {names} to select features, it is {self.config.head!r}.")
         if not 0 < fraction <= 1:
             raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
         weight = head_weight(self.classifier)

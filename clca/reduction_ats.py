@@ -6,14 +6,18 @@ different tokens depends on the image and is at most that.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .attention_clca import FIRST_ROW, AttentionContext, at_least_float32
 from .budget_clca import Budget
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import TokenReduction, TokenState, one_hot_assignment
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class ATSReduction(TokenReduction):
@@ -31,13 +35,13 @@ class ATSReduction(TokenReduction):
     name = "ats"
     static_shapes = False
 
-    def __init__(self, config: CLCAViTConfig, stage: int, *, pad_to_bound: bool = False) -> None:
+    def __init__(self, config: "CLCAViTConfig", stage: int, *, pad_to_bound: bool = False) -> None:
         super().__init__(config, stage)
         self.pad_to_bound = pad_to_bound
         self.make_constants()
 
     @classmethod
-    def is_static(cls, config: CLCAViTConfig) -> bool:
+    def is_static(cls, config: "CLCAViTConfig") -> bool:
         return cls.option(config, "pad_to_bound")
 
     def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -51,7 +55,7 @@ class ATSReduction(TokenReduction):
         return budget.of_patches(stage, num_patches) + (budget.tokens(stage) is None)
 
     @classmethod
-    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         """An upper bound."""
         return min(1 + num_quantiles(cls.samples(state.budget, stage, state.num_patches)), num_rows)
 

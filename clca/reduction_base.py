@@ -34,8 +34,8 @@ Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToM
 import inspect
 import math
 from collections.abc import Callable
-from types import UnionType
-from typing import Any, ClassVar, NamedTuple, get_args, get_origin
+from types import SimpleNamespace, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -43,7 +43,10 @@ from transformers import initialization as init
 
 from .attention_clca import AttentionContext, RowMap, TakenRows, full_precision, gather_rows
 from .budget_clca import Budget
-from .configuration_clca import CLCAViTConfig
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class TokenState(NamedTuple):
@@ -108,19 +111,42 @@ def identity_assignment(rows: torch.Tensor) -> torch.Tensor:
     return torch.eye(num_rows, dtype=rows.dtype, device=rows.device).expand(batch, -1, -1)
 
 
+def _option_types(cls: type) -> dict[str, Any]:
+    """Types of the keyword-only arguments of a class' `__init__`, by name.
+
+    Under `from __future__ import annotations` they are strings. Each is evaluated by itself, and those of other arguments
+    are not: they may name what is imported for type checkers alone. What cannot be evaluated counts as not annotated."""
+    names = getattr(inspect.unwrap(cls.__init__), "__globals__", {})
+    types = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            alone = SimpleNamespace(__annotations__={name: parameter.annotation})
+            try:
+                types[name] = get_type_hints(alone, names)[name]
+            except Exception:  # whatever an expression may raise
+                types[name] = inspect.Parameter.empty
+    return types
+
+
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has the type that a parameter is annotated with: a class, a list of something, or a union."""
-    for kind in get_args(annotation) if isinstance(annotation, UnionType) else (annotation,):
-        kind = get_origin(kind) or kind
-        if kind is inspect.Parameter.empty:
-            return True
-        if isinstance(value, bool) or kind not in (int, float):
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        else:
-            fits = isinstance(value, int | kind) and math.isfinite(value)
-        if fits:
-            return True
-    return False
+    """Whether a value has the type that a parameter is annotated with: a class, a list of something, a union, or literals."""
+    if annotation in (inspect.Parameter.empty, Any):
+        return True
+    kind = get_origin(annotation) or annotation
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(annotation))
+    if kind is Literal:
+        return value in get_args(annotation)
+    if not isinstance(kind, type):
+        return True  # a type variable, say
+    if isinstance(value, bool) or kind not in (int, float):
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return isinstance(value, int | kind) and math.isfinite(value)
+
+
+def _overrides(cls: type, base: type, name: str) -> bool:
+    """Whether a subclass defines a method anew, itself or by another of its bases."""
+    return inspect.getattr_static(cls, name) is not inspect.getattr_static(base, name)
 
 
 class TokenReduction(nn.Module):
@@ -138,17 +164,21 @@ class TokenReduction(nn.Module):
     static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
 
+    # What follows from a subclass' definition, set when it is made.
     option_types: ClassVar[dict[str, Any]] = {}  # of the keyword-only arguments of `__init__`
     option_defaults: ClassVar[dict[str, Any]] = {}
+    merges_early: ClassVar[bool] = True  # `merge_rows` says all that `before_mlp` does, which is not overridden
+    adds_to_loss: ClassVar[bool] = False  # `loss_terms` is overridden: it may read all tokens
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        options = [parameter for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
-        cls.option_types = {parameter.name: parameter.annotation for parameter in options}
-        cls.option_defaults = {parameter.name: parameter.default for parameter in options}
+        parameters = inspect.signature(cls.__init__).parameters
+        cls.option_types = _option_types(cls)
+        cls.option_defaults = {name: parameters[name].default for name in cls.option_types}
+        cls.merges_early = not _overrides(cls, TokenReduction, "before_mlp")
+        cls.adds_to_loss = _overrides(cls, TokenReduction, "loss_terms")
 
-    def __init__(self, config: CLCAViTConfig, stage: int) -> None:
+    def __init__(self, config: "CLCAViTConfig", stage: int) -> None:
         super().__init__()
         self.config = config
         self.stage = stage
@@ -202,17 +232,17 @@ class TokenReduction(nn.Module):
     # What the configuration and the token schedule ask.
 
     @classmethod
-    def is_static(cls, config: CLCAViTConfig) -> bool:
+    def is_static(cls, config: "CLCAViTConfig") -> bool:
         """Whether the model keeps as many tokens of every image: `static_shapes`, or an option that makes it so."""
         return cls.static_shapes
 
     @classmethod
-    def fixed_rate(cls, config: CLCAViTConfig) -> str | None:
+    def fixed_rate(cls, config: "CLCAViTConfig") -> str | None:
         """Why the keep rate of a trained model cannot be changed; None if it can."""
         return None
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         """Refuse configurations the method cannot serve.
 
         Raises:
@@ -228,12 +258,12 @@ class TokenReduction(nn.Module):
                 raise ValueError(f"`reduction_kwargs`: `{option}` must be {kind}, got {value!r}.")
 
     @classmethod
-    def option(cls, config: CLCAViTConfig, name: str) -> Any:
+    def option(cls, config: "CLCAViTConfig", name: str) -> Any:
         """An option's value: what `config.reduction_kwargs` says, or the default of `__init__`."""
         return (config.reduction_kwargs or {}).get(name, cls.option_defaults[name])
 
     @classmethod
-    def check_option(cls, config: CLCAViTConfig, name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
+    def check_option(cls, config: "CLCAViTConfig", name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
         """Refuse a value of `config.reduction_kwargs[name]`, if there is one, that `is_valid` does not accept.
 
         Raises:
@@ -244,12 +274,12 @@ class TokenReduction(nn.Module):
             raise ValueError(f"`reduction_kwargs`: `{name}` must be {allowed}, got {options[name]!r}.")
 
     @classmethod
-    def layers(cls, config: CLCAViTConfig) -> list[int]:
+    def layers(cls, config: "CLCAViTConfig") -> list[int]:
         """Layers that hold a stage."""
         return list(config.reduction_layers)
 
     @classmethod
-    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         """Rows that leave a stage which `num_rows` enter. The layers and `token_schedule` both ask this function. What the
         stage may keep is `state.budget`, which need not be the configuration's."""
         return num_rows
@@ -310,7 +340,7 @@ class TokenReduction(nn.Module):
         return None
 
     @classmethod
-    def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:
+    def loss_terms(cls, config: "CLCAViTConfig", inputs: LossInputs) -> dict[str, torch.Tensor]:
         """Weighted terms that the method adds to the loss in training, by name."""
         return {}
 
@@ -372,12 +402,12 @@ class ScoredPruning(TokenReduction):
     always_sorts: ClassVar[bool] = False
 
     @classmethod
-    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         kept = cls.keep(config, stage, num_rows, state)
         return 1 + kept + int(cls.fuse_rest and kept < num_rows - 1)
 
     @classmethod
-    def keep(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def keep(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         """Rows kept beside row 0."""
         return state.budget.of_current(stage, num_rows - 1)
 
@@ -415,12 +445,12 @@ class AttentionPruning(ScoredPruning):
             which is the first patch in a model without CLS.)
     """
 
-    def __init__(self, config: CLCAViTConfig, stage: int, *, score_by: str | None = None) -> None:
+    def __init__(self, config: "CLCAViTConfig", stage: int, *, score_by: str | None = None) -> None:
         super().__init__(config, stage)
         self.score_by = score_by or ("cls" if config.use_class_token else "received")
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         super().check(config)
         cls.check_option(config, "score_by", lambda v: v in (None, "cls", "received"), "'cls' or 'received'")
 
@@ -446,12 +476,12 @@ class Regrouping(TokenReduction):
         return state.prefix, 0
 
     @classmethod
-    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         """New rows M that take the place of `num_rows`."""
         return state.budget.of_patches(stage, state.num_patches)
 
     @classmethod
-    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         protected = sum(cls.protected(state))
         return protected + cls.slots(config, stage, num_rows - protected, state)
 
@@ -477,12 +507,12 @@ class LearntSlots(Regrouping):
     """Regrouping into slots that are parameters: their number follows from `config.image_size`, whatever the image's."""
 
     @classmethod
-    def fixed_rate(cls, config: CLCAViTConfig) -> str:
+    def fixed_rate(cls, config: "CLCAViTConfig") -> str:
         slots = ", ".join(str(cls.num_slots(config, stage)) for stage in range(len(config.reduction_layers)))
         return f"its slots, {slots} of them, are parameters"
 
     @classmethod
-    def num_slots(cls, config: CLCAViTConfig, stage: int) -> int:
+    def num_slots(cls, config: "CLCAViTConfig", stage: int) -> int:
         """Slots of a stage; at least one where nothing else would be left of the sequence."""
         budget = Budget.of(config)
         slots = budget.of_patches(stage, config.num_patches)
@@ -490,7 +520,7 @@ class LearntSlots(Regrouping):
         return slots if sum(cls.protected(state)) else max(slots, 1)
 
     @classmethod
-    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         return cls.num_slots(config, stage)
 
 

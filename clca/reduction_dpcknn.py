@@ -4,12 +4,17 @@ TCFormer's official code is Apache-2.0. Differs from the paper: no convolutions 
 rows are protected; ties between densities are broken by position instead of noise, so that results repeat.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .attention_clca import at_least_float32
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import Regrouping, TokenState, Weights, nearest_row, one_hot_assignment, pairwise_distance
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 _FEWEST_CLUSTERS = 5  # before the last stage; the original's guard for 5 neighbours, whatever `k_neighbors` is
@@ -26,13 +31,15 @@ class DPCKNNReduction(Regrouping):
 
     name = "dpcknn"
 
-    def __init__(self, config: CLCAViTConfig, stage: int, *, k_neighbors: int = 5, equal_weight: bool = False) -> None:
+    def __init__(
+        self, config: "CLCAViTConfig", stage: int, *, k_neighbors: int = 5, equal_weight: bool = False
+    ) -> None:
         super().__init__(config, stage)
         self.k_neighbors = k_neighbors
         self.score = None if equal_weight else nn.Linear(config.hidden_size, 1)
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         super().check(config)
         cls.check_option(config, "k_neighbors", lambda v: v >= 1, "at least 1")
 
@@ -41,7 +48,7 @@ class DPCKNNReduction(Regrouping):
         return state.prefix, state.suffix
 
     @classmethod
-    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         clusters = state.budget.of_patches(stage, state.num_patches)
         if state.budget.tokens(stage) is None:
             last = stage == len(config.reduction_layers) - 1

@@ -9,13 +9,18 @@ keeps int(rate * (N - 2)) of its N rows instead of a share of the rows the netwo
 dropped out in training.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .budget_clca import Budget
-from .configuration_clca import CLCAViTConfig
 from .loss_clca import keep_ratio_loss, kl_divergence, token_distillation_loss
 from .reduction_base import LossInputs, ScoredPruning, TokenState, identity_assignment
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 _SMOOTHING = 1e-6
@@ -39,7 +44,7 @@ class DyViTReduction(ScoredPruning):
 
     def __init__(
         self,
-        config: CLCAViTConfig,
+        config: "CLCAViTConfig",
         stage: int,
         *,
         ratio_weight: float = 2.0,
@@ -61,7 +66,7 @@ class DyViTReduction(ScoredPruning):
         )
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         super().check(config)
         stages = len(config.reduction_layers)
         for name in ("ratio_weight", "cls_distill_weight", "token_distill_weight"):
@@ -75,7 +80,7 @@ class DyViTReduction(ScoredPruning):
         cls.check_option(config, "token_distill", lambda v: v in ("mse", "kl"), "'mse' or 'kl'")
 
     @classmethod
-    def loss_terms(cls, config: CLCAViTConfig, inputs: LossInputs) -> dict[str, torch.Tensor]:
+    def loss_terms(cls, config: "CLCAViTConfig", inputs: LossInputs) -> dict[str, torch.Tensor]:
         """`keep_ratio`; with a teacher also `cls_distillation` and `token_distillation`."""
         decisions = inputs.reports.get("decision")
         if decisions is None:  # a frozen backbone in evaluation mode decides nothing
@@ -102,7 +107,7 @@ class DyViTReduction(ScoredPruning):
         return terms
 
     @classmethod
-    def keep(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def keep(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         count = state.budget.tokens(stage)
         if count is None and config.cross_layer_cache:
             count = int((num_rows - 2) * state.budget.rate(stage))

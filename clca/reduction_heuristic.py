@@ -6,13 +6,17 @@ CLR and recalled rows always are.
 
 import math
 import operator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .budget_clca import Budget
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import TokenReduction, TokenState, identity_assignment
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 _NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
@@ -33,7 +37,7 @@ class HeuristicReduction(TokenReduction):
 
     def __init__(
         self,
-        config: CLCAViTConfig,
+        config: "CLCAViTConfig",
         stage: int,
         *,
         pattern: str = "l1",
@@ -45,7 +49,7 @@ class HeuristicReduction(TokenReduction):
         self.make_constants()
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         super().check(config)
         cls.check_option(config, "pattern", lambda v: v in _NORMS, f"one of {', '.join(_NORMS)}")
         if cls.option(config, "contiguous") and (config.keep_tokens is not None or config.keep_rate != [1.0]):
@@ -55,11 +59,11 @@ class HeuristicReduction(TokenReduction):
             )
 
     @classmethod
-    def fixed_rate(cls, config: CLCAViTConfig) -> str | None:
+    def fixed_rate(cls, config: "CLCAViTConfig") -> str | None:
         return "with `contiguous` it shrinks evenly" if cls.option(config, "contiguous") else None
 
     @classmethod
-    def layers(cls, config: CLCAViTConfig) -> list[int]:
+    def layers(cls, config: "CLCAViTConfig") -> list[int]:
         if cls.option(config, "contiguous"):
             return list(range(config.reduction_layers[0], config.reduction_layers[-1] + 1))
         return list(config.reduction_layers)

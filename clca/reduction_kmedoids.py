@@ -4,11 +4,16 @@ The official code of that study is MIT. Differs from it: the equal-weight start 
 random one; a stage in layer 0, which no attention precedes, weighs all tokens alike.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .attention_clca import AttentionContext, at_least_float32, gather_rows
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import Regrouping, TokenState, Weights, nearest_row, one_hot_assignment, pairwise_distance
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class KMedoidsReduction(Regrouping):
@@ -23,14 +28,14 @@ class KMedoidsReduction(Regrouping):
     name = "kmedoids"
 
     def __init__(
-        self, config: CLCAViTConfig, stage: int, *, cluster_iters: int = 3, equal_weight: bool = False
+        self, config: "CLCAViTConfig", stage: int, *, cluster_iters: int = 3, equal_weight: bool = False
     ) -> None:
         super().__init__(config, stage)
         self.cluster_iters = cluster_iters
         self.equal_weight = equal_weight
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         super().check(config)
         cls.check_option(config, "cluster_iters", lambda v: v >= 0, "a number of rounds")
 
@@ -39,7 +44,7 @@ class KMedoidsReduction(Regrouping):
         return 1, 0
 
     @classmethod
-    def slots(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         return min(super().slots(config, stage, num_rows, state), num_rows)
 
     @classmethod

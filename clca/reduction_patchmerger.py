@@ -5,12 +5,17 @@ absorbed with the patches. As in the paper, the new tokens are sums of normalise
 stream they go back to.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import LearntSlots, TokenState, Weights
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class PatchMergerReduction(LearntSlots):
@@ -19,7 +24,7 @@ class PatchMergerReduction(LearntSlots):
 
     name = "patchmerger"
 
-    def __init__(self, config: CLCAViTConfig, stage: int) -> None:
+    def __init__(self, config: "CLCAViTConfig", stage: int) -> None:
         super().__init__(config, stage)
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
         self.queries = nn.Parameter(torch.zeros(self.num_slots(config, stage), config.hidden_size))

@@ -4,13 +4,18 @@ The official code of that study is MIT. As there, the new tokens are sums of tok
 brought to unit length in place, which its gradient does not see.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from .attention_clca import at_least_float32
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import LearntSlots, TokenState, Weights
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class SinkhornReduction(LearntSlots):
@@ -25,7 +30,7 @@ class SinkhornReduction(LearntSlots):
     name = "sinkhorn"
 
     def __init__(
-        self, config: CLCAViTConfig, stage: int, *, sinkhorn_eps: float = 1.0, cluster_iters: int = 3
+        self, config: "CLCAViTConfig", stage: int, *, sinkhorn_eps: float = 1.0, cluster_iters: int = 3
     ) -> None:
         super().__init__(config, stage)
         self.sinkhorn_eps = sinkhorn_eps
@@ -37,7 +42,7 @@ class SinkhornReduction(LearntSlots):
         init.normal_(self.prototypes)
 
     @classmethod
-    def check(cls, config: CLCAViTConfig) -> None:
+    def check(cls, config: "CLCAViTConfig") -> None:
         super().check(config)
         cls.check_option(config, "sinkhorn_eps", lambda v: v > 0, "positive")
         cls.check_option(config, "cluster_iters", lambda v: v >= 1, "at least 1")

@@ -4,12 +4,17 @@ Its official code has no licence file. Differs from the paper: only its token sl
 CLR and recalled rows are absorbed with the patches.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import LearntSlots, TokenState, Weights
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class SiTReduction(LearntSlots):
@@ -18,7 +23,7 @@ class SiTReduction(LearntSlots):
 
     name = "sit"
 
-    def __init__(self, config: CLCAViTConfig, stage: int) -> None:
+    def __init__(self, config: "CLCAViTConfig", stage: int) -> None:
         super().__init__(config, stage)
         width = config.hidden_size
         slots = self.num_slots(config, stage)

@@ -4,12 +4,17 @@ Its official code is CC-BY-NC 4.0 and none of it is used here. Differs from the 
 rates; registers, CLR and recalled rows may be merged as well; attention is always proportional to the tokens' sizes.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .attention_clca import AttentionContext, RowMap, at_least_float32, full_precision
-from .configuration_clca import CLCAViTConfig
 from .reduction_base import TokenReduction, TokenState, identity_assignment
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 class MergedRows(RowMap):
@@ -40,11 +45,11 @@ class ToMeReduction(TokenReduction):
     name = "tome"
 
     @classmethod
-    def count(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         return num_rows - cls.num_merged(config, stage, num_rows, state)
 
     @classmethod
-    def num_merged(cls, config: CLCAViTConfig, stage: int, num_rows: int, state: TokenState) -> int:
+    def num_merged(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         """Rows that disappear: the step from the last target to this one, at most half of what can be matched."""
         last = state.num_patches if stage == 0 else state.budget.of_patches(stage - 1, state.num_patches)
         step = last - state.budget.of_patches(stage, state.num_patches)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .budget_clca import Budget
+from .budget_clca import Budget, check_rates
 from .cache_clca import recovery_layers, rows_per_entry
-from .configuration_clca import CLCAViTConfig, check_rates
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
 from .reduction_dpcknn import DPCKNNReduction
@@ -19,6 +18,10 @@ from .reduction_sinkhorn import SinkhornReduction
 from .reduction_sit import SiTReduction
 from .reduction_tome import ToMeReduction
 from .reduction_topk import TopKReduction
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 REDUCTIONS: dict[str, type[TokenReduction]] = {
@@ -72,7 +75,7 @@ def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
     return cls
 
 
-def checked_budget(config: CLCAViTConfig, keep_rate: float | Sequence[float] | None) -> Budget:
+def checked_budget(config: "CLCAViTConfig", keep_rate: float | Sequence[float] | None) -> Budget:
     """What the stages of a model of this configuration keep: at a `keep_rate` of its own, or at this one, for all stages
     or one per stage.
 
@@ -118,7 +121,7 @@ class TokenSchedule(NamedTuple):
 
 
 def token_schedule(
-    config: CLCAViTConfig, num_patches: int | None = None, keep_rate: float | Sequence[float] | None = None
+    config: "CLCAViTConfig", num_patches: int | None = None, keep_rate: float | Sequence[float] | None = None
 ) -> TokenSchedule:
     """How many tokens each layer gets, worked out from the configuration alone.
 
@@ -157,7 +160,7 @@ def token_schedule(
 
 
 def initial_state(
-    config: CLCAViTConfig, grid: tuple[int, int], record_assignments: bool = False, budget: Budget | None = None
+    config: "CLCAViTConfig", grid: tuple[int, int], record_assignments: bool = False, budget: Budget | None = None
 ) -> TokenState:
     """The state of a freshly embedded sequence of `grid` (rows, columns) patches, by default with the configuration's
     budget."""

@@ -1,5 +1,6 @@
 """The documentation site: `make docs`, or `sphinx-build -W --keep-going docs docs/_build/html`."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ os.environ["COLUMNS"] = "90"  # argparse breaks its lines by it
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up while modules are imported
 
 from clca import __version__  # noqa: E402
+
+
+gc.freeze()  # else a third of the build would go into looking through all that torch has made, again and again
 
 
 project = "CLCA for transformers"

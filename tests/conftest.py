@@ -1,5 +1,6 @@
 """Settings and fixtures of the whole suite: offline, seeded, one thread per worker."""
 
+import gc
 import os
 
 
@@ -40,3 +41,10 @@ def seed() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> None:
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects() -> None:
+    """accelerate collects garbage before each training: half a second, if it looks through all that was imported."""
+    gc.collect()
+    gc.freeze()

@@ -1,7 +1,9 @@
 """Tiny models and the table of cases that several test files go through."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
@@ -34,6 +36,18 @@ TOKENS: dict[str, dict[str, Any]] = {
     "no_cls": {"use_class_token": False, "pooling": "mean", "num_clr_tokens": 0},  # CLR start from CLS
 }
 
+# By method, and by head and backbone: parameters that sit directly on some module, or are used outside its forward.
+VARIANTS: dict[str, dict[str, Any]] = {
+    str(method): CACHES["clca"] | ({"reduction": method, "keep_rate": 0.5} if method else {}) for method in METHODS
+} | {
+    "ifa": {"reduction": "topk", "keep_rate": 0.5, "head": "ifa"},
+    "h2t": {"reduction": "evit", "keep_rate": 0.5, "head": "h2t", "num_register_tokens": 2},
+    "vqt": {"reduction": "evit", "keep_rate": 0.5, "head": "vqt", "cross_layer_cache": True},
+    "vqt_slicing": {"head": "vqt", "vqt_original_slicing": True},
+    "scaled": {"layerscale_value": 0.1, "pre_norm": True, "use_qk_norm": True, "use_swiglu_ffn": True},
+    "map": {"reduction": "tome", "keep_rate": 0.5, "use_class_token": False, "pooling": "map"},
+}
+
 
 class Case(NamedTuple):
     """A row of the table: method, cache and head, tokens of the backbone."""
@@ -63,12 +77,40 @@ class Case(NamedTuple):
 CASES = [Case(m, c, t) for m in METHODS for c in CACHES for t in TOKENS if (c, t) != ("clca", "no_cls")]
 
 
+def pairs() -> Iterable[Case]:
+    """Cases that bring each method together with each cache and with each kind of tokens, and each cache with each kind."""
+    caches = list(CACHES)
+    for i, method in enumerate(METHODS):
+        for j, tokens in enumerate(TOKENS):
+            case = Case(method, caches[(i + j) % 3], tokens)
+            yield case if case in CASES else Case(method, caches[i // 3 % 2], tokens)
+
+
+PAIRS = list(pairs())
+
+
+def slow_unless(fast: Callable[[Any], bool], rows: Iterable[Any]) -> list[Any]:
+    """For `parametrize` with one name: the rows, of which only those that are `fast` run in every test."""
+    return [row if fast(row) else pytest.param(row, marks=pytest.mark.slow) for row in rows]
+
+
+def table(cases: Iterable[Case]) -> list[Any]:
+    """For `parametrize`: PAIRS among the cases run in every test. What only all three of method, cache and tokens do
+    together is slow."""
+    return slow_unless(PAIRS.__contains__, cases)
+
+
 def tiny_config(**changes: Any) -> CLCAViTConfig:
     return CLCAViTConfig(**(TINY | changes))
 
 
 def tiny_model(**changes: Any) -> CLCAViTForImageClassification:
     return build(tiny_config(**changes))
+
+
+def variant_model(variant: str) -> CLCAViTForImageClassification:
+    """One of VARIANTS in float32."""
+    return tiny_model(**VARIANTS[variant]).float()
 
 
 def build(config: CLCAViTConfig) -> CLCAViTForImageClassification:

@@ -5,12 +5,10 @@ import re
 import runpy
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
 import urllib.request
-import zlib
 from _thread import interrupt_main
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,11 +31,11 @@ from transformers import (
     ResNetConfig,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessorPil,
 )
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from tests.helpers import CACHES, TINY
+from tests.app.helpers import png, save_checkpoint, save_processor
+from tests.helpers import TINY
 from ufgir.app import html as app_html
 from ufgir.app import page as app
 from ufgir.app import viewer as app_model
@@ -72,32 +70,6 @@ from ufgir.visualization.kinds import make_view
 
 ROOT = Path(__file__).parents[2]
 OWN_PARAMETERS = {"dpcknn", "dyvit", "patchmerger", "sinkhorn", "sit"}
-
-
-def save_checkpoint(folder, **changes):
-    """A model with weights of a fixed seed and its image processor, whose classes are those of the drawn leaves."""
-    names = [f"cultivar_{label:02d}" for label in range(3)]
-    options = TINY | CACHES["clca"] | {"reduction": "evit", "keep_rate": 0.5, "id2label": dict(enumerate(names))}
-    torch.manual_seed(0)
-    CLCAViTForImageClassification(CLCAViTConfig(**options | changes)).save_pretrained(folder)
-    save_processor(folder)
-    return str(folder)
-
-
-def save_processor(folder):
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-
-
-def png(width, height, rows=None):
-    """A black picture as PNG that never was in memory; with fewer `rows`, a file that ends too early."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    packer, row = zlib.compressobj(1), bytes(1 + width)
-    data = b"".join(packer.compress(row) for _ in range(height if rows is None else rows)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of grey
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from tests.app.test_app import png, save_checkpoint
+from tests.app.helpers import png, save_checkpoint
 from ufgir.app.page import make_page, serve_page
 from ufgir.app.viewer import Setting, Viewer, open_leaf
 

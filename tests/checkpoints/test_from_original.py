@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clca import CLCAViTForImageClassification, token_schedule
-from tests.clca.test_goldens import Golden
+from tests.golden_files import Golden
 from ufgir.checkpoints.from_original import load_original
 from ufgir.checkpoints.original_keys import convert_original_state, original_config
 

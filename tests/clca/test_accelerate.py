@@ -16,25 +16,10 @@ from accelerate.utils import compute_module_sizes
 from torch import nn
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from tests.helpers import CACHES, METHODS, images, tiny_model
+from tests.helpers import CACHES, VARIANTS, images, tiny_model, variant_model
 
 
 CLCA = CACHES["clca"]
-# By method, and by head and backbone: parameters that sit directly on some module, or are used outside its forward.
-VARIANTS: dict[str, dict[str, Any]] = {
-    str(method): CLCA | ({"reduction": method, "keep_rate": 0.5} if method else {}) for method in METHODS
-} | {
-    "ifa": {"reduction": "topk", "keep_rate": 0.5, "head": "ifa"},
-    "h2t": {"reduction": "evit", "keep_rate": 0.5, "head": "h2t", "num_register_tokens": 2},
-    "vqt": {"reduction": "evit", "keep_rate": 0.5, "head": "vqt", "cross_layer_cache": True},
-    "vqt_slicing": {"head": "vqt", "vqt_original_slicing": True},
-    "scaled": {"layerscale_value": 0.1, "pre_norm": True, "use_qk_norm": True, "use_swiglu_ffn": True},
-    "map": {"reduction": "tome", "keep_rate": 0.5, "use_class_token": False, "pooling": "map"},
-}
-
-
-def make(variant: str) -> CLCAViTForImageClassification:
-    return tiny_model(**VARIANTS[variant]).float()
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:
@@ -59,7 +44,7 @@ def stays_on_disk(model: nn.Module) -> set[str]:
 def test_layers_on_the_disk(variant: str, tmp_path: Path) -> None:
     """`from_pretrained(device_map=...)` with three layers on the disk, stages among them: equal logits, twice, and nothing of
     those layers stays in memory."""
-    model = make(variant)
+    model = variant_model(variant)
     model.save_pretrained(tmp_path / "model")
     placed = device_map(model, "vit.layers.0", "vit.layers.1", "vit.layers.2")
     offloaded = CLCAViTForImageClassification.from_pretrained(
@@ -77,7 +62,7 @@ def test_layers_on_the_disk(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["evit", "tome", "dpcknn", "sinkhorn", "vqt", "map"])
 def test_everything_on_the_disk(variant: str, tmp_path: Path) -> None:
     """Embeddings, final norm, pooling and head as well: equal logits, and the whole can be saved again."""
-    model = make(variant)
+    model = variant_model(variant)
     model.save_pretrained(tmp_path / "model")
     placed = dict.fromkeys(device_map(model), "disk")
     offloaded = CLCAViTForImageClassification.from_pretrained(
@@ -92,7 +77,7 @@ def test_everything_on_the_disk(variant: str, tmp_path: Path) -> None:
 
 def test_assignments_of_an_offloaded_model(tmp_path: Path) -> None:
     """What a model reports beside its logits is the same."""
-    model = make("dpcknn")
+    model = variant_model("dpcknn")
     model.save_pretrained(tmp_path / "model")
     offloaded = CLCAViTForImageClassification.from_pretrained(
         tmp_path / "model", device_map=device_map(model, "vit.layers.1"), offload_folder=tmp_path / "disk"
@@ -109,7 +94,7 @@ def test_assignments_of_an_offloaded_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["evit", "tome", "dpcknn", "dyvit", "vqt"])
 def test_no_layer_is_split(variant: str) -> None:
     """An automatic device map cuts between layers and never through one, nor through the embeddings."""
-    model = make(variant)
+    model = variant_model(variant)
     sizes = compute_module_sizes(model)
     layer = max(size for name, size in sizes.items() if name.count(".") == 2 and name.startswith("vit.layers."))
     budget = {0: int(2.5 * layer) + sizes["vit.embeddings"], "cpu": int(1.5 * layer), "disk": 10**9}
@@ -123,14 +108,14 @@ def test_no_layer_is_split(variant: str) -> None:
 def test_modules_that_must_not_be_split_cover_every_layer() -> None:
     """Subclasses of the layer, too: accelerate compares class names."""
     for variant in VARIANTS:
-        model = make(variant)
+        model = variant_model(variant)
         assert all(type(layer).__name__ in model._no_split_modules for layer in model.vit.layers), variant
         assert type(model.vit.embeddings).__name__ in model._no_split_modules
 
 
 def test_dispatch_of_a_model_in_memory(tmp_path: Path) -> None:
     """accelerate's own function on a model that was never saved."""
-    model = make("evit")
+    model = variant_model("evit")
     expected = logits_of(model)
     dispatched = dispatch_model(
         model, device_map(model, "vit.layers.1", "classifier"), main_device="cpu", offload_dir=tmp_path / "disk"
@@ -141,7 +126,7 @@ def test_dispatch_of_a_model_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_empty_weights(variant: str, tmp_path: Path) -> None:
     """Built without memory, then filled from a file: no step needs values of parameters or buffers."""
-    model = make(variant)
+    model = variant_model(variant)
     model.save_pretrained(tmp_path)
     with init_empty_weights(include_buffers=False):
         empty = CLCAViTForImageClassification(model.config)
@@ -152,7 +137,7 @@ def test_empty_weights(variant: str, tmp_path: Path) -> None:
 
 def test_load_and_dispatch(tmp_path: Path) -> None:
     """accelerate's way to load: empty weights, a checkpoint, a device map with a part on the disk."""
-    model = make("tome")
+    model = variant_model("tome")
     model.save_pretrained(tmp_path / "model")
     with init_empty_weights(include_buffers=False):
         empty = CLCAViTForImageClassification(model.config)
@@ -168,7 +153,7 @@ def test_load_and_dispatch(tmp_path: Path) -> None:
 
 def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`from_pretrained` builds the model on the meta device and never initialises what the file holds."""
-    model = make("dyvit")
+    model = variant_model("dyvit")
     model.save_pretrained(tmp_path)
     devices = []
     original = CLCAViTForImageClassification.__init__
@@ -188,7 +173,7 @@ def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_bfloat16(variant: str, tmp_path: Path) -> None:
     """`dtype=torch.bfloat16`: every parameter is, the logits are near the float32 ones, and the model saves and reloads as it
     is; float32 pixels are welcome."""
-    model = make(variant)
+    model = variant_model(variant)
     model.save_pretrained(tmp_path / "model")
     half = CLCAViTForImageClassification.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
@@ -211,7 +196,7 @@ def test_bfloat16_without_reduction_is_near(tmp_path: Path) -> None:
 
 def test_bfloat16_on_the_disk(tmp_path: Path) -> None:
     """Both at once."""
-    model = make("evit")
+    model = variant_model("evit")
     model.save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     half = CLCAViTForImageClassification.from_pretrained(tmp_path / "model", **options)
@@ -224,7 +209,7 @@ def test_bfloat16_on_the_disk(tmp_path: Path) -> None:
 
 def test_sharded_files(tmp_path: Path) -> None:
     """Weights in several files load, also with a part on the disk."""
-    model = make("dpcknn")
+    model = variant_model("dpcknn")
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     assert torch.equal(logits_of(CLCAViTForImageClassification.from_pretrained(tmp_path / "model")), logits_of(model))

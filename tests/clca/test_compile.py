@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from clca import CLCAViTForImageClassification
-from tests.helpers import METHODS, images, labels, tiny_model
+from tests.helpers import METHODS, images, labels, slow_unless, tiny_model
 
 
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
@@ -59,7 +59,8 @@ def test_one_graph_for_every_batch_size(method: str | None) -> None:
             assert graphs() == 1
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+# The other methods' graphs are those of evaluation, and autograd through their operations is that of every training.
+@pytest.mark.parametrize("method", slow_unless([None, "ats", "dyvit", "sit", "tome"].__contains__, METHODS), ids=str)
 def test_one_graph_for_a_training_step(method: str | None) -> None:
     """Ahead-of-time autograd included: the same loss and gradients."""
     model = make(method).train()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, token_schedule
-from clca.aggregation_clca import SwitchableBatchNorm
+from clca.heads_clca import SwitchableBatchNorm
 from tests.helpers import images, labels, tiny_config, tiny_model
 from ufgir.profiling.macs import count_macs, dense_config
 from ufgir.training.keep_rates import draw_keep_rate

@@ -3,12 +3,10 @@
 `pytest tests/clca/test_goldens.py --goldens DIR` runs any folder of such files.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from clca import CLCAViTForImageClassification, token_schedule
 from clca.modeling_clca import CLCAViTSlicingLayer
@@ -16,29 +14,9 @@ from clca.reduction_dpcknn import DPCKNNReduction
 from clca.reduction_dyvit import DyViTReduction
 from clca.reduction_kmedoids import KMedoidsReduction
 from clca.reduction_sinkhorn import SinkhornReduction
+from tests.golden_files import Golden
 from ufgir.checkpoints.from_original import load_original
 from ufgir.checkpoints.original_keys import convert_original_state
-
-
-class Golden:
-    """One file: `spec`, `state` under the original's keys, everything else by name."""
-
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.spec = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        self.state = self.group("state")
-        self.training = self.spec.get("mode") == "train"
-        self.images = self["input"]
-
-    def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
-
-    def per_layer(self, prefix: str) -> list[tuple[int, torch.Tensor]]:
-        return sorted((int(k), v) for k, v in self.group(prefix).items() if k.isdigit())
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return self.tensors[key]
 
 
 @pytest.fixture

@@ -161,22 +161,6 @@ def test_methods_do_not_know_each_other(name: str) -> None:
     assert "reduction_base" in siblings
 
 
-def test_imports_point_one_way() -> None:
-    """At the top of a file: configuration <- budget, attention <- reduction_base <- methods <- index <- layers <- modeling."""
-
-    def top(name: str) -> set[str]:
-        nodes = ast.parse((PACKAGE / f"{name}.py").read_text()).body
-        return {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level}
-
-    assert top("configuration_clca") == top("attention_clca") == set()
-    assert top("budget_clca") == {"configuration_clca"}
-    assert not top("hooks_clca")
-    assert top("linear_clca") == {"hooks_clca"}
-    assert top("reduction_base") == {"attention_clca", "budget_clca", "configuration_clca"}
-    assert not top("reductions_clca") & {"layers_clca", "modeling_clca"}
-    assert "modeling_clca" not in top("layers_clca")
-
-
 def test_the_top_level_modules_export_the_same() -> None:
     import configuration_clca
     import modeling_clca

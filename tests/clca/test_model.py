@@ -13,18 +13,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, TokenReduction, token_schedule
 from clca.cache_clca import mean_rows
-from clca.configuration_clca import HEADS, HEADS_BEFORE_NORM, PROBING_HEADS
+from clca.heads_clca import HEADS, heads_reading
 from clca.modeling_clca import eager_attention_forward
 from clca.reduction_base import ScoredPruning, gather_rows
-from tests.helpers import CASES, METHODS, TINY, TOKENS, Case, images, labels, tiny_config, tiny_model
+from tests.helpers import CASES, METHODS, TINY, TOKENS, Case, images, labels, table, tiny_config, tiny_model
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize("case", table(CASES), ids=str)
 # For what does not depend on the kind of tokens.
 main_case = pytest.mark.parametrize(
     "case", [c for c in CASES if c.tokens == "cls" and c.cache in ("plain", "clca")], ids=str
 )
-reducing_case = pytest.mark.parametrize("case", [c for c in CASES if c.method is not None], ids=str)
+reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.method is not None), ids=str)
 
 # Methods for which the schedule is an upper bound.
 COUNT_IS_A_BOUND = {"ats": "quantiles that fall on the same token take it once"}
@@ -280,7 +280,7 @@ def test_autocast_is_finite(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.method and c.tokens != "registers"], ids=str)
+@pytest.mark.parametrize("case", table(c for c in CASES if c.method and c.tokens != "registers"), ids=str)
 def test_hardly_anything_is_kept(case: Case) -> None:
     """At rates that leave one token or none: finite in evaluation and training, counts as foretold, images apart. Where
     the cache has nothing to average it takes row 0."""
@@ -332,7 +332,7 @@ def check_activation_checkpointing(model: CLCAViTForImageClassification, reentra
     ("option", "value"),
     [
         *[("reduction", name) for name, method in REDUCTIONS.items() if method.differentiable_tracks],
-        *[("head", head) for head in PROBING_HEADS],
+        *[("head", head) for head in heads_reading("probes")],
     ],
 )
 def test_reentrant_checkpointing_is_refused_where_it_loses_gradients(option: str, value: str) -> None:
@@ -942,7 +942,7 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
     with torch.no_grad():
         assert (model(images()).logits[1:2] - model(images()[1:2]).logits).abs().max() <= 1e-9
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    before_norm = {"vit.layernorm.weight", "vit.layernorm.bias"} if head in HEADS_BEFORE_NORM else set()
+    before_norm = {"vit.layernorm.weight", "vit.layernorm.bias"} if HEADS[head].before_norm else set()
     assert frozen == before_norm
     _, gradients = loss_and_gradients(model)
     unmoved = [name for name, g in gradients.items() if g is None or not g.any() or not g.isfinite().all()]
@@ -955,7 +955,7 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
         (head, options, reentrant)
         for head, options in HEAD_CASES
         for reentrant in (False, True)
-        if not (reentrant and head in PROBING_HEADS)  # refused, see above
+        if not (reentrant and head in heads_reading("probes"))  # refused, see above
     ],
     ids=str,
 )

@@ -24,6 +24,7 @@ from clca import (
     layers_clca,
     linear_clca,
     register_reduction,
+    set_fast_paths,
     token_schedule,
 )
 from clca.attention_clca import AttentionContext, TakenRows
@@ -440,6 +441,120 @@ def test_hooks_that_read_no_rows_do_not_count() -> None:
     model.vit.layers[-1].register_forward_hook(clock)
     model.vit.layernorm.register_forward_pre_hook(clock)
     assert model.vit.shortcuts(for_head=True, recording=False).only_first
+
+
+def only_first(model: CLCAViTForImageClassification) -> bool:
+    return model.vit.shortcuts(for_head=True, recording=False).only_first
+
+
+def ignore(*_: Any) -> None:
+    """A hook."""
+
+
+def test_hooks_are_found_in_parts_that_were_replaced() -> None:
+    """Layers, parts and parts of parts that are put into a model that has run, with hooks set before or after."""
+    model = make(None)
+    last = model.vit.layers[-1]
+    assert only_first(model)
+    last.mlp.fc1 = nn.Sequential(last.mlp.fc1)  # as an adapter wraps it
+    assert only_first(model)
+    hook = last.mlp.fc1[0].register_forward_hook(ignore)
+    assert not only_first(model)
+    hook.remove()
+    assert only_first(model)
+    hooked = nn.Identity()
+    hooked.register_forward_hook(ignore)
+    last.mlp.fc1.append(hooked)
+    assert not only_first(model)
+    del last.mlp.fc1[1]
+    assert only_first(model)
+    last.attention.q_proj.add_module("child", hooked)  # of what had no parts
+    assert not only_first(model)
+    del last.attention.q_proj.child
+    other = copy.deepcopy(last)
+    other.attention.o_proj.register_forward_hook(ignore)
+    model.vit.layers[-1] = other
+    assert not only_first(model) and not only_first(copy.deepcopy(model))
+    model.vit.layers[-1] = last
+    assert only_first(model) and only_first(copy.deepcopy(model))
+
+
+def test_a_quiet_model_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree of modules is walked in the first forward alone."""
+    model = make("evit", **CACHE, head="cla")
+    with torch.no_grad():
+        model(images())
+        monkeypatch.setattr(nn.Module, "named_modules", None)
+        monkeypatch.setattr(nn.Module, "modules", None)
+        model(images())
+
+
+def test_a_hook_may_change_what_enters_the_attention() -> None:
+    """Other tokens, put in their place by a hook, have their own keys and values."""
+    model, other = make(None), make(None)
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(other.vit.layers[2].attention, name).weight.mul_(2)
+        model.vit.layers[2].attention.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+        assert (model(images()).logits - other(images()).logits).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("method", ["tome", None])
+def test_gradients_of_what_enters_the_attention(method: str | None) -> None:
+    """As a hook of the backward pass is given them: all, by queries, keys and values."""
+    model = make(method)
+    layer, seen, expected = model.vit.layers[1], [], []
+
+    def watch_output(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        output.register_hook(expected.append)
+
+    layer.layernorm_before.register_forward_hook(watch_output)
+    layer.attention.register_full_backward_hook(lambda _, inputs, outputs: seen.append(inputs[0]))
+    model(images()).logits.sum().backward()
+    assert expected[0].abs().max() > 0
+    assert torch.allclose(seen[0], expected[0], atol=1e-12)
+
+
+# One switch for all of them.
+
+
+@pytest.mark.parametrize("method", ["topk", "evit", "kmedoids", None])
+def test_the_switch_turns_all_of_them_off(method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module is called for all tokens, and logits stay equal. What is set as a function stays, a block ends."""
+    seen, model = count_onednn(monkeypatch), make(method, **CACHE).float()
+    layers, called = [m for m in model.vit.modules() if isinstance(m, nn.Linear)], []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.append((self, x.shape[1])) or forward(self, x))
+    pixels = images().float()
+    with torch.no_grad():
+        expected, fast = model(pixels), len(seen)
+        assert fast >= 5 * 6 and not set(layers) & {layer for layer, _ in called}
+        with set_fast_paths(False):
+            output = model(pixels)
+            assert len(seen) == fast and set(layers) <= {layer for layer, _ in called}
+            rows = [count for layer, count in called if layer is model.vit.layers[-1].mlp.fc1]
+            assert rows == [output.token_counts[-1]]
+            with set_fast_paths(True):
+                model(pixels)
+            assert len(seen) == 2 * fast
+            assert model.vit.shortcuts(for_head=True, recording=False) == (False, False)
+        assert only_first(model)
+        set_fast_paths(False)
+        assert not only_first(model)
+        set_fast_paths(True)
+    assert (output.logits - expected.logits).abs().max() <= 1e-5
+    assert output.token_counts == expected.token_counts
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gelu_in_place_is_switched(enabled: bool) -> None:
+    """By the address of what the activation gives."""
+    mlp, given = make(None).vit.layers[0].mlp, []
+    rows = torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.no_grad(), set_fast_paths(enabled), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers_clca, "linear", lambda layer, x: given.append(layer(x)) or given[-1])
+        hidden = mlp.hidden(rows)
+    assert (hidden.data_ptr() == given[0].data_ptr()) is enabled
 
 
 @pytest.mark.parametrize("grad", [True, False])

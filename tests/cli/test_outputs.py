@@ -11,7 +11,8 @@ from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY
-from ufgir.cli import analysis_options, benchmark, common, correlate, export, outputs, predict, profile, visualize
+from ufgir.checkpoints.loading import check_meaning
+from ufgir.cli import analysis_options, benchmark, correlate, export, outputs, predict, profile, visualize
 from ufgir.cli import entry as cli
 from ufgir.cli.outputs import NotWritten, check_document, check_file, check_folder, told_first
 from ufgir.utils.text import shortened
@@ -269,9 +270,9 @@ class TestMeaning:
 
     def test_the_cache(self, caplog):
         config = CLCAViTConfig(**TINY)
-        common.check_meaning({"cache_gap": True, "keep_rate": None}, [config, CLCAViTConfig(cross_layer_cache=True)])
+        check_meaning({"cache_gap": True, "keep_rate": None}, [config, CLCAViTConfig(cross_layer_cache=True)])
         assert not caplog.records
-        common.check_meaning({"cache_gap": True}, [config])
+        check_meaning({"cache_gap": True}, [config])
         assert "`cache_gap`" in caplog.text and "`cross_layer_cache`" in caplog.text
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from ufgir.data.catalog import SETS, UltraFGVCSet
-from ufgir.data.prepare.ultra_fgvc import FileNames
+from ufgir.data.prepare.raw_layouts import FileNames
 from ufgir.data.synthetic_leaves import SyntheticLeavesConfig
 
 

@@ -25,9 +25,7 @@ from ufgir.transforms.images import to_rgb
 CLASSES = ["a<b>", "b", "c", "d"]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def picture(rng, width, height, mode="RGB", kind="PNG"):

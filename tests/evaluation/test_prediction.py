@@ -1,14 +1,9 @@
-"""Predictions into a file: lines and metrics, one batch at a time, taken up after an interruption, and `ufgir predict`."""
+"""Predictions into a file: lines and metrics, one batch at a time, streams, and mistakes."""
 
-import csv
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import signal
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,72 +15,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification
-from tests.helpers import TINY
-from ufgir.cli.entry import main
-from ufgir.data.load import load_images, load_ufgir_dataset
+from tests.evaluation.helpers import NAMES, PROCESSOR, Pixels, Stopped, labels, rows_of
+from ufgir.data.load import load_images
 from ufgir.data.streams import StreamedImages, to_stream
 from ufgir.data.transformed import TransformedImages
 from ufgir.evaluation.metrics import compute_metrics, compute_multilabel_metrics
-from ufgir.evaluation.prediction import file_names, identity_of_data, predict_to_file, read_predictions
-from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
-
-
-NAMES = ["ash", "beech", "cedar", "date palm", 'elm, "wych"', "fir", "ginkgo"]  # more than five: top5 means something
-PROCESSOR = make_image_processor(32)
-
-
-class Pixels(torch.utils.data.Dataset):
-    """Random images and labels; notes what is asked for.
-
-    Args:
-        labels: of the images, None for none.
-        fatal: the image at which something is done instead.
-    """
-
-    def __init__(
-        self, count: int, labels: Any = None, fatal: int | None = None, action: Callable | None = None
-    ) -> None:
-        self.count, self.labels, self.fatal, self.action = count, labels, fatal, action
-        self.asked: list[int] = []
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        self.asked.append(index)
-        if index == self.fatal:
-            self.action()
-        generator = torch.Generator().manual_seed(index)
-        sample = {"pixel_values": torch.randn(3, 32, 32, generator=generator)}
-        return sample if self.labels is None else sample | {"labels": self.labels[index]}
-
-
-def make_model(seed: int = 0, **changes: Any) -> CLCAViTForImageClassification:
-    torch.manual_seed(seed)
-    options = TINY | {"num_labels": len(NAMES), "reduction": "topk", "keep_rate": 0.5}
-    config = CLCAViTConfig(**options, **changes)
-    config.problem_type = "single_label_classification"
-    return CLCAViTForImageClassification(config)
-
-
-@pytest.fixture(scope="module")
-def model() -> CLCAViTForImageClassification:
-    return make_model()
+from ufgir.evaluation.prediction import file_names, predict_to_file, read_predictions
+from ufgir.transforms.preprocessing import EvalTransform
 
 
 def logits_of(model: nn.Module, dataset: Pixels) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(torch.stack([dataset[i]["pixel_values"] for i in range(len(dataset))])).logits
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def labels(count: int) -> list[int]:
-    return [int(i) for i in np.random.default_rng(1).integers(0, len(NAMES), count)]
 
 
 # What a line says
@@ -235,173 +176,6 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path / "p.csv")) == 4500
 
 
-# Interrupted
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop() -> None:
-    raise Stopped
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_goes_on_after_the_last_whole_line(model: nn.Module, tmp_path: Path, suffix: str) -> None:
-    """Stopped twice, the second time by SIGKILL, and what was written last is torn: lines and metrics as without."""
-    whole = predict_to_file(model, Pixels(30, labels(30)), tmp_path / f"whole{suffix}", NAMES, batch_size=4)
-    path, partial = tmp_path / f"p{suffix}", tmp_path / f"_p{suffix}.partial"
-    path.write_text("of an earlier model")
-    with pytest.raises(Stopped):
-        predict_to_file(model, Pixels(30, labels(30), 9, stop), path, NAMES, batch_size=4)
-    assert path.read_text() == "of an earlier model" and partial.is_dir()
-
-    def killed() -> None:
-        predict_to_file(model, Pixels(30, labels(30), 22, die), path, NAMES, batch_size=4)
-
-    process = multiprocessing.get_context("fork").Process(target=killed)
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
-    with (partial / "lines-00000").open("ab") as lines, (partial / "records-00000").open("ab") as records:
-        lines.write(b"20,,elm,a line of which the end and the rec")
-        records.write(b"ord")
-
-    data = Pixels(30, labels(30))
-    result = predict_to_file(model, data, path, NAMES, batch_size=4)
-    assert data.asked == list(range(20, 30)) and result.predicted == 10
-    assert path.read_bytes() == whole.path.read_bytes()
-    assert result.metrics == whole.metrics and result.images == 30
-    assert not partial.exists()
-
-
-def test_a_line_whose_batch_is_not_whole_is_predicted_again(model: nn.Module, tmp_path: Path) -> None:
-    """Batches stay as they were: what is in a batch may change the last bits of a logit."""
-    with pytest.raises(Stopped):
-        predict_to_file(model, Pixels(10, None, 8, stop), tmp_path / "p.csv", NAMES, batch_size=4)
-    data = Pixels(10)
-    predict_to_file(model, data, tmp_path / "p.csv", NAMES, batch_size=3)
-    assert data.asked == [6, 7, 8, 9]
-
-
-@pytest.mark.parametrize("change", ["weights", "images", "number", "names", "top", "transform"])
-def test_other_models_and_data_start_again(model: nn.Module, tmp_path: Path, change: str) -> None:
-    files = [tmp_path / f"{i}.png" for i in range(12)]
-    for file in files:
-        file.write_bytes(b"1")
-
-    def data(*fatal: Any) -> Pixels:
-        pixels = Pixels(12 if not (change == "number" and not fatal) else 11, None, *fatal)
-        pixels.transform = EvalTransform(make_image_processor(32, 40 if change == "transform" and not fatal else 36))
-        return pixels
-
-    with pytest.raises(Stopped):
-        predict_to_file(model, data(8, stop), tmp_path / "p.csv", NAMES, files=list(map(str, files)), batch_size=4)
-    other = make_model(1) if change == "weights" else model
-    if change == "images":
-        files[5].write_bytes(b"12")
-    names = [*NAMES[:-1], "gum"] if change == "names" else NAMES
-    again = data()
-    result = predict_to_file(
-        other,
-        again,
-        tmp_path / "p.csv",
-        names,
-        files=list(map(str, files)),
-        batch_size=4,
-        top=4 if change == "top" else 5,
-    )
-    assert again.asked == list(range(len(again))) and result.images == len(again)
-    assert len(rows_of(result.path)) == len(again)
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., datasets.Dataset]:
-    """Test images that are in no files: 8 of each of 3 classes."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def draw(count: int = 8, **options: Any) -> datasets.Dataset:
-        numbers = {"num_classes": 3, "images_per_class": [1, 1, count], "image_size": 32}
-        return load_ufgir_dataset("synthetic_leaves", **numbers, cache_dir=cache, **options)["test"]
-
-    return draw
-
-
-def identity(rows: Any) -> str:
-    images = TransformedImages(rows, EvalTransform(PROCESSOR))
-    if isinstance(rows, datasets.IterableDataset):
-        images = StreamedImages(rows, EvalTransform(PROCESSOR), batch_size=4)
-    return json.dumps(identity_of_data(images, lambda index: None))
-
-
-@pytest.mark.parametrize("other", [{"difficulty": "hard"}, {"seed": 1}, {"count": 7}])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_images_that_are_no_files_are_told_apart(drawn: Callable, other: dict[str, Any], streamed: bool) -> None:
-    def rows(**options: Any) -> Any:
-        split = drawn(**options)
-        return to_stream(datasets.DatasetDict({"test": split}))["test"] if streamed else split
-
-    assert identity(rows()) == identity(rows()) != identity(rows(**other))
-
-
-def test_labels_tell_data_sets_apart(drawn: Callable) -> None:
-    rows = drawn()
-    swapped = rows.map(lambda row: {"label": 2 - row["label"]})
-    assert identity(rows) != identity(swapped)
-    plain = [dict(row) for row in rows]
-    changed = [*plain[:-1], plain[-1] | {"label": 0}]
-    assert identity(plain) == identity([dict(row) for row in plain]) != identity(changed)
-
-
-def test_an_interrupted_prediction_does_not_go_on_with_other_data(
-    model: nn.Module, drawn: Callable, tmp_path: Path
-) -> None:
-    class Fatal(TransformedImages):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            return stop() if index == 9 else super().__getitem__(index)
-
-    transform = EvalTransform(PROCESSOR)
-    for rows, data in ((drawn(seed=7), None), (drawn(), {"split": "validation"})):
-        with pytest.raises(Stopped):
-            predict_to_file(model, Fatal(drawn(), transform), tmp_path / "p.csv", NAMES, batch_size=4)
-        images = TransformedImages(rows, transform)
-        result = predict_to_file(model, images, tmp_path / "p.csv", NAMES, batch_size=4, data=data)
-        assert result.predicted == 24
-    with pytest.raises(Stopped):
-        predict_to_file(model, Fatal(drawn(), transform), tmp_path / "p.csv", NAMES, batch_size=4)
-    result = predict_to_file(model, TransformedImages(drawn(), transform), tmp_path / "p.csv", NAMES, batch_size=4)
-    assert result.predicted == 16
-
-
-def test_interrupted_when_all_was_done(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("ufgir.evaluation.prediction.join", lambda *args: stop())
-        with pytest.raises(Stopped):
-            predict_to_file(model, Pixels(7, labels(7)), tmp_path / "p.csv", NAMES, batch_size=4)
-    data = Pixels(7, labels(7))
-    result = predict_to_file(model, data, tmp_path / "p.csv", NAMES, batch_size=4)
-    assert data.asked == [4, 5, 6] and result.images == 7  # the last batch was not a whole one
-
-
-# Streams, and data sets on the disk
-
-
-@pytest.fixture(scope="module")
-def leaves(tmp_path_factory) -> Path:
-    """13 noisy pictures in folders."""
-    root = tmp_path_factory.mktemp("leaves")
-    for i in range(13):
-        folder = root / ("a", "b/c")[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"leaf{i}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def dataset(leaves: Path) -> datasets.Dataset:
     files = sorted(map(str, leaves.rglob("*.png")))
@@ -459,86 +233,6 @@ def test_streams(model: nn.Module, dataset: datasets.Dataset, tmp_path: Path) ->
 def test_mistakes(model: nn.Module, tmp_path: Path, data: Pixels, output: str, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         predict_to_file(model, data, tmp_path / output, NAMES, **options)
-    assert not list(tmp_path.iterdir())
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def saved(model: CLCAViTForImageClassification, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model.config.id2label = dict(enumerate(NAMES))
-    model.save_pretrained(folder)
-    PROCESSOR.save_pretrained(folder)
-    return folder
-
-
-def command(*argv: Any) -> int:
-    return main(["predict", *map(str, argv)])
-
-
-def test_command(
-    saved: Path, model: CLCAViTForImageClassification, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """Files and folders, in the order in which they were given; those in a folder in natural order."""
-    first = leaves / "b" / "c" / "leaf5.png"
-    assert command(saved, first, leaves, "--output", tmp_path / "new" / "p.csv", "--batch-size", 4) == 0
-    rows = rows_of(tmp_path / "new" / "p.csv")
-    names = [Path(row["file"]).name for row in rows]
-    assert names == [f"leaf{i}.png" for i in (5, 0, 2, 4, 6, 8, 10, 12, 1, 3, 5, 7, 9, 11)]
-    assert {row["label"] for row in rows} == {""} and [row["index"] for row in rows] == [str(i) for i in range(14)]
-    with torch.no_grad():
-        for row in rows:
-            logits = model.eval()(EvalTransform(PROCESSOR)(Image.open(row["file"]))[None]).logits
-            assert row["prediction"] == NAMES[logits.argmax()]
-    assert "14 images" in capsys.readouterr().out
-
-
-def test_command_names_broken_pictures(
-    saved: Path, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    good, empty, cut = (tmp_path / f"{name}.png" for name in ("good", "empty", "cut"))
-    content = (leaves / "a" / "leaf0.png").read_bytes()
-    for file, bytes_ in ((good, content), (empty, b""), (cut, content[: len(content) // 2])):
-        file.write_bytes(bytes_)
-    for batch_size in (1, 8):
-        assert command(saved, tmp_path, "--output", tmp_path / "p.jsonl", "--batch-size", batch_size) == 1
-        out = capsys.readouterr().out
-        assert "empty.png" in out and "cut.png" in out and "good.png" not in out
-        (line,) = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
-        assert (line["index"], line["file"]) == (2, str(good))
-    good.unlink()
-    assert command(saved, tmp_path, "--output", tmp_path / "p.jsonl") == 1
-    assert (tmp_path / "p.jsonl").read_text() == ""
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["MODEL", "/nowhere", "--output", "p.csv"], "/nowhere"),
-        (["MODEL", "LEAVES", "--output", "p.png"], "must end in .csv or .jsonl"),
-        (["MODEL", "LEAVES", "--batch-size", "0"], "`--batch-size`"),
-        (["MODEL", "LEAVES", "--top", "0"], "`--top`"),
-        (["MODEL", "LEAVES", "--device", "toaster"], "toaster"),
-        (["LEAVES", "LEAVES"], "leaves"),
-        (["MODEL"], "IMAGE"),
-    ],
-)
-def test_mistakes_of_the_command(
-    saved: Path,
-    leaves: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Any,
-    argv: list[str],
-    words: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        command(*({"MODEL": saved, "LEAVES": leaves}.get(a, a) for a in argv))
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and words in error and len(error.splitlines()) == 1, error
     assert not list(tmp_path.iterdir())
 
 

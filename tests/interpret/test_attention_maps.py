@@ -12,6 +12,7 @@ from torch import nn
 from clca import REDUCTIONS, CLCAViTConfig, TokenReduction
 from clca.modeling_clca import CLCAViTAttention
 from tests.helpers import CASES, METHODS, TOKENS, Case, images, tiny_config, tiny_model
+from tests.interpret.helpers import table
 from ufgir.interpret.attention_maps import (
     attention_rollout,
     best_patches,
@@ -133,7 +134,7 @@ def test_encoder_groups() -> None:
 # Functions of models
 
 
-@pytest.mark.parametrize("case", [case for case in MODELS if case.tokens != "no_cls"], ids=str)
+@pytest.mark.parametrize("case", table(case for case in MODELS if case.tokens != "no_cls"), ids=str)
 def test_cls_attention_is_that_of_the_eager_maps(case) -> None:
     """In layers before the first stage patch by patch; after it, what CLS gives to the tokens is spread over patches without
     loss: without a cache, only what it gives to CLS and to registers is missing."""
@@ -206,7 +207,7 @@ def test_rollout_through_stages(method) -> None:
         assert (ours - rows[:, 0, 1:]).abs().max() <= 1e-9
 
 
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@pytest.mark.parametrize("case", table(MODELS), ids=str)
 def test_rollout_of_every_model(case) -> None:
     """Shares; of each image as if it were alone."""
     model, pixels = case.model(), images()
@@ -225,7 +226,7 @@ def test_a_rate_of_one_changes_nothing(method) -> None:
         assert (function(dense, images()) - function(reduced, images())).abs().max() <= 1e-9
 
 
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@pytest.mark.parametrize("case", table(MODELS), ids=str)
 def test_similarity_of_every_model(case) -> None:
     """Cosines; of patches that still have a token of their own, to CLS: that token's."""
     model, pixels = case.model(), images()

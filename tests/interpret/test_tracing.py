@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import CASES, images, tiny_config, tiny_model
+from tests.interpret.helpers import table
 from ufgir.interpret.tracing import carry, trace_patches
 
 
@@ -27,7 +28,7 @@ def idle(case, **changes):
 
 
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3]], ids=str)
-@pytest.mark.parametrize("case", IDLE, ids=str)
+@pytest.mark.parametrize("case", table(IDLE), ids=str)
 def test_tokens_are_what_their_traces_say(case, layers) -> None:
     """Every token of every layer is the sum of the embedded rows by its shares, recalled GAP and CLR too; a stage in layer 0
     finds the cache empty."""

@@ -1,6 +1,5 @@
 """`ufgir benchmark`: what is compared with what, what is counted, and that nothing is lost when something fails."""
 
-import gc
 import json
 
 import pytest
@@ -36,14 +35,6 @@ SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "n
 OPTIONS = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
 OPTIONS += ["--patch-size", "8", "--threads", "1", "--repetitions", "2"]
 TINY = [*OPTIONS, "--image-sizes", "32"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every benchmark collects garbage first; what all the imports have left need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The documentation site: built once, without a warning, and complete."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -32,22 +33,31 @@ def extension(name):
     return module
 
 
+def build(folder, *options):
+    """Warnings are errors, and there is no network."""
+    options = ["-W", "--keep-going", "-q", "-d", folder / "doctrees", *options]
+    process = subprocess.run(
+        [sys.executable, "-m", "sphinx", *options, DOCS, folder / "html"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    return folder / "html"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built site. Warnings are errors, and there is no network. Processes of pytest-xdist share one."""
+    """The built site, without the pages of source code, which are most of it. Processes of pytest-xdist share one."""
     shared = tmp_path_factory.getbasetemp()
     folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "site"
+    statements = ast.parse((DOCS / "conf.py").read_text()).body
+    (listed,) = [node for node in statements if ast.unparse(node).startswith("extensions = ")]
+    extensions = ast.literal_eval(listed.value)
     with FileLock(f"{folder}.lock"):
         if not (folder / "built").exists():
-            options = ["-W", "--keep-going", "-q", "-d", folder / "doctrees"]
-            process = subprocess.run(
-                [sys.executable, "-m", "sphinx", *options, DOCS, folder / "html"],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-                capture_output=True,
-                text=True,
-                timeout=1200,
-            )
-            assert process.returncode == 0 and not process.stderr, process.stderr
+            build(folder, "-D", f"extensions={','.join(name for name in extensions if name != 'sphinx.ext.viewcode')}")
             (folder / "built").touch()
     return folder / "html"
 
@@ -124,7 +134,7 @@ def test_every_guide_is_there(site):
     assert [str(page) for page in sorted(pages) if not (site / page).with_suffix(".html").is_file()] == []
 
 
-def test_links_and_images_resolve(site):
+def broken_links(site):
     pages = {page: Links(page) for page in site.rglob("*.html")}
     broken = []
     for page, links in pages.items():
@@ -136,7 +146,18 @@ def test_links_and_images_resolve(site):
             if not file.is_file() or (file in pages and unquote(url.fragment) not in pages[file].anchors):
                 broken.append(f"{page.relative_to(site)}: {target}")
     assert sum(len(links.targets) for links in pages.values()) > 1000
-    assert broken == []
+    return broken
+
+
+def test_links_and_images_resolve(site):
+    assert broken_links(site) == []
+
+
+@pytest.mark.slow
+def test_links_to_the_source_resolve(tmp_path):
+    whole = build(tmp_path)
+    assert (whole / "_modules" / "clca" / "modeling_clca.html").is_file()
+    assert broken_links(whole) == []
 
 
 @pytest.mark.parametrize(

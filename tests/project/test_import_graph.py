@@ -32,8 +32,6 @@ FLOORS = [
     "dataset_scripts",
     "run_ufgir",
 ]
-# The modules of the model, likewise. Methods stand for one another: none imports another one.
-MODEL_FLOORS = ["hooks_clca", "fast_paths_clca", "attention_clca", "budget_clca", "reduction_base"]
 
 
 def module_of(file: Path) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from clca import CLCAViTConfig
 from run_ufgir import GROUPS
-from tests.script.test_run_ufgir import CLASSES, leaves, mistake, parse, recipe, run, trained  # noqa: F401 (fixtures)
+from tests.script.helpers import CLASSES, mistake, parse, recipe, run
 from ufgir.data.load import load_ufgir_dataset
 from ufgir.runs.records import is_finished, read_run_records
 from ufgir.runs.tables import run_rows
@@ -29,7 +29,7 @@ def predictions(folder):
         return list(csv.DictReader(stream))
 
 
-def test_a_subset_of_the_classes_can_be_evaluated(trained, leaves, tmp_path):  # noqa: F811
+def test_a_subset_of_the_classes_can_be_evaluated(trained, leaves, tmp_path):
     """The data hold two of the three classes that the model knows: the guesses may be any of the three."""
     model, _ = trained
     data = shutil.copytree(leaves, tmp_path / "data")
@@ -47,7 +47,7 @@ def test_a_subset_of_the_classes_can_be_evaluated(trained, leaves, tmp_path):  #
         }
 
 
-def test_two_runs_in_one_folder(leaves, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_two_runs_in_one_folder(leaves, tmp_path, capsys, monkeypatch):
     """Also where neither has left anything yet."""
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     arguments = [recipe(tmp_path, leaves, tmp_path / "out", **QUICK), "--max_steps", "1"]
@@ -59,7 +59,7 @@ def test_two_runs_in_one_folder(leaves, tmp_path, capsys, monkeypatch):  # noqa:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_unknown_classes_are_refused(trained, leaves, tmp_path, capsys):  # noqa: F811
+def test_unknown_classes_are_refused(trained, leaves, tmp_path, capsys):
     model, _ = trained
     data = shutil.copytree(leaves, tmp_path / "data")
     for split in ("train", "validation", "test"):
@@ -69,7 +69,7 @@ def test_unknown_classes_are_refused(trained, leaves, tmp_path, capsys):  # noqa
 
 
 @pytest.mark.parametrize("loss", ["bce", "asymmetric"])
-def test_several_classes_an_image(leaves, tmp_path, loss):  # noqa: F811
+def test_several_classes_an_image(leaves, tmp_path, loss):
     for split in ("train", "validation", "test"):
         rows = []
         for index, name in enumerate(CLASSES):
@@ -90,7 +90,7 @@ def test_several_classes_an_image(leaves, tmp_path, loss):  # noqa: F811
     assert "mAP" in card and "top-1" not in card
 
 
-def test_shots_and_random_validation(leaves, tmp_path, capsys):  # noqa: F811
+def test_shots_and_random_validation(leaves, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(leaves / "train", data)
     path = recipe(tmp_path, data, tmp_path / "out", **QUICK, validation_split="random", shots=2)
@@ -100,7 +100,7 @@ def test_shots_and_random_validation(leaves, tmp_path, capsys):  # noqa: F811
     assert "`train_on_trainval`" in mistake(capsys, path, "--train_on_trainval", "true")
 
 
-def test_one_model_for_several_keep_rates(leaves, tmp_path):  # noqa: F811
+def test_one_model_for_several_keep_rates(leaves, tmp_path):
     """Its head keeps statistics of each rate, and it is evaluated at any by `keep_rate`."""
     out = tmp_path / "out"
     run(recipe(tmp_path, leaves, out, train_keep_rates=[0.25, 0.5, 1.0], keep_rate=0.5, num_train_epochs=3))
@@ -119,7 +119,7 @@ def test_one_model_for_several_keep_rates(leaves, tmp_path):  # noqa: F811
     assert set(run("--model_name_or_path", str(out), *options, "--keep_tokens", "8")) == {"test"}
 
 
-def test_everything_that_changes_training_at_once(leaves, tmp_path):  # noqa: F811
+def test_everything_that_changes_training_at_once(leaves, tmp_path):
     """Groups, schedule, augmentation, EMA, gradients: they go together, and a second run is the same to the last bit."""
     options = {
         "schedule": "cosine_epochs",
@@ -153,7 +153,7 @@ def test_everything_that_changes_training_at_once(leaves, tmp_path):  # noqa: F8
 
 
 @pytest.fixture(scope="module")
-def reversed_leaves(leaves, tmp_path_factory):  # noqa: F811
+def reversed_leaves(leaves, tmp_path_factory):
     """The same images, whose classes are numbered the other way round."""
     data = load_ufgir_dataset(leaves, class_names=CLASSES[::-1], validation_fraction=0)
     path = tmp_path_factory.mktemp("reversed") / "data"
@@ -161,7 +161,7 @@ def reversed_leaves(leaves, tmp_path_factory):  # noqa: F811
     return path
 
 
-def test_training_goes_on_with_the_order_of_the_checkpoints_classes(trained, reversed_leaves, tmp_path):  # noqa: F811
+def test_training_goes_on_with_the_order_of_the_checkpoints_classes(trained, reversed_leaves, tmp_path):
     model, metrics = trained
     out = tmp_path / "out"
     options = {"model_name_or_path": str(model), "learning_rate": 1e-9, "do_predict": True}
@@ -174,7 +174,7 @@ def test_training_goes_on_with_the_order_of_the_checkpoints_classes(trained, rev
     assert {row["file"].split("/")[-2]: row["label"] for row in predictions(model)} == {name: name for name in CLASSES}
 
 
-def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, caplog):  # noqa: F811
+def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, caplog):
     data = shutil.copytree(leaves, tmp_path / "data")
     for split in ("train", "validation", "test"):
         for name in CLASSES:
@@ -192,7 +192,7 @@ def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, 
     assert config.id2label == {i: f"dark {name}" for i, name in enumerate(CLASSES)}
 
 
-def test_a_head_whose_classes_have_no_names_is_kept(trained, leaves, tmp_path, caplog):  # noqa: F811
+def test_a_head_whose_classes_have_no_names_is_kept(trained, leaves, tmp_path, caplog):
     """`LABEL_0`, ... is what transformers calls classes that nobody has named."""
     nameless = shutil.copytree(trained[0], tmp_path / "nameless")
     config = json.loads((nameless / "config.json").read_text())
@@ -208,7 +208,7 @@ def test_a_head_whose_classes_have_no_names_is_kept(trained, leaves, tmp_path, c
     assert CLCAViTConfig.from_pretrained(tmp_path / "out").id2label == dict(enumerate(CLASSES))
 
 
-def test_a_frozen_head_keeps_its_statistics(trained, leaves, tmp_path):  # noqa: F811
+def test_a_frozen_head_keeps_its_statistics(trained, leaves, tmp_path):
     out = tmp_path / "out"
     options = {"model_name_or_path": str(trained[0]), "freeze": ["head"]}
     run(recipe(tmp_path, leaves, out, **QUICK, **options))
@@ -249,7 +249,7 @@ DRAWN = {"synthetic_num_classes": 3, "synthetic_images_per_class": [4, 2, 2]}
         (["--do_train=false", "--do_eval", "--resume_from_checkpoint=true"], ["`resume_from_checkpoint`"]),
     ],
 )  # fmt: skip
-def test_options_without_effect_are_named_in_one_warning(leaves, tmp_path, caplog, argv, words):  # noqa: F811
+def test_options_without_effect_are_named_in_one_warning(leaves, tmp_path, caplog, argv, words):
     """Wherever they stand, beside others that a recipe has."""
     path = recipe(tmp_path, leaves, tmp_path / "out", **QUICK, rand_augment_magnitude=5)
     run(path, *argv)
@@ -269,7 +269,7 @@ def test_options_without_effect_are_named_in_one_warning(leaves, tmp_path, caplo
         (["--train_on_trainval", "--save_strategy=best"], ["`save_strategy` best", "validation"]),
     ],
 )
-def test_contradictions_are_refused(leaves, tmp_path, capsys, argv, words):  # noqa: F811
+def test_contradictions_are_refused(leaves, tmp_path, capsys, argv, words):
     said = mistake(capsys, recipe(tmp_path, leaves, tmp_path / "out"), *argv)
     assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
@@ -288,21 +288,21 @@ def test_options_of_the_data_reach_drawn_leaves(tmp_path, capsys, argv, word):
     assert word in mistake(capsys, path, *argv)
 
 
-def test_a_recipe_for_one_data_set_is_also_good_for_another(leaves, tmp_path, caplog):  # noqa: F811
+def test_a_recipe_for_one_data_set_is_also_good_for_another(leaves, tmp_path, caplog):
     idle = {"lora_targets": ["mlp"], "validation_split": "random"}
     run(recipe(tmp_path, leaves, tmp_path / "out", **QUICK, **DRAWN, **idle))
     (warning,) = [r.getMessage() for r in caplog.records if "`lora_targets`" in r.getMessage()]
     assert all(f"`{name}`" in warning for name in (*DRAWN, *idle))
 
 
-def test_a_single_class_is_refused(leaves, tmp_path, capsys):  # noqa: F811
+def test_a_single_class_is_refused(leaves, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(leaves / "train" / "red", data / "red")
     said = mistake(capsys, recipe(tmp_path, data, tmp_path / "out"))
     assert "`dataset`" in said and "one class (red)" in said and not (tmp_path / "out").exists()
 
 
-def test_several_classes_are_judged_by_map_unless_told_otherwise(leaves, tmp_path):  # noqa: F811
+def test_several_classes_are_judged_by_map_unless_told_otherwise(leaves, tmp_path):
     for split in ("train", "validation", "test"):
         files = [file for name in CLASSES for file in sorted((leaves / split / name).iterdir())]
         rows = [{"file": str(file), "label": [file.parent.name, "leaf"]} for file in files]
@@ -333,7 +333,7 @@ def test_an_unquoted_no_is_explained(tmp_path, capsys):
 # Going on, and starting over
 
 
-def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):  # noqa: F811
+def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):
     plan = {"eval_strategy": "no", "load_best_model_at_end": False, "num_train_epochs": 1}
     out = tmp_path / "out"
     path = recipe(tmp_path, leaves, out, **plan)
@@ -359,7 +359,7 @@ def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):  # no
     assert record["resumed_from"].endswith("checkpoint-4") and record["settings"]["learning_rate"] == 1e-3
 
 
-def test_starting_over_leaves_nothing_of_the_earlier_training(leaves, tmp_path):  # noqa: F811
+def test_starting_over_leaves_nothing_of_the_earlier_training(leaves, tmp_path):
     out = tmp_path / "out"
     path = recipe(tmp_path, leaves, out, **QUICK)
     run(path, "--do_predict", "--ema_decay", "0.9", "--record_gradients", "--predictions_file", "guesses.jsonl")
@@ -376,7 +376,7 @@ def test_starting_over_leaves_nothing_of_the_earlier_training(leaves, tmp_path):
     assert not [name for name in json.loads((out / "all_results.json").read_text()) if name.startswith("test")]
 
 
-def test_a_run_that_could_not_be_pushed_is_not_finished(leaves, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_that_could_not_be_pushed_is_not_finished(leaves, tmp_path, monkeypatch):
     uploads = []
 
     class Hub:
@@ -402,7 +402,7 @@ def test_a_run_that_could_not_be_pushed_is_not_finished(leaves, tmp_path, monkey
     assert json.loads((out / "run.json").read_text())["pushed"] is True and is_finished(out)
 
 
-def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_training(leaves, tmp_path):  # noqa: F811
+def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_training(leaves, tmp_path):
     out = tmp_path / "out"
     run(recipe(tmp_path, leaves, out, **QUICK, do_predict=True))
     before = json.loads((out / "run.json").read_text())
@@ -414,7 +414,7 @@ def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_trainin
     assert evaluation["metrics"] == few and evaluation["data"]["test"]["max_predict_samples"] == 1
 
 
-def test_what_a_later_evaluation_measures_first_is_a_result_of_the_training(leaves, tmp_path):  # noqa: F811
+def test_what_a_later_evaluation_measures_first_is_a_result_of_the_training(leaves, tmp_path):
     """Options for validation images are none of the test images, however the training was evaluated."""
     data, out = tmp_path / "data", tmp_path / "out"
     for split in ("train", "test"):
@@ -431,7 +431,7 @@ def test_what_a_later_evaluation_measures_first_is_a_result_of_the_training(leav
     assert json.loads((out / "run.json").read_text())["metrics"] == record["metrics"]
 
 
-def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):  # noqa: F811
+def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):
     out = tmp_path / "out"
     run(recipe(tmp_path, leaves, out, **QUICK, train_on_trainval=True))
     argv = ["--model_name_or_path", str(out), "--dataset", str(leaves), "--use_cpu", "true", "--output_dir", str(out)]
@@ -442,7 +442,7 @@ def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):  #
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])
-def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkeypatch, stop_at):  # noqa: F811
+def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkeypatch, stop_at):
     """And no traceback. The training then goes on from there."""
     options = QUICK | {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
     path = recipe(tmp_path, leaves, tmp_path / "out", **options)
@@ -475,7 +475,7 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkey
         ("predict", False, "interrupted. The same command takes predictions up where they stopped"),
     ],
 )
-def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training, words):  # noqa: F811
+def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training, words):
     """Before the training and after it, and where nothing is trained."""
     options = QUICK | {"save_strategy": "epoch", "do_train": training, "do_eval": True, "do_predict": True}
     path = recipe(tmp_path, leaves, tmp_path / "out", **options)
@@ -490,6 +490,6 @@ def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training,
     assert f"run_ufgir.py: {words}" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_named(leaves, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_that_cannot_be_loaded_is_named(leaves, tmp_path, capsys):
     words = mistake(capsys, "--model_name_or_path", "someone/leaves", "--dataset", str(leaves), "--do_predict")
     assert "`model_name_or_path`" in words and "someone/leaves" in words and "local folder" in words

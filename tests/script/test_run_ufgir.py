@@ -5,108 +5,18 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
-from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, pipeline
 
 import run_ufgir
 from clca import CLCAViTForImageClassification
+from tests.script.helpers import CLASSES, MODEL, mistake, parse, recipe, run, weights
 from ufgir.utils.arguments import RecipeParser
 
 
-CLASSES = ["blue", "green", "red"]
-MODEL = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "reduction": "evit",
-    "reduction_layers": [1],
-    "keep_rate": 0.5,
-    "cross_layer_cache": True,
-    "num_clr_tokens": 1,
-    "head": "cla",
-}
-TRAINING = {
-    "do_train": True,
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 5,
-}
-
-
-@pytest.fixture(scope="session")
-def leaves(tmp_path_factory) -> Path:
-    """Three classes of noisy colours: 6 images a class to train on, 3 to validate, 2 to test."""
-    root, generator = tmp_path_factory.mktemp("leaves"), np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3), ("test", 2)):
-        for channel, name in enumerate(reversed(CLASSES)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 100, (20, 24, 3))
-                pixels[..., channel] += 120
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{name}{i}.png")
-    return root
-
-
-@pytest.fixture
-def own_leaves(leaves, tmp_path) -> Path:
-    """A copy that a test may spoil."""
-    return shutil.copytree(leaves, tmp_path / "own leaves")
-
-
-@pytest.fixture(scope="session")
-def trained(leaves, tmp_path_factory) -> tuple[Path, dict]:
-    """(folder, metrics) of one run with training, evaluation and prediction."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    return out, run(recipe(out.parent, leaves, out, do_predict=True))
-
-
-def recipe(folder: Path, data: Path, out: Path, **changes) -> str:
-    """A recipe file in `folder`; its path."""
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"dataset": str(data), "output_dir": str(out), **MODEL, **TRAINING, **changes}))
-    return str(path)
-
-
-def run(*argv: str) -> dict:
-    return run_ufgir.main(list(argv))
-
-
-def mistake(capsys, *argv: str) -> str:
-    """The sentence with which the script refuses; the test fails if it does not refuse with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        run(*argv)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    said = [line for line in error.splitlines() if line.startswith("run_ufgir.py: error: ")]
-    rest = error[error.index(said[0]) :]  # a list of files has a line each
-    assert len(said) == 1 and "Traceback" not in error, error
-    assert all(line.startswith("  ") for line in rest.splitlines()[1:]), error
-    return rest
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 # Recipes and flags
-
-
-def parse(*argv: str):
-    """Options of the model, the data and the training."""
-    options = run_ufgir.Options(*RecipeParser(run_ufgir.GROUPS, prog="run_ufgir.py").parse(list(argv)))
-    return options.model, options.data, options.training
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from clca import CLCAViTForImageClassification
 from clca.loss_clca import distillation_loss
 from tests.helpers import images, labels, tiny_config, tiny_model
-from tests.script.test_run_ufgir import CLASSES, leaves, mistake, recipe, run, trained  # noqa: F401 (some are fixtures)
+from tests.script.helpers import CLASSES, mistake, recipe, run
 from ufgir.training.distillation import Distillation, DistillationArguments
 from ufgir.training.teacher import Teacher
 from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
@@ -96,7 +96,7 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("reduction", ["evit", "dyvit"])
-def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):  # noqa: F811
+def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):
     """The log tells the parts of the loss; the teacher changes the weights."""
     changes = {"reduction": reduction, "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
     changes |= {"save_strategy": "no", "load_best_model_at_end": False}
@@ -118,7 +118,7 @@ def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):  # noqa:
 
 
 @pytest.fixture(scope="module")
-def dyvit(leaves, tmp_path_factory):  # noqa: F811
+def dyvit(leaves, tmp_path_factory):
     """(folder, recipe) of a short training of DynamicViT."""
     folder = tmp_path_factory.mktemp("dyvit")
     changes = {"reduction": "dyvit", "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
@@ -126,7 +126,7 @@ def dyvit(leaves, tmp_path_factory):  # noqa: F811
     return folder, recipe(folder, leaves, folder / "out", **changes)
 
 
-def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):  # noqa: F811
+def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):
     """Its tokens are no patches: who insists on them is told before training; else its logits are learnt from alone."""
     folder, path = dyvit
     teacher = ["--teacher", str(trained[0])]
@@ -182,7 +182,7 @@ def test_whose_tokens_of_other_models_can_be_learnt_from(patch_size, width, word
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
-def test_lora_trains_little_and_leaves_a_whole_model(leaves, tmp_path):  # noqa: F811
+def test_lora_trains_little_and_leaves_a_whole_model(leaves, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     run(recipe(tmp_path, leaves, base, num_train_epochs=1, reduction="sit"))
     options = ["--model_name_or_path", str(base), "--lora_rank", "2", "--do_predict", "true", "--weight_decay", "0"]
@@ -201,7 +201,7 @@ def test_lora_trains_little_and_leaves_a_whole_model(leaves, tmp_path):  # noqa:
     assert again["test"] == metrics["test"] and model.config.num_labels == 3
 
 
-def test_mistaken_adapters(capsys, leaves, tmp_path):  # noqa: F811
+def test_mistaken_adapters(capsys, leaves, tmp_path):
     path = recipe(tmp_path, leaves, tmp_path / "out")
     for options, words in (
         (["--lora_rank", "0"], "`lora_rank` must be at least 1"),

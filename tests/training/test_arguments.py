@@ -7,6 +7,7 @@ import pytest
 
 import run_ufgir
 from clca import REDUCTIONS, CLCAViTConfig
+from clca.heads_clca import HEADS
 from ufgir.checkpoints.config_options import NOT_OPTIONS, config_options
 from ufgir.cli.common import add_network_options, add_reduction_options
 from ufgir.training.arguments import ModelArguments, Options
@@ -31,8 +32,9 @@ def test_help_says_what_an_option_is_and_its_default(option):
     assert changed_in_new_models or getattr(new, option.name) == getattr(stock, option.name)
 
 
-def test_help_names_the_methods():
-    assert all(name in config_options()["reduction"].help for name in REDUCTIONS)
+@pytest.mark.parametrize(("option", "names"), [("reduction", REDUCTIONS), ("head", HEADS)])
+def test_help_names_methods_and_heads(option, names):
+    assert all(name in config_options()[option].help for name in names)
 
 
 def test_the_script_has_them_all():

@@ -32,8 +32,7 @@ from transformers import TrainingArguments
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from tests.clca.test_accelerate import VARIANTS, make
-from tests.helpers import CACHES, TINY, images, labels, tiny_model
+from tests.helpers import CACHES, TINY, VARIANTS, images, labels, tiny_model, variant_model
 from ufgir.data.streams import StreamedImages, to_stream
 from ufgir.data.transformed import TransformedImages
 from ufgir.evaluation import prediction
@@ -206,7 +205,7 @@ def test_evaluation_of_a_batchnorm(trained: Path, leaves: Path, tmp_path: Path) 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_parameter_is_unused(variant: str) -> None:
     """DDP would wait for its gradient: every parameter that trains gets one in each step."""
-    model = make(variant).train()
+    model = variant_model(variant).train()
     model(images().float(), labels=labels()).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -255,7 +254,7 @@ def test_each_process_draws_for_itself(tmp_path: Path) -> None:
         data = [{"pixel_values": torch.zeros(3, 32, 32), "labels": i} for i in range(8)]
         batches = [
             batch["labels"].tolist()
-            for batch in UFGIRTrainer(make("ifa"), args, train_dataset=data).get_train_dataloader()
+            for batch in UFGIRTrainer(variant_model("ifa"), args, train_dataset=data).get_train_dataloader()
         ]
         (tmp_path / f"{rank}.json").write_text(json.dumps([batches, torch.rand(3).tolist()]))
 
@@ -277,7 +276,7 @@ def arguments(device: str, world_size: int = 2, **changes: Any) -> Any:
 
 def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
     """Where torch has it: on a GPU. (No test goes through it there.)"""
-    model, names = make("evit"), ("norm_in", "norm_out")
+    model, names = variant_model("evit"), ("norm_in", "norm_out")
     synchronised = DistributedArguments(sync_batchnorm=True)
     with pytest.raises(ValueError, match="`sync_batchnorm` needs GPUs"):
         synchronised.prepare(model, arguments("cpu"))
@@ -303,14 +302,14 @@ def test_it_is_told_that_batches_are_normalised_apart(
     caplog: pytest.LogCaptureFixture, device: str, words: str
 ) -> None:
     plain = DistributedArguments()
-    plain.prepare(make("evit"), arguments(device))
+    plain.prepare(variant_model("evit"), arguments(device))
     assert "by the 4 images of its own process, not by the 8 of a step" in caplog.text and words in caplog.text
     caplog.clear()
     for model, args in (
-        (make("ifa"), arguments(device)),
-        (make("evit"), arguments(device, world_size=1)),
-        (make("evit"), arguments(device, process_index=1)),
-        (make("evit"), arguments(device, do_train=False)),
+        (variant_model("ifa"), arguments(device)),
+        (variant_model("evit"), arguments(device, world_size=1)),
+        (variant_model("evit"), arguments(device, process_index=1)),
+        (variant_model("evit"), arguments(device, do_train=False)),
     ):
         assert plain.prepare(model, args) is model
     assert not caplog.text
@@ -320,7 +319,7 @@ def test_it_is_told_that_batches_are_normalised_apart(
 
 
 def test_no_prediction_from_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    options, model = DistributedArguments(), make("ifa")
+    options, model = DistributedArguments(), variant_model("ifa")
     with pytest.raises(ValueError, match="`do_predict` needs whole weights"):
         options.prepare(model, arguments("cuda", fsdp="full_shard"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

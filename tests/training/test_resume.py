@@ -1,13 +1,12 @@
 """Killed and resumed: the weights are those of a training that was never stopped, and a checkpoint that was cut off is never
 loaded. Trainings are killed for good, by SIGKILL, in forks of this process (a fresh one would import torch for seconds)."""
 
-import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +160,6 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert actual.keys() == expected.keys()
     odd = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not odd, odd
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """accelerate collects garbage before each training: half a second, if it looks through all that was imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import nn
 
 from clca import CLCAViTForImageClassification
-from clca.configuration_clca import AGGREGATING_HEADS, CLCAViTConfig
+from clca.configuration_clca import CLCAViTConfig
+from clca.heads_clca import heads_reading
 
 from ..interpret.attention_maps import checked_layers, evaluation_mode
 from ..transforms.images import to_rgb
@@ -37,10 +38,10 @@ def check_features(config: CLCAViTConfig, features: str, name: str = "the model"
         raise ValueError(f"`features` must be one of {', '.join(FEATURES)}, got {features!r}.")
     if features == "cls":
         check_cls(config, name, "`features` cls")
-    if features == "cla" and config.head not in AGGREGATING_HEADS:
+    if features == "cla" and config.head not in heads_reading("cls_tokens"):
         raise ValueError(
             f"{name} has `head`={config.head!r}, which aggregates no CLS tokens: use `features` cls or pooled, or a model with "
-            f"the head {' or '.join(AGGREGATING_HEADS)}."
+            f"the head {' or '.join(heads_reading('cls_tokens'))}."
         )
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from clca import REDUCTIONS, CLCAViTConfig
+from clca.heads_clca import HEADS
 
 
 # Fields that the code sets, and none that a model is trained with.
@@ -20,6 +21,8 @@ OF_NEW_MODELS = {"layer_norm_eps": "1e-6", "intermediate_size": "4 x hidden_size
 
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, dict)}
 _TYPES |= {"list[int]": list[int], "list[float]": list[float]}
+# What the documentation calls a name of something -> the names.
+_NAMES = {"clca.REDUCTIONS": sorted(REDUCTIONS), "clca.heads_clca.HEADS": list(HEADS)}
 # `name (`type` or `type`, ...): text`, the text also on lines that are indented further
 _ENTRY = re.compile(r"^ {4}(\w+) \(([^)]*)\):(.*(?:\n {8}.*)*)", flags=re.MULTILINE)
 
@@ -59,7 +62,8 @@ def config_options() -> dict[str, ConfigOption]:
 def _summary(text: str) -> str:
     """The first sentence, as the help of an option begins."""
     sentence = re.split(r"\.\s+(?=[A-Z])", " ".join(text.replace("`", "").split()))[0].rstrip(".")
-    sentence = sentence.replace("a name of clca.REDUCTIONS", f"one of {', '.join(sorted(REDUCTIONS))}")
+    for place, names in _NAMES.items():
+        sentence = sentence.replace(f"a name of {place}", f"one of {', '.join(names)}")
     plain_word = re.match(r"[A-Z][a-z]+\b", sentence)  # not LayerNorm, CLS
     return sentence[0].lower() + sentence[1:] if plain_word else sentence
 

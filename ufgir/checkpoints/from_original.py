@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import HEADS_BEFORE_NORM, PROBING_HEADS
+from clca.heads_clca import HEADS, heads_reading
 from clca.reductions_clca import get_reduction
 
 from ..utils.text import shortened
@@ -225,7 +225,9 @@ def split_model_name(name: str) -> tuple[str, Architecture]:
     Raises:
         ValueError: no architecture or method of this version.
     """
-    match = re.fullmatch(rf"(?:({'|'.join((*METHODS, *METHODS_NOT_HERE))})_|({'|'.join(PROBING_HEADS)})_?)?(.+)", name)
+    match = re.fullmatch(
+        rf"(?:({'|'.join((*METHODS, *METHODS_NOT_HERE))})_|({'|'.join(heads_reading('probes'))})_?)?(.+)", name
+    )
     if match is None:
         raise ValueError("`model` of the checkpoint is empty.")
     method = match[1] or match[2] or "vit"
@@ -259,7 +261,7 @@ def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLC
     weights = resample_weights(convert_original_state(file.state, config), source, config)
     model = CLCAViTForImageClassification(config).eval()
     # The original drops the final norm where the head reads CLS before it; ours stays, unused.
-    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(weights)), weights, optional, source=f"weights of `{file.path}`")
     return model
 
@@ -412,7 +414,7 @@ def _read_stages(
         options["equal_weight"] = equal
     if overrides.get("reduction_layers") is not None:
         options["reduction_loc"] = list(overrides["reduction_layers"])
-    depth, probes = dims["depth"], file.method in PROBING_HEADS
+    depth, probes = dims["depth"], file.method in heads_reading("probes")
     counts = _num_stages(file, dims)
     if file.method == "vit":
         options["reduction_loc"] = [layer for layer in _DEFAULT_LAYERS[3] if layer < depth]  # whatever the options say
@@ -431,7 +433,7 @@ def _read_stages(
                 f"`reduction_loc` of `{file.path}` is {options['reduction_loc']}, and `{key}` is made for {count} such "
                 "layers."
             )
-    if file.method not in ("vit", *PROBING_HEADS) and not options.get("keep_rate"):
+    if file.method not in ("vit", *heads_reading("probes")) and not options.get("keep_rate"):
         if not _slots(file) and not {"keep_rate", "keep_tokens"} & overrides.keys():
             raise ValueError(f"`keep_rate` of `{file.path}` is told nowhere: set `keep_rate`.")
         options["keep_rate"] = [1.0]  # replaced by what is known
@@ -494,7 +496,7 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)
     # The original drops the final norm where the head reads CLS before it; ours stays, unused.
-    optional = [r"vit\.layernorm\..*"] if config.head in HEADS_BEFORE_NORM else []
+    optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(converted)), converted, optional, source="tensors of the `state_dict`")
     return model
 

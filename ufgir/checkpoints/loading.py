@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
-from clca.aggregation_clca import SwitchableBatchNorm
 from clca.budget_clca import Budget
 from clca.configuration_clca import check_config
+from clca.heads_clca import SwitchableBatchNorm
 from clca.reductions_clca import get_reduction
 
 from ..utils.options import Requirement, check_options

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from clca import CLCAViTConfig
-from clca.configuration_clca import AGGREGATING_HEADS, as_pair
+from clca.configuration_clca import as_pair
+from clca.heads_clca import HEADS
 
 from ..utils.text import listed
 from .timm_keys import convert_timm_tensor, translate
@@ -273,9 +274,9 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
         elif key == "query_prompt_embeddings":
             for layer, queries in zip(config.probe_layers, tensor.split(1), strict=True):
                 converted[f"vit.layers.{layer}.probe.queries"] = queries
-        elif config.head in AGGREGATING_HEADS and re.fullmatch(r"head\.(weight|bias)", key):
+        elif HEADS[config.head].reads == "cls_tokens" and re.fullmatch(r"head\.(weight|bias)", key):
             continue
-        elif (ours := translate(key, (*_KEYS, *_HEAD_KEYS[config.head]))) is not None:
+        elif (ours := translate(key, (*_KEYS, *_HEAD_KEYS.get(config.head, ())))) is not None:
             converted[ours] = tensor
         elif (ours := translate(key, _STAGE_KEYS)) is not None and (stage := int(re.search(r"\d+", key)[0])) < len(
             config.reduction_layers

@@ -188,8 +188,8 @@ def ask_attention(
 
     def listener(index: int) -> Callable[[nn.Module, tuple[Any, ...], tuple[Any, ...]], None]:
         def listen(attention: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-            state, context = inputs[1], outputs[3]
-            answers[index] = Observed(question(context), "assignment" in state.report)
+            context = inputs[1]
+            answers[index] = Observed(question(context), "assignment" in context.state.report)
 
         return listen
 

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
-from clca.aggregation_clca import SwitchableBatchNorm
+from clca.heads_clca import SwitchableBatchNorm
 
 from ..utils.arguments import option
 from ..utils.distributed import broadcast_buffers

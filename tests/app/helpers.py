@@ -1,0 +1,36 @@
+"""A model for the page to show, and pictures that strangers may upload."""
+
+import struct
+import zlib
+
+import torch
+from transformers import ViTImageProcessorPil
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from tests.helpers import CACHES, TINY
+
+
+def save_checkpoint(folder, **changes):
+    """A model with weights of a fixed seed and its image processor, whose classes are those of the drawn leaves."""
+    names = [f"cultivar_{label:02d}" for label in range(3)]
+    options = TINY | CACHES["clca"] | {"reduction": "evit", "keep_rate": 0.5, "id2label": dict(enumerate(names))}
+    torch.manual_seed(0)
+    CLCAViTForImageClassification(CLCAViTConfig(**options | changes)).save_pretrained(folder)
+    save_processor(folder)
+    return str(folder)
+
+
+def save_processor(folder):
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def png(width, height, rows=None):
+    """A black picture as PNG that never was in memory; with fewer `rows`, a file that ends too early."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(1), bytes(1 + width)
+    data = b"".join(packer.compress(row) for _ in range(height if rows is None else rows)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of grey
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
