@@ -79,7 +79,7 @@ def _is_on_hub(source: Source) -> bool:
 
 _OF_LISTINGS = ("csv_train", "csv_validation", "csv_test", "csv_data_folder", "csv_class_names")
 _OF_HUB = ("config_name", "revision")
-_OF_DRAWING = ("num_classes", "images_per_class", "image_size", "difficulty")
+_OF_DRAWING = tuple(p for p in inspect.signature(synthetic_leaves).parameters if p not in ("seed", "cache_dir"))
 
 # The first that recognizes a source opens it. One more layout: a record here, and a module with its two functions.
 LAYOUTS = (
