@@ -4,6 +4,7 @@ cache (CLC), the aggregation head (CLA) and the backbones of the paper need (htt
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
@@ -13,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.models.vit.configuration_vit import ViTConfig
 
-from .budget_clca import as_pair, check_rates
+from .budget_clca import Budget, as_pair, check_rates
 from .heads_clca import HEADS, VQTProbe, heads_reading
 from .reductions_clca import checked_budget, get_reduction
 
@@ -119,7 +120,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
             expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
             raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from error
 
-    cls.__setattr__ = __setattr__
+    cls.__setattr__ = __setattr__  # ty: ignore[invalid-assignment]  # which is no longer the method of the class
     return cls
 
 
@@ -348,7 +349,7 @@ def check_config(config: CLCAViTConfig) -> None:
     _check_sizes(config)
     _check_reduction(config)
     if config.train_keep_rates is not None:
-        _check_train_keep_rates(config)
+        _check_train_keep_rates(config, config.train_keep_rates)
     _check_cache(config)
     _check_head(config)
     _check_without_class_token(config)
@@ -363,9 +364,9 @@ def _check_choices(config: CLCAViTConfig) -> None:
 
 def _check_sizes(config: CLCAViTConfig) -> None:
     for name in ("image_size", "patch_size"):
-        value = as_pair(getattr(config, name))
-        if len(value) != 2 or min(value) < 1:
-            raise ValueError(f"`{name}` must be a positive integer or two of them, got {getattr(config, name)}.")
+        value = getattr(config, name)
+        if (not isinstance(value, int) and len(value) != 2) or min(as_pair(value)) < 1:
+            raise ValueError(f"`{name}` must be a positive integer or two of them, got {value}.")
     for side, patch in zip(as_pair(config.image_size), as_pair(config.patch_size), strict=True):
         if side % patch:
             raise ValueError(
@@ -401,7 +402,8 @@ def _check_sizes(config: CLCAViTConfig) -> None:
 
 
 def _check_reduction(config: CLCAViTConfig) -> None:
-    check_rates(config.keep_rate)
+    budget = Budget.of(config)
+    check_rates(budget.keep_rate)
     layers = config.reduction_layers
     if any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
         raise ValueError(f"`reduction_layers` must be integers, got {layers}.")
@@ -412,8 +414,8 @@ def _check_reduction(config: CLCAViTConfig) -> None:
             f"`reduction_layers` must lie in 0 .. {config.num_hidden_layers - 1} for a network of "
             f"`num_hidden_layers`={config.num_hidden_layers} layers, got {layers}."
         )
-    if config.keep_tokens is not None:
-        _check_keep_tokens(config)
+    if budget.keep_tokens is not None:
+        _check_keep_tokens(config, budget.keep_tokens)
     if config.reduction is None:
         if config.reduction_kwargs:
             raise ValueError(
@@ -433,12 +435,12 @@ def _check_reduction(config: CLCAViTConfig) -> None:
     get_reduction(config.reduction).check(config)
 
 
-def _check_keep_tokens(config: CLCAViTConfig) -> None:
+def _check_keep_tokens(config: CLCAViTConfig, counts: Sequence[int]) -> None:
     if config.keep_rate != [1.0]:
         raise ValueError(
             f"`keep_tokens` {config.keep_tokens} and `keep_rate` {config.keep_rate} exclude each other: give one."
         )
-    for count in config.keep_tokens:
+    for count in counts:
         if isinstance(count, bool) or not 1 <= count <= config.num_patches:
             raise ValueError(
                 f"`keep_tokens` must be integers in 1 .. {config.num_patches}, the patches of an image, got "
@@ -446,8 +448,8 @@ def _check_keep_tokens(config: CLCAViTConfig) -> None:
             )
 
 
-def _check_train_keep_rates(config: CLCAViTConfig) -> None:
-    rates = config.train_keep_rates = sorted(set(config.train_keep_rates))
+def _check_train_keep_rates(config: CLCAViTConfig, rates: Sequence[float]) -> None:
+    rates = config.train_keep_rates = sorted(set(rates))
     if not rates:
         raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
     if config.keep_tokens is not None:
