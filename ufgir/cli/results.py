@@ -113,7 +113,6 @@ def _write_figures(
     text: str,
 ) -> list[Path]:
     from ..runs import figures as paper_figures
-    from ..runs import tables as run_tables
     from ..utils import plotting as figures
 
     if "gradients" in (args.figure or ()) and rows is None:
