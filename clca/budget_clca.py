@@ -5,7 +5,7 @@ The lowest module of the package: it imports none of the others.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 
 if TYPE_CHECKING:
@@ -76,5 +76,4 @@ def check_rates(rates: Sequence[float]) -> None:
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    return (size, size) if isinstance(size, int) else cast("tuple[int, int]", tuple(size))  # whoever asks users counts them

@@ -112,7 +112,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
     """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
     strict_setattr = cls.__setattr__
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self: ViTConfig, name: str, value: Any) -> None:
         try:
             strict_setattr(self, name, value)
         except StrictDataclassError as error:
@@ -261,7 +261,7 @@ class CLCAViTConfig(ViTConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
         a file written by a newer or another code must load, a typing error in a constructor call must not."""
         model_type = config_dict.get("model_type")
@@ -364,9 +364,9 @@ def _check_choices(config: CLCAViTConfig) -> None:
 
 def _check_sizes(config: CLCAViTConfig) -> None:
     for name in ("image_size", "patch_size"):
-        value = getattr(config, name)
-        if (not isinstance(value, int) and len(value) != 2) or min(as_pair(value)) < 1:
-            raise ValueError(f"`{name}` must be a positive integer or two of them, got {value}.")
+        value = as_pair(getattr(config, name))
+        if len(value) != 2 or min(value) < 1:
+            raise ValueError(f"`{name}` must be a positive integer or two of them, got {getattr(config, name)}.")
     for side, patch in zip(as_pair(config.image_size), as_pair(config.patch_size), strict=True):
         if side % patch:
             raise ValueError(
