@@ -40,9 +40,10 @@ quality: $(READY)  ## check the style without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: $(READY)  ## repair what of the style can be repaired
+style: $(READY)  ## repair what of the style can be repaired, and write the table of methods in README.md
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/_extensions/method_table.py
 
 clean:  ## delete caches and builds; the environment and outputs stay
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests

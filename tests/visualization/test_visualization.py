@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +269,7 @@ def test_every_kind_of_every_model(case, kind) -> None:
     """A column for each stage, layer, range or reference, a cell for each image, with what is said below it."""
     model = case.model()
     config, stages = model.config, len(REDUCTIONS[case.method].layers(model.config)) if case.method else 0
-    options = {"patch": (1, 2)} if kind == "trace" else {}
+    options = KINDS[kind].example
     expected = {
         "kept": stages,
         "merge": stages,
@@ -276,14 +277,15 @@ def test_every_kind_of_every_model(case, kind) -> None:
         "attention": 5,
         "rollout": 4,
         "similarity": 1 + config.use_class_token,
-    }[kind]
+    }.get(kind)
     view = make_view(model, processor(), noise())
-    if expected == 0 or (kind == "attention" and not config.use_class_token):
+    if KINDS[kind].unmet(config) is not None:
+        assert not expected or not config.use_class_token
         with pytest.raises(ValueError, match=r"reduces no tokens|needs a CLS token"):
             KINDS[kind](view, **options)
         return
     columns = KINDS[kind](view, **options)
-    assert len(columns) == expected and all(len(column.cells) == 2 for column in columns)
+    assert len(columns) == (expected or len(columns)) > 0 and all(len(column.cells) == 2 for column in columns)
     for column in columns:
         for drawn in column.cells:
             assert drawn.picture.shape == (3, 32, 32) and drawn.picture.isfinite().all() and drawn.caption
@@ -534,7 +536,7 @@ def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -
         ("evit --what attention --heads 2", "`heads` must be 'mean', 'all' or indices in 0 .. 1"),
         ("evit --what rollout --ranges 3", "two numbers of layers such as 0:4, got 3"),
         ("evit --what rollout --ranges 3:9", "must lie in 0:5"),
-        ("no_cls --what attention", "CLS attention needs a CLS token"),
+        ("no_cls --what attention", "this picture needs a CLS token, and no_cls has none"),
         ("no_cls --what similarity --to cls", "the similarity to CLS needs a CLS token"),
         ("no_cls --what merge", "reduces no tokens"),
     ],
@@ -551,9 +553,12 @@ def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) 
     assert sorted(checkpoints.iterdir()) == before
 
 
-def test_the_gallery_has_every_kind_and_method() -> None:
-    """Its commands can be parsed, and made what it shows; its pictures are small."""
-    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+def test_the_gallery_has_every_kind_and_method(monkeypatch) -> None:
+    """Its commands can be parsed, and made what it shows; its pictures are small. What the page itself does not have, because it
+    was just added, is there on the site, with its picture if there is one."""
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
+    own = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    text = import_module("from_code").expanded(own)
     commands = [line for line in text.splitlines() if line.startswith(".venv/bin/ufgir visualize")]
     parser = argparse.ArgumentParser()
     configure(parser)
@@ -561,7 +566,11 @@ def test_the_gallery_has_every_kind_and_method() -> None:
     assert {args.what for args in parsed} == {*KINDS, "grid"}
     shown = re.findall(r"\]\((figures/gallery/.*)\)", text)
     files = [f"figures/gallery/{file.name}" for file in (DOCS / "figures" / "gallery").iterdir()]
-    assert sorted(shown) == sorted(files) == sorted(args.output.removeprefix("docs/") for args in parsed)
+    made = [
+        args.output.removeprefix("docs/") for args, command in zip(parsed, commands, strict=True) if command in own
+    ]
+    assert sorted(shown) == sorted(files) and {*made} <= {*files} and len(made) == len({*made})
+    assert {*files} <= {args.output.removeprefix("docs/") for args in parsed}
     assert all((DOCS / file).stat().st_size < 150_000 for file in files)
     drawn = {args.reduction or args.model.removeprefix("outputs/demo_") for args in parsed} | {
         "evit"

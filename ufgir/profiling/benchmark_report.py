@@ -251,7 +251,7 @@ def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Re
             continue
         method, variant = result.case.method, result.case.variant
         name = (method or "no reduction") + ("" if variant == "base" else f" + {variant}")
-        look = method_style(None) if method is None else plain_style(variant if one_method else method, len(lines))
+        look = plain_style(variant, len(lines)) if one_method and method else method_style(method)
         look = look | {"label": name} | ({"markerfacecolor": "white"} if variant == "base" else {})
         lines.setdefault(name, (look, []))[1].append(result)
     return lines
