@@ -76,4 +76,6 @@ def check_rates(rates: Sequence[float]) -> None:
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or two."""
-    return (size, size) if isinstance(size, int) else cast("tuple[int, int]", tuple(size))  # whoever asks users counts them
+    return (
+        (size, size) if isinstance(size, int) else cast("tuple[int, int]", tuple(size))
+    )  # whoever asks users counts them

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -239,6 +239,9 @@ class CLCAViTConfig(ViTConfig):
 
     clca_version: str = __version__
 
+    if TYPE_CHECKING:  # an argument of every configuration, though transformers keeps no field of it
+        num_labels: int = 2
+
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
@@ -261,7 +264,7 @@ class CLCAViTConfig(ViTConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
         a file written by a newer or another code must load, a typing error in a constructor call must not."""
         model_type = config_dict.get("model_type")

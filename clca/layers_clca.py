@@ -5,6 +5,7 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with its map: output (B, N, H, d) and weights (B, H, N, N). transformers' own takes the softmax in float32
     even for float64 tensors."""
@@ -181,7 +182,7 @@ class CLCAViTAttention(nn.Module):
         context: AttentionContext,
         row_map: RowMap | None = None,
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the attention adds to the tokens.
 
@@ -219,7 +220,7 @@ class CLCAViTAttention(nn.Module):
         context: AttentionContext,
         output_attentions: bool = False,
         from_rows: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of queries (B, H, n, d) to the keys and values of a context: output (B, n, D) before its projection and,
         if asked for, weights (B, H, n, N). `from_rows`: the queries are those of the N tokens, one each."""
@@ -233,7 +234,9 @@ class CLCAViTAttention(nn.Module):
         output, weights = outcome
         return output.flatten(2), weights
 
-    def attention_function(self, mask: torch.Tensor | None, output_attentions: bool):
+    def attention_function(
+        self, mask: torch.Tensor | None, output_attentions: bool
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
         """The configured kernel, or one that can do what it cannot: return its map (only eager attention does), take a
         mask of keys (flash attention takes none, flex attention only one of another shape)."""
         name = self.config._attn_implementation
@@ -343,7 +346,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         skip_unread: bool = False,
         only_first: bool = False,
         hidden_keys: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, TokenState]:
         """Tokens (B, N, D) through the layer, to (B, M, D).
 

@@ -6,11 +6,12 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width, L layers, K classes.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import nn
@@ -127,7 +128,9 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         r"^distillation_classifier\.",
     ]  # heads of other tasks
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
         write key names that Trainer cannot resume from. Both classes are announced, so that either Auto class loads it."""
         for name, part in (
@@ -164,7 +167,9 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             if isinstance(module, TokenReduction):
                 module.make_constants()
 
-    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs):
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         culprits = (
             {"reduction": self.config.reduction} if get_reduction(self.config.reduction).differentiable_tracks else {}
@@ -176,7 +181,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
                 f"`use_reentrant`=True would lose gradients of {names}: reentrant checkpointing sees the hidden states "
                 "only. Use `use_reentrant`=False, the default."
             )
-        return super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
