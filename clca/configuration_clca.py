@@ -4,16 +4,17 @@ cache (CLC), the aggregation head (CLA) and the backbones of the paper need (htt
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.models.vit.configuration_vit import ViTConfig
 
-from .budget_clca import as_pair, check_rates
+from .budget_clca import Budget, as_pair, check_rates
 from .heads_clca import HEADS, VQTProbe, heads_reading
 from .reductions_clca import checked_budget, get_reduction
 
@@ -111,7 +112,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
     """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
     strict_setattr = cls.__setattr__
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self: ViTConfig, name: str, value: Any) -> None:
         try:
             strict_setattr(self, name, value)
         except StrictDataclassError as error:
@@ -119,7 +120,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
             expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
             raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from error
 
-    cls.__setattr__ = __setattr__
+    cls.__setattr__ = __setattr__  # ty: ignore[invalid-assignment]  # which is no longer the method of the class
     return cls
 
 
@@ -251,6 +252,9 @@ class CLCAViTConfig(ViTConfig):
 
     clca_version: str = __version__
 
+    if TYPE_CHECKING:  # an argument of every configuration, though transformers keeps no field of it
+        num_labels: int = 2
+
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
@@ -273,7 +277,7 @@ class CLCAViTConfig(ViTConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
         a file written by a newer or another code must load, a typing error in a constructor call must not."""
         model_type = config_dict.get("model_type")
@@ -361,7 +365,7 @@ def check_config(config: CLCAViTConfig) -> None:
     _check_sizes(config)
     _check_reduction(config)
     if config.train_keep_rates is not None:
-        _check_train_keep_rates(config)
+        _check_train_keep_rates(config, config.train_keep_rates)
     _check_cache(config)
     _check_head(config)
     _check_without_class_token(config)
@@ -414,7 +418,8 @@ def _check_sizes(config: CLCAViTConfig) -> None:
 
 
 def _check_reduction(config: CLCAViTConfig) -> None:
-    check_rates(config.keep_rate)
+    budget = Budget.of(config)
+    check_rates(budget.keep_rate)
     layers = config.reduction_layers
     if any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
         raise ValueError(f"`reduction_layers` must be integers, got {layers}.")
@@ -425,8 +430,8 @@ def _check_reduction(config: CLCAViTConfig) -> None:
             f"`reduction_layers` must lie in 0 .. {config.num_hidden_layers - 1} for a network of "
             f"`num_hidden_layers`={config.num_hidden_layers} layers, got {layers}."
         )
-    if config.keep_tokens is not None:
-        _check_keep_tokens(config)
+    if budget.keep_tokens is not None:
+        _check_keep_tokens(config, budget.keep_tokens)
     if config.reduction is None:
         if config.reduction_kwargs:
             raise ValueError(
@@ -446,12 +451,12 @@ def _check_reduction(config: CLCAViTConfig) -> None:
     get_reduction(config.reduction).check(config)
 
 
-def _check_keep_tokens(config: CLCAViTConfig) -> None:
+def _check_keep_tokens(config: CLCAViTConfig, counts: Sequence[int]) -> None:
     if config.keep_rate != [1.0]:
         raise ValueError(
             f"`keep_tokens` {config.keep_tokens} and `keep_rate` {config.keep_rate} exclude each other: give one."
         )
-    for count in config.keep_tokens:
+    for count in counts:
         if isinstance(count, bool) or not 1 <= count <= config.num_patches:
             raise ValueError(
                 f"`keep_tokens` must be integers in 1 .. {config.num_patches}, the patches of an image, got "
@@ -459,8 +464,8 @@ def _check_keep_tokens(config: CLCAViTConfig) -> None:
             )
 
 
-def _check_train_keep_rates(config: CLCAViTConfig) -> None:
-    rates = config.train_keep_rates = sorted(set(config.train_keep_rates))
+def _check_train_keep_rates(config: CLCAViTConfig, rates: Sequence[float]) -> None:
+    rates = config.train_keep_rates = sorted(set(rates))
     if not rates:
         raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
     if config.keep_tokens is not None:

@@ -32,7 +32,7 @@ from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import as_pair
+from clca.budget_clca import Budget, as_pair
 
 from ..checkpoints.loading import at_one_rate, has_one_rate, load_config, load_model, rate_of
 from ..data.synthetic_leaves import SyntheticLeavesConfig
@@ -177,10 +177,10 @@ def own_setting(config: CLCAViTConfig) -> Setting:
     if config.reduction is None:
         return Setting(None, 1.0, config.cross_layer_cache)
     stages = len(config.reduction_layers)
-    rates = [rate ** (1 / len(config.keep_rate)) for rate in config.keep_rate]
-    rate = math.prod(rates)
-    if config.keep_tokens is not None:
-        rate = min(1.0, config.keep_tokens[-1] / config.num_patches) ** (1 / stages)
+    budget = Budget.of(config)
+    rate = math.prod(rate ** (1 / len(budget.keep_rate)) for rate in budget.keep_rate)
+    if budget.keep_tokens is not None:
+        rate = min(1.0, budget.keep_tokens[-1] / config.num_patches) ** (1 / stages)
     return Setting(config.reduction, max(round(rate, 2), SMALLEST_KEEP_RATE), config.cross_layer_cache)
 
 
@@ -245,7 +245,7 @@ def with_weights(
 
 
 def _why_lacking(config: CLCAViTConfig, missing: Sequence[str]) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in config.keep_rate)
+    rates = ", ".join(f"{rate:g}" for rate in Budget.of(config).keep_rate)
     return (
         f"{config.reduction or 'This setting'} has parameters of its own, which these weights lack at keep rate {rates} "
         f"({len(missing)} tensors): they must be trained first."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -84,7 +84,7 @@ class RecipeParser(HfArgumentParser):
         flags = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
         return list(dict.fromkeys(flag if flag in self.options else flag.removeprefix("no_") for flag in flags))
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 

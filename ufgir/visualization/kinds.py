@@ -13,6 +13,7 @@ All of them work from the assignments and from attention that is asked for, for 
 import argparse
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -66,7 +67,7 @@ def make_view(
     return View(model, pixels.to(model.device), pictures, grid, interpolate_pos_encoding)
 
 
-def _denormalise(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> torch.Tensor:
+def _denormalise(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
     """Pictures (B, 3, height, width) in [0, 1] from what an image processor made of them."""
     if getattr(image_processor, "do_normalize", True):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
