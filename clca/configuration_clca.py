@@ -129,32 +129,42 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
 class CLCAViTConfig(ViTConfig):
     r"""Configuration of `CLCAViTModel` and `CLCAViTForImageClassification`.
 
-    Args (beside those of `ViTConfig`):
-        reduction (`str`, *optional*):
-            Token reduction method: `None` or a name of `clca.REDUCTIONS`.
+    Args (and the other fields of `ViTConfig`):
+        image_size (`int`, defaults to 224): Side of the input, in pixels.
+        patch_size (`int`, defaults to 16): Side of a patch, in pixels.
+        hidden_size (`int`, defaults to 768): Width of the tokens.
+        num_hidden_layers (`int`, defaults to 12): Number of layers.
+        num_attention_heads (`int`, defaults to 12): Attention heads of each layer.
+        intermediate_size (`int`, defaults to 3072): Width inside the MLP.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of every LayerNorm.
+        qkv_bias (`bool`, defaults to `True`): Queries, keys and values have a bias.
+        hidden_dropout_prob (`float`, defaults to 0.0): Probability of dropout.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Probability of dropout on attention.
+        reduction (`str`, *optional*): Token reduction method: none, or a name of `clca.REDUCTIONS`.
         reduction_layers (`list[int]`, defaults to `[3, 6, 9]`):
-            0-based layers at which tokens are reduced, strictly increasing. The cache is recalled after them, and the
-            CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe them, or all
-            layers if the list is empty.
+            Layers, counted from 0, at which tokens are reduced, strictly increasing. The cache is recalled after them, and
+            the CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe them, or
+            all layers if the list is empty.
         keep_rate (`float` or `list[float]`, defaults to `1.0`):
-            Share of tokens a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
+            Share of tokens that a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
             as a list.
         keep_tokens (`list[int]`, *optional*):
-            Tokens each stage keeps, one count per stage, instead of `keep_rate`.
+            Tokens that each stage keeps, one count per stage, instead of `keep_rate`.
         train_keep_rates (`list[float]`, *optional*):
-            Keep rates that one model is trained for, one drawn per training step, so that it serves them all and those
-            between. A CLA head keeps the statistics of its BatchNorms for each of them apart. Stored in ascending order.
+            Keep rates that one model is trained for, one drawn at random per training step. It then serves them all and
+            those between. A CLA head keeps the statistics of its BatchNorms for each of them apart. Stored in ascending order.
         reduction_kwargs (`dict`, *optional*):
-            Options of the method, checked against its signature.
+            The method's own options, checked against its signature.
         cross_layer_cache (`bool`, defaults to `False`):
             Cache a summary of each layer and append what was cached to the tokens after every reduction (CLC).
         num_clr_tokens (`int`, defaults to 0):
-            Cross-layer registers (CLR): learnt tokens at the end of the sequence, cached with each layer.
-        cache_gap (`bool`, defaults to `True`): Cache the mean of the tokens (GAP).
-        cache_pool_cls (`bool`, defaults to `False`): CLS enters the GAP.
-        cache_pool_clr (`bool`, defaults to `False`): CLR enter the GAP also before the first recall.
-        cache_recover_at_last (`bool`, defaults to `True`): Recall what is left before the last layer.
-        head (`str`, defaults to `"linear"`): `linear`, `cla`, `ifa`, `h2t` or `vqt`: a name of `clca.heads_clca.HEADS`.
+            Cross-layer registers (CLR): learned tokens at the end of the sequence, cached with each layer.
+        cache_gap (`bool`, defaults to `True`): The cache holds the mean of the tokens (GAP).
+        cache_pool_cls (`bool`, defaults to `False`): The GAP includes CLS.
+        cache_pool_clr (`bool`, defaults to `False`): The GAP includes CLR, also before the first retrieval.
+        cache_recover_at_last (`bool`, defaults to `True`):
+            Retrieve what is left in the cache before the last layer.
+        head (`str`, defaults to `"linear"`): Classification head: a name of `clca.heads_clca.HEADS`.
         cla_multiplier (`int`, defaults to 2): Channels of the CLA head's depth-wise convolution per input channel.
         num_query_tokens (`int`, defaults to 5): Queries per layer of the VQT head.
         vqt_original_slicing (`bool`, defaults to `False`):
@@ -163,21 +173,24 @@ class CLCAViTConfig(ViTConfig):
         num_selected_features (`int`, *optional*):
             Features that `select_features` left to the H2T or VQT head.
         multi_label_loss (`str`, defaults to `"bce"`):
-            Loss of `problem_type="multi_label_classification"`: `bce`, binary cross-entropy averaged over the classes, or
-            `asymmetric` (https://huggingface.co/papers/2009.14119), summed over them; either averaged over images.
+            Loss where images have several classes: `bce` or `asymmetric`. This is `problem_type` multi_label_classification.
+            Binary cross-entropy is averaged over the classes, the asymmetric loss
+            (https://huggingface.co/papers/2009.14119) summed over them; either averaged over images.
         group_lasso_weight (`float`, defaults to 0.0):
             Weight of a group lasso on the head in training, one group per input feature.
-        layerscale_value (`float`, *optional*): Initial LayerScale; `None` for no LayerScale.
-        pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer; the patch projection has no bias (CLIP).
-        num_register_tokens (`int`, defaults to 0): Register tokens after CLS.
+        layerscale_value (`float`, *optional*): Initial value of LayerScale; none for no LayerScale.
+        pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer, as in CLIP. The patch
+            projection has no bias then.
+        num_register_tokens (`int`, defaults to 0): Register tokens after CLS, as in DINOv2.
         prefix_position_embeddings (`bool`, defaults to `True`): CLS, registers and CLR have position embeddings.
         use_class_token (`bool`, defaults to `True`): The sequence begins with a CLS token.
         pooling (`str`, defaults to `"cls"`):
-            What a linear head reads: `cls`, `mean` of the other tokens, normalised after it, `normed_mean`, normalised
-            before it, or `map` (attention pooling with a learnt query).
+            What a linear head reads: `cls`, `mean`, `normed_mean` or `map`. The mean is of the other tokens, `mean` normalised
+            after it and `normed_mean` before it; `map` is attention pooling with a learned query.
         use_qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys.
         use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
-        drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer; grows linearly from 0.
+        drop_path_rate (`float`, defaults to 0.0):
+            Probability of stochastic depth in the last layer; it grows linearly from 0 in the first.
         clca_version (`str`): Version of this code that made the config.
 
     Raises:

@@ -177,7 +177,7 @@ def test_classes_that_the_model_does_not_know_are_named(tmp_path, drawn, layout)
             split = split.remove_columns("label").add_column("label", values)
             unknown = unknown if layout == "text" else "0, 1"
         datasets.DatasetDict({"test": split}).save_to_disk(tmp_path)
-    message = rf"not among the 3 `class_names`: {unknown}\. Known are cultivar_00, cultivar_02, 2"
+    message = rf"not among the 3 known ones: {unknown}\. Known are cultivar_00, cultivar_02, 2"
     with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path, class_names=known)
 
