@@ -1,4 +1,4 @@
-"""Whose hooks look at modules: a model leaves out, or computes in another way, only what nobody sees."""
+"""Find out whether hooks watch a module: fast paths must not skip what somebody watches."""
 
 from collections.abc import Callable, Iterable, Iterator
 

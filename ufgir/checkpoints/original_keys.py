@@ -1,4 +1,4 @@
-"""Weights of the original CLCA code, turned into `CLCAViTForImageClassification`."""
+"""Map the options and weight names of the original CLCA code to ours."""
 
 import logging
 import math

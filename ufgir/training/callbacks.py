@@ -1,4 +1,4 @@
-"""Training callbacks: gradient records, a guard against NaN, averaged weights (EMA), early stopping."""
+"""The options and assembly of training callbacks; the guard against NaN and the record of the last model are here."""
 
 import math
 from dataclasses import dataclass
