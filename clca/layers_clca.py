@@ -17,7 +17,7 @@ from .configuration_clca import CLCAViTConfig
 from .fast_paths_clca import fast_paths_enabled
 from .gelu_clca import activate
 from .heads_clca import HEADS, LayerTrace
-from .linear_clca import linear
+from .linear_clca import linear, linear_products
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
 
@@ -159,6 +159,11 @@ class CLCAViTAttention(nn.Module):
         """Queries (B, H, n, d) of normalised rows (B, n, D)."""
         return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
 
+    def query_products(self, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
+        """Products (B, N) of the queries of normalised tokens (B, N, D), their heads side by side, with one vector (B, D),
+        without the queries. None where the queries must be made: they have a norm, or their projection must be called."""
+        return None if self.config.use_qk_norm else linear_products(self.q_proj, hidden_states, vector)
+
     def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
         """Keys, values and mask of normalised tokens (B, N, D), for questions and for the attention itself. The first
         `hidden_keys` tokens have neither key nor value."""
@@ -196,7 +201,7 @@ class CLCAViTAttention(nn.Module):
         if has_output:
             output, weights = context.output.flatten(2), None
         else:
-            query = context.query() if from_rows else self.project_query(row_map(hidden_states))
+            query = context.query() if from_rows else context.mapped_query(row_map)
             output, weights = self.attend(query, context, output_attentions, from_rows, **kwargs)
         if row_map is None:
             return linear(self.o_proj, output), weights

@@ -74,3 +74,20 @@ def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
         and layer.weight.dtype == torch.float32
         and hidden_states.shape[-1:] == (layer.in_features,)  # else torch says it more clearly
     )
+
+
+def linear_products(layer: nn.Module, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
+    """Products (B, N) of what a linear layer makes of rows (B, N, in_features) with one vector (B, out_features), in the
+    vector's dtype: h (W^T v) + b v, at the price of one row. None where the layer must be called: it is another one, or
+    somebody has to know."""
+    if (
+        not fast_paths_enabled()
+        or type(layer) is not nn.Linear
+        or "forward" in layer.__dict__
+        or is_hooked(layer)
+        or type(layer.weight) is not nn.Parameter
+    ):
+        return None
+    products = hidden_states.to(vector.dtype) @ (vector @ layer.weight.to(vector.dtype)).unsqueeze(2)
+    products = products.squeeze(2)
+    return products if layer.bias is None else products + vector @ layer.bias.to(vector.dtype).unsqueeze(1)
