@@ -46,11 +46,11 @@ ACTS_AT_RATE_ONE_BESIDE_PATCHES = {
 RATE_ONE_OPTIONS = {"heuristic": {"contiguous": False}}  # else it shrinks whatever the keep rate says
 # Methods whose new rows are not sums of the rows that come in.
 TRANSFORMS_ITS_ROWS = {
-# The fused row is made with signed weights of any sum, which no shares can be.
-SHARES_ARE_NOT_WEIGHTS = {"glsf"}
     "patchmerger": "sums of normalised rows",
     "sinkhorn": "sums of rows of unit length",
 }
+# The fused row is made with signed weights of any sum, which no shares can be.
+SHARES_ARE_NOT_WEIGHTS = {"glsf"}
 # Parameters whose gradient is zero by calculation, to be asked only for being there and finite.
 NO_EFFECT = {
     r"attention\.k_proj\.bias": "adds the same to all logits of a query, which softmax does not see",
