@@ -93,13 +93,6 @@ class AttentionContext:
                 self._query = self.attention.project_query(self.hidden_states)
         return self._query[:, :, rows]
 
-    def mapped_query(self, row_map: RowMap) -> torch.Tensor:
-        """Queries (B, H, M, d) of tokens that a map takes as they are: picked out if those of all tokens exist, else
-        projected from the picked tokens."""
-        if self._query is None:
-            return self.attention.project_query(row_map(self.hidden_states))
-        return self.attention.split_heads(row_map(self._query.transpose(1, 2).flatten(2)))
-
     def attention_logits(self, rows: slice) -> torch.Tensor:
         """Logits (B, H, n, N) of a slice of query rows, before any mask, in float32 at least."""
         if self._comparable_key is None:

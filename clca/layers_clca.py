@@ -201,7 +201,7 @@ class CLCAViTAttention(nn.Module):
         if has_output:
             output, weights = context.output.flatten(2), None
         else:
-            query = context.query() if from_rows else context.mapped_query(row_map)
+            query = context.query() if from_rows else self.project_query(row_map(hidden_states))
             output, weights = self.attend(query, context, output_attentions, from_rows, **kwargs)
         if row_map is None:
             return linear(self.o_proj, output), weights
