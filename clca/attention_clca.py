@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 
 if TYPE_CHECKING:
+    from .layers_clca import CLCAViTAttention
     from .reduction_base import TokenState
 
 
@@ -43,6 +43,7 @@ class TakenRows(RowMap):
         self.rows = rows
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        assert self.rows is not None
         return values[:, self.rows] if isinstance(self.rows, slice) else gather_rows(values, self.rows)
 
 
@@ -63,7 +64,7 @@ class AttentionContext:
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: "CLCAViTAttention",
         hidden_states: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -136,7 +137,7 @@ class AttentionContext:
 
     def received_attention(self) -> torch.Tensor:
         """What each row receives, summed over heads and query rows: (B, N)."""
-        return sum(self._of_chunks(lambda weights: weights.sum(dim=(1, 2))))
+        return torch.stack(self._of_chunks(lambda weights: weights.sum(dim=(1, 2)))).sum(dim=0)
 
     def mean_attention(self) -> torch.Tensor:
         """The attention weights averaged over heads, (B, N, N); those of all heads never exist at the same time."""
@@ -148,7 +149,8 @@ class AttentionContext:
         The weights, all of which this takes, are those of the attention itself: where nothing else is expected of that,
         its output is computed with them, and not once more by a kernel."""
         num_rows, with_output = self.key.shape[2], self._may_give_output()
-        answers, outputs = [], []
+        answers: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         # Each chunk is to stay in the cache of a CPU; a compiler, or a GPU, has less to do for fewer of them.
         chunk = 64 if self.key.device.type == "cpu" and not torch.compiler.is_compiling() else 256
         for start in range(0, num_rows, chunk):
