@@ -125,9 +125,8 @@ class AttentionContext:
     def first_key_logits(self) -> torch.Tensor:
         """Logits (B, N) that the query of each token gives to key 0, averaged over heads, in float32 at least. No queries
         are projected for them where none exist yet and the projection's weights tell as much."""
-        key = at_least_float32(self.key[:, :, 0]).flatten(
-            1
-        )  # (B, D): a sum over heads is one product of all their widths
+        # (B, D): the sum over heads of their products is one product of all their widths.
+        key = at_least_float32(self.key[:, :, 0]).flatten(1)
         with full_precision(key):
             logits = self.attention.query_products(self.hidden_states, key) if self._query is None else None
             if logits is None:

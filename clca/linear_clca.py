@@ -1,4 +1,4 @@
-"""Linear layers for the few rows that a reduction leaves.
+"""Linear layers for the few rows that a reduction leaves, and products with rows that are not computed.
 
 On a CPU, torch multiplies float32 matrices by its BLAS, which is made for many rows: with a dozen of them it may take twice
 the time it takes to read the weights. oneDNN, which torch brings along too, is faster there, and not slower elsewhere if the

@@ -406,7 +406,7 @@ class ScoredPruning(TokenReduction):
     `always_sorts`.
     """
 
-    fuse_rest: ClassVar[bool] = False
+    fuse_rest: bool = False
     normalize_weights: bool = False  # stretch the weights of the fused row, so that those of all rows cover 0 .. 1
     always_sorts: ClassVar[bool] = False
 
@@ -418,7 +418,7 @@ class ScoredPruning(TokenReduction):
 
     @classmethod
     def fuses(cls, config: "CLCAViTConfig") -> bool:
-        """Whether what a stage drops is fused into one row."""
+        """Whether what a stage drops is fused into one row: `fuse_rest` of its stages."""
         return cls.option(config, "fuse_rest") if "fuse_rest" in cls.option_types else cls.fuse_rest
 
     @classmethod
@@ -447,7 +447,7 @@ class ScoredPruning(TokenReduction):
         best = scores.topk(keep, dim=1).indices
         rows = nn.functional.pad(best + 1, (1, 0))  # row 0 first
         state = state.select(rows)
-        if not self.fuses(self.config):
+        if not self.fuse_rest:
             return TakenRows(rows), state.with_assignment(lambda: one_hot_assignment(rows, num_rows, scores.dtype))
         weights = self.fusion_weights(scores).scatter(1, best, 0.0)  # 0 where kept
         weights = nn.functional.pad(weights, (1, 0)).unsqueeze(1)  # (B, 1, N)
@@ -481,7 +481,7 @@ class ScoredByAttention(ScoredPruning):
     attention tells. A method is its `score`."""
 
     def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
-        if self.fuses(self.config):
+        if self.fuse_rest:
             context.query()  # of all rows, which will be needed: CLS is not projected by itself
         return self.keep_best(state, self.score(context)[:, 1:])
 

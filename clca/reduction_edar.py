@@ -1,4 +1,4 @@
-"""EDAR: keep the tokens that CLS attends to through two layers, and optionally fuse the others into one.
+"""EDAR: keep the tokens that CLS attends to through two layers, or fuse the others into one (an option).
 
 Attention rollout (https://huggingface.co/papers/2005.00928) as EViT's criterion, of the later CLCA code; no paper has it.
 The licence of the official code was not checked, and none of it is used here. Differs from the original: without a layer

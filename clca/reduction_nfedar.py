@@ -1,4 +1,4 @@
-"""NFEDAR: EDAR without fusion, keep the tokens that CLS attends to through two layers and drop the others.
+"""NFEDAR: keep the tokens that CLS attends to through two layers, drop the others.
 
 Attention rollout (https://huggingface.co/papers/2005.00928) as EViT's criterion, of the later CLCA code; no paper has it.
 The licence of the official code was not checked, and none of it is used here. Differs from the original as EDAR does.
