@@ -168,7 +168,7 @@ class CLCAViTAttention(nn.Module):
 
     def query_products(self, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
         """Products (B, N) of the queries of normalised tokens (B, N, D), their heads side by side, with one vector (B, D),
-        without the queries. None where the queries must be made: they have a norm, or their projection must be called."""
+        without the queries. None where the queries must be made: they have a norm, or weights alone do not tell them."""
         return None if self.config.use_qk_norm else linear_products(self.q_proj, hidden_states, vector)
 
     def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:

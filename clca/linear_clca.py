@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .fast_paths_clca import fast_paths_enabled
-from .hooks_clca import is_hooked
+from .hooks_clca import has_own_hooks, is_hooked
 
 
 try:
@@ -78,13 +78,13 @@ def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
 
 def linear_products(layer: nn.Module, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
     """Products (B, N) of what a linear layer makes of rows (B, N, in_features) with one vector (B, out_features), in the
-    vector's dtype: h (W^T v) + b v, at the price of one row. None where the layer must be called: it is another one, or
-    somebody has to know."""
+    vector's dtype: h (W^T v) + b v, at the price of one row. None where its weights do not tell what a call of it gives: it is
+    another layer, or hooks on it may bring or change something."""
     if (
         not fast_paths_enabled()
         or type(layer) is not nn.Linear
         or "forward" in layer.__dict__
-        or is_hooked(layer)
+        or has_own_hooks(layer)
         or type(layer.weight) is not nn.Parameter
     ):
         return None

@@ -18,6 +18,7 @@ from clca.layers_clca import CLCAViTAttention
 from clca.reduction_base import ScoredPruning
 from tests.helpers import images, labels, tiny_config, tiny_model
 from ufgir.checkpoints.original_keys import original_config
+from ufgir.profiling.macs import count_macs
 
 
 BY_ATTENTION = ("maws", "dmaws", "edar", "nfedar")
@@ -410,6 +411,12 @@ def test_maws_computes_no_queries_for_what_is_dropped(
     hook.remove()
     with set_fast_paths(False):
         assert (model(images()).logits - logits).abs().max() <= 1e-10
+
+
+def test_maws_costs_a_column_more_than_top_k() -> None:
+    """W^T k, its products with the tokens, and the bias, in two stages of 17 and 9 tokens."""
+    maws, topk = (count_macs(make(method), as_executed=True) for method in ("maws", "topk"))
+    assert maws - topk == sum(16 * 16 + count * 16 + 16 for count in (17, 9))
 
 
 def test_rollout_brings_the_output_along(monkeypatch: pytest.MonkeyPatch) -> None:
