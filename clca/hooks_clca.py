@@ -13,6 +13,11 @@ _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed.", "torch.utils.", "transformers.")
 
 
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether there is any hook on a module itself, of forward or backward passes."""
+    return any(getattr(module, kind) for kind in _KINDS)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether there is any hook on a module itself, or one on every module, of forward or backward passes. (torch asks the
     same before it calls `forward` and nothing else.)"""

@@ -17,15 +17,16 @@ parameters, and a few class methods that every layer of the model calls. It over
 | `attention_mask` | in every layer's attention | tome (log size, a bias); by default what `visible` says |
 | `attend` | in every layer, instead of softmax attention | dyvit in training (masked, smoothed softmax) |
 | `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
-| `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, tome |
-| `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | |
-| `observe` | in every layer's attention, once its keys exist | kmedoids (what tokens receive in the layer before its stage) |
+| `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, maws, dmaws, edar, nfedar, tome |
+| `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | glsf |
+| `observe` | in every layer's attention, once its keys exist | kmedoids, dmaws, edar, nfedar (the layer before a stage) |
 | `recalled_value` | when the cache appends rows | what those rows get in each track |
 | `loss_terms` | with labels, in training | dyvit |
 
-`ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation), `Regrouping` and
-`LearntSlots` what methods share that make new rows of all but a protected part (dpcknn, kmedoids; sit, patchmerger,
-sinkhorn).
+`ScoredPruning` holds what pruning methods share (dyvit in evaluation, glsf), `ScoredByAttention` what those share that score
+by a layer's attention (`AttentionPruning`: topk, evit; maws), `TwoLayerPruning` by that of two layers (dmaws;
+`RolloutPruning`: edar, nfedar). `Regrouping` and `LearntSlots` hold what methods share that make new rows of all but a
+protected part (dpcknn, kmedoids; sit, patchmerger, sinkhorn).
 
 Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToMe's `size`, ATS' `valid`, DynamicViT's
 `decision`. A stage that reorders or drops rows calls `state.select`, a stage that makes new rows replaces its tracks.
@@ -73,6 +74,10 @@ class TokenState(NamedTuple):
     def with_tracks(self, **tracks: torch.Tensor) -> "TokenState":
         """The state with some tracks set."""
         return self._replace(tracks=self.tracks | tracks)
+
+    def without_track(self, name: str) -> "TokenState":
+        """The state without one of its tracks, if it has it."""
+        return self._replace(tracks={key: track for key, track in self.tracks.items() if key != name})
 
     def with_report(self, **report: torch.Tensor) -> "TokenState":
         """The state with something added to the layer's report."""
@@ -395,19 +400,31 @@ class FusedRows(RowMap):
 class ScoredPruning(TokenReduction):
     """Keep row 0 and the best of all other rows: patches, registers, CLR and recalled rows compete alike, as in the
     original. A method decides when it calls `prune`, and with which scores; `fuse_rest` adds one row, the sum of all that
-    was dropped, weighted by the scores.
+    was dropped, weighted by the scores. An option of that name decides in a method that has it.
 
     Kept rows are in the order of falling scores. Where nothing is dropped the sequence is left as it is, unless the method
     `always_sorts`.
     """
 
-    fuse_rest: ClassVar[bool] = False
+    fuse_rest: bool = False
+    normalize_weights: bool = False  # stretch the weights of the fused row, so that those of all rows cover 0 .. 1
     always_sorts: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, config: "CLCAViTConfig") -> None:
+        super().check(config)
+        if "normalize_weights" in cls.option_types and not cls.fuses(config):
+            cls.check_option(config, "normalize_weights", lambda v: not v, "False without `fuse_rest`")
+
+    @classmethod
+    def fuses(cls, config: "CLCAViTConfig") -> bool:
+        """Whether what a stage drops is fused into one row: `fuse_rest` of its stages."""
+        return cls.option(config, "fuse_rest") if "fuse_rest" in cls.option_types else cls.fuse_rest
 
     @classmethod
     def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         kept = cls.keep(config, stage, num_rows, state)
-        return 1 + kept + int(cls.fuse_rest and kept < num_rows - 1)
+        return 1 + kept + int(cls.fuses(config) and kept < num_rows - 1)
 
     @classmethod
     def keep(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
@@ -432,15 +449,49 @@ class ScoredPruning(TokenReduction):
         state = state.select(rows)
         if not self.fuse_rest:
             return TakenRows(rows), state.with_assignment(lambda: one_hot_assignment(rows, num_rows, scores.dtype))
-        weights = nn.functional.pad(scores.scatter(1, best, 0.0), (1, 0)).unsqueeze(1)  # (B, 1, N), 0 where kept
+        weights = self.fusion_weights(scores).scatter(1, best, 0.0)  # 0 where kept
+        weights = nn.functional.pad(weights, (1, 0)).unsqueeze(1)  # (B, 1, N)
         state = self.extend_tracks(state, 1, self.training).with_assignment(
-            lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), weights], dim=1)
+            lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), shares_of(weights)], dim=1)
         )
         return FusedRows(rows, weights), state
 
+    def fusion_weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """What each row would weigh in the fused row, (B, N - 1), by the `scores` (B, N - 1) of all rows."""
+        weights = self.weigh(scores)
+        if not self.normalize_weights:
+            return weights
+        least, most = weights.aminmax(dim=1, keepdim=True)
+        return (weights - least) / torch.where(most > least, most - least, 1.0)  # all alike: 0, not 0 / 0
 
-class AttentionPruning(ScoredPruning):
-    """Between attention and MLP, keep row 0 and the ceil(rate * (N - 1)) other rows that draw the most attention.
+    def weigh(self, scores: torch.Tensor) -> torch.Tensor:
+        """Weights of scores, before `normalize_weights`: by default the scores themselves."""
+        return scores
+
+
+def shares_of(weights: torch.Tensor) -> torch.Tensor:
+    """Shares (B, 1, N) that a fused row reports of its weights (B, 1, N), which may be negative or add up to more than one:
+    shares are neither."""
+    shares = weights.abs()
+    return shares / shares.sum(dim=2, keepdim=True).clamp(min=1)
+
+
+class ScoredByAttention(ScoredPruning):
+    """Between attention and MLP, keep row 0 and the ceil(rate * (N - 1)) other rows with the best scores, which the layer's
+    attention tells. A method is its `score`."""
+
+    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+        if self.fuse_rest:
+            context.query()  # of all rows, which will be needed: CLS is not projected by itself
+        return self.keep_best(state, self.score(context)[:, 1:])
+
+    def score(self, context: AttentionContext) -> torch.Tensor:
+        """Scores (B, N) of all rows; that of row 0, which stays, is not read."""
+        raise NotImplementedError
+
+
+class AttentionPruning(ScoredByAttention):
+    """By the attention that rows draw.
 
     Args:
         score_by: `cls`, what row 0 attends to; `received`, the mean attention a row receives; both averaged over heads. By
@@ -457,15 +508,70 @@ class AttentionPruning(ScoredPruning):
         super().check(config)
         cls.check_option(config, "score_by", lambda v: v in (None, "cls", "received"), "'cls' or 'received'")
 
-    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
-        if self.fuse_rest:
-            context.query()  # of all rows, which will be needed: CLS is not projected by itself
+    def score(self, context: AttentionContext) -> torch.Tensor:
         if self.score_by == "cls":
-            scores = context.cls_attention()
-        else:
-            scores = context.received_attention()
-            scores = scores / (self.config.num_attention_heads * scores.shape[1])
-        return self.keep_best(state, scores[:, 1:])
+            return context.cls_attention()
+        received = context.received_attention()
+        return received / (self.config.num_attention_heads * received.shape[1])
+
+
+class TwoLayerPruning(ScoredByAttention):
+    """By the attention of the stage's layer and of the one before. A method is its `note`, which takes from the layer before
+    what its `score` will need, and `score`.
+
+    A note counts only if the tokens that enter the stage's layer are those that entered the layer before, in their order:
+    where that layer dropped, fused or merged some, or the cache appended some after it, and in layer 0, there is none, and
+    the stage's own layer decides alone.
+    """
+
+    differentiable_tracks = True  # through the weights of a fused row
+
+    @classmethod
+    def note(cls, context: AttentionContext) -> torch.Tensor:
+        """What to know of a layer's attention in the next layer, (B, N, ...)."""
+        raise NotImplementedError
+
+    @classmethod
+    def noted(cls, context: AttentionContext) -> torch.Tensor | None:
+        """What was noted in the layer before, if it counts: the context still has the state that entered this layer, so a
+        stage reads that note although `observe` has made the next one."""
+        return context.state.tracks.get("noted")
+
+    @classmethod
+    def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
+        if not before_stage:
+            return state.without_track("noted")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cls.fuses(context.attention.config)):
+            return state.with_tracks(noted=cls.note(context))
+
+    @classmethod
+    def extend_tracks(cls, state: TokenState, count: int, training: bool) -> TokenState:
+        return super().extend_tracks(state.without_track("noted"), count, training)
+
+    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[RowMap | None, TokenState]:
+        row_map, new_state = super().keep_best(state, scores)
+        return row_map, new_state if row_map is None else new_state.without_track("noted")
+
+
+class RolloutPruning(TwoLayerPruning):
+    """By what row 0 attends to through two layers, of which each token passes on one half unchanged (attention rollout).
+
+    With a the attention averaged over heads and R = (a + 1) / 2, rows of which sum to one: row 0 of R in the stage's layer,
+    times R in the layer before.
+    """
+
+    @classmethod
+    def note(cls, context: AttentionContext) -> torch.Tensor:
+        return context.mean_attention()  # (B, N, N)
+
+    def score(self, context: AttentionContext) -> torch.Tensor:
+        attention = context.cls_attention()  # (B, N)
+        own = torch.cat([attention[:, :1] + 1, attention[:, 1:]], dim=1) / 2
+        before = self.noted(context)
+        if before is None:
+            return own
+        with full_precision(own):
+            return ((own.unsqueeze(1) @ before).squeeze(1) + own) / 2
 
 
 class Regrouping(TokenReduction):

@@ -11,11 +11,16 @@ from .budget_clca import Budget, check_rates
 from .cache_clca import recovery_layers, rows_per_entry
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
+from .reduction_dmaws import DMAWSReduction
 from .reduction_dpcknn import DPCKNNReduction
 from .reduction_dyvit import DyViTReduction
+from .reduction_edar import EDARReduction
 from .reduction_evit import EViTReduction
+from .reduction_glsf import GLSFReduction
 from .reduction_heuristic import HeuristicReduction
 from .reduction_kmedoids import KMedoidsReduction
+from .reduction_maws import MAWSReduction
+from .reduction_nfedar import NFEDARReduction
 from .reduction_patchmerger import PatchMergerReduction
 from .reduction_sinkhorn import SinkhornReduction
 from .reduction_sit import SiTReduction
@@ -29,11 +34,16 @@ if TYPE_CHECKING:
 
 REDUCTIONS: dict[str, type[TokenReduction]] = {
     "ats": ATSReduction,
+    "dmaws": DMAWSReduction,
     "dpcknn": DPCKNNReduction,
     "dyvit": DyViTReduction,
+    "edar": EDARReduction,
     "evit": EViTReduction,
+    "glsf": GLSFReduction,
     "heuristic": HeuristicReduction,
     "kmedoids": KMedoidsReduction,
+    "maws": MAWSReduction,
+    "nfedar": NFEDARReduction,
     "patchmerger": PatchMergerReduction,
     "sinkhorn": SinkhornReduction,
     "sit": SiTReduction,

@@ -34,7 +34,7 @@ HEADS: dict[str, dict[str, Any]] = {
 # Heads that read row 0 of the last layer and nothing else.
 READS_FIRST_ROW = {"linear", "cla", "ifa", "vqt"}
 # Methods whose stages skip something: queries, or the projection of rows that are summed.
-SKIPS_IN_STAGES = {"topk", "evit", "tome"}
+SKIPS_IN_STAGES = {"topk", "evit", "tome", "maws", "dmaws", "edar", "nfedar"}
 
 
 def step(model: CLCAViTForImageClassification, skip: bool) -> dict[str, torch.Tensor]:
