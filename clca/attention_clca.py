@@ -57,6 +57,7 @@ class AttentionContext:
         state: what belongs to the tokens that the keys are of.
         output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
         keeps_output: whether `output` would be of use.
+        layer_input: the tokens before the norm, (B, N, D). None for a context that no layer has made.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class AttentionContext:
         self.state = state
         self.output: torch.Tensor | None = None
         self.keeps_output = False
+        self.layer_input: torch.Tensor | None = None
         self._query: torch.Tensor | None = None
         self._comparable_key: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()
