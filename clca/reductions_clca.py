@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .budget_clca import Budget, check_rates
 from .cache_clca import recovery_layers, rows_per_entry
+from .reduction_atc import ATCReduction
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
 from .reduction_dpcknn import DPCKNNReduction
@@ -13,9 +14,12 @@ from .reduction_dyvit import DyViTReduction
 from .reduction_evit import EViTReduction
 from .reduction_heuristic import HeuristicReduction
 from .reduction_kmedoids import KMedoidsReduction
+from .reduction_mctf import MCTFReduction
 from .reduction_patchmerger import PatchMergerReduction
+from .reduction_pitome import PiToMeReduction
 from .reduction_sinkhorn import SinkhornReduction
 from .reduction_sit import SiTReduction
+from .reduction_tofu import ToFuReduction
 from .reduction_tome import ToMeReduction
 from .reduction_topk import TopKReduction
 
@@ -25,15 +29,19 @@ if TYPE_CHECKING:
 
 
 REDUCTIONS: dict[str, type[TokenReduction]] = {
+    "atc": ATCReduction,
     "ats": ATSReduction,
     "dpcknn": DPCKNNReduction,
     "dyvit": DyViTReduction,
     "evit": EViTReduction,
     "heuristic": HeuristicReduction,
     "kmedoids": KMedoidsReduction,
+    "mctf": MCTFReduction,
     "patchmerger": PatchMergerReduction,
+    "pitome": PiToMeReduction,
     "sinkhorn": SinkhornReduction,
     "sit": SiTReduction,
+    "tofu": ToFuReduction,
     "tome": ToMeReduction,
     "topk": TopKReduction,
 }
