@@ -72,7 +72,7 @@ class ATCReduction(Merging):
         width = distance.shape[1]
         first = torch.arange(width, device=distance.device).expand(distance.shape[0], -1)
         members = torch.ones_like(distance[:, 0])
-        for _ in range(merged):
+        for _ in range(0 if distance.is_meta else merged):  # shapes do not depend on the merges
             one = distance.amin(dim=2).argmin(dim=1, keepdim=True)  # (B, 1)
             other = gather_rows(distance, one).argmin(dim=2)  # after `one`, since distances are symmetric
             pair = torch.cat([one, other], dim=1)

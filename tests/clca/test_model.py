@@ -48,6 +48,7 @@ RATE_ONE_OPTIONS = {"heuristic": {"contiguous": False}}  # else it shrinks whate
 TRANSFORMS_ITS_ROWS = {
     "patchmerger": "sums of normalised rows",
     "sinkhorn": "sums of rows of unit length",
+    "tofu": "sums of rows, made as long as the longest of them",
 }
 # Parameters whose gradient is zero by calculation, to be asked only for being there and finite.
 NO_EFFECT = {

@@ -19,7 +19,7 @@ from clca import (
 from clca.reduction_ats import num_quantiles, quantiles
 from clca.reduction_base import ScoredPruning, TokenState
 from clca.reductions_clca import register_reduction
-from tests.helpers import TINY, images, labels, tiny_config, tiny_model
+from tests.helpers import OPTIONS, TINY, images, labels, tiny_config, tiny_model
 from ufgir.interpret.tracing import trace_patches, unmerge
 
 
@@ -112,7 +112,7 @@ def test_deterministic_algorithms(method: str | None) -> None:
 
 
 # ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
-EXPORT_OPTIONS = {"ats": {"pad_to_bound": True}}
+EXPORT_OPTIONS = OPTIONS | {"ats": {"pad_to_bound": True}}
 
 
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
@@ -254,6 +254,12 @@ def test_without_cls_tokens_are_scored_by_what_they_receive(method: str) -> None
         ("dyvit", {"ratio_targets": [0.5]}, "`ratio_targets`"),
         ("dyvit", {"token_distill": "l1"}, "`token_distill`"),
         ("tome", {"r": 8}, "no option `r`"),
+        ("atc", {"linkage": "ward"}, "`linkage` must be"),
+        ("pitome", {"matching": "random"}, "`matching` must be"),
+        ("pitome", {"margin": float("nan")}, "`margin` must be float"),
+        ("mctf", {"tau_size": -1.0}, "`tau_size` must be 0 or more"),
+        ("mctf", {"pooling": "max"}, "`pooling` must be"),
+        ("tofu", {"merge_from": -1}, "`merge_from` must be the index of a layer"),
         ("heuristic", {"contiguous": "no"}, "`contiguous` must be bool"),
         ("heuristic", {"min_radius": "a"}, "`min_radius` must be float"),
         ("heuristic", {"contiguous": True}, "`keep_rate` and `keep_tokens` mean nothing"),
@@ -267,16 +273,15 @@ def test_options_are_checked(method: str, options: dict, message: str) -> None:
         tiny_config(reduction=method, reduction_kwargs=options, keep_rate=0.5)
 
 
-@pytest.mark.parametrize("method", ["dpcknn", "kmedoids", "tome"])
+@pytest.mark.parametrize("method", ["atc", "dpcknn", "kmedoids", "pitome", "tome"])
 def test_autocast_does_not_change_what_is_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances and similarities of the same tokens are compared in full precision under autocast, too."""
-    reduction = REDUCTIONS[method]
     tokens = torch.randn(2, 49, 16)
+    stage = tiny_model(reduction=method).vit.layers[1].reduction
     choose = {
-        "dpcknn": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12),
-        "kmedoids": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12, None),
-        "tome": lambda: (reduction.match(tokens, 20),),
-    }[method]
+        "dpcknn": lambda: stage.label(tokens, 12),
+        "kmedoids": lambda: stage.label(tokens, 12, None),
+    }.get(method, lambda: (stage.match(tokens, 20),))
     plain = choose()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = choose()
@@ -391,7 +396,7 @@ def test_no_classes(options: dict) -> None:
     assert tiny_model(num_labels=0)(images()).logits.shape == (3, 16)
 
 
-@pytest.mark.parametrize("method", ["ats", "heuristic", "tome"])
+@pytest.mark.parametrize("method", ["ats", "heuristic", "tome", "mctf"])
 def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
     """Its kernel takes masks of another shape, so sdpa computes the layers that have one."""
     model = tiny_model(reduction=method, keep_rate=0.5, **CLCA)
