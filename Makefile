@@ -22,7 +22,7 @@ demo: $(BASE)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a do
 	@ls $(LEAVES) >/dev/null 2>&1 || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/demo_leaves --images_per_class 1 1 1 --image_size 109
 	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo $(LEAVES) --what rollout --output outputs/demo/rollout.png
 
-test: quality $(TORCHAO) browser  ## check the style, then run the tests: PYTEST_ARGS="-k evit" for some of them, "-m slow" for the slow ones
+test: quality $(TORCHAO) browser  ## check style and types, then run the tests: PYTEST_ARGS="-k evit" for some of them, "-m slow" for the slow ones
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=15 $(PYTEST_ARGS)
 
@@ -36,13 +36,15 @@ docs: $(READY)  ## build the documentation site: docs/_build/html
 notebooks: $(READY)  ## run the notebooks of docs/ and store what they show
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/run_notebooks.py
 
-quality: $(READY)  ## check the style without changing anything
+quality: $(READY)  ## check style and types without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV) --error-on-warning
 
-style: $(READY)  ## repair what of the style can be repaired
+style: $(READY)  ## repair what of the style can be repaired, and write the table of methods in README.md
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/_extensions/method_table.py
 
 clean:  ## delete caches and builds; the environment and outputs stay
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests

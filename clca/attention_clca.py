@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 
 if TYPE_CHECKING:
+    from .layers_clca import CLCAViTAttention
     from .reduction_base import TokenState
 
 
@@ -41,6 +41,7 @@ class TakenRows(RowMap):
         self.rows = rows
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        assert self.rows is not None
         return values[:, self.rows] if isinstance(self.rows, slice) else gather_rows(values, self.rows)
 
 
@@ -62,7 +63,7 @@ class AttentionContext:
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: "CLCAViTAttention",
         hidden_states: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -113,17 +114,19 @@ class AttentionContext:
         The weights, all of which this takes, are those of the attention itself: where nothing else is expected of that,
         its output is computed with them, and not once more by a kernel."""
         num_rows, with_output = self.key.shape[2], self._may_give_output()
-        received, outputs = 0, []
+        received, outputs = None, []
         # Each chunk is to stay in the cache of a CPU; a compiler, or a GPU, has less to do for fewer of them.
         chunk = 64 if self.key.device.type == "cpu" and not torch.compiler.is_compiling() else 256
         for start in range(0, num_rows, chunk):
             weights = self.attention_rows(slice(start, start + chunk))
-            received = received + weights.sum(dim=(1, 2))
+            share = weights.sum(dim=(1, 2))
+            received = share if received is None else received + share
             if with_output:
                 with full_precision(self.value):
                     outputs.append((weights.to(self.value.dtype) @ self.value).transpose(1, 2))
         if with_output:
             self.output = torch.cat(outputs, dim=1)
+        assert received is not None  # there is always row 0
         return received
 
     def _may_give_output(self) -> bool:

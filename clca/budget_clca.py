@@ -5,8 +5,7 @@ The lowest module of the package: it imports none of the others.
 
 import math
 from collections.abc import Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 
 if TYPE_CHECKING:
@@ -21,9 +20,11 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, config: "CLCAViTConfig") -> "Budget":
-        """What the configuration says."""
-        tokens = config.keep_tokens
-        return cls(_as_tuple(config.keep_rate), None if tokens is None else _as_tuple(tokens))
+        """What the configuration says: lists, and numbers where somebody set them after the model was made."""
+        rate, tokens = config.keep_rate, config.keep_tokens
+        if tokens is not None:
+            tokens = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+        return cls((rate,) if isinstance(rate, int | float) else tuple(rate), tokens)
 
     @property
     def mean_rate(self) -> float:
@@ -75,9 +76,6 @@ def check_rates(rates: Sequence[float]) -> None:
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one number or two."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _as_tuple(values: Real | Sequence[Real]) -> tuple[Real, ...]:
-    """The configuration holds lists, and numbers where somebody set them after the model was made."""
-    return (values,) if isinstance(values, Real) else tuple(values)
+    return (
+        (size, size) if isinstance(size, int) else cast("tuple[int, int]", tuple(size))
+    )  # whoever asks users counts them

@@ -4,16 +4,17 @@ cache (CLC), the aggregation head (CLA) and the backbones of the paper need (htt
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.models.vit.configuration_vit import ViTConfig
 
-from .budget_clca import as_pair, check_rates
+from .budget_clca import Budget, as_pair, check_rates
 from .heads_clca import HEADS, VQTProbe, heads_reading
 from .reductions_clca import checked_budget, get_reduction
 
@@ -111,7 +112,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
     """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
     strict_setattr = cls.__setattr__
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self: ViTConfig, name: str, value: Any) -> None:
         try:
             strict_setattr(self, name, value)
         except StrictDataclassError as error:
@@ -119,7 +120,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
             expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
             raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from error
 
-    cls.__setattr__ = __setattr__
+    cls.__setattr__ = __setattr__  # ty: ignore[invalid-assignment]  # which is no longer the method of the class
     return cls
 
 
@@ -128,32 +129,42 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
 class CLCAViTConfig(ViTConfig):
     r"""Configuration of `CLCAViTModel` and `CLCAViTForImageClassification`.
 
-    Args (beside those of `ViTConfig`):
-        reduction (`str`, *optional*):
-            Token reduction method: `None` or a name of `clca.REDUCTIONS`.
+    Args (and the other fields of `ViTConfig`):
+        image_size (`int`, defaults to 224): Side of the input, in pixels.
+        patch_size (`int`, defaults to 16): Side of a patch, in pixels.
+        hidden_size (`int`, defaults to 768): Width of the tokens.
+        num_hidden_layers (`int`, defaults to 12): Number of layers.
+        num_attention_heads (`int`, defaults to 12): Attention heads of each layer.
+        intermediate_size (`int`, defaults to 3072): Width inside the MLP.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of every LayerNorm.
+        qkv_bias (`bool`, defaults to `True`): Queries, keys and values have a bias.
+        hidden_dropout_prob (`float`, defaults to 0.0): Probability of dropout.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Probability of dropout on attention.
+        reduction (`str`, *optional*): Token reduction method: none, or a name of `clca.REDUCTIONS`.
         reduction_layers (`list[int]`, defaults to `[3, 6, 9]`):
-            0-based layers at which tokens are reduced, strictly increasing. The cache is recalled after them, and the
-            CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe them, or all
-            layers if the list is empty.
+            Layers, counted from 0, at which tokens are reduced, strictly increasing. The cache is recalled after them, and
+            the CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe them, or
+            all layers if the list is empty.
         keep_rate (`float` or `list[float]`, defaults to `1.0`):
-            Share of tokens a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
+            Share of tokens that a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
             as a list.
         keep_tokens (`list[int]`, *optional*):
-            Tokens each stage keeps, one count per stage, instead of `keep_rate`.
+            Tokens that each stage keeps, one count per stage, instead of `keep_rate`.
         train_keep_rates (`list[float]`, *optional*):
-            Keep rates that one model is trained for, one drawn per training step, so that it serves them all and those
-            between. A CLA head keeps the statistics of its BatchNorms for each of them apart. Stored in ascending order.
+            Keep rates that one model is trained for, one drawn at random per training step. It then serves them all and
+            those between. A CLA head keeps the statistics of its BatchNorms for each of them apart. Stored in ascending order.
         reduction_kwargs (`dict`, *optional*):
-            Options of the method, checked against its signature.
+            The method's own options, checked against its signature.
         cross_layer_cache (`bool`, defaults to `False`):
             Cache a summary of each layer and append what was cached to the tokens after every reduction (CLC).
         num_clr_tokens (`int`, defaults to 0):
-            Cross-layer registers (CLR): learnt tokens at the end of the sequence, cached with each layer.
-        cache_gap (`bool`, defaults to `True`): Cache the mean of the tokens (GAP).
-        cache_pool_cls (`bool`, defaults to `False`): CLS enters the GAP.
-        cache_pool_clr (`bool`, defaults to `False`): CLR enter the GAP also before the first recall.
-        cache_recover_at_last (`bool`, defaults to `True`): Recall what is left before the last layer.
-        head (`str`, defaults to `"linear"`): `linear`, `cla`, `ifa`, `h2t` or `vqt`: a name of `clca.heads_clca.HEADS`.
+            Cross-layer registers (CLR): learned tokens at the end of the sequence, cached with each layer.
+        cache_gap (`bool`, defaults to `True`): The cache holds the mean of the tokens (GAP).
+        cache_pool_cls (`bool`, defaults to `False`): The GAP includes CLS.
+        cache_pool_clr (`bool`, defaults to `False`): The GAP includes CLR, also before the first retrieval.
+        cache_recover_at_last (`bool`, defaults to `True`):
+            Retrieve what is left in the cache before the last layer.
+        head (`str`, defaults to `"linear"`): Classification head: a name of `clca.heads_clca.HEADS`.
         cla_multiplier (`int`, defaults to 2): Channels of the CLA head's depth-wise convolution per input channel.
         num_query_tokens (`int`, defaults to 5): Queries per layer of the VQT head.
         vqt_original_slicing (`bool`, defaults to `False`):
@@ -162,21 +173,24 @@ class CLCAViTConfig(ViTConfig):
         num_selected_features (`int`, *optional*):
             Features that `select_features` left to the H2T or VQT head.
         multi_label_loss (`str`, defaults to `"bce"`):
-            Loss of `problem_type="multi_label_classification"`: `bce`, binary cross-entropy averaged over the classes, or
-            `asymmetric` (https://huggingface.co/papers/2009.14119), summed over them; either averaged over images.
+            Loss where images have several classes: `bce` or `asymmetric`. This is `problem_type` multi_label_classification.
+            Binary cross-entropy is averaged over the classes, the asymmetric loss
+            (https://huggingface.co/papers/2009.14119) summed over them; either averaged over images.
         group_lasso_weight (`float`, defaults to 0.0):
             Weight of a group lasso on the head in training, one group per input feature.
-        layerscale_value (`float`, *optional*): Initial LayerScale; `None` for no LayerScale.
-        pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer; the patch projection has no bias (CLIP).
-        num_register_tokens (`int`, defaults to 0): Register tokens after CLS.
+        layerscale_value (`float`, *optional*): Initial value of LayerScale; none for no LayerScale.
+        pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer, as in CLIP. The patch
+            projection has no bias then.
+        num_register_tokens (`int`, defaults to 0): Register tokens after CLS, as in DINOv2.
         prefix_position_embeddings (`bool`, defaults to `True`): CLS, registers and CLR have position embeddings.
         use_class_token (`bool`, defaults to `True`): The sequence begins with a CLS token.
         pooling (`str`, defaults to `"cls"`):
-            What a linear head reads: `cls`, `mean` of the other tokens, normalised after it, `normed_mean`, normalised
-            before it, or `map` (attention pooling with a learnt query).
+            What a linear head reads: `cls`, `mean`, `normed_mean` or `map`. The mean is of the other tokens, `mean` normalised
+            after it and `normed_mean` before it; `map` is attention pooling with a learned query.
         use_qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys.
         use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
-        drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last layer; grows linearly from 0.
+        drop_path_rate (`float`, defaults to 0.0):
+            Probability of stochastic depth in the last layer; it grows linearly from 0 in the first.
         clca_version (`str`): Version of this code that made the config.
 
     Raises:
@@ -238,6 +252,9 @@ class CLCAViTConfig(ViTConfig):
 
     clca_version: str = __version__
 
+    if TYPE_CHECKING:  # an argument of every configuration, though transformers keeps no field of it
+        num_labels: int = 2
+
     def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
@@ -260,7 +277,7 @@ class CLCAViTConfig(ViTConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
         a file written by a newer or another code must load, a typing error in a constructor call must not."""
         model_type = config_dict.get("model_type")
@@ -348,7 +365,7 @@ def check_config(config: CLCAViTConfig) -> None:
     _check_sizes(config)
     _check_reduction(config)
     if config.train_keep_rates is not None:
-        _check_train_keep_rates(config)
+        _check_train_keep_rates(config, config.train_keep_rates)
     _check_cache(config)
     _check_head(config)
     _check_without_class_token(config)
@@ -401,7 +418,8 @@ def _check_sizes(config: CLCAViTConfig) -> None:
 
 
 def _check_reduction(config: CLCAViTConfig) -> None:
-    check_rates(config.keep_rate)
+    budget = Budget.of(config)
+    check_rates(budget.keep_rate)
     layers = config.reduction_layers
     if any(not isinstance(i, int) or isinstance(i, bool) for i in layers):
         raise ValueError(f"`reduction_layers` must be integers, got {layers}.")
@@ -412,8 +430,8 @@ def _check_reduction(config: CLCAViTConfig) -> None:
             f"`reduction_layers` must lie in 0 .. {config.num_hidden_layers - 1} for a network of "
             f"`num_hidden_layers`={config.num_hidden_layers} layers, got {layers}."
         )
-    if config.keep_tokens is not None:
-        _check_keep_tokens(config)
+    if budget.keep_tokens is not None:
+        _check_keep_tokens(config, budget.keep_tokens)
     if config.reduction is None:
         if config.reduction_kwargs:
             raise ValueError(
@@ -433,12 +451,12 @@ def _check_reduction(config: CLCAViTConfig) -> None:
     get_reduction(config.reduction).check(config)
 
 
-def _check_keep_tokens(config: CLCAViTConfig) -> None:
+def _check_keep_tokens(config: CLCAViTConfig, counts: Sequence[int]) -> None:
     if config.keep_rate != [1.0]:
         raise ValueError(
             f"`keep_tokens` {config.keep_tokens} and `keep_rate` {config.keep_rate} exclude each other: give one."
         )
-    for count in config.keep_tokens:
+    for count in counts:
         if isinstance(count, bool) or not 1 <= count <= config.num_patches:
             raise ValueError(
                 f"`keep_tokens` must be integers in 1 .. {config.num_patches}, the patches of an image, got "
@@ -446,8 +464,8 @@ def _check_keep_tokens(config: CLCAViTConfig) -> None:
             )
 
 
-def _check_train_keep_rates(config: CLCAViTConfig) -> None:
-    rates = config.train_keep_rates = sorted(set(config.train_keep_rates))
+def _check_train_keep_rates(config: CLCAViTConfig, rates: Sequence[float]) -> None:
+    rates = config.train_keep_rates = sorted(set(rates))
     if not rates:
         raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
     if config.keep_tokens is not None:

@@ -16,7 +16,7 @@ Shapes: B batch, N tokens, M layers that are read, D width, Q queries, F feature
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ class H2TProbe(Probe):
     def forward(self, answer: Callable, trace: LayerTrace) -> torch.Tensor:
         """Features (B, 3 D + intermediate_size) of unit length."""
         before, between, after = trace.visible
+        assert trace.inner is not None  # since it reads tokens
         means = (
             mean_tokens(trace.normed, before),
             mean_tokens(trace.attended, between),
@@ -104,6 +105,7 @@ class VQTProbe(Probe):
         (1, Q, D)."""
         if answer is None:
             return self.queries
+        assert trace is not None  # comes with `answer`
         return answer(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context)
 
 
@@ -186,6 +188,8 @@ class Head:
 class SelectedLinear(nn.Module):
     """A linear classifier on a subset of the features, (B, F) to (B, K); their indices are saved as a buffer."""
 
+    selected: torch.Tensor
+
     def __init__(self, num_features: int, num_labels: int) -> None:
         super().__init__()
         self.register_buffer("selected", torch.arange(num_features))
@@ -210,6 +214,9 @@ class SwitchableBatchNorm(nn.Module):
         num_features: channels C.
         rates: R keep rates, ascending.
     """
+
+    rate_mean: torch.Tensor  # (R, C)
+    rate_var: torch.Tensor
 
     def __init__(self, num_features: int, rates: Sequence[float]) -> None:
         super().__init__()
@@ -382,7 +389,8 @@ def heads_reading(what: str) -> tuple[str, ...]:
 def head_weight(head: nn.Module) -> torch.Tensor:
     """Weight (K, features, ...) of the last layer of a head, which the group lasso acts on."""
     # By attribute, not by class: peft wraps the head.
-    return getattr(head, "linear", getattr(head, "out_proj", head)).weight
+    last: Any = getattr(head, "linear", getattr(head, "out_proj", head))
+    return last.weight
 
 
 def best_features(weight: torch.Tensor, fraction: float) -> torch.Tensor:

@@ -37,7 +37,7 @@ class HookWatch:
 
     def __init__(self) -> None:
         self._parts: list[nn.Module] = []  # of the module last asked about, itself the first
-        self._children: list[nn.Module] = []  # of all parts, in their order
+        self._children: list[nn.Module | None] = []  # of all parts, in their order
 
     def __call__(self, module: nn.Module, *others: nn.Module) -> bool:
         """Whether anybody watches `module` with all its parts, or `others` themselves. Hooks of libraries that move or record

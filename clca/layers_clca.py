@@ -5,6 +5,9 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,7 +55,7 @@ class CLCAViTEmbeddings(nn.Module):
         tokens.append(patches)
         if self.clr_tokens is not None:
             tokens.append(self.clr_tokens)
-            if self.clr_position_embeddings is not None:
+            if positions is not None and self.clr_position_embeddings is not None:
                 positions = torch.cat([positions, self.clr_position_embeddings], dim=1)
         embeddings = torch.cat([token.expand(patches.shape[0], -1, -1) for token in tokens], dim=1)
         if positions is not None:
@@ -121,7 +124,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with its map: output (B, N, H, d) and weights (B, H, N, N). transformers' own takes the softmax in float32
     even for float64 tensors."""
@@ -134,6 +137,10 @@ class CLCAViTAttention(nn.Module):
     """Self-attention in two steps, between which a stage may say what becomes of the tokens: `make_context` makes keys and
     values, a call of the module the rest. Only the parts have parameters, and they are always called as modules, which
     offloading and sharding wait for."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(self, config: CLCAViTConfig, method: type[TokenReduction]) -> None:
         super().__init__()
@@ -175,7 +182,7 @@ class CLCAViTAttention(nn.Module):
         context: AttentionContext,
         row_map: RowMap | None = None,
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the attention adds to the tokens.
 
@@ -213,7 +220,7 @@ class CLCAViTAttention(nn.Module):
         context: AttentionContext,
         output_attentions: bool = False,
         from_rows: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of queries (B, H, n, d) to the keys and values of a context: output (B, n, D) before its projection and,
         if asked for, weights (B, H, n, N). `from_rows`: the queries are those of the N tokens, one each."""
@@ -227,7 +234,9 @@ class CLCAViTAttention(nn.Module):
         output, weights = outcome
         return output.flatten(2), weights
 
-    def attention_function(self, mask: torch.Tensor | None, output_attentions: bool):
+    def attention_function(
+        self, mask: torch.Tensor | None, output_attentions: bool
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
         """The configured kernel, or one that can do what it cannot: return its map (only eager attention does), take a
         mask of keys (flash attention takes none, flex attention only one of another shape)."""
         name = self.config._attn_implementation
@@ -279,6 +288,7 @@ class CLCAViTLayerScale(nn.Module):
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
+        assert config.layerscale_value is not None
         self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -312,7 +322,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         options = config.reduction_kwargs or {}
         self.reduction = self.method(config, stages.index(index), **options) if index in stages else None
         self.before_stage = index + 1 in stages
-        self.probe = HEADS[config.head].probe(config) if index in config.probe_layers else None
+        probe = HEADS[config.head].probe
+        self.probe = probe(config) if probe is not None and index in config.probe_layers else None
         self.probe_reads_tokens = self.probe is not None and self.probe.reads_tokens
         self.attention = CLCAViTAttention(config, self.method)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -337,7 +348,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         skip_unread: bool = False,
         only_first: bool = False,
         hidden_keys: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, TokenState]:
         """Tokens (B, N, D) through the layer, to (B, M, D).
 
@@ -377,7 +388,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         transformed = self.mlp(rows) if inner is None else self.mlp.project(inner)
         transformed = self.drop_path(self.layer_scale2(self.dropout(transformed)))
         if self.probe is not None:
-            visible = tuple(self.method.visible(s) for s in (context.state, between, state))
+            method = self.method
+            visible = method.visible(context.state), method.visible(between), method.visible(state)
             trace = LayerTrace(normed, attended, inner, transformed, visible, context)
             state = state.with_report(probe=self.read_probe(trace))
         return hidden_states + transformed, state
@@ -397,6 +409,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
         """What the head's probe takes out of this layer."""
+        assert self.probe is not None
         # It is given a function and not a module: accelerate moves modules among the arguments to a device.
         return self.probe(self.answer, trace)
 
@@ -420,11 +433,14 @@ class CLCAViTSlicingLayer(CLCAViTLayer):
     """A layer with VQT as the original CLCA code computes it: the queries are appended and stay, while as many rows at the
     front lend nobody their keys and values, are read as the queries' features, and leave."""
 
-    def forward(self, hidden_states: torch.Tensor, state: TokenState, **kwargs) -> tuple[torch.Tensor, TokenState]:
+    def forward(
+        self, hidden_states: torch.Tensor, state: TokenState, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, TokenState]:
+        assert self.probe is not None  # the configuration refuses this layer without queries
         queries = self.probe()
         count = queries.shape[1]
         rows = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
-        rows, state = super().forward(rows, state, hidden_keys=count, **kwargs)
+        rows, state = super().forward(rows, state, *args, hidden_keys=count, **kwargs)
         return rows[:, count:], state.with_report(probe=rows[:, :count])
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
@@ -434,6 +450,11 @@ class CLCAViTSlicingLayer(CLCAViTLayer):
 
 class CLCAViTAttentionPooling(nn.Module):
     """One learnt query attends to all tokens (`pooling="map"`, as in SigLIP): (B, N, D) to (B, D)."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def _is_plain(hidden_states: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not _is_transformed()
         and forward_ad._current_level < 0
-        and _get_current_dispatch_mode() is None
+        and _get_current_dispatch_mode() is None  # ty: ignore[invalid-explicit-return]  # torch hides a property's type
     )
 
 

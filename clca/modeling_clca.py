@@ -6,11 +6,12 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width, L layers, K classes.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import nn
@@ -83,10 +84,10 @@ class CLCAViTModelOutput(BaseModelOutputWithPooling):
         attentions: with `output_attentions=True`, (B, H, queries, N) per layer. Their sizes differ.
     """
 
-    cls_tokens: torch.FloatTensor | None = None
+    cls_tokens: torch.Tensor | None = None
     token_counts: tuple[int, ...] | None = None
-    assignments: tuple[torch.FloatTensor, ...] | None = None
-    reports: dict[str, tuple[torch.FloatTensor, ...]] | None = None
+    assignments: tuple[torch.Tensor, ...] | None = None
+    reports: dict[str, tuple[torch.Tensor, ...]] | None = None
 
 
 @dataclass
@@ -98,10 +99,10 @@ class CLCAViTImageClassifierOutput(ImageClassifierOutput):
         loss_terms: the named parts of the loss, detached.
     """
 
-    loss_terms: dict[str, torch.FloatTensor] | None = None
+    loss_terms: dict[str, torch.Tensor] | None = None
     token_counts: tuple[int, ...] | None = None
-    assignments: tuple[torch.FloatTensor, ...] | None = None
-    reports: dict[str, tuple[torch.FloatTensor, ...]] | None = None
+    assignments: tuple[torch.Tensor, ...] | None = None
+    reports: dict[str, tuple[torch.Tensor, ...]] | None = None
 
 
 class Shortcuts(NamedTuple):
@@ -114,20 +115,22 @@ class Shortcuts(NamedTuple):
 class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     """Initialisation, loading and saving."""
 
-    config: CLCAViTConfig
+    config: CLCAViTConfig  # ty: ignore[incompatible-mutable-override]  # as all models of transformers narrow it
     config_class = CLCAViTConfig
     base_model_prefix = "vit"
     accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by its accumulation steps
-    _no_split_modules: ClassVar = ["CLCAViTEmbeddings", "CLCAViTLayer", "CLCAViTSlicingLayer"]
-    _can_record_outputs: ClassVar = {"hidden_states": CLCAViTLayer, "attentions": CLCAViTAttention}
-    _keys_to_ignore_on_load_unexpected: ClassVar = [
+    _no_split_modules = ["CLCAViTEmbeddings", "CLCAViTLayer", "CLCAViTSlicingLayer"]
+    _can_record_outputs = {"hidden_states": CLCAViTLayer, "attentions": CLCAViTAttention}
+    _keys_to_ignore_on_load_unexpected = [
         r"pooler\.dense",
         r"mask_token",
         r"^decoder\.",
         r"^distillation_classifier\.",
     ]  # heads of other tasks
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
         write key names that Trainer cannot resume from. Both classes are announced, so that either Auto class loads it."""
         for name, part in (
@@ -164,7 +167,9 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             if isinstance(module, TokenReduction):
                 module.make_constants()
 
-    def _activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs):
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         culprits = (
             {"reduction": self.config.reduction} if get_reduction(self.config.reduction).differentiable_tracks else {}
@@ -176,7 +181,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
                 f"`use_reentrant`=True would lose gradients of {names}: reentrant checkpointing sees the hidden states "
                 "only. Use `use_reentrant`=False, the default."
             )
-        return super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,16 +197,20 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
                 if token is not None:
                     init.trunc_normal_(token, std=std)
             if module.clr_tokens is not None:  # after CLS, which may have been loaded
+                assert module.cls_token is not None  # the configuration refuses CLR without it
                 init.copy_(module.clr_tokens, module.cls_token.expand_as(module.clr_tokens))
         elif isinstance(module, CLCAViTAttentionPooling):
             init.trunc_normal_(module.query, std=std)
         elif isinstance(module, CLCAViTLayerScale):
+            assert self.config.layerscale_value is not None
             init.constant_(module.lambda1, float(self.config.layerscale_value))
         elif isinstance(module, TokenReduction):
             module.init_weights()
             module.make_constants()
-        elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):  # of a head
-            module.init_weights()
+        elif not isinstance(module, PreTrainedModel):
+            init_weights = getattr(module, "init_weights", None)  # of a head
+            if init_weights is not None:
+                init_weights()
 
 
 class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
@@ -214,6 +223,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         ValueError: what `CLCAViTConfig` refuses.
     """
 
+    embeddings: CLCAViTEmbeddings
     skip_unread_rows = True  # False computes all that the paper counts
 
     def __init__(self, config: CLCAViTConfig) -> None:
@@ -269,6 +279,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         """
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given.")
+        # ty: ignore[invalid-typed-dict-key]  # it is no option: what is popped here is what callers may not pass
         if kwargs.pop("attention_mask", None) is not None:
             raise ValueError("`attention_mask` is not supported: rows are reordered by reductions. Leave it out.")
         unknown = [name for name in kwargs if name not in _FORWARD_OPTIONS]
@@ -306,7 +317,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
 
         token_counts.append(token_counts[-1] if shortcuts.only_first else hidden_states.shape[1])
         last_hidden_state = self.layernorm(hidden_states)
-        if self.head.reads == "probes":
+        if embeddings is not None:
             ends = NetworkEnds(embeddings, hidden_states, last_hidden_state, self.method.visible(state))
             features = self.head.collect(reports.pop("probe", ()), ends)
             pooled = torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
@@ -382,6 +393,8 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
     ```
     """
 
+    vit: CLCAViTModel
+
     def __init__(self, config: CLCAViTConfig) -> None:
         ViTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -455,7 +468,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
                 if self.config.group_lasso_weight:
                     penalty = group_lasso(head_weight(self.classifier))
                     loss_terms["group_lasso"] = self.config.group_lasso_weight * penalty
-            loss = sum(loss_terms.values())
+            loss = cast("torch.Tensor", sum(loss_terms.values()))
             loss_terms = {name: term.detach() for name, term in loss_terms.items()}
         return CLCAViTImageClassifierOutput(
             loss=loss,
@@ -491,7 +504,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         best = best_features(weight, fraction)
         selected = self.classifier.selected[best] if isinstance(self.classifier, SelectedLinear) else best
         self.config.num_selected_features = len(best)
-        self.classifier = SelectedLinear(len(best), self.num_labels).to(device=weight.device, dtype=weight.dtype)
+        self.classifier = SelectedLinear(len(best), len(weight)).to(device=weight.device, dtype=weight.dtype)
         self.classifier.selected.copy_(selected)
         self.classifier.apply(self._init_weights)
         return best

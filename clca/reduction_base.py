@@ -198,26 +198,29 @@ class TokenReduction(nn.Module):
         self._made_for = Budget.of(self.config), self.config.image_grid
         self._other_constants: dict[Any, dict[str, torch.Tensor]] = {}
         for name, value in self.constants(*self._made_for).items():
-            if name in self._buffers and self._buffers[name].shape == value.shape:
-                init.copy_(self._buffers[name], value)
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.shape == value.shape:
+                init.copy_(buffer, value)
             else:
-                device = self._buffers[name].device if name in self._buffers else None
+                device = None if buffer is None else buffer.device
                 self.register_buffer(name, value.to(device), persistent=False)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, torch.Tensor], prefix: str, metadata: dict, *args: Any
+        self, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: dict, *args: Any, **kwargs: Any
     ) -> None:
         """Constants are in no file: a model made on the meta device has them once it is given its weights."""
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-        if metadata.get("assign_to_params_buffers") and state_dict:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers") and state_dict:
             device = next(iter(state_dict.values())).device
-            self._buffers |= {n: torch.empty_like(b, device=device) for n, b in self._buffers.items() if b.is_meta}
+            meta = {n: b for n, b in self._buffers.items() if b is not None and b.is_meta}
+            self._buffers |= {n: torch.empty_like(b, device=device) for n, b in meta.items()}
         self.make_constants()
 
     def constant(self, name: str, state: TokenState) -> torch.Tensor:
         """One of the `constants`: the buffer, or what was made for another budget or image size of a forward, and kept: a
         copy from the host each time would stop a GPU."""
         own, asked = self._buffers[name], (state.budget, state.grid)
+        assert own is not None
         if asked == self._made_for:
             return own
         if torch.compiler.is_compiling():  # a constant of the graph

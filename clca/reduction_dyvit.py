@@ -85,13 +85,14 @@ class DyViTReduction(ScoredPruning):
         decisions = inputs.reports.get("decision")
         if decisions is None:  # a frozen backbone in evaluation mode decides nothing
             return {}
-        budget, stages = inputs.budget, range(len(decisions))
+        budget, rows = inputs.budget, decisions[0].shape[1]
         targets = cls.option(config, "ratio_targets") if budget == Budget.of(config) else None
-        if targets is None and budget.keep_tokens is not None:
-            rows = decisions[0].shape[1]
-            targets = [min(budget.tokens(stage) / rows, 1.0) for stage in stages]
-        elif targets is None:
-            targets = [budget.cumulative_rate(stage) for stage in stages]
+        if targets is None:
+            counts = [budget.tokens(stage) for stage in range(len(decisions))]
+            targets = [
+                budget.cumulative_rate(stage) if count is None else min(count / rows, 1.0)
+                for stage, count in enumerate(counts)
+            ]
         terms = {"keep_ratio": cls.option(config, "ratio_weight") * keep_ratio_loss(decisions, targets)}
         if inputs.teacher_logits is not None:
             weight = cls.option(config, "cls_distill_weight")

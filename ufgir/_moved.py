@@ -161,7 +161,7 @@ class _MovedModules(MetaPathFinder, Loader):
         _warn(old, new)
         module.__doc__ = f"Has moved to `{new}`."
         module.__path__ = []  # old packages had modules; this finder finds those, too
-        module.__getattr__ = names_of(old, warn=False)
+        vars(module)["__getattr__"] = names_of(old, warn=False)
 
 
 def install() -> None:

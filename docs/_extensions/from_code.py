@@ -4,19 +4,25 @@
     ufgir.data
     ```
 
-the docstrings of modules and of all that is public in them; `{commands}`, the help of every subcommand of `ufgir`; and
-`{options}`, the options of run_ufgir.py.
+the docstrings of modules and of all that is public in them; `{reductions}`, those of the methods of token reduction;
+`{commands}`, the help of every subcommand of `ufgir`; and `{options}`, the options of run_ufgir.py.
+
+In the gallery, `<!-- other pictures -->` becomes a section for every kind of picture that the page has no heading for, and
+`<!-- other methods -->` a paragraph for every method whose title is not there in **bold**. Both are comments, because the page is
+read on GitHub, too.
 """
 
 import argparse
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
+from method_table import methods
 from sphinx.application import Sphinx
 
 
-_PLACE = re.compile(r"^```\{(modules|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_PLACE = re.compile(r"^```\{(modules|reductions|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
 def _plain(text: str) -> str:
@@ -53,6 +59,45 @@ def modules(names: str) -> str:
     return "\n".join(lines)
 
 
+def reductions(_: str) -> str:
+    return modules(" ".join(sorted(method.module for method in methods())))
+
+
+_DRAW = ".venv/bin/ufgir visualize outputs/demo outputs/spotted.png outputs/toothed.png"
+_GALLERY = Path(__file__).parents[1] / "figures" / "gallery"
+
+
+def _shown(title: str, command: str, file: str) -> list[str]:
+    """A command, and the picture that it made, if there is one."""
+    lines = ["", "```sh", f"{command} --side 160 --output docs/figures/gallery/{file}", "```", ""]
+    return [*lines, *([f"![{title}](figures/gallery/{file})", ""] if (_GALLERY / file).is_file() else [])]
+
+
+def other_pictures(page: str) -> str:
+    from ufgir.visualization.kinds import KINDS
+
+    lines = []
+    for name, kind in KINDS.items():
+        if f"\n### {kind.title}\n" not in page:
+            words = [f"--{option} {_words(value)}" for option, value in kind.example.items()]
+            lines += [f"### {kind.title}", "", kind.caption]
+            lines += _shown(kind.title, " ".join([_DRAW, f"--what {name}", *words]), f"{name}.png")
+    return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def other_methods(page: str) -> str:
+    lines = []
+    for method in methods():
+        if f"**{method.title}**" not in page:
+            lines.append(f"**{method.title}**: {method.idea}.")
+            lines += _shown(method.title, f"{_DRAW} --reduction {method.name}", f"method_{method.name}.png")
+    return "\n".join(["### Other methods", "", *lines] if lines else [])
+
+
 def commands(_: str) -> str:
     from ufgir.cli.entry import COMMANDS
 
@@ -73,8 +118,16 @@ def options(_: str) -> str:
     return "\n".join(_definitions(RecipeParser(GROUPS, prog="run_ufgir.py"), "## {}"))
 
 
+def expanded(page: str) -> str:
+    """A page with the parts that are made of the code."""
+    for mark, make in (("<!-- other pictures -->", other_pictures), ("<!-- other methods -->", other_methods)):
+        if mark in page:
+            page = page.replace(mark, make(page))
+    return _PLACE.sub(lambda match: globals()[match[1]](match[2]), page)
+
+
 def _expand(app: Sphinx, docname: str, source: list[str]) -> None:
-    source[0] = _PLACE.sub(lambda match: globals()[match[1]](match[2]), source[0])
+    source[0] = expanded(source[0])
 
 
 def _no_way_back(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: Any) -> None:

@@ -3,11 +3,16 @@
 import struct
 import zlib
 
+import pytest
 import torch
-from transformers import ViTImageProcessorPil
+from huggingface_hub.utils import httpx
+from transformers import (
+    ViTImageProcessorPil,
+)
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import CACHES, TINY
+from ufgir.cli import entry as cli
 
 
 def save_checkpoint(folder, **changes):
@@ -34,3 +39,17 @@ def png(width, height, rows=None):
     data = b"".join(packer.compress(row) for _ in range(height if rows is None else rows)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of grey
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def answer(kind, status):
+    """An error that the Hub answered with."""
+    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["app", *argv])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error

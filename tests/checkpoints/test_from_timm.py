@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clca import CLCAViTForImageClassification
+from ufgir import checkpoints
 from ufgir.checkpoints import from_timm
-from ufgir.checkpoints import original_keys as checkpoints
 from ufgir.checkpoints.from_timm import load_timm, read_architecture, timm_image_processor, to_timm_names
 from ufgir.checkpoints.timm_architectures import ARCHITECTURES
 

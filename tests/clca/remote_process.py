@@ -1,4 +1,4 @@
-"""A clean process that uses saved models as anybody would who lacks this package. Run by test_hub.py, never imported.
+"""A clean process that uses saved models as anybody would who lacks this package. Run by test_remote_code.py, never imported.
 
 `python -P remote_process.py FOLDER REPOSITORY`: FOLDER holds the models `one` and `two`, `pixels.safetensors` and
 `image.png`; what each step found goes to `results.json` and `logits.safetensors` there.

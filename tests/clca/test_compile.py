@@ -78,19 +78,19 @@ def test_one_graph_for_a_training_step(method: str | None) -> None:
     assert all((a - b).abs().max() <= 1e-9 for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("method", ["topk", "ats", "heuristic"])
+@pytest.mark.parametrize("method", slow_unless(["topk", "heuristic"].__contains__, ["topk", "ats", "heuristic"]))
 def test_a_graph_for_every_budget(method: str) -> None:
     """Shapes, or which patches are seen, follow the keep rate: one more graph for each, none for a rate that came before."""
     model = make(method, train_keep_rates=[0.25, 0.5, 1.0])
     fast = compiled(model)
     with torch.no_grad():
-        for number, rate in enumerate((0.25, 0.5, 1.0), start=1):
+        for number, rate in enumerate((0.25, 1.0), start=1):
             assert (
                 fast(batch(3), keep_rate=rate).logits - model(images(), keep_rate=rate).logits
             ).abs().max() <= 1e-10
             assert graphs() == number
         fast(batch(2), keep_rate=0.25)
-        assert graphs() == 3
+        assert graphs() == 2
 
 
 def test_the_default_compiler_says_the_same() -> None:

@@ -12,19 +12,19 @@ from clca import (
     REDUCTIONS,
     CLCAViTConfig,
     CLCAViTForImageClassification,
-    TokenReduction,
     reductions_clca,
     token_schedule,
 )
 from clca.reduction_ats import num_quantiles, quantiles
-from clca.reduction_base import ScoredPruning, TokenState
-from clca.reductions_clca import register_reduction
-from tests.helpers import OPTIONS, TINY, images, labels, tiny_config, tiny_model
+from clca.reduction_base import TokenState
+from tests.helpers import CACHES, OPTIONS, TINY, images, labels, slow_unless, tiny_config, tiny_model
 from ufgir.interpret.tracing import trace_patches, unmerge
 
 
+CLCA = CACHES["clca"]
+
+
 SCALE = json.loads((Path(__file__).parents[1] / "goldens_misc" / "paper_scale.json").read_text())["cases"]
-CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
 
 
 @pytest.mark.parametrize("case", SCALE)
@@ -113,9 +113,10 @@ def test_deterministic_algorithms(method: str | None) -> None:
 
 # ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
 EXPORT_OPTIONS = OPTIONS | {"ats": {"pad_to_bound": True}}
+EXPORTED_ELSEWHERE = {"ats", "dpcknn", "evit", "kmedoids", "tome"}  # to files, in tests/test_export.py
 
 
-@pytest.mark.parametrize("method", sorted(REDUCTIONS))
+@pytest.mark.parametrize("method", slow_unless(lambda name: name not in EXPORTED_ELSEWHERE, sorted(REDUCTIONS)))
 def test_export(method: str) -> None:
     """torch.export with a dynamic batch, cache and CLA head included, gives the same logits at another batch size."""
     model = tiny_model(reduction=method, keep_rate=0.5, reduction_kwargs=EXPORT_OPTIONS.get(method), **CLCA)
@@ -387,111 +388,6 @@ def test_one_image_cannot_train_a_batch_norm() -> None:
     assert model.eval()(images(1)).logits.shape == (1, 3)
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_labels": 0, "head": "cla"}, {"num_labels": 0, "group_lasso_weight": 0.1}, {"num_labels": -1}]
-)
-def test_no_classes(options: dict) -> None:
-    with pytest.raises(ValueError, match="`num_labels`"):
-        tiny_config(**options)
-    assert tiny_model(num_labels=0)(images()).logits.shape == (3, 16)
-
-
-@pytest.mark.parametrize("method", ["ats", "heuristic", "tome", "mctf"])
-def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
-    """Its kernel takes masks of another shape, so sdpa computes the layers that have one."""
-    model = tiny_model(reduction=method, keep_rate=0.5, **CLCA)
-    expected = model(images()).logits
-    attention = model.vit.layers[-1].attention
-    model.config._attn_implementation = "flex_attention"
-    masked = attention.attention_function(torch.ones(1, 1, 1, 1), output_attentions=False)
-    model.config._attn_implementation = "sdpa"
-    assert masked is attention.attention_function(None, output_attentions=False)
-    assert expected.isfinite().all()
-
-
-@pytest.mark.parametrize("head", ["h2t", "vqt"])
-@pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)])
-@pytest.mark.parametrize("cache", [{}, {"cross_layer_cache": True, "num_clr_tokens": 1}], ids=["plain", "cache"])
-def test_probing_heads_with_every_method(head: str, method: str | None, cache: dict) -> None:
-    """They leave the tokens alone, do not see the batch, and train."""
-    model = tiny_model(head=head, reduction=method, keep_rate=0.5 if method else 1.0, **cache)
-    pixels = images()
-    output = model(pixels)
-    linear = tiny_model(reduction=method, keep_rate=0.5 if method else 1.0, **cache)
-    linear.vit.load_state_dict(model.vit.state_dict(), strict=False)
-    assert output.token_counts == linear(pixels).token_counts
-    assert torch.allclose(output.logits[:1], model(pixels[:1]).logits, atol=1e-9)
-    model.train()(pixels, labels=labels()).loss.backward()
-    assert model.classifier.weight.grad.abs().sum() > 0
-    if head == "vqt":
-        assert all(model.vit.layers[i].probe.queries.grad.abs().sum() > 0 for i in model.config.probe_layers)
-
-
-def test_vqt_queries_do_not_disturb_the_tokens() -> None:
-    """As its paper has it: the backbone's tokens are the same with and without queries."""
-    model = tiny_model(head="vqt")
-    plain = tiny_model()
-    plain.vit.load_state_dict(model.vit.state_dict(), strict=False)
-    pixels = images()
-    assert torch.equal(model.vit(pixels).last_hidden_state, plain.vit(pixels).last_hidden_state)
-
-
-@pytest.mark.parametrize("head", ["h2t", "vqt"])
-def test_select_features(head: str, tmp_path: Path) -> None:
-    """The features with the largest weights stay, a new head is trained on them, and it is saved with them; twice."""
-    model = tiny_model(head=head)
-    weight = model.classifier.weight.detach().clone()
-    kept = model.select_features(0.25)
-    assert len(kept) == round(0.25 * weight.shape[1])
-    norms = weight.norm(dim=0)
-    assert norms[kept].min() >= norms[[i for i in range(len(norms)) if i not in set(kept.tolist())]].max()
-    model.train()(images(), labels=labels()).loss.backward()
-    assert model.classifier.linear.weight.grad.abs().sum() > 0
-    again = model.select_features(0.5)
-    assert torch.equal(model.classifier.selected, kept[again])
-    model.eval().save_pretrained(tmp_path)
-    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(images()).logits, model(images()).logits)
-    with pytest.raises(ValueError, match="`fraction`"):
-        model.select_features(0.0)
-    with pytest.raises(ValueError, match="`head`"):
-        tiny_model().select_features(0.5)
-
-
-class EverySecond(ScoredPruning):
-    """Keep the rows at the front, as a user's own method might."""
-
-    name = "every_second"
-
-    def __init__(self, config: CLCAViTConfig, stage: int, *, step: int = 2) -> None:
-        super().__init__(config, stage)
-        self.step = step
-
-    def before_layer(self, hidden_states, state):
-        position = torch.arange(hidden_states.shape[1] - 1, device=hidden_states.device)
-        scores = (position % self.step == 0).to(hidden_states.dtype).expand(hidden_states.shape[0], -1)
-        return self.prune(hidden_states, state, scores)
-
-
-def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registered, used with cache and head, saved, loaded; and a clear error where it is not registered."""
-    monkeypatch.setattr("clca.reductions_clca.REDUCTIONS", REDUCTIONS.copy())
-    with pytest.raises(ValueError, match="register_reduction"):
-        tiny_config(reduction="every_second")
-    register_reduction(EverySecond)
-    register_reduction(EverySecond)  # the same again
-    model = tiny_model(reduction="every_second", keep_rate=0.5, reduction_kwargs={"step": 3}, **CLCA)
-    warnings = []
-    monkeypatch.setattr("clca.modeling_clca.logger.warning", lambda text, *args: warnings.append(text % args))
-    model.save_pretrained(tmp_path)
-    assert "'every_second' is not saved" in warnings[0]
-    loaded = CLCAViTForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(loaded(images()).logits, model(images()).logits)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="register_reduction"):
-        CLCAViTForImageClassification.from_pretrained(tmp_path)
-
-
 def test_dyvit_sorts_where_it_keeps_all() -> None:
     """As the original: the first rows are those of the best scores, which registers, left out of a mean, then are not."""
     model = tiny_model(reduction="dyvit", keep_rate=1.0, num_register_tokens=2, pooling="mean")
@@ -509,30 +405,3 @@ def first_layer_input(model: CLCAViTForImageClassification) -> tuple[torch.Tenso
     hidden = model.vit.embeddings(images())
     state = reductions_clca.initial_state(model.config, model.config.image_grid)
     return hidden, model.vit.method.start(hidden, state, training=False)
-
-
-def test_a_cell_of_a_notebook_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of the second run is another one of the same name, and takes the place of the first."""
-    monkeypatch.setattr(reductions_clca, "REDUCTIONS", dict(REDUCTIONS))
-    cell = "class Mine(TokenReduction):\n    name = 'mine'\nregister_reduction(Mine)"
-    spaces = [{"TokenReduction": TokenReduction, "register_reduction": register_reduction, "__name__": "cell"}] * 2
-    classes = [exec(cell, space) or space["Mine"] for space in spaces]
-    assert classes[0] is not classes[1]
-    assert reductions_clca.get_reduction("mine") is classes[1]
-    with pytest.raises(ValueError, match="taken"):
-        register_reduction(type("Other", (TokenReduction,), {"name": "mine"}))
-
-
-def test_register_refuses() -> None:
-    class Nameless(TokenReduction):
-        pass
-
-    class Taken(TokenReduction):
-        name = "evit"
-
-    class Shouting(TokenReduction):
-        name = "LOUD"
-
-    for cls, message in ((Nameless, "`name`"), (Taken, "taken"), (Shouting, "`name`"), (dict, "`cls`")):
-        with pytest.raises(ValueError, match=message):
-            register_reduction(cls)

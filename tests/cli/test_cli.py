@@ -168,7 +168,7 @@ def test_mistakes_end_with_one_sentence(capsys, argv, words):
 
 
 def test_the_table_of_commands_is_that_of_the_modules(capsys):
-    folder = Path(cli.__file__).parent / "commands"
+    folder = Path(cli.__file__).parent
     modules = {file.stem for file in folder.glob("*.py") if "\ndef configure(" in file.read_text(encoding="utf-8")}
     assert {name.replace("-", "_") for name in cli.COMMANDS} == modules
     assert "Did you mean profile?" in refused(capsys, "profil")

@@ -11,7 +11,8 @@ from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY
-from ufgir.cli import analysis_options, benchmark, common, correlate, export, outputs, predict, profile, visualize
+from ufgir.checkpoints.loading import check_meaning
+from ufgir.cli import analysis_options, benchmark, correlate, export, outputs, predict, profile, visualize
 from ufgir.cli import entry as cli
 from ufgir.cli.outputs import NotWritten, check_document, check_file, check_folder, told_first
 from ufgir.utils.text import shortened
@@ -208,22 +209,29 @@ class TestAfterTheWork:
 
 
 class TestMeaning:
-    """What is typed in vain is refused."""
+    """Options without effect are named in one warning."""
 
     @pytest.mark.parametrize(
         ("argv", "words"),
         [
-            (["profile", "--keep-rate", "0.1"], "`keep_rate` 0.1 means nothing to a model without a `reduction`"),
-            (["profile", "--clca", "--keep-tokens", "9", "3"], "`keep_tokens` 9 3 means nothing"),
-            (["profile", "--reduction", "none", "--reduction-layers", "3"], "`reduction_layers` 3 means nothing"),
-            (["profile", "--reduction", "none", "--reduction-kwargs", '{"a": 1}'], "has no method to go to"),
-            ([*MEASURE, "--keep-rates", "0.1"], "`--keep-rates` means nothing to models without a reduction"),
+            (["profile", "--keep-rate", "0.1"], ["`keep_rate`", "a `reduction`"]),
+            (["profile", "--clca", "--keep-tokens", "9", "3", "2"], ["`keep_tokens`", "a `reduction`"]),
+            (["profile", "--reduction", "none", "--reduction-layers", "3"], ["`reduction_layers`", "`head`"]),
+            ([*MEASURE, "--keep-rates", "0.1"], ["`--keep-rates`", "`--methods`"]),
         ],
     )
-    def test_without_a_checkpoint(self, capsys, argv, words):
-        assert words in refused(capsys, *argv)
+    def test_without_a_checkpoint(self, capsys, caplog, argv, words):
+        more = [*SHAPE, "--image-size", "32", "--num-hidden-layers", "12"] if argv[0] == "profile" else []
+        assert cli.main([*argv, *more]) == 0
+        (warning,) = [r.getMessage() for r in caplog.records if words[0] in r.getMessage()]
+        assert all(word in warning for word in words)
+        capsys.readouterr()
 
-    def test_of_a_checkpoint(self, capsys, tmp_path, models, picture):
+    def test_what_the_configuration_refuses(self, capsys):
+        said = refused(capsys, "profile", "--reduction", "none", "--reduction-kwargs", '{"a": 1}')
+        assert "`reduction_kwargs`" in said
+
+    def test_of_a_checkpoint(self, capsys, caplog, tmp_path, models, picture):
         for command, *argv in (
             ["profile"],
             ["export"],
@@ -234,9 +242,12 @@ class TestMeaning:
                 output = [] if command == "profile" else ["--output", tmp_path / "x.csv"]
                 output = ["--output", tmp_path / "x.onnx"] if command == "export" else output
                 output = ["--output", tmp_path / "x.png"] if command == "visualize" else output
-                error = refused(capsys, command, models / model, *argv, *reduction, "--keep-rate", "0.1", *output)
-                assert "`keep_rate` 0.1 means nothing" in error
-        assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+                caplog.clear()
+                words = [command, models / model, *argv, *reduction, "--keep-rate", "0.1", *output]
+                assert cli.main([str(word) for word in words]) == 0
+                (warning,) = [r.getMessage() for r in caplog.records if "`keep_rate`" in r.getMessage()]
+                assert "a `reduction`" in warning
+        capsys.readouterr()
 
     def test_what_means_something_passes(self, capsys):
         for argv in (
@@ -248,17 +259,21 @@ class TestMeaning:
             assert cli.main(["profile", *SHAPE, "--image-size", "32", "--num-hidden-layers", "5", *argv]) == 0
         capsys.readouterr()
 
-    def test_something_to_one_of_several(self, capsys, tmp_path, models, picture):
+    def test_something_to_one_of_several(self, capsys, caplog, tmp_path, models, picture):
         grid = ["visualize", models / "evit", picture, "--what", "grid", "--of", "rollout"]
         grid += ["--keep-rates", "0.5", "0.7", "--side", "64", "--output", tmp_path / "x.png"]
-        assert "means nothing" in refused(capsys, *grid, "--methods", "none")
-        assert cli.main([str(word) for word in (*grid, "--methods", "none", "evit")]) == 0
+        for methods, warnings in ((["none"], 1), (["none", "evit"], 0)):
+            caplog.clear()
+            assert cli.main([str(word) for word in (*grid, "--methods", *methods)]) == 0
+            assert sum("`keep_rate`" in r.getMessage() for r in caplog.records) == warnings
+        capsys.readouterr()
 
-    def test_the_cache(self):
+    def test_the_cache(self, caplog):
         config = CLCAViTConfig(**TINY)
-        with pytest.raises(ValueError, match="`cache_gap` True means nothing to a model without a cross-layer cache"):
-            common.check_meaning({"cache_gap": True}, [config])
-        common.check_meaning({"cache_gap": True, "keep_rate": None}, [config, CLCAViTConfig(cross_layer_cache=True)])
+        check_meaning({"cache_gap": True, "keep_rate": None}, [config, CLCAViTConfig(cross_layer_cache=True)])
+        assert not caplog.records
+        check_meaning({"cache_gap": True}, [config])
+        assert "`cache_gap`" in caplog.text and "`cross_layer_cache`" in caplog.text
 
 
 class TestMessages:

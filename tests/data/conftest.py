@@ -3,6 +3,7 @@
 import pytest
 
 from tests.data.raw_layouts import draw_raw, miniature
+from ufgir.data import synthetic_leaves as leaves
 
 
 @pytest.fixture
@@ -20,3 +21,8 @@ def raw(tmp_path):
         return spec, tmp_path / "raw", draw_raw(tmp_path / "raw", spec)
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return leaves.synthetic_leaves(3, (5, 2, 2), image_size=32, cache_dir=tmp_path_factory.mktemp("cache"))

@@ -53,9 +53,6 @@ def listed(spec, root):
     return expected
 
 
-# Interruptions
-
-
 class Counting:
     """`inspect_file` that counts its calls."""
 

@@ -167,15 +167,20 @@ def test_names_of_integers_only(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "value"), [("csv_test", "x.csv"), ("csv_data_folder", "x"), ("csv_class_names", "x.csv")]
 )
-def test_arguments_of_listings_without_listings(tmp_path, argument, value):
+def test_arguments_of_listings_without_listings(tmp_path, caplog, argument, value):
+    """They have no effect, and one warning names each."""
+    sources = [("synthetic_leaves", {"num_classes": 1, "images_per_class": 1, "image_size": 16})]
     if argument != "csv_test":
-        with pytest.raises(DatasetError, match=f"`{argument}` applies to folders of images that files list only"):
-            load_ufgir_dataset(make_folder(tmp_path), **{argument: value})
-    with pytest.raises(DatasetError, match=f"`{argument}` applies to folders of images that files list only"):
-        load_ufgir_dataset("synthetic_leaves", num_classes=1, images_per_class=1, image_size=16, **{argument: value})
+        sources.append((make_folder(tmp_path), {}))
+    for source, arguments in sources:
+        caplog.clear()
+        load_ufgir_dataset(source, **arguments, **{argument: value})
+        (warning,) = [r.getMessage() for r in caplog.records if f"`{argument}`" in r.getMessage()]
+        assert "files list" in warning
 
 
 @pytest.mark.parametrize("argument", ["config_name", "revision"])
-def test_arguments_of_the_hub_for_a_folder(tmp_path, argument):
-    with pytest.raises(DatasetError, match=f"`{argument}` applies to data sets of the Hub only, not to"):
-        load_ufgir_dataset(make_csv(tmp_path, {"train": 1}), **{argument: "x"})
+def test_arguments_of_the_hub_for_a_folder(tmp_path, caplog, argument):
+    load_ufgir_dataset(make_csv(tmp_path, {"train": 1}), **{argument: "x"})
+    (warning,) = [r.getMessage() for r in caplog.records if f"`{argument}`" in r.getMessage()]
+    assert "the Hub" in warning

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset_scripts import synthetic_leaves as command
 from ufgir.data import synthetic_leaves as leaves
 from ufgir.data.load import load_ufgir_dataset
 
@@ -214,7 +215,7 @@ def test_contact_sheet_of_a_split_and_of_arguments(drawn):
 def test_command_line_writes_a_folder_that_loads_back(tmp_path, capsys):
     target, sheet = tmp_path / "leaves", tmp_path / "sheet.png"
     arguments = ["--num_classes", "2", "--images_per_class", "3", "1", "1", "--image_size", "16", "--columns", "2"]
-    leaves.main(["--output", str(target), "--contact_sheet", str(sheet), *arguments])
+    command.main(["--output", str(target), "--contact_sheet", str(sheet), *arguments])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["leaves", "sheet.png"]
     assert capsys.readouterr().out.split() == [str(sheet), str(target)]
     with Image.open(sheet) as image:
@@ -225,7 +226,7 @@ def test_command_line_writes_a_folder_that_loads_back(tmp_path, capsys):
     assert loaded["train"][5]["image"].tobytes() == config.draw("train", 1, 2).tobytes()
 
     with pytest.raises(SystemExit) as stop:
-        leaves.main(["--output", str(target), *arguments])
+        command.main(["--output", str(target), *arguments])
     assert stop.value.code == 2
     assert "not an empty folder" in capsys.readouterr().err
 

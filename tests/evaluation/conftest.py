@@ -15,9 +15,6 @@ def model() -> CLCAViTForImageClassification:
     return make_model()
 
 
-# Streams, and data sets on the disk
-
-
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory) -> Path:
     """13 noisy pictures in folders."""

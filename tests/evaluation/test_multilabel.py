@@ -135,7 +135,7 @@ def test_a_list_of_class_labels_is_found_by_its_type(tmp_path):
     check(load_ufgir_dataset(tmp_path, validation_fraction=0, class_names=NAMES))
     reordered = load_ufgir_dataset(tmp_path, validation_fraction=0, class_names=["dog", "cow", "bird", "cat"])
     check(reordered, [[3, 0], [0], [], [2, 3], [0]], ["dog", "cow", "bird", "cat"])
-    with pytest.raises(DatasetError, match="not among the 2 `class_names`: bird"):
+    with pytest.raises(DatasetError, match=r"not among the 2 .*: bird"):
         load_ufgir_dataset(tmp_path, class_names=["cat", "dog"])
 
 

@@ -49,7 +49,10 @@ def unit_sum(rows: torch.Tensor) -> torch.Tensor:
 
 
 def before_attention(config) -> bool:
-    return config.reduction in ("dyvit", "dpcknn", "kmedoids", "sit", "patchmerger", "sinkhorn", "heuristic")
+    """Whether the stages of a method reduce first thing in their layer."""
+    return (
+        config.reduction is not None and REDUCTIONS[config.reduction].before_layer is not TokenReduction.before_layer
+    )
 
 
 # Functions of attention maps

@@ -169,7 +169,7 @@ def test_mistakes_are_told_before_anything_is_written(leaves, tmp_path, capsys, 
 
 
 def test_configuration_mistakes_come_before_the_data_are_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_ufgir, "load_ufgir_dataset", lambda *a, **k: pytest.fail("the data were loaded"))
+    monkeypatch.setattr("ufgir.training.setup.load_ufgir_dataset", lambda *a, **k: pytest.fail("the data were loaded"))
     mistake(capsys, recipe(tmp_path, tmp_path, tmp_path / "out", keep_rate=2))
 
 

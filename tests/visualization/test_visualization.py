@@ -1,10 +1,5 @@
 """Pictures: what is drawn where. Geometry is shown on a network whose attention is known, and read back from the pixels."""
 
-import argparse
-import re
-import shlex
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +7,8 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from clca import REDUCTIONS, CLCAViTForImageClassification
-from tests.helpers import CASES, Case, tiny_config
-from ufgir.cli import entry as cli
-from ufgir.cli.visualize import configure
+from tests.helpers import CASES, Case, slow_unless, tiny_config
+from tests.visualization.helpers import cell, noise, processor
 from ufgir.data.synthetic_leaves import cultivar_traits, draw_leaf
 from ufgir.visualization.kinds import (
     KINDS,
@@ -29,33 +23,9 @@ from ufgir.visualization.kinds import (
     similarity_columns,
     trace_columns,
 )
-from ufgir.visualization.sheet import (
-    Cell,
-    brightened,
-    distinct_colours,
-    draw_sheet,
-    heat,
-    heated,
-    mean_colours,
-    over_pixels,
-    save_picture,
-)
 
 
 MODELS = [case for case in CASES if case.cache == "cache" and case.tokens in ("cls", "no_cls")]
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def processor(height: int = 32, width: int = 32) -> ViTImageProcessorPil:
-    """Pixels as they are, in [0, 1]."""
-    return ViTImageProcessorPil(
-        size={"height": height, "width": width}, resample=Image.Resampling.NEAREST, do_normalize=False
-    )
-
-
-def noise(count: int = 2, height: int = 32, width: int = 32) -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(count)]
 
 
 def green_seeker(method: str | None, height: int, width: int, **changes) -> CLCAViTForImageClassification:
@@ -84,12 +54,6 @@ def spotted(row: int, column: int, height: int = 24, width: int = 40) -> Image.I
     image = Image.new("RGB", (width, height), (90, 90, 90))
     image.paste((0, 255, 0), (column * 8, row * 8, column * 8 + 8, row * 8 + 8))
     return image
-
-
-def cell(sheet: Image.Image, column: int, width: int = 40, height: int = 24) -> np.ndarray:
-    """Pixels (height, width, 3) of the first row's picture in a column of a sheet without titles."""
-    left = 4 + column * (width + 4)
-    return np.asarray(sheet.crop((left, 16, left + width, 16 + height)), dtype=int)
 
 
 def patches(pixels: np.ndarray) -> np.ndarray:
@@ -181,94 +145,19 @@ def test_kept_patches_lie_on_the_leaf(monkeypatch, index) -> None:
     assert kept.sum() == 30 and (kept & is_leaf).sum() == 30
 
 
-# What is drawn over a picture
-
-
-def test_brightness() -> None:
-    """Full where a patch is kept, 15 % where nothing is left of it."""
-    picture = torch.ones(3, 4, 6)
-    shares = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]])
-    drawn = brightened(picture, shares)
-    assert drawn[0, ::2, ::2].tolist() == [pytest.approx([1.0, 0.15, 0.575]), pytest.approx([0.15, 0.15, 1.0])]
-    assert torch.equal(over_pixels(shares, picture)[:2, :2], torch.ones(2, 2))
-
-
-def test_groups_have_their_mean_colour() -> None:
-    """Two patches of a group that lie apart have one colour, as does a group with parts of several; a dropped patch is dark."""
-    picture = torch.zeros(3, 2, 8)
-    picture[0, :, :2], picture[0, :, 6:], picture[1, :, 2:4], picture[2, :, 4:6] = 1.0, 0.5, 1.0, 1.0
-    groups = torch.tensor([[7, 2, -1, 7]])
-    drawn = mean_colours(picture, groups)
-    assert drawn[:, 0, ::2].T.tolist() == [
-        [0.75, 0.0, 0.0],
-        [0.0, 1.0, 0.0],
-        pytest.approx([0.0, 0.0, 0.15]),
-        [0.75, 0, 0],
-    ]
-    tinted = distinct_colours(picture, groups)
-    assert torch.equal(tinted[:, 0, 2].nonzero(), tinted[:, 1, 3].nonzero())  # one hue a group
-    assert not torch.equal(tinted[:, 0, 0] > 0.1, tinted[:, 0, 2] > 0.1)
-    assert (tinted[:, :, 4:6] <= 0.15).all()
-
-
-def test_heat_rises_in_grey_too() -> None:
-    luminance = heat(torch.linspace(0, 1, 50)) @ torch.tensor([0.2126, 0.7152, 0.0722])
-    assert (luminance.diff() > 0).all()
-    drawn = heated(torch.full((3, 2, 6), 0.5), torch.tensor([[0.0, 1.0, torch.nan]]))
-    low, high, missing = drawn.mean(dim=(0, 1))[::2]
-    assert missing < 0.1 < low < high
-
-
-def test_outlines_run_between_groups() -> None:
-    """One pixel wide, at the start of the next group, at the size of the sheet and not of the picture."""
-    groups = torch.tensor([[0, 0, 1], [2, 0, 1]])
-    sheet = draw_sheet(["a"], [[Cell(torch.zeros(3, 16, 24), "", groups)]], None, side=48)
-    white = (cell(sheet, 0, 48, 32) == 255).all(axis=2)
-    expected = np.zeros((32, 48), dtype=bool)
-    expected[:, 32] = True  # 0 | 1
-    expected[16, :16] = True  # 0 over 2
-    expected[16:, 16] = True  # 2 | 0
-    assert np.array_equal(white, expected)
-
-
-def test_sheets_are_as_large_as_they_must_be() -> None:
-    """Longer side as asked for, the other in proportion; long texts end with an ellipsis instead of running on."""
-    wide, square = torch.zeros(3, 8, 16), torch.zeros(3, 8, 8)
-    sheet = draw_sheet(["a", "b" * 50], [[Cell(wide, "c" * 50), Cell(square)]] * 2, ["one", "two"], side=64, scale="s")
-    assert sheet.size == (2 * 68 + 4, 16 + 2 * (16 + 64 + 16 + 4) + 4 + 20)
-    pixels = np.asarray(sheet)
-    assert (pixels[:16, 4 + 64 : 4 + 68] == 255).all()  # nothing of the long name between the columns
-    assert (pixels[32:64, 4:68] == 0).all() and (pixels[64:96, 4:68] == 255).sum() > 0
-    assert draw_sheet(["a"], [[Cell(wide)]], None, side=1).size[0] == 9
-
-
-def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
-    image, path = Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png"
-    assert save_picture(image, path) == path and Image.open(path).size == (4, 4)
-    with pytest.raises(ValueError, match=r"another picture format, got a\.docx"):
-        save_picture(image, "a.docx")
-
-    def fail(self, file, **kwargs):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
-
-    before = path.read_bytes()
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_picture(image, path)
-    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["a.png"]
-
-
 # Every kind, of every model
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", MODELS, ids=str)
+# What lacks without CLS is the same for all methods: it is looked at for none, one that prunes and one that merges.
+@pytest.mark.parametrize(
+    "case", slow_unless(lambda case: case.tokens == "cls" or case.method in (None, "topk", "tome"), MODELS), ids=str
+)
 def test_every_kind_of_every_model(case, kind) -> None:
     """A column for each stage, layer, range or reference, a cell for each image, with what is said below it."""
     model = case.model()
     config, stages = model.config, len(REDUCTIONS[case.method].layers(model.config)) if case.method else 0
-    options = {"patch": (1, 2)} if kind == "trace" else {}
+    options = KINDS[kind].example
     expected = {
         "kept": stages,
         "merge": stages,
@@ -276,14 +165,15 @@ def test_every_kind_of_every_model(case, kind) -> None:
         "attention": 5,
         "rollout": 4,
         "similarity": 1 + config.use_class_token,
-    }[kind]
+    }.get(kind)
     view = make_view(model, processor(), noise())
-    if expected == 0 or (kind == "attention" and not config.use_class_token):
+    if KINDS[kind].unmet(config) is not None:
+        assert not expected or not config.use_class_token
         with pytest.raises(ValueError, match=r"reduces no tokens|needs a CLS token"):
             KINDS[kind](view, **options)
         return
     columns = KINDS[kind](view, **options)
-    assert len(columns) == expected and all(len(column.cells) == 2 for column in columns)
+    assert len(columns) == (expected or len(columns)) > 0 and all(len(column.cells) == 2 for column in columns)
     for column in columns:
         for drawn in column.cells:
             assert drawn.picture.shape == (3, 32, 32) and drawn.picture.isfinite().all() and drawn.caption
@@ -433,137 +323,3 @@ def test_mistakes_with_pictures() -> None:
             attention_columns(view, heads=heads)
     with pytest.raises(ValueError, match="`colours` must be one of mean, distinct, got 'red'"):
         merge_columns(view, "red")
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A model with EViT and cache, one without CLS, and two pictures."""
-    folder = tmp_path_factory.mktemp("visualize")
-    variants = {
-        "evit": {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_clr_tokens": 1},
-        "no_cls": {"use_class_token": False, "pooling": "mean"},
-    }
-    for name, options in variants.items():
-        torch.manual_seed(0)
-        CLCAViTForImageClassification(tiny_config(**options)).save_pretrained(folder / name)
-        processor().save_pretrained(folder / name)
-    for index, image in enumerate(noise(2, 40, 50)):
-        image.save(folder / f"{index}.png")
-    return folder
-
-
-def visualize(capsys, folder, options):
-    """What the command wrote to the terminal, and its picture."""
-    model, image, file = (str(folder / name) for name in ("evit", "0.png", "out.png"))
-    assert cli.main(["visualize", model, image, *options.split(), "--output", file, "--side", "32"]) == 0
-    return capsys.readouterr().out, Image.open(file)
-
-
-@pytest.mark.parametrize(
-    ("argv", "columns"),
-    [
-        ("", 3),
-        ("--what merge --colours distinct", 3),
-        ("--what trace --patch 1 2", 3),
-        ("--what trace --token 3", 2),
-        ("--what attention", 6),
-        ("--what attention --layers 0 4 --heads all", 5),
-        ("--what attention --layers 3 --heads 1", 2),
-        ("--what rollout", 5),
-        ("--what rollout --ranges 0:2 1:5", 3),
-        ("--what similarity", 3),
-        ("--what similarity --to cls --layers 0 1 2", 4),
-        ("--what attention --reduction none", 6),
-        ("--what grid --methods topk tome evit", 4),
-        ("--what grid --keep-rates 0.75 0.5 0.25 --of rollout --ranges 0:5", 4),
-        ("--what grid --methods topk --keep_rates 0.75 0.5", 3),
-    ],
-)
-def test_the_command_draws(capsys, checkpoints, argv, columns) -> None:
-    text, picture = visualize(capsys, checkpoints, argv)
-    assert text == f"wrote {checkpoints / 'out.png'}\n"
-    assert picture.width == columns * 36 + 4
-
-
-def test_grids_of_the_command(capsys, checkpoints) -> None:
-    """Rows of methods, columns of rates; several models; what is not trained is said."""
-    _, picture = visualize(capsys, checkpoints, "--what grid --methods topk tome --keep-rates 0.75 0.5 0.25")
-    assert picture.size == (4 * 36 + 4, 16 + 2 * (16 + 32 + 16 + 4) + 4)
-    models = f"--models {checkpoints / 'no_cls'} {checkpoints / 'evit'}"
-    text, picture = visualize(capsys, checkpoints, f"--what grid --of similarity --to mean {models}")
-    assert picture.width == 4 * 36 + 4 and text.count("\n") == 1
-    text, _ = visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
-    assert f"{checkpoints / 'evit'} holds no weights of sit: its 14 are random" in text
-    assert text.count("holds no weights") == 2
-    first = (checkpoints / "out.png").read_bytes()
-    visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
-    assert (checkpoints / "out.png").read_bytes() == first
-
-
-def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -> None:
-    monkeypatch.chdir(checkpoints)
-    for options, name in (([], "kept_patches.png"), (["--what", "merge"], "merge.png")):
-        assert cli.main(["visualize", "evit", "0.png", "1.png", *options]) == 0
-        assert capsys.readouterr().out == f"wrote {name}\n" and (checkpoints / name).is_file()
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("evit --side 5000", "`--side` must be between 1 and 4096, got 5000"),
-        ("evit --output a.svg", "`--output` must end in"),
-        ("evit --what nothing", "invalid choice: 'nothing'"),
-        ("evit --token 3", "`--token` belongs to --what trace, not to kept"),
-        ("evit --what rollout --layers 3", "`--layers` belongs to --what attention or similarity, not to rollout"),
-        ("evit --methods topk", "`--methods` belongs to --what grid, not to kept"),
-        ("evit --what grid", "--models, --methods or --keep-rates"),
-        ("evit --what grid --of kept --methods topk --to cls", "`--to` belongs to --what similarity, not to kept"),
-        ("evit --what grid --methods topk --reduction evit", "`--methods` takes the place of `--reduction`"),
-        ("evit --what grid --keep-rates 0.5 --keep-tokens 4 2", "`--keep-rates` takes the place of `--keep-tokens`"),
-        ("evit --what grid --keep-rates 2", "`--keep-rates` must be in (0, 1], got 2.0"),
-        ("evit --what grid --methods none topk", "reduces no tokens"),
-        ("evit --what grid --methods nonsense", "nonsense"),
-        ("evit --what grid --models nowhere", "there is no checkpoint nowhere"),
-        ("evit --what trace", "either `token` or `patch`"),
-        ("evit --what trace --token 40", "`token` must be in"),
-        ("evit --what attention --layers 5", "`layers` must name at least one layer of 0 .. 4, got 5"),
-        ("evit --what attention --heads both", "`--heads` must be mean, all or numbers of heads, got both"),
-        ("evit --what attention --heads 2", "`heads` must be 'mean', 'all' or indices in 0 .. 1"),
-        ("evit --what rollout --ranges 3", "two numbers of layers such as 0:4, got 3"),
-        ("evit --what rollout --ranges 3:9", "must lie in 0:5"),
-        ("no_cls --what attention", "CLS attention needs a CLS token"),
-        ("no_cls --what similarity --to cls", "the similarity to CLS needs a CLS token"),
-        ("no_cls --what merge", "reduces no tokens"),
-    ],
-)
-def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) -> None:
-    """One sentence, status 2, no file."""
-    monkeypatch.chdir(checkpoints)
-    before = sorted(checkpoints.iterdir())
-    model, *options = argv.split()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["visualize", model, "0.png", *options])
-    out, error = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and error.count("\n") == 1 and words in error
-    assert sorted(checkpoints.iterdir()) == before
-
-
-def test_the_gallery_has_every_kind_and_method() -> None:
-    """Its commands can be parsed, and made what it shows; its pictures are small."""
-    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
-    commands = [line for line in text.splitlines() if line.startswith(".venv/bin/ufgir visualize")]
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    parsed = [parser.parse_args(shlex.split(command)[2:]) for command in commands]
-    assert {args.what for args in parsed} == {*KINDS, "grid"}
-    shown = re.findall(r"\]\((figures/gallery/.*)\)", text)
-    files = [f"figures/gallery/{file.name}" for file in (DOCS / "figures" / "gallery").iterdir()]
-    assert sorted(shown) == sorted(files) == sorted(args.output.removeprefix("docs/") for args in parsed)
-    assert all((DOCS / file).stat().st_size < 150_000 for file in files)
-    drawn = {args.reduction or args.model.removeprefix("outputs/demo_") for args in parsed} | {
-        "evit"
-    }  # the demo's own
-    assert set(REDUCTIONS) <= drawn

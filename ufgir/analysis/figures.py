@@ -122,7 +122,7 @@ def draw_maps(maps: Mapping[str, np.ndarray], high: float, measure: str) -> "Fig
 
 def draw_points(
     points: np.ndarray,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     class_names: Sequence[str],
     axis_names: tuple[str, str],
     title: str | None = None,

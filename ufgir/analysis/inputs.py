@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Any,
     batch_size: int,
     *,
     start: int = 0,

@@ -11,6 +11,7 @@ from html import escape
 from PIL import Image
 
 from ..profiling.macs import describe
+from .limits import PICTURE_QUALITY, THUMBNAIL_SIDE
 from .viewer import Checkpoint, Cost, Leaf, Look, Shown
 
 
@@ -80,7 +81,7 @@ def thumbnails(examples: Sequence[tuple[str, Leaf]]) -> str:
     buttons = []
     for index, (name, leaf) in enumerate(examples):
         small = leaf.picture.copy()
-        small.thumbnail((128, 128))
+        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         label = escape(f"Example {name}", quote=True)
         buttons.append(
             f'<button type="button" data-index="{index}" aria-label="{label}" title="{label}">{_image(small, "")}</button>'
@@ -167,6 +168,6 @@ def figures(title: str, pictures: Sequence[Shown], about: str = "") -> str:
 def _image(picture: Image.Image, description: str) -> str:
     """The picture itself inside the page: no file that must be kept or cleared away."""
     stream = io.BytesIO()
-    picture.save(stream, format="WEBP", quality=85)
+    picture.save(stream, format="WEBP", quality=PICTURE_QUALITY)
     data = base64.b64encode(stream.getvalue()).decode()
     return f'<img src="data:image/webp;base64,{data}" alt="{escape(description, quote=True)}">'

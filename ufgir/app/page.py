@@ -1,7 +1,7 @@
 """The web page `ufgir app`: a leaf, a model, one or two settings side by side, and what comes of them.
 
-Everything that computes is in `app_model`, everything that shows results in `app_html`; here they are wired together. Nothing
-is sent anywhere, and the page asks for nothing from other servers.
+Everything that computes is in `viewer`, everything that shows results in `html`, every limit in `limits`; here they are wired
+together. Nothing is sent anywhere, and the page asks for nothing from other servers.
 """
 
 import os
@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..utils.text import one_sentence
+from ..visualization.kinds import KINDS
+from ..visualization.records import Kind
 from . import html as html
-from .viewer import KINDS, NEED_STAGES, Leaf, Setting, Viewer, drawn_examples, folder_examples, open_leaf
+from . import limits
+from .viewer import Leaf, Setting, Viewer, drawn_examples, folder_examples, open_leaf
 
 
 if TYPE_CHECKING:
@@ -20,15 +23,13 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "outputs/demo"
 _DENSE = "none (every token stays)"
-_KINDS = list(KINDS)
-_QUICK = 1.0  # seconds of a forward pass; a slower model is timed only when asked to
-_ABOUT = {
-    _KINDS[0]: "Bright: the patch still has a token of its own. Dark: dropped, or fused with many others.",
-    _KINDS[1]: "Patches that share a token have one colour, their mean. Dark: dropped.",
-    _KINDS[2]: "Average of the heads, in the layers that reduce and the last one. Bright: more attention.",
-}
-_ABOUT_TRACE = "What the token that holds this patch is made of, recalled rows included. Dark: not part of it."
 _SLOW = "Latency is measured when you press the button: this model is slow here."
+
+
+def shown_kinds(of_patch: bool) -> dict[str, Kind]:
+    """The pictures that visitors choose from, or those of the chosen patch, which are shown below."""
+    pages = {name: kind for name, kind in KINDS.items() if kind.page is not None}
+    return {name: kind for name, kind in pages.items() if (kind.page.patch_heading is not None) == of_patch}
 
 
 def import_gradio() -> Any:
@@ -124,7 +125,8 @@ class _Page:
         )
         self.model_problem = gr.HTML(elem_id="model-problem")
         self.about = gr.HTML("" if model is None else html.about_model(self.viewer.checkpoint(model)))
-        self.kind = gr.Radio(_KINDS, value=_KINDS[0], label="Pictures", elem_id="kind")
+        choices = [(kind.title, name) for name, kind in shown_kinds(of_patch=False).items()]
+        self.kind = gr.Radio(choices, value=choices[0][1], label="Pictures", elem_id="kind")
         self.compare = gr.Checkbox(False, label="Compare with a second setting, B", elem_id="compare")
 
     def _panel(self, letter: str, model: str | None) -> dict[str, Any]:
@@ -136,9 +138,9 @@ class _Page:
                 label=f"Reduction method, {letter}", filterable=False, elem_id=f"method-{letter}", **choices["method"]
             )
             parts["rate"] = gr.Slider(
-                0.01,
+                limits.SMALLEST_KEEP_RATE,
                 1,
-                step=0.01,
+                step=limits.SMALLEST_KEEP_RATE,
                 label=f"Keep rate of each stage, {letter}",
                 elem_id=f"rate-{letter}",
                 **choices["rate"],
@@ -174,7 +176,7 @@ class _Page:
         if letter == "B" and method in checkpoint.fixed_rate:
             method = None
         elif letter == "B":
-            rate = max(0.01, round(rate / 2, 2))
+            rate = max(limits.SMALLEST_KEEP_RATE, round(rate / 2, 2))
         return {
             "method": {"choices": [m or _DENSE for m in checkpoint.methods], "value": method or _DENSE},
             "rate": {
@@ -192,8 +194,7 @@ class _Page:
         inputs = [self.leaf, self.name, self.compare, self.kind, self.row, self.column, *controls]
         results = [panel[part] for panel in self.panels for part in ("prediction", "cost", "stages", "trace")]
         costs = [panel["cost"] for panel in self.panels]
-        # One computation at a time: a model uses all cores, and latencies are measured.
-        one = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+        one = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": limits.AT_ONCE}
         show = {"fn": self._show, "inputs": inputs, "outputs": [self.picture, *results], **one}
         measure = {"fn": self._measure, "inputs": inputs, "outputs": costs, "show_progress": "hidden", **one}
         latest = {"trigger_mode": "always_last"}  # of a slider on its way only where it stands
@@ -301,22 +302,34 @@ class _Page:
             parts = [html.prediction(look), cost]
         except ValueError as error:
             return [html.problem(one_sentence(error)), "", "", ""]
-        if setting.method is None and kind in NEED_STAGES:
-            return [*parts, html.hint("No reduction: every patch stays a token, so there are no stages to draw."), ""]
+        return [*parts, self._picture(name, leaf, setting, kind), self._pictures_of(patch, name, leaf, setting)]
+
+    def _picture(self, name: str, leaf: Leaf, setting: Setting, kind: str) -> str:
+        """The chosen picture, or the reason why there is none."""
+        need = self.viewer.unmet(name, setting, kind)
+        if need is not None:
+            return html.hint(need.hint)
         try:
-            stages = html.figures(kind, self.viewer.stages(name, leaf, setting, kind), _ABOUT[kind])
-        except ValueError as error:  # no CLS, or a method that reports no assignments
-            stages = html.problem(one_sentence(error))
-        if setting.method is None:
-            return [*parts, stages, ""]
-        if patch is None:
-            return [*parts, stages, html.problem("Row and column of the patch must be numbers.")]
-        try:
-            trace = self.viewer.trace(name, leaf, setting, patch)
-        except ValueError as error:
-            return [*parts, stages, html.problem(one_sentence(error))]
-        title = f"Token of the patch in row {patch[0]}, column {patch[1]}"
-        return [*parts, stages, html.figures(title, trace, _ABOUT_TRACE)]
+            shown = self.viewer.stages(name, leaf, setting, kind)
+        except ValueError as error:  # a method that reports no assignments
+            return html.problem(one_sentence(error))
+        return html.figures(KINDS[kind].title, shown, KINDS[kind].page.about)
+
+    def _pictures_of(self, patch: tuple[int, int] | None, name: str, leaf: Leaf, setting: Setting) -> str:
+        """The pictures of the chosen patch that can be drawn."""
+        kinds = shown_kinds(of_patch=True)
+        kinds = {key: kind for key, kind in kinds.items() if self.viewer.unmet(name, setting, key) is None}
+        if kinds and patch is None:
+            return html.problem("Row and column of the patch must be numbers.")
+        parts = []
+        for key, kind in kinds.items():
+            try:
+                shown = self.viewer.trace(name, leaf, setting, patch, key)
+            except ValueError as error:
+                return html.problem(one_sentence(error))
+            heading = kind.page.patch_heading.format(row=patch[0], column=patch[1])
+            parts.append(html.figures(heading, shown, kind.page.about))
+        return "".join(parts)
 
     def _settings(self, compare: bool, controls: Sequence[Any]) -> list[Setting]:
         settings = []
@@ -335,7 +348,7 @@ class _Page:
         settings = self._settings(compare, rest[3:])
         try:
             looks = [self.viewer.look(name, leaf, setting) for setting in settings]
-            quick = sum(look.seconds for look in looks) < _QUICK
+            quick = sum(look.seconds for look in looks) < limits.QUICK
             if asked or (quick and not self.viewer.cost(name, settings[0], settings).time):
                 self.viewer.measure(name, leaf, settings)
             costs = [self.viewer.cost(name, setting, settings) for setting in settings]
@@ -393,7 +406,7 @@ def serve_page(page: "gradio.Blocks", host: str | None = None, port: int | None 
     """
     gr = import_gradio()
     try:
-        _, local, public = page.queue(max_size=64, api_open=False).launch(
+        _, local, public = page.queue(max_size=limits.MOST_WAITING, api_open=False).launch(
             server_name=host,
             server_port=free_port(host or "127.0.0.1") if port == 0 else port,
             share=share,
@@ -406,8 +419,8 @@ def serve_page(page: "gradio.Blocks", host: str | None = None, port: int | None 
             pwa=False,
             enable_monitoring=False,
             mcp_server=False,
-            max_file_size="50mb",
-            state_session_capacity=200,
+            max_file_size=limits.MAX_UPLOAD,
+            state_session_capacity=limits.SESSIONS,
             theme=_theme(gr),
             css=html.CSS,
         )

@@ -32,7 +32,7 @@ from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
-from clca.configuration_clca import as_pair
+from clca.budget_clca import Budget, as_pair
 
 from ..checkpoints.loading import at_one_rate, has_one_rate, load_config, load_model, rate_of
 from ..data.synthetic_leaves import SyntheticLeavesConfig
@@ -40,45 +40,37 @@ from ..profiling.macs import count_macs, dense_config, macs_in_advance, on_meta
 from ..profiling.timing import Quartiles, Race, quartiles, steady
 from ..transforms.images import to_rgb
 from ..utils.text import one_sentence
-from ..visualization.kinds import (
-    Kind,
-    View,
-    attention_columns,
-    input_columns,
-    kept_columns,
-    make_view,
-    merge_columns,
-    trace_columns,
+from ..visualization.kinds import KINDS, input_columns, make_view
+from ..visualization.records import Draw, Need, View
+from ..visualization.sheet import cell_size, draw_cell
+from .limits import (
+    BYTES_PER_PARAMETER,
+    CHECKPOINTS,
+    COSTS,
+    DRAWINGS,
+    DRAWN_EXAMPLES,
+    FEWEST_ROUNDS,
+    FOLDER_EXAMPLES,
+    FORMATS,
+    LATENCIES,
+    LONGEST_SIDE,
+    MOST_LAYERS,
+    MOST_PARAMETERS,
+    MOST_PATCHES,
+    MOST_PIXELS,
+    MOST_ROUNDS,
+    PICTURE_SIDE,
+    PREDICTIONS,
+    SETTINGS,
+    SMALLEST_DRAWN,
+    SMALLEST_KEEP_RATE,
+    TIMING_SECONDS,
+    TOO_LARGE,
+    TOP_CLASSES,
 )
-from ..visualization.sheet import Column, cell_size, draw_cell
 
 
 logger = logging.getLogger(__name__)
-
-LONGEST_SIDE = 1024  # pixels of a picture that is kept
-MOST_PIXELS = 120_000_000  # of a picture that is opened
-# Of pictures that are opened: nothing that Pillow hands to another program, as it does EPS.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Of models of strangers, which must not fill the machine.
-MOST_PARAMETERS, MOST_LAYERS, MOST_PATCHES = 400_000_000, 100, 4096
-PICTURE_SIDE = 480  # pixels of a picture on the page
-_SMALLEST_DRAWN = 16  # pixels of a drawn leaf
-TOP_CLASSES = 5
-_ROUNDS, _FEWEST_ROUNDS, _SECONDS = 7, 3, 3.0  # of timing, and when it is enough
-
-
-def cls_attention_columns(view: View) -> list[Column]:
-    """What CLS attends to in the layers that reduce, and in the last one."""
-    config = view.model.config
-    return attention_columns(view, [layer for layer in config.aggregation_layers if layer < config.num_hidden_layers])
-
-
-KINDS: dict[str, Kind] = {
-    "Kept patches": kept_columns,
-    "Groups of patches": merge_columns,
-    "Attention of CLS": cls_attention_columns,
-}
-NEED_STAGES = ("Kept patches", "Groups of patches")
 
 
 # Pictures
@@ -127,7 +119,7 @@ def open_leaf(path: str | os.PathLike[str]) -> Leaf:
         raise ValueError(f"{name} is not a picture that can be read. Try another JPEG or PNG file.") from error
 
 
-def drawn_examples(config: CLCAViTConfig, count: int = 8) -> list[tuple[str, Leaf]]:
+def drawn_examples(config: CLCAViTConfig, count: int = DRAWN_EXAMPLES) -> list[tuple[str, Leaf]]:
     """Leaves of the drawn data set, one of each of the first classes, if the model was trained on it; else none.
 
     Args:
@@ -135,14 +127,14 @@ def drawn_examples(config: CLCAViTConfig, count: int = 8) -> list[tuple[str, Lea
         count: of leaves at most.
     """
     names = [config.id2label[i] for i in range(config.num_labels)]
-    size = max(*as_pair(config.image_size), _SMALLEST_DRAWN)
+    size = max(*as_pair(config.image_size), SMALLEST_DRAWN)
     data = SyntheticLeavesConfig(num_classes=len(names), image_size=size) if names else None
     if data is None or data.class_names != names:
         return []
     return [(name, make_leaf(data.draw("test", i, 0))) for i, name in enumerate(data.class_names[:count])]
 
 
-def folder_examples(folder: str | os.PathLike[str], count: int = 12) -> list[tuple[str, Leaf]]:
+def folder_examples(folder: str | os.PathLike[str], count: int = FOLDER_EXAMPLES) -> list[tuple[str, Leaf]]:
     """The first pictures of a folder, at any depth, with their file names.
 
     Raises:
@@ -185,11 +177,11 @@ def own_setting(config: CLCAViTConfig) -> Setting:
     if config.reduction is None:
         return Setting(None, 1.0, config.cross_layer_cache)
     stages = len(config.reduction_layers)
-    rates = [rate ** (1 / len(config.keep_rate)) for rate in config.keep_rate]
-    rate = math.prod(rates)
-    if config.keep_tokens is not None:
-        rate = min(1.0, config.keep_tokens[-1] / config.num_patches) ** (1 / stages)
-    return Setting(config.reduction, max(round(rate, 2), 0.01), config.cross_layer_cache)
+    budget = Budget.of(config)
+    rate = math.prod(rate ** (1 / len(budget.keep_rate)) for rate in budget.keep_rate)
+    if budget.keep_tokens is not None:
+        rate = min(1.0, budget.keep_tokens[-1] / config.num_patches) ** (1 / stages)
+    return Setting(config.reduction, max(round(rate, 2), SMALLEST_KEEP_RATE), config.cross_layer_cache)
 
 
 def setting_config(config: CLCAViTConfig, setting: Setting) -> CLCAViTConfig:
@@ -253,7 +245,7 @@ def with_weights(
 
 
 def _why_lacking(config: CLCAViTConfig, missing: Sequence[str]) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in config.keep_rate)
+    rates = ", ".join(f"{rate:g}" for rate in Budget.of(config).keep_rate)
     return (
         f"{config.reduction or 'This setting'} has parameters of its own, which these weights lack at keep rate {rates} "
         f"({len(missing)} tensors): they must be trained first."
@@ -299,8 +291,8 @@ def _fetch(name: str) -> str:
             if not isinstance(try_to_load_from_cache(name, SAFE_WEIGHTS_NAME, revision=commit), str):
                 url = hf_hub_url(name, SAFE_WEIGHTS_NAME, revision=commit)
                 size = get_hf_file_metadata(url, token=False).size
-                if size is None or size > 4.1 * MOST_PARAMETERS:  # bytes of float32, and the names
-                    raise ValueError(f"the weights of {name} are too large for this page. {_LIMITS}")
+                if size is None or size > BYTES_PER_PARAMETER * MOST_PARAMETERS:
+                    raise ValueError(f"the weights of {name} are too large for this page. {TOO_LARGE}")
             hf_hub_download(name, SAFE_WEIGHTS_NAME, revision=commit, token=False)
         except RemoteEntryNotFoundError as error:
             raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only weights that this page takes.") from error
@@ -312,12 +304,9 @@ def _check_size(name: str, config: CLCAViTConfig) -> None:
     width, layers = config.hidden_size, config.num_hidden_layers
     least = layers * width * (4 * width + 2 * config.intermediate_size)  # before a network of that many layers is made
     if layers > MOST_LAYERS or config.num_patches > MOST_PATCHES or least > MOST_PARAMETERS:
-        raise ValueError(f"{name} is too large for this page. {_LIMITS}")
+        raise ValueError(f"{name} is too large for this page. {TOO_LARGE}")
     if sum(value.numel() for value in on_meta(config).state_dict().values()) > MOST_PARAMETERS:
-        raise ValueError(f"{name} is too large for this page. {_LIMITS}")
-
-
-_LIMITS = f"It takes models of {MOST_LAYERS} layers, {MOST_PATCHES} patches and {MOST_PARAMETERS // 10**6} million parameters at most."
+        raise ValueError(f"{name} is too large for this page. {TOO_LARGE}")
 
 
 class Checkpoint(NamedTuple):
@@ -447,22 +436,22 @@ class Viewer:
     def __init__(self, folders: bool = True, trusted: str | None = None) -> None:
         self.folders = folders
         self.trusted = trusted
-        self.model = lru_cache(8)(self._model)
-        self.look = lru_cache(16)(self._look)
-        self.stages = lru_cache(16)(self._stages)
-        self.macs = lru_cache(64)(self._macs)
+        self.model = lru_cache(SETTINGS)(self._model)
+        self.look = lru_cache(PREDICTIONS)(self._look)
+        self.stages = lru_cache(DRAWINGS)(self._stages)
+        self.macs = lru_cache(COSTS)(self._macs)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._times: dict[Any, dict[Setting | str, Quartiles]] = {}
 
     def load(self, name: str) -> Checkpoint:
-        """Load a checkpoint, also one that is loaded already: it may have been trained again. The last two are kept.
+        """Load a checkpoint, also one that is loaded already: it may have been trained again. The last `CHECKPOINTS` are kept.
 
         Raises:
             ValueError: as of `load_checkpoint`; nothing changes.
         """
         checkpoint = load_checkpoint(name, trusted=self.folders or name == self.trusted)
         self._checkpoints.pop(name, None)
-        self._checkpoints = dict([*self._checkpoints.items(), (name, checkpoint)][-2:])
+        self._checkpoints = dict([*self._checkpoints.items(), (name, checkpoint)][-CHECKPOINTS:])
         for cache in (self.model, self.look, self.stages, self.macs):
             cache.cache_clear()
         self._times.clear()
@@ -496,20 +485,30 @@ class Viewer:
         classes = [(config.id2label[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
         return Look(classes, independent, output.token_counts, seconds)
 
-    def _stages(self, name: str, leaf: Leaf, setting: Setting, kind: str) -> list[Shown]:
-        return _shown(KINDS[kind], self.view(name, leaf, setting))
+    def unmet(self, name: str, setting: Setting, kind: str) -> Need | None:
+        """What a kind of picture needs and the model lacks under a setting, or None."""
+        return KINDS[kind].unmet(setting_config(self.checkpoint(name).config, setting))
 
-    def trace(self, name: str, leaf: Leaf, setting: Setting, patch: tuple[int, int]) -> list[Shown]:
-        """The token that holds a patch (row, column) after each stage, and what it is made of.
+    def _stages(self, name: str, leaf: Leaf, setting: Setting, kind: str) -> list[Shown]:
+        return self._draw(name, leaf, setting, kind)
+
+    def trace(
+        self, name: str, leaf: Leaf, setting: Setting, patch: tuple[int, int], kind: str = "trace"
+    ) -> list[Shown]:
+        """A kind of picture that follows a patch (row, column), by default the token that holds it after each stage, and what
+        it is made of. The patch is framed.
 
         Raises:
-            ValueError: no such patch, or a setting without a reduction.
+            ValueError: no such patch, or a setting without what the picture needs.
         """
-        view = self.view(name, leaf, setting)
-        shown = _shown(partial(trace_columns, patch=patch), view)
+        grid, shown = self.grid(name), self._draw(name, leaf, setting, kind, patch=patch)
         for one in shown:
-            frame_patch(one.picture, view.grid, patch)
+            frame_patch(one.picture, grid, patch)
         return shown
+
+    def _draw(self, name: str, leaf: Leaf, setting: Setting, kind: str, **options: Any) -> list[Shown]:
+        view, record = self.view(name, leaf, setting), KINDS[kind]
+        return _shown(partial(record, **record.page.options(view.model.config), **options), view)
 
     def leaf_with_grid(self, name: str, leaf: Leaf, patch: tuple[int, int] | None) -> Image.Image:
         """What the model sees, with a frame around a patch."""
@@ -548,13 +547,13 @@ class Viewer:
             race = Race({key: partial(model, pixels) for key, model in models.items()}, pixels.device)
             race.warm_up()
             start = time.perf_counter()
-            for number in range(_ROUNDS):
-                if number >= _FEWEST_ROUNDS and time.perf_counter() - start > _SECONDS:
+            for number in range(MOST_ROUNDS):
+                if number >= FEWEST_ROUNDS and time.perf_counter() - start > TIMING_SECONDS:
                     break
                 race.go(1)
         for error in race.failures.values():
             raise error
-        if len(self._times) >= 32:
+        if len(self._times) >= LATENCIES:
             self._times.clear()
         self._times[name, frozenset(settings)] = {key: quartiles(values) for key, values in race.seconds.items()}
 
@@ -569,7 +568,7 @@ def frame_patch(picture: Image.Image, grid: tuple[int, int], patch: tuple[int, i
         draw.rectangle(box, outline=colour, width=line)
 
 
-def _shown(kind: Kind, view: View) -> list[Shown]:
+def _shown(kind: Draw, view: View) -> list[Shown]:
     """The pictures that a kind makes of the only leaf of a view."""
     return [
         Shown(column.name, draw_cell(cell, cell_size(cell.picture, PICTURE_SIDE)), cell.caption)

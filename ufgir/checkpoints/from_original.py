@@ -23,6 +23,7 @@ import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.heads_clca import HEADS, heads_reading
+from clca.reduction_base import LearntSlots
 from clca.reductions_clca import get_reduction
 
 from ..utils.text import shortened
@@ -281,13 +282,21 @@ def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCA
     if slots and not file.options.get("keep_rate"):
         exact |= {"keep_rate": [1.0], "keep_tokens": slots}
     config = CLCAViTConfig.from_dict(original_config(spec).to_dict() | exact)
-    expected = [get_reduction(file.method).num_slots(config, stage) for stage in range(len(slots))]
+    expected = _learnt_slots(config, len(slots))
     if expected != slots:
         raise ValueError(
             f"`keep_rate` of `{file.path}` is {options['keep_rate']}, which makes {expected} tokens, and the weights make "
             f"{slots}."
         )
     return config
+
+
+def _learnt_slots(config: CLCAViTConfig, stages: int) -> list[int]:
+    method = get_reduction(config.reduction)
+    if not stages:
+        return []
+    assert issubclass(method, LearntSlots)
+    return [method.num_slots(config, stage) for stage in range(stages)]
 
 
 def _changes(source: CLCAViTConfig, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -304,8 +313,7 @@ def _changes(source: CLCAViTConfig, overrides: dict[str, Any]) -> dict[str, Any]
     elif "keep_rate" in changes:
         changes = {"keep_tokens": None} | changes
     elif source.reduction in LEARNT_SLOTS and {"image_size", "patch_size"} & changes.keys():
-        method = get_reduction(source.reduction)  # slots are weights: there are as many for any number of patches
-        slots = [method.num_slots(source, stage) for stage in range(len(source.reduction_layers))]
+        slots = _learnt_slots(source, len(source.reduction_layers))  # weights: as many for any number of patches
         changes |= {"keep_rate": [1.0], "keep_tokens": slots}
     if changes.get("reduction", source.reduction) != source.reduction:
         changes = {"reduction_kwargs": None} | changes

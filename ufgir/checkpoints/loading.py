@@ -1,7 +1,7 @@
 """Load configurations and models from CLCA and stock ViT checkpoints. Missing, mismatched or truncated weights are reported."""
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ from clca.configuration_clca import check_config
 from clca.heads_clca import SwitchableBatchNorm
 from clca.reductions_clca import get_reduction
 
+from ..utils.options import Requirement, check_options
 from ..utils.text import one_sentence
 from .resample import resample_weights
 
 
 EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
 HEAD = ("classifier.",)  # what a look at the tokens does not need
-OF_REDUCTION = ("keep_rate", "keep_tokens", "reduction_kwargs")  # fields that mean nothing without a method
 _NAMED = 3  # weights in a message
 
 
@@ -210,11 +210,18 @@ def at_one_rate(weights: Mapping[str, torch.Tensor], rates: Sequence[float], rat
     return settled
 
 
+def new_config(values: Mapping[str, Any]) -> CLCAViTConfig:
+    """The configuration of a new model: `values`, and defaults as ViT-B/16 is trained with."""
+    width = values.get("hidden_size", CLCAViTConfig.hidden_size)
+    return CLCAViTConfig(**{"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, **values})
+
+
 def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
-    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked.
+    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked. Values without effect are
+    named in a warning.
 
     Raises:
-        ValueError: there is no such checkpoint, or a value that is out of range or means nothing to it.
+        ValueError: there is no such checkpoint, or a value is out of range.
     """
     config = read_config(model, values)
     check_meaning(values, [config])
@@ -222,11 +229,9 @@ def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
 
 
 def read_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
-    """As `load_config`, but values may mean nothing: of several configurations they may mean something to others."""
+    """As `load_config`, without the warning: of several configurations, values may have an effect on others."""
     if model is None:
-        width = values.get("hidden_size", 768)
-        defaults = {"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, "num_labels": 1000}
-        return CLCAViTConfig(**defaults | values)
+        return new_config({"num_labels": 1000, **values})
     if not Path(model).is_dir() and Path(model).exists():
         raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
     if Path(model).is_dir() and not Path(model, "config.json").is_file():  # transformers would take its defaults
@@ -241,35 +246,30 @@ def read_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
         ) from error
 
 
-# What gives a field its meaning -> whether a configuration has that, and the fields.
-_MEANING: dict[str, tuple[Callable[[CLCAViTConfig], bool], tuple[str, ...]]] = {
-    "a `reduction`": (lambda config: config.reduction is not None, OF_REDUCTION),
-    "a `reduction`, a cross-layer cache or another head than the linear one": (
-        lambda config: config.uses_reduction_layers,
+REQUIREMENTS = (  # of the fields of a configuration
+    Requirement(
+        ("keep_rate", "keep_tokens", "reduction_kwargs"), "a `reduction`", lambda config: config.reduction is not None
+    ),
+    Requirement(
         ("reduction_layers",),
+        "a `reduction`, a `cross_layer_cache` or another `head` than linear",
+        lambda config: config.uses_reduction_layers,
     ),
-    "a cross-layer cache": (
-        lambda config: config.cross_layer_cache,
+    Requirement(
         ("cache_gap", "cache_pool_cls", "cache_pool_clr", "cache_recover_at_last"),
+        "a `cross_layer_cache`",
+        lambda config: config.cross_layer_cache,
     ),
-}
+)
 
 
 def check_meaning(values: Mapping[str, Any], configs: Sequence[CLCAViTConfig]) -> None:
-    """Refuse what was typed in vain.
+    """Warn of fields that have no effect on any of some configurations, such as a keep rate where nothing is reduced.
 
     Args:
-        values: fields of a configuration; None is as if it were not there.
+        values: fields; None is as if it were not there.
         configs: that came of them.
-
-    Raises:
-        ValueError: a field that means nothing to any of them, such as a keep rate where nothing is reduced.
     """
-    for needed, (has, names) in _MEANING.items():
-        for name in names:
-            value = values.get(name)
-            if value is not None and not any(map(has, configs)):
-                told = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-                raise ValueError(
-                    f"`{name}` {told} means nothing to a model without {needed}: leave it out, or choose one."
-                )
+    given = [name for name, value in values.items() if value is not None]
+    of_any = [r._replace(holds=lambda configs, holds=r.holds: any(map(holds, configs))) for r in REQUIREMENTS]
+    check_options(configs, given, of_any)

@@ -29,6 +29,7 @@ from ..profiling.benchmark_cases import (
 from ..profiling.benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
 from ..profiling.scaling import DEPTHS, SIZES, Growth, draw_growth, growth_markdown, growth_tables, write_growth
 from ..runs.tables import variant_of
+from ..utils.options import Requirement, check_options
 from ..utils.text import align
 from .common import check_rates, config_values, require
 from .outputs import check_document, check_folder, told_first
@@ -186,8 +187,8 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     check_rates(args.keep_rates, "--keep-rates")
     args.variants = args.variants and [_named("variants", value, VARIANTS) for value in args.variants]
     args.methods = args.methods and _methods(args.methods)
-    if args.keep_rates is not None and args.methods is not None and set(args.methods) == {"none"}:
-        raise ValueError("`--keep-rates` means nothing to models without a reduction: add a method to `--methods`.")
+    if args.keep_rates is not None and check_options(args, ["--keep-rates"], [REDUCES]):
+        args.keep_rates = None
     for option, known in (("dtypes", DTYPES), ("backends", BACKENDS), ("modes", MODES)):
         values = getattr(args, option)
         setattr(args, option, values and [_named(option, value, known) for value in values])
@@ -206,6 +207,9 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
         check_document(args.into)
     if args.output is not None or args.into is not None:
         require("matplotlib", extra="visualization")
+
+
+REDUCES = Requirement(("--keep-rates",), "a method in `--methods`", lambda args: args.methods != ["none"])
 
 
 def _named(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> str:

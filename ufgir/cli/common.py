@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from clca import REDUCTIONS, CLCAViTConfig
-from clca.configuration_clca import HEADS, as_pair
+from clca import CLCAViTConfig
+from clca.configuration_clca import as_pair
 
+from ..checkpoints.config_options import config_options
 from ..transforms.images import open_picture
 from ..utils.text import one_sentence, shortened
 
@@ -24,34 +25,46 @@ PROCESSOR = "preprocessor_config.json"
 FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 
 
+REDUCTION = ("reduction", "reduction_layers", "keep_rate", "keep_tokens", "reduction_kwargs")
+NETWORK = (
+    "cross_layer_cache",
+    "num_clr_tokens",
+    "head",
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "num_hidden_layers",
+)
+NETWORK += ("num_attention_heads", "intermediate_size", "num_register_tokens")
+
+
 def add_reduction_options(parser: argparse.ArgumentParser) -> None:
     """Options of the token reduction, unset unless given."""
-    group = parser.add_argument_group("reduction (unset: as the checkpoint says)")
-    group.add_argument("--reduction", help=f"none, {', '.join(sorted(REDUCTIONS))}")
-    group.add_argument("--reduction-layers", type=int, nargs="+", metavar="LAYER", help="counted from 0 [3 6 9]")
-    group.add_argument("--keep-rate", type=float, nargs="+", metavar="RATE", help="in (0, 1]: one, or one a stage [1]")
-    group.add_argument("--keep-tokens", type=int, nargs="+", metavar="COUNT", help="one a stage, instead of rates")
-    group.add_argument("--reduction-kwargs", type=json_object, metavar="JSON", help="the method's own options")
+    add_config_options(parser.add_argument_group("reduction (unset: as the checkpoint says)"), REDUCTION)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
     """Options of the network, unset unless given."""
     group = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
     group.add_argument("--clca", action="store_true", help="cross-layer cache with one CLR, and the CLA head")
-    group.add_argument("--cross-layer-cache", action=argparse.BooleanOptionalAction, default=None)
-    group.add_argument("--num-clr-tokens", type=int, metavar="N")
-    group.add_argument("--head", help=", ".join(HEADS))
-    for name in (
-        "image-size",
-        "patch-size",
-        "hidden-size",
-        "num-hidden-layers",
-        "num-attention-heads",
-        "intermediate-size",
-        "num-register-tokens",
-        "num-labels",
-    ):
-        group.add_argument(f"--{name}", type=int, metavar="N")
+    add_config_options(group, NETWORK)
+    group.add_argument("--num-labels", type=int, metavar="N", help="number of classes [1000]")
+
+
+def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
+    """Options for fields of a configuration, as `ufgir.checkpoints.config_options` describes them, unset unless given."""
+    for name in names:
+        option, kind = config_options()[name], config_options()[name].type
+        how: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction, "default": None}
+        elif kind is dict:
+            how = {"type": json_object, "metavar": "JSON"}
+        elif get_origin(kind) is list:
+            how = {"type": get_args(kind)[0], "nargs": "+", "metavar": "N"}
+        elif kind is not str:
+            how["metavar"] = "N"
+        group.add_argument(f"--{name.replace('_', '-')}", help=option.help, **how)
 
 
 def json_object(text: str) -> dict[str, Any]:

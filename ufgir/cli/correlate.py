@@ -79,7 +79,9 @@ def _scores(source: str, metric: str) -> tuple[str, dict[str, float]]:
     else:
         try:
             with Path(source).open(encoding="utf-8", newline="") as file:
-                rows = [{k: v if k == "run" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+                rows: list[dict[str, Any]] = [
+                    {k: v if k == "run" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)
+                ]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"`--results` {source} is neither a folder nor a table that can be read.") from error
         if not rows or "run" not in rows[0]:

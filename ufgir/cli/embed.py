@@ -19,6 +19,7 @@ from ..checkpoints.loading import HEAD
 from ..interpret.attention_maps import checked_layers
 from ..utils import plotting as figures
 from ..utils.files import new_folder, write_csv
+from ..utils.options import Requirement, check_options
 from .analysis_options import (
     add_data_options,
     check_numbers,
@@ -33,6 +34,7 @@ from .common import add_reduction_options, config_values, require
 
 
 RECORD = "embedding.json"
+OF_CLS = Requirement(("--layer",), "`--features` cls", lambda args: args.features == "cls")
 LARGEST_SEED = 2**32 - 1  # of scikit-learn
 AXES = {"tsne": ("t-SNE 1", "t-SNE 2"), "pca": ("Principal component 1", "Principal component 2")}
 
@@ -69,8 +71,8 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
     output = check_output(args.output, RECORD)
     require("matplotlib", "sklearn")
-    if args.layer is not None and args.features != "cls":
-        raise ValueError(f"`--layer` is of CLS features, and `--features` is {args.features}: leave it out.")
+    if args.layer is not None and check_options(args, ["--layer"], [OF_CLS]):
+        args.layer = None
     spare = () if args.features == "cla" else HEAD
     opened = open_model(args.model, args.revision, config_values(args), device_of(args), spare=spare)
     check_features(opened.model.config, args.features, args.model)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.records import RunRecords, read_run_records
+from ..utils.files import write_csv, write_text_atomically
 from .outputs import check_file, check_folder, told_first
 
 
@@ -95,10 +96,10 @@ def run(args: argparse.Namespace) -> str:
         return text
     if kind == ".csv":
         with told_first([text]):
-            written = [run_tables.write_csv(args.output, rows if rows is not None else summary)]
+            written = [write_csv(args.output, rows if rows is not None else summary)]
     elif kind == ".md":
         with told_first([text]):
-            written = [run_tables.write_text_atomically(args.output, text + "\n")]
+            written = [write_text_atomically(args.output, text + "\n")]
     else:
         written = _write_figures(args, rows, by, summary, text)
     return "\n".join([text, "", *(f"written: {path}" for path in written)])
@@ -112,7 +113,6 @@ def _write_figures(
     text: str,
 ) -> list[Path]:
     from ..runs import figures as paper_figures
-    from ..runs import tables as run_tables
     from ..utils import plotting as figures
 
     if "gradients" in (args.figure or ()) and rows is None:
@@ -137,9 +137,9 @@ def _write_figures(
             if args.output.suffix in PICTURES:
                 return [figures.save_figure(drawn[names[0]], args.output)]
             if rows is not None:  # from a summary only figures are asked for
-                written.append(run_tables.write_csv(args.output / "results.csv", rows))
-                written.append(run_tables.write_csv(args.output / "summary.csv", summary))
-                written.append(run_tables.write_text_atomically(args.output / "results.md", text + "\n"))
+                written.append(write_csv(args.output / "results.csv", rows))
+                written.append(write_csv(args.output / "summary.csv", summary))
+                written.append(write_text_atomically(args.output / "results.md", text + "\n"))
             for name, figure in drawn.items():
                 written += [figures.save_figure(figure, args.output / f"{name}.{kind}") for kind in ("png", "pdf")]
     return written

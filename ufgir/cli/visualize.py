@@ -12,22 +12,21 @@ from transformers import BaseImageProcessor
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..checkpoints.loading import EVERYTHING, HEAD, check_meaning, load_model, read_config, some_of
-from ..visualization.kinds import COLOURINGS, KINDS, NEED_STAGES, comparison, draw
+from ..visualization.kinds import KINDS, comparison, draw
+from ..visualization.records import Kind, Option
 from ..visualization.sheet import save_picture
 from .common import add_reduction_options, check_rates, config_values, load_image_processor, open_image
 from .outputs import check_file
 
 
-# The options that only some kinds of pictures have.
-OPTIONS = {
-    "kept": (),
-    "merge": ("colours",),
-    "trace": ("token", "patch"),
-    "attention": ("layers", "heads"),
-    "rollout": ("ranges",),
-    "similarity": ("layers", "to"),
+GRID = "grid"  # the value of --what that puts several pictures side by side
+# The options of a grid.
+GRID_OPTIONS = {
+    "of": Option("kind of picture; the last column of it is shown", "kept", choices=KINDS),
+    "models": Option("checkpoints beside MODEL", nargs="+", metavar="MODEL"),
+    "methods": Option("names as of --reduction", "the checkpoint's", nargs="+", metavar="METHOD"),
+    "keep_rates": Option("in (0, 1]", "the checkpoint's", type=float, nargs="+", metavar="RATE"),
 }
-GRID_OPTIONS = ("of", "models", "methods", "keep_rates")
 LARGEST_SIDE = 4096
 
 
@@ -38,10 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what",
         default="kept",
-        choices=[*KINDS, "grid"],
-        help="kept: patches that each stage keeps. merge: groups of patches that share a token. trace: what one token is made "
-        "of. attention: of CLS. rollout: attention through layers. similarity: of features to CLS and to the mean. grid: one "
-        "of these for several models, methods or keep rates side by side [%(default)s]",
+        choices=[*KINDS, GRID],
+        help=" ".join(f"{name}: {kind.help}." for name, kind in KINDS.items())
+        + f" {GRID}: one of these for several models, methods or keep rates side by side [%(default)s]",
     )
     parser.add_argument("--output", metavar="FILE", help="picture to write [kept_patches.png, else WHAT.png]")
     parser.add_argument("--side", type=int, default=224, help="pixels of a picture's longer side [%(default)s]")
@@ -49,43 +47,46 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--interpolate-pos-encoding", action="store_true", help="accept images of another size than the model's [no]"
     )
     group = parser.add_argument_group("what to draw, each for some kinds only")
-    group.add_argument("--colours", choices=COLOURINGS, help="merge: a group's mean colour, or distinct ones [mean]")
-    group.add_argument("--token", type=int, metavar="N", help="trace: index among the last tokens, CLS is 0 [none]")
-    group.add_argument(
-        "--patch", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="trace: the token with this patch, from 0 [none]"
-    )
-    group.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        metavar="LAYER",
-        help="attention, similarity: counted from 0 [attention: all, similarity: after the final norm]",
-    )
-    group.add_argument("--heads", nargs="+", metavar="HEAD", help="attention: mean, all, or heads from 0 [mean]")
-    group.add_argument(
-        "--ranges",
-        type=_range,
-        nargs="+",
-        metavar="FROM:TO",
-        help="rollout: layers from 0, TO not among them [each encoder group, then all layers]",
-    )
-    group.add_argument(
-        "--to", nargs="+", choices=("mean", "cls"), help="similarity: to what [both, without CLS the mean]"
-    )
+    for name, option in _options_of_kinds().items():
+        _add(group, name, option)
     group = parser.add_argument_group("grid: what to put side by side")
-    group.add_argument("--of", choices=KINDS, help="kind of picture; the last column of it is shown [kept]")
-    group.add_argument("--models", nargs="+", metavar="MODEL", help="checkpoints beside MODEL [none]")
-    group.add_argument("--methods", nargs="+", metavar="METHOD", help="names as of --reduction [the checkpoint's]")
-    group.add_argument("--keep-rates", type=float, nargs="+", metavar="RATE", help="in (0, 1] [the checkpoint's]")
+    for name, option in GRID_OPTIONS.items():
+        _add(group, name, option)
     add_reduction_options(parser)
 
 
-def _range(text: str) -> tuple[int, int]:
-    try:
-        start, stop = map(int, text.split(":"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be two numbers of layers such as 0:4, got {text}") from error
-    return start, stop
+def _takers(option: str) -> list[str]:
+    """The kinds that take an option."""
+    return [name for name, kind in KINDS.items() if option in kind.options]
+
+
+def _options_of_kinds() -> dict[str, Option]:
+    """The options of all kinds. The help names the kinds, and their defaults where those differ."""
+    options = {}
+    for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.options):
+        takers = {kind: KINDS[kind].options[name] for kind in _takers(name)}
+        first, *others = takers.values()
+        default = first.default
+        if any(other.default != default for other in others):
+            default = ", ".join(f"{kind}: {option.default}" for kind, option in takers.items())
+        options[name] = first._replace(help=f"{', '.join(takers)}: {first.help}", default=default)
+    return options
+
+
+def _add(group: argparse._ArgumentGroup, name: str, option: Option) -> None:
+    """Add the argument of an option. It is None unless it is given."""
+    group.add_argument(
+        _flag(name),
+        type=option.type,
+        choices=option.choices,
+        nargs=option.nargs,
+        metavar=option.metavar,
+        help=f"{option.help} [{option.default}]",
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def run(args: argparse.Namespace) -> str:
@@ -97,7 +98,8 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"`--side` must be between 1 and {LARGEST_SIDE}, got {args.side}.")
     check_rates(args.keep_rates, "--keep-rates")
     check_file(output)
-    kind = partial(KINDS[_kind(args)], **_kind_options(args))
+    _check_taken(args)
+    kind = partial(_kind(args), **_given(args))
     images = [open_image(file) for file in args.images]
     values, notes = config_values(args), []
     shared = {
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> str:
         "side": args.side,
         "interpolate_pos_encoding": args.interpolate_pos_encoding,
     }
-    if args.what == "grid":
+    if args.what == GRID:
         variants, rows, columns = _variants(args, values)
         # all checked before any is loaded
         configs = [(path, _config(path, changes, args)) for path, changes in variants]
@@ -125,33 +127,32 @@ def _titles(files: list[str]) -> list[str]:
     return names if len({*names}) == len(names) else [str(Path(*Path(file).parts[-2:])) for file in files]
 
 
-def _kind(args: argparse.Namespace) -> str:
-    return (args.of or "kept") if args.what == "grid" else args.what
+def _name(args: argparse.Namespace) -> str:
+    """The name of the kind of picture, in a grid as well."""
+    return (args.of or "kept") if args.what == GRID else args.what
 
 
-def _kind_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the kind of picture that were given; ValueError for one of another kind."""
-    kind = _kind(args)
-    allowed = (*OPTIONS[kind], *(GRID_OPTIONS if args.what == "grid" else ()))
-    for name in dict.fromkeys([*(name for names in OPTIONS.values() for name in names), *GRID_OPTIONS]):
-        if getattr(args, name) is not None and name not in allowed:
-            kinds = [k for k, names in OPTIONS.items() if name in names] or ["grid"]
-            raise ValueError(f"`--{name.replace('_', '-')}` belongs to --what {' or '.join(kinds)}, not to {kind}.")
-    options = {name: getattr(args, name) for name in OPTIONS[kind] if getattr(args, name) is not None}
-    if "patch" in options:
-        options["patch"] = tuple(options["patch"])
-    if "heads" in options:
-        options["heads"] = _heads(options["heads"])
-    return options
+def _kind(args: argparse.Namespace) -> Kind:
+    return KINDS[_name(args)]
 
 
-def _heads(words: list[str]) -> str | list[int]:
-    if words in (["mean"], ["all"]):
-        return words[0]
-    try:
-        return [int(word) for word in words]
-    except ValueError as error:
-        raise ValueError(f"`--heads` must be mean, all or numbers of heads, got {' '.join(words)}.") from error
+def _check_taken(args: argparse.Namespace) -> None:
+    """Refuse options that were given and that the picture does not take.
+
+    Raises:
+        ValueError: the first of them, and the values of --what that take it.
+    """
+    taken = {*_kind(args).options, *(GRID_OPTIONS if args.what == GRID else ())}
+    for option in dict.fromkeys([*_options_of_kinds(), *GRID_OPTIONS]):
+        if getattr(args, option) is not None and option not in taken:
+            takers = " or ".join(_takers(option) or [GRID])
+            raise ValueError(f"`{_flag(option)}` belongs to --what {takers}, not to {_name(args)}.")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the kind of picture that were given, as its function takes them."""
+    options = _kind(args).options
+    return {n: option.convert(getattr(args, n)) for n, option in options.items() if getattr(args, n) is not None}
 
 
 def _variants(
@@ -162,9 +163,7 @@ def _variants(
         raise ValueError("`--what grid` needs something to put side by side: --models, --methods or --keep-rates.")
     for several, one in (("methods", "reduction"), ("keep_rates", "keep_rate"), ("keep_rates", "keep_tokens")):
         if getattr(args, several) and getattr(args, one) is not None:
-            raise ValueError(
-                f"`--{several.replace('_', '-')}` takes the place of `--{one.replace('_', '-')}`: give one."
-            )
+            raise ValueError(f"`{_flag(several)}` takes the place of `{_flag(one)}`: give one.")
     models = [args.model, *(args.models or [])]
     names, variants = [], []
     for model in models:
@@ -185,8 +184,9 @@ def _variants(
 
 def _config(model: str, values: dict[str, Any], args: argparse.Namespace) -> CLCAViTConfig:
     config = read_config(model, values)
-    if config.reduction is None and _kind(args) in NEED_STAGES:
-        raise ValueError(f"{model} reduces no tokens: there is nothing to draw. Choose a method with --reduction.")
+    need = _kind(args).unmet(config)
+    if need is not None:
+        raise ValueError(f"{need.refusal.format(model=model)} {need.remedy}")
     return config
 
 

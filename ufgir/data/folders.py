@@ -19,6 +19,7 @@ from .checks import (
     split_of,
     verify_images,
 )
+from .sources import Opened, Source
 
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,11 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
         columns = {"image": [file for file, _ in rows], "label": [label for _, label in rows]}
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     return datasets.DatasetDict(splits)
+
+
+def open_image_folder(source: Source) -> Opened:
+    """The layout of folders named after classes, for the table in `ufgir.data.load`."""
+    return Opened(load_image_folder(source.path, source.known_classes), source.columns)
 
 
 def _natural(text: str) -> list[str | int]:

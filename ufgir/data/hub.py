@@ -17,11 +17,52 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..utils.options import argument
+from .catalog import FINE_GRAINED, SETS
 from .checks import DatasetError
 from .columns import Splits
+from .sources import Opened, Source
 
 
 PATIENCE = 10.0  # seconds to wait for the Hub's first answer
+
+
+def is_known_set(source: Source) -> bool:
+    """Whether the catalog has a row of that name."""
+    return source.name in SETS or source.name in FINE_GRAINED
+
+
+def open_known_set(source: Source) -> Opened:
+    """A data set of the Hub by its name in the catalog, for the table in `ufgir.data.load`.
+
+    Raises:
+        DatasetError: it is not on the Hub.
+    """
+    if source.name in SETS:
+        raise DatasetError(
+            f"{argument('name_or_path')}: {source.name} is a set of Ultra-FGVC, which is not on the Hub: download it, run "
+            f"`ufgir prepare {source.name} --source RAW --output OUT`, and give the folder OUT."
+        )
+    entry = FINE_GRAINED[source.name]
+    if entry.hub_id is None:
+        raise DatasetError(f"{argument('name_or_path')}: {entry.how_to_get()}")
+    columns = {name: value or getattr(entry, name) for name, value in source.columns.items()}
+    return Opened(_load(entry.hub_id, source), columns, entry=entry)
+
+
+def open_hub(source: Source) -> Opened:
+    """Any other data set of the Hub, for the table in `ufgir.data.load`.
+
+    Raises:
+        DatasetError: the name cannot be meant as an id on the Hub, or there is no such data set.
+    """
+    if problem := missing_folder(source.name):
+        raise DatasetError(problem)
+    return Opened(_load(source.name, source), source.columns)
+
+
+def _load(hub_id: str, source: Source) -> Splits:
+    return load_hub(hub_id, source.config_name, source.revision, source.cache_dir, source.streaming)
 
 
 def missing_folder(source: str) -> str | None:
@@ -35,7 +76,7 @@ def missing_folder(source: str) -> str | None:
         return None
     parent = Path(os.path.expanduser(source)).parent
     hint = _near(source) if parent.is_dir() else f" Nor does {parent}."
-    return f"`name_or_path`: the folder {source} does not exist.{hint}"
+    return f"{argument('name_or_path')}: the folder {source} does not exist.{hint}"
 
 
 def _near(source: str) -> str:
@@ -72,11 +113,13 @@ def _hub_answers(name: str, revision: str | None) -> str | None:
         return "offline mode is on (HF_HUB_OFFLINE)"
     except GatedRepoError as error:
         raise DatasetError(
-            f"`name_or_path`: the data set {name} on the Hub is gated: accept its terms on "
+            f"{argument('name_or_path')}: the data set {name} on the Hub is gated: accept its terms on "
             f"{datasets.config.HF_ENDPOINT}/datasets/{name} and log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
-        raise DatasetError(f"`revision`: the data set {name} on the Hub has no revision {revision!r}.") from error
+        raise DatasetError(
+            f"{argument('revision')}: the data set {name} on the Hub has no revision {revision!r}."
+        ) from error
     except RepositoryNotFoundError as error:
         raise DatasetError(_no_such(name, "the Hub has none of this name, or none that you may read")) from error
     except HTTPError as error:
@@ -86,7 +129,7 @@ def _hub_answers(name: str, revision: str | None) -> str | None:
 
 def _no_such(name: str, reason: str) -> str:
     return (
-        f"`name_or_path` must be 'synthetic_leaves', a folder, a name of `ufgir datasets`, or a data set on the Hub, got "
+        f"{argument('name_or_path')} must be 'synthetic_leaves', a folder, a name of `ufgir datasets`, or a data set on the Hub, got "
         f"{name!r}: there is no such folder in {os.getcwd()}, and {reason}.{_near(name)}"
     )
 
@@ -110,5 +153,5 @@ def load_hub(
         if silence is not None:
             raise DatasetError(_no_such(name, f"{silence} and it is not in the cache")) from error
         raise DatasetError(
-            f"`name_or_path`: loading {name!r} from the Hub failed ({type(error).__name__}: {error})."
+            f"{argument('name_or_path')}: loading {name!r} from the Hub failed ({type(error).__name__}: {error})."
         ) from error

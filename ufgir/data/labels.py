@@ -194,7 +194,7 @@ def _check_known(found: Mapping[str, set[str]], names: Sequence[str], source: st
     for split, present in found.items():
         if unknown := sorted(present - set(names)):
             raise DatasetError(
-                f"{source}: {split} has {len(unknown)} classes that are not among the {len(names)} `class_names`: "
+                f"{source}: {split} has {len(unknown)} classes that are not among the {len(names)} known ones: "
                 f"{listed(unknown)}. Known are {listed(names)}."
             )
         if lacking := len(set(names) - present):

@@ -16,6 +16,8 @@ import pyarrow.parquet
 from .checks import SPLIT_NAMES, DatasetError, listed
 from .folders import child_folders
 from .labels import as_lists
+from .sources import Opened, Source
+from .tables import parquet_files, parquet_splits
 
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -68,6 +70,34 @@ def lists_files(file: Path, image_column: str | None) -> bool:
     return (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)) and (
         image_column is not None or not images
     )
+
+
+def has_listings(source: Source) -> bool:
+    """Whether files in the folder list images: CSV, JSONL, or parquet files that hold no images themselves."""
+    return source.is_folder and bool(_listings_of(source))
+
+
+def open_listings(source: Source) -> Opened:
+    """The layout of images that files list, for the table in `ufgir.data.load`."""
+    data, id_names = load_listings(
+        source.path,
+        _listings_of(source),
+        **source.columns,
+        label_separator=source.label_separator,
+        data_folder=source.csv_data_folder,
+        class_names_file=source.csv_class_names,
+    )
+    return Opened(data, {"image_column": None, "label_column": None}, id_names, labels_split=True)
+
+
+def _listings_of(source: Source) -> dict[str, list[Path]]:
+    """Split to the files that list its images; empty if there are none."""
+    if files := listing_files(source.path, source.listings):
+        return files
+    parquet = parquet_files(source.path)
+    if parquet and lists_files(parquet[0], source.columns["image_column"]):
+        return parquet_splits(source.path, parquet)
+    return {}
 
 
 def _parquet_schema(file: Path) -> pyarrow.Schema:

@@ -10,24 +10,25 @@ import difflib
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import datasets
 
-from .catalog import FINE_GRAINED, FineGrainedDataset
+from ..utils.options import Requirement, argument, check_options
+from .catalog import FineGrainedDataset
 from .checks import IMAGE_SUFFIXES, LISTED, SPLIT_NAMES, DatasetError, problem_of, verify_images
 from .columns import our_columns, our_splits
-from .folders import load_image_folder, load_images
-from .hub import load_hub, missing_folder
+from .folders import load_images, open_image_folder
+from .hub import is_known_set, open_hub, open_known_set
 from .labels import check_class_names, to_multi_hot, unify_labels
-from .listings import listing_files, lists_files, load_listings
+from .listings import has_listings, open_listings
+from .sources import Opened, Source
 from .splits import add_validation, check_split_arguments, limit_shots
 from .streams import to_stream, unify_stream_labels
 from .synthetic_leaves import synthetic_leaves
-from .tables import load_parquet, parquet_splits
+from .tables import has_parquet, is_saved, open_parquet, open_saved
 
 
 __all__ = [
@@ -48,40 +49,77 @@ logger = logging.getLogger(__name__)
 SYNTHETIC_LEAVES = "synthetic_leaves"
 
 
-def _refuse_unknown(arguments: Iterable[str], source: str) -> None:
-    allowed = [name for name in inspect.signature(synthetic_leaves).parameters if name not in ("seed", "cache_dir")]
+class Layout(NamedTuple):
+    """A way in which data may lie somewhere.
+
+    Attributes:
+        title: what it is, for messages.
+        recognizes: whether a source is of this layout; asked in the order of `LAYOUTS`.
+        opens: reads it.
+        options: arguments of `load_ufgir_dataset` that have no effect on other layouts.
+    """
+
+    title: str
+    recognizes: Callable[[Source], bool]
+    opens: Callable[[Source], Opened]
+    options: tuple[str, ...] = ()
+
+
+def _is_drawn(source: Source) -> bool:
+    return source.name == SYNTHETIC_LEAVES
+
+
+def _open_drawn(source: Source) -> Opened:
+    return Opened(synthetic_leaves(seed=source.seed, cache_dir=source.cache_dir, **source.drawing), source.columns)
+
+
+def _is_on_hub(source: Source) -> bool:
+    return not source.is_folder
+
+
+_OF_LISTINGS = ("csv_train", "csv_validation", "csv_test", "csv_data_folder", "csv_class_names")
+_OF_HUB = ("config_name", "revision")
+_OF_DRAWING = tuple(p for p in inspect.signature(synthetic_leaves).parameters if p not in ("seed", "cache_dir"))
+
+# The first that recognizes a source opens it. One more layout: a record here, and a module with its two functions.
+LAYOUTS = (
+    Layout(f"`{SYNTHETIC_LEAVES}`", _is_drawn, _open_drawn, _OF_DRAWING),
+    Layout("a folder written by `save_to_disk`", is_saved, open_saved),
+    Layout("a folder of images that files list", has_listings, open_listings, _OF_LISTINGS),
+    Layout("a folder of parquet files that hold images", has_parquet, open_parquet),
+    Layout("a folder of class folders", lambda source: source.is_folder, open_image_folder),
+    Layout("a data set of the Hub", is_known_set, open_known_set, _OF_HUB),
+    Layout("a data set of the Hub", _is_on_hub, open_hub, _OF_HUB),
+)
+_PARTS_TRAIN = Requirement(("validation_split",), "data without a validation split", lambda s: "validation" not in s)
+_REQUIREMENTS = tuple(
+    Requirement(layout.options, layout.title, lambda used, options=layout.options: used.options == options)
+    for layout in LAYOUTS
+    if layout.options
+)
+
+
+def _check_names(arguments: Iterable[str]) -> None:
+    """DatasetError for an argument that no layout has."""
     for name in arguments:
-        if name not in allowed:
+        if name not in _OF_DRAWING:
             own = [p for p in inspect.signature(load_ufgir_dataset).parameters if p != "synthetic_kwargs"]
-            close = difflib.get_close_matches(name, [*allowed, *own], n=1)
+            close = difflib.get_close_matches(name, [*_OF_DRAWING, *own], n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
             raise DatasetError(
                 f"Unknown argument `{name}`.{hint} Available: {', '.join(own)}, and for {SYNTHETIC_LEAVES}: "
-                f"{', '.join(allowed)}."
+                f"{', '.join(_OF_DRAWING)}."
             )
-        if source != SYNTHETIC_LEAVES:
-            raise DatasetError(f"`{name}` applies to {SYNTHETIC_LEAVES!r} only, not to {source!r}.")
 
 
-def _refuse_misplaced(arguments: Mapping[str, Any], source: str, needed: str) -> None:
-    """An argument that the source has no use for is a mistake, not something to pass over."""
-    if given := [f"`{name}`" for name, value in arguments.items() if value is not None]:
-        raise DatasetError(f"{', '.join(given)} applies to {needed} only, not to {source!r}.")
-
-
-def _known_set(source: str) -> FineGrainedDataset | None:
-    """The row of the table that `source` names; DatasetError if it cannot be loaded by its name."""
-    from .catalog import SETS  # which imports this module
-
-    if source in SETS:
+def _layout_of(source: Source) -> Layout:
+    """The layout of a source; DatasetError for a file."""
+    if source.path.is_file() and source.name != SYNTHETIC_LEAVES:
         raise DatasetError(
-            f"`name_or_path`: {source} is a set of Ultra-FGVC, which is not on the Hub: download it, run `ufgir prepare "
-            f"{source} --source RAW --output OUT`, and give the folder OUT."
+            f"{argument('name_or_path')} must be a folder, got the file {source.path}: give the folder it is in, and name the "
+            f"file in {argument('csv_train')} if it lists images."
         )
-    entry = FINE_GRAINED.get(source)
-    if entry is not None and entry.hub_id is None:
-        raise DatasetError(f"`name_or_path`: {entry.how_to_get()}")
-    return entry
+    return next(layout for layout in LAYOUTS if layout.recognizes(source))
 
 
 def _check_counts(splits: datasets.DatasetDict, entry: FineGrainedDataset) -> None:
@@ -106,61 +144,6 @@ def _refuse_for_stream(what: str, source: str) -> NoReturn:
         f"`streaming`: {what} needs the labels of all images of {source} before the first is read: leave it out, or do not "
         "stream."
     )
-
-
-@dataclass
-class _Opened:
-    """Data as they come, and what is known about them."""
-
-    data: Any  # a data set, or a dict of them
-    columns: dict[str, str | None]
-    id_names: dict[int, str] | None = None  # of integer labels
-    entry: FineGrainedDataset | None = None
-    listed: bool = False  # by files beside the images
-
-
-def _open_hub(source: str, columns: dict[str, str | None], **arguments: Any) -> _Opened:
-    """A data set of the Hub, by its id or by a name of the table."""
-    entry = _known_set(source)
-    if entry is None:
-        if problem := missing_folder(source):
-            raise DatasetError(problem)
-        return _Opened(load_hub(source, **arguments), columns)
-    columns = {name: value or getattr(entry, name) for name, value in columns.items()}
-    return _Opened(load_hub(entry.hub_id, **arguments), columns, entry=entry)
-
-
-def _open_folder(
-    path: Path,
-    columns: dict[str, str | None],
-    listings: Mapping[str, str | None],
-    *,
-    known_classes: bool,
-    cache_dir: str | None,
-    streaming: bool,
-    **of_listings: Any,
-) -> _Opened:
-    """Whatever layout the folder has."""
-    if not path.is_dir():
-        raise DatasetError(
-            f"`name_or_path` must be a folder, got the file {path}: give the folder it is in, and name the file in "
-            "`csv_train` if it lists images."
-        )
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _Opened(datasets.load_from_disk(path), columns)
-    files = listing_files(path, listings)
-    if not files and (parquet := sorted(path.rglob("*.parquet"))):
-        files = parquet_splits(path, parquet)
-        if not lists_files(parquet[0], columns["image_column"]):
-            return _Opened(load_parquet(files, cache_dir, streaming), columns)
-    if files:
-        data, id_names = load_listings(path, files, **columns, **of_listings)
-        return _Opened(data, dict.fromkeys(columns), id_names, listed=True)
-    return _Opened(load_image_folder(path, known_classes), columns)
-
-
-class IdleArgument(DatasetError):
-    """An argument would do nothing for these data."""
 
 
 def load_ufgir_dataset(
@@ -234,13 +217,14 @@ def load_ufgir_dataset(
         cache_dir: where `datasets` keeps what is drawn, converted from parquet or downloaded; by default its own cache.
         synthetic_kwargs: `num_classes`, `images_per_class`, `image_size`, `difficulty` of synthetic_leaves.
 
+    An argument that has no effect on the layout of the data is named in a warning.
+
     Raises:
         DatasetError: the folder, its images, classes, columns or class ids cannot be used. A `ValueError`.
-        IdleArgument: there is a validation split, and `validation_split`. A `DatasetError`.
         ValueError: an argument is out of range.
     """
     source = os.fspath(name_or_path)
-    _refuse_unknown(synthetic_kwargs, source)
+    _check_names(synthetic_kwargs)
     check_split_arguments(validation_fraction, validation_split or "last", shots)
     check_class_names(class_names)
     if label_separator == "":
@@ -248,44 +232,33 @@ def load_ufgir_dataset(
     if streaming and verify:
         raise ValueError("`verify` reads every image before the first is used: leave it out with `streaming`.")
     split_seed = seed if split_seed is None else split_seed
-    cache = None if cache_dir is None else os.fspath(cache_dir)
-    local = source != SYNTHETIC_LEAVES and Path(os.path.expanduser(source)).exists()
-    columns = {"image_column": image_column, "label_column": label_column}
-    hub = {"config_name": config_name, "revision": revision}
-    listings = {"train": csv_train, "validation": csv_validation, "test": csv_test}
-    csv_arguments = {f"csv_{split}": name for split, name in listings.items()}
-    csv_arguments |= {"csv_data_folder": csv_data_folder, "csv_class_names": csv_class_names}
-
-    of_csv = "folders of images that files list"
-    if not local:
-        _refuse_misplaced(csv_arguments, source, of_csv)
-    if local or source == SYNTHETIC_LEAVES:
-        _refuse_misplaced(hub, source, "data sets of the Hub")
-
-    if source == SYNTHETIC_LEAVES:
-        opened = _Opened(synthetic_leaves(seed=seed, cache_dir=cache, **synthetic_kwargs), columns)
-    elif local:
-        opened = _open_folder(
-            Path(os.path.expanduser(source)),
-            columns,
-            listings,
-            known_classes=class_names is not None,
-            label_separator=label_separator,
-            data_folder=None if csv_data_folder is None else os.fspath(csv_data_folder),
-            class_names_file=csv_class_names,
-            cache_dir=cache,
-            streaming=streaming,
-        )
-    else:
-        opened = _open_hub(source, columns, **hub, cache_dir=cache, streaming=streaming)
-    if local and not opened.listed:
-        _refuse_misplaced(csv_arguments, source, of_csv)
+    given = Source(
+        source,
+        Path(os.path.expanduser(source)),
+        {"image_column": image_column, "label_column": label_column},
+        label_separator=label_separator,
+        known_classes=class_names is not None,
+        listings={"train": csv_train, "validation": csv_validation, "test": csv_test},
+        csv_data_folder=None if csv_data_folder is None else os.fspath(csv_data_folder),
+        csv_class_names=csv_class_names,
+        config_name=config_name,
+        revision=revision,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        streaming=streaming,
+        seed=seed,
+        drawing=synthetic_kwargs,
+    )
+    values = {"csv_train": csv_train, "csv_validation": csv_validation, "csv_test": csv_test}
+    values |= {"csv_data_folder": csv_data_folder, "csv_class_names": csv_class_names}
+    values |= {"config_name": config_name, "revision": revision, **synthetic_kwargs}
+    layout = _layout_of(given)
+    check_options(layout, [name for name, value in values.items() if value is not None], _REQUIREMENTS)
+    opened = layout.opens(given)
 
     rename = dict(opened.entry.splits) if opened.entry else None
     splits = our_columns(our_splits(opened.data, source, rename), source, **opened.columns)
-    if validation_split is not None and "validation" in splits:
-        raise IdleArgument(f"`validation_split` parts train, but {source} has a validation split: leave it out.")
-    separator = None if opened.listed else label_separator  # labels of listings are lists by now
+    check_options(splits, () if validation_split is None else ("validation_split",), [_PARTS_TRAIN])
+    separator = None if opened.labels_split else label_separator
     if isinstance(next(iter(splits.values())), datasets.IterableDataset):
         if shots is not None:
             _refuse_for_stream("`shots`", source)
@@ -300,7 +273,7 @@ def load_ufgir_dataset(
     splits = add_validation(splits, source, validation_fraction, validation_split or "last", split_seed)
     if shots is not None:
         splits = limit_shots(splits, source, shots, split_seed)
-    if verify if verify is not None else local and not streaming:
+    if verify if verify is not None else given.is_folder and not streaming:
         verify_images(splits)
     sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
     logger.info("%s: %d classes, images: %s", source, _num_classes(splits), sizes)

@@ -202,7 +202,7 @@ def _encode(
         if name is not None and str(name) in index:
             return index[str(name)]
         raise DatasetError(
-            f"{where} has an image of the class {name!r}, which is not among the {len(index)} `class_names`."
+            f"{where} has an image of the class {name!r}, which is not among the {len(index)} known ones."
         )
 
     if separator is not None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -188,7 +188,7 @@ def _outline(traits: CultivarTraits, half_width: float, wave: np.ndarray) -> tup
     cosine = 1 / np.sqrt(1 + np.clip(slope, -4, 4) ** 2)
     room = np.minimum(1, np.minimum(u / 0.12, (1 - u) / 0.10))  # no teeth right at base and tip
     toothed = smooth + traits.tooth_depth * (tooth - 0.6) * room / np.maximum(cosine, 0.5)
-    return np.float32(toothed), np.float32(smooth), np.float32(cosine)
+    return toothed.astype(np.float32), smooth.astype(np.float32), cosine.astype(np.float32)
 
 
 def _place(
@@ -371,7 +371,7 @@ def draw_leaf(
     slope_y, slope_x = np.gradient(relief, pixel)
     slant = np.radians(52 + 14 * elevation)
     light_x, light_y = np.cos(np.pi * azimuth) * np.cos(slant), np.sin(np.pi * azimuth) * np.cos(slant)
-    light_x, light_y, light_z = np.float32([light_x, light_y, np.sin(slant)])
+    light_x, light_y, light_z = np.array([light_x, light_y, np.sin(slant)], np.float32)
     steep = 1 / np.sqrt(1 + slope_x * slope_x + slope_y * slope_y)
     facing = light_x * slope_x + light_y * slope_y
     lambert = np.maximum((light_z - facing) * steep, 0)
@@ -451,7 +451,7 @@ class SyntheticLeavesConfig(datasets.BuilderConfig):
     image_size: int = 112  # pixels
     seed: int = 0
     difficulty: str = "easy"
-    version: datasets.Version = DRAWING_VERSION
+    version: datasets.Version | str | None = DRAWING_VERSION
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -509,6 +509,7 @@ class SyntheticLeaves(datasets.GeneratorBasedBuilder):
     """
 
     BUILDER_CONFIG_CLASS = SyntheticLeavesConfig
+    config: SyntheticLeavesConfig
 
     def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
         digest = hashlib.sha256(DRAWING_VERSION.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
@@ -574,7 +575,7 @@ def synthetic_leaves(
     arguments = _arguments(num_classes, images_per_class, image_size, seed, difficulty)
     builder = SyntheticLeaves(cache_dir=None if cache_dir is None else str(cache_dir), **arguments)
     builder.download_and_prepare()
-    return builder.as_dataset()
+    return cast("datasets.DatasetDict", builder.as_dataset())  # of all splits
 
 
 def contact_sheet(

@@ -9,9 +9,36 @@ import datasets
 
 from .checks import DatasetError, listed, split_of
 from .columns import Splits
+from .sources import Opened, Source
 
 
 logger = logging.getLogger(__name__)
+
+
+def is_saved(source: Source) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((source.path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def open_saved(source: Source) -> Opened:
+    """The layout of `save_to_disk`, for the table in `ufgir.data.load`."""
+    return Opened(datasets.load_from_disk(source.path), source.columns)
+
+
+def has_parquet(source: Source) -> bool:
+    """Whether there are parquet files in the folder. Those that list images belong to `ufgir.data.listings`."""
+    return source.is_folder and bool(parquet_files(source.path))
+
+
+def open_parquet(source: Source) -> Opened:
+    """The layout of parquet files that hold images, for the table in `ufgir.data.load`."""
+    files = parquet_splits(source.path, parquet_files(source.path))
+    return Opened(load_parquet(files, source.cache_dir, source.streaming), source.columns)
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The parquet files in a folder and below it, sorted."""
+    return sorted(path.rglob("*.parquet"))
 
 
 def parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

@@ -71,7 +71,7 @@ class TransformedImages(torch.utils.data.Dataset):
         row = self.dataset[index]
         generator = np.random.default_rng((self.seed, self.epoch, index, copy))
         columns = self.transform(row[self.image_column], generator)
-        sample = columns if isinstance(columns, dict) else {"pixel_values": columns}
+        sample: dict[str, Any] = columns if isinstance(columns, dict) else {"pixel_values": columns}
         if self.label_column is not None:
             sample["labels"] = self._labels(row[self.label_column], index)
         return sample

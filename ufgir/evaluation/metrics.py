@@ -188,7 +188,7 @@ class _ArrayMetric(evaluate.Metric):
         """The value for `predictions` and `references`, or for everything added so far, which is then forgotten."""
         if predictions is None or references is None or len(self) > 0 or self.num_process > 1:
             return evaluate.Metric.compute(self, predictions=predictions, references=references, **kwargs)
-        return self._compute(predictions, references, **kwargs)
+        return self._compute(predictions=predictions, references=references, **kwargs)
 
 
 class TopKAccuracy(_ArrayMetric):

@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm.auto import tqdm
-from transformers import default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from clca.loss_clca import classification_loss
 
@@ -164,10 +164,9 @@ def predict_to_file(
         answer: list[Any] = [None]
         if state.is_main_process:
             shards = [Shard(folder, number, table) for number in range(len(ranges))]
-            streamed = isinstance(dataset, IterableDataset)
             starts = [0 if part is None else part[0] for part in ranges]
             broken = [called(index, names(index)) for index in left_out(shards, starts)]
-            images = join(shards, table, folder / "joined", output, dataset.batch_size if streamed else None)
+            images = join(shards, table, folder / "joined", output, _block(dataset))
             answer = [(images, metrics(shards, table), broken)]
             shutil.rmtree(folder)
         images, measured, broken = broadcast_object_list(answer)[0]
@@ -197,7 +196,12 @@ def read_predictions(path: str | os.PathLike, indices: Sequence[int]) -> dict[in
 # What is predicted, and whether it is the same as before
 
 
-def _check(output: Path, dataset: Dataset, batch_size: int, top: int, processes: int) -> None:
+def _block(dataset: Any) -> int | None:
+    """Images in a block of a stream that is dealt out to processes; None for data with a length."""
+    return dataset.batch_size if isinstance(dataset, IterableDataset) else None
+
+
+def _check(output: Path, dataset: Any, batch_size: int, top: int, processes: int) -> None:
     if output.suffix not in ENDINGS:
         raise ValueError(f"`output` must end in {' or '.join(ENDINGS)}, got {output}.")
     for name, value in (("batch_size", batch_size), ("top", top)):
@@ -213,7 +217,7 @@ def _check(output: Path, dataset: Dataset, batch_size: int, top: int, processes:
         )
 
 
-def hash_weights(model: nn.Module) -> str:
+def hash_weights(model: PreTrainedModel) -> str:
     """Of weights and configuration."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
@@ -329,7 +333,7 @@ def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int)
 # From images to lines and records
 
 
-def _rest(dataset: Dataset, part: Sequence[int] | None, done: int) -> tuple[Dataset, Iterator[int], int | None]:
+def _rest(dataset: Any, part: Sequence[int] | None, done: int) -> tuple[Dataset, Iterator[int], int | None]:
     """What is left of a shard: the data, their indices, and how many there are, if that is known."""
     if part is not None:
         left = range(part[0] + done, part[1])

@@ -327,7 +327,7 @@ class BatchedCKA:
         self.unbiased = unbiased
         self.least = FEWEST_UNBIASED if unbiased else 2  # images of a batch
         self.batches = 0
-        self._sums: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._sums: tuple[torch.Tensor, ...] | None = None
 
     def update(self, xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor] | None = None) -> bool:
         """Add a batch: features (B, ...) of each layer, of the same images, and of any shape; without `ys` the layers of `xs`

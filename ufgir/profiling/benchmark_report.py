@@ -18,6 +18,7 @@ from ..utils.plotting import label, method_style, new_figure, plain_style, save_
 from ..utils.provenance import describe_host, now, peak_memory
 from .benchmark import Report, Result
 from .benchmark_cases import Setting
+from .timing import Quartiles
 
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _time(result: Result) -> str:
+def _time(time: Quartiles) -> str:
     """Milliseconds, and the quartiles around them."""
-    quartiles = [1e3 * seconds for seconds in result.time]
+    quartiles = [1e3 * seconds for seconds in time]
     digits = 0 if quartiles[0] >= 1000 else 1 if quartiles[0] >= 10 else 3
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*quartiles, d=digits)
 
@@ -86,7 +87,7 @@ def setting_table(results: Sequence[Result]) -> TextTable:
         rows.append(
             [
                 r.name,
-                _time(r) if r.time else "not measured",
+                _time(r.time) if r.time else "not measured",
                 _number(r.images_per_second, 2 if (r.images_per_second or 0) < 100 else 0),
                 "" if r.dense is None else _number(r.speedup),
                 *(_number(n / 1e9 if n else None, 3) for n in (r.macs, r.macs_executed)),
@@ -251,7 +252,7 @@ def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Re
             continue
         method, variant = result.case.method, result.case.variant
         name = (method or "no reduction") + ("" if variant == "base" else f" + {variant}")
-        look = method_style(None) if method is None else plain_style(variant if one_method else method, len(lines))
+        look = plain_style(variant, len(lines)) if one_method and method else method_style(method)
         look = look | {"label": name} | ({"markerfacecolor": "white"} if variant == "base" else {})
         lines.setdefault(name, (look, []))[1].append(result)
     return lines

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTForImageClassification
 
-from clca import CLCAViTConfig, token_schedule
+from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.cache_clca import recovery_layers
 
 from ..utils.files import write_csv, write_text_atomically
@@ -56,7 +57,7 @@ class Part(NamedTuple):
     dense_seconds: float | None = None
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+def parts_of(model: CLCAViTForImageClassification | ViTForImageClassification) -> dict[str, nn.Module]:
     """The parts of a CLCA model or of transformers' ViT, by name, in the order in which they run."""
     layers = {f"layer {index}": layer for index, layer in enumerate(model.vit.layers)}
     return {"embeddings": model.vit.embeddings, **layers, "final norm": model.vit.layernorm, "head": model.classifier}
@@ -131,7 +132,7 @@ def profile_layers(
 def _blind(hook: Callable) -> Callable:
     """Mark a hook as one that reads no rows: a model leaves out nothing that somebody may look at, and would be measured as
     another one."""
-    hook.reads_no_rows = True
+    hook.reads_no_rows = True  # ty: ignore[missing-attribute]  # hooks are functions, which have what one gives them
     return hook
 
 

@@ -4,9 +4,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
@@ -28,7 +28,9 @@ def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:
         return CLCAViTForImageClassification(config)
 
 
-def count_macs(model: nn.Module, image_size: int | tuple[int, int] | None = None, as_executed: bool = False) -> int:
+def count_macs(
+    model: PreTrainedModel, image_size: int | tuple[int, int] | None = None, as_executed: bool = False
+) -> int:
     """Multiply-adds of the forward pass of one image, as the paper reports them ("FLOPs" in its tables): projections,
     convolutions and attention products; norms, activations, softmax and indexing are free.
 

@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,15 +91,15 @@ class Race:
         failures: name -> the error of a run that failed; it is out of the race, the others go on.
     """
 
-    def __init__(self, runs: Mapping[str, Run], device: torch.device, seed: int = 0) -> None:
+    def __init__(self, runs: Mapping[Any, Run], device: torch.device, seed: int = 0) -> None:
         self.runs = dict(runs)
         self.device = device
         self.order = random.Random(seed)
         self.calls = dict.fromkeys(runs, 1)
-        self.seconds: dict[str, list[float]] = {name: [] for name in runs}
-        self.failures: dict[str, Exception] = {}
+        self.seconds: dict[Any, list[float]] = {name: [] for name in runs}
+        self.failures: dict[Any, Exception] = {}
 
-    def _try(self, name: str) -> float | None:
+    def _try(self, name: Any) -> float | None:
         try:
             return time_call(self.runs[name], self.device, self.calls[name])
         except Exception as error:  # whatever it is, it must not end the others
@@ -183,9 +183,11 @@ class TensorMemory(TorchDispatchMode):
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         for made in tree_leaves(result):
             if not isinstance(made, torch.Tensor):
                 continue

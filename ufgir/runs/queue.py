@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
@@ -96,7 +97,7 @@ class RunQueue:
 
     def __init__(self, grid: Grid, output: Path, script: Sequence[str] | None = None) -> None:
         self.grid, self.output = grid, output
-        self.script = list(script or [sys.executable, str(Path(sys.modules["run_ufgir"].__file__).resolve())])
+        self.script = list(script or [sys.executable, str(Path(find_spec("run_ufgir").origin).resolve())])
         self.runs = {run.name: run for run in grid.runs(output)}
         self.recipe = output / f"recipe{grid.recipe.suffix}"
         self.manifest = self._read()

@@ -9,7 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from ..training.arguments import GROUPS, Options
+from ..training.option_checks import REQUIREMENTS
+from ..training.setup import make_config
 from ..utils.arguments import RecipeParser
+from ..utils.options import check_options, collected
 from ..utils.provenance import as_read
 
 
@@ -31,7 +35,7 @@ class Run(NamedTuple):
 
     Attributes:
         name: of its folder, such as `variant=clca,keep_rate=0.1,seed=1`.
-        options: the options that the grid sets, as command-line arguments, but those that do nothing in this combination.
+        options: the options that the grid sets, as command-line arguments, but those without effect in this combination.
         settings: every option of the run that is given, by the recipe or the grid, with its value.
         training: its `TrainingArguments`.
     """
@@ -121,11 +125,8 @@ class Grid:
     """
 
     def __init__(self, recipe: Path, sets: Sequence[str], variants: Sequence[str] = ()) -> None:
-        import run_ufgir
-
         self.recipe = recipe
-        self._script = run_ufgir
-        self._parser = _StrictParser(run_ufgir.GROUPS)
+        self._parser = _StrictParser(GROUPS)
         self.axes: dict[str, list[Choice]] = {}
         if variants:
             self.axes["variant"] = [parse_variant(text) for text in variants]
@@ -163,34 +164,34 @@ class Grid:
     def _all_words(self, values: dict[str, str]) -> list[str]:
         return [word for option, value in values.items() for word in self._words(option, value)]
 
-    def _parse(self, options: list[str], output: str = "unused") -> tuple[dict[str, Any], Any]:
-        """The options that are given, with their values, and all of them as `run_ufgir.Options`."""
-        groups = self._parser.parse([str(self.recipe), *options, f"--output_dir={output}"])
-        settings = self._parser.settings(*groups, leave_out=OWN)
-        return as_read(settings), self._script.Options(*groups)
+    def _parse(self, words: list[str], output: str = "unused") -> tuple[dict[str, Any], Options, dict[str, str]]:
+        """The options that are given, with their values; all of them; and those without effect, with what they need."""
+        with collected() as without_effect:
+            options = Options(*self._parser.parse([str(self.recipe), *words, f"--output_dir={output}"]))
+            check_options(options, self._parser.given, REQUIREMENTS)
+        settings = self._parser.settings(*vars(options).values(), leave_out=OWN)
+        return as_read(settings), options, without_effect
 
     def runs(self, output: Path) -> list[Run]:
         """All combinations, the last axis changing fastest, each in a folder of its own below `output`; see `Grid`."""
-        from ..training.option_checks import idle_options  # which needs what the script needs
-
         runs: list[Run] = []
-        told: dict[tuple[str, str], list[str]] = {}  # option that does nothing, and what it needs -> runs
+        told: dict[tuple[str, str], list[str]] = {}  # option without effect, and what it needs -> runs
         for choices in itertools.product(*self.axes.values()):
             labels = dict(zip(self.axes, (choice.label for choice in choices), strict=True))
             name = run_name(labels)
             values = {option: value for choice in choices for option, value in choice.options.items()}
             try:
-                settings, options = self._parse(self._all_words(values), str(output / name))
-                while idle := idle_options(options, values):
-                    # The run would refuse what was typed in vain; without it another option may be in vain, too.
+                settings, options, found = self._parse(self._all_words(values), str(output / name))
+                while idle := {option: needs for option, needs in found.items() if option in values}:
                     for pair in idle.items():
                         told.setdefault(pair, []).append(name)
                     values = {option: value for option, value in values.items() if option not in idle}
-                    _, options = self._parse(self._all_words(values), str(output / name))
+                    # without these, another option may have no effect, too
+                    _, options, found = self._parse(self._all_words(values), str(output / name))
                 training = options.training
                 if not (training.do_train or training.do_eval or training.do_predict):
                     raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict` in the recipe")
-                self._script.make_config(options.model)
+                make_config(options.model)
             except (ValueError, OSError) as error:
                 raise ValueError(f"{name}: {error}") from error
             for other in runs:
@@ -199,7 +200,7 @@ class Grid:
             runs.append(Run(name, self._all_words(values), settings, training))
         for (option, what), names in told.items():
             logger.warning(
-                "`%s` does nothing in %d of %d runs, which are run without it: it needs %s. The first is %s",
+                "`%s` has no effect in %d of %d runs, which are run without it: it needs %s. The first is %s",
                 *(option, len(names), len(runs), what, names[0]),
             )
         return runs

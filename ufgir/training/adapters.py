@@ -20,6 +20,7 @@ from torch import nn
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..utils.arguments import option
+from ..utils.options import OptionGroup, Requirement
 
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ SWIGLU_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
-class AdapterArguments:
+class AdapterArguments(OptionGroup):
     """A LoRA adapter instead of training all weights.
 
     Raises:
-        ValueError: numbers out of range, unknown parts, or options without a rank.
+        ValueError: numbers out of range, or unknown parts.
     """
 
     _argument_group_name = "adapter (extra `peft`)"
@@ -47,17 +48,18 @@ class AdapterArguments:
         default_factory=lambda: ["attention", "mlp"], metadata={"help": "parts that get adapters: attention, mlp"}
     )
 
+    requirements = (
+        Requirement(("lora_alpha", "lora_dropout", "lora_targets"), "a `lora_rank`", lambda group: group.lora_rank),
+    )
+
     def __post_init__(self) -> None:
-        if self.lora_rank is None:
-            if self.lora_alpha is not None or self.lora_dropout:
-                raise ValueError("`lora_alpha` and `lora_dropout` need a `lora_rank`.")
-            return
-        if self.lora_rank < 1:
+        if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"`lora_rank` must be at least 1, got {self.lora_rank}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
         if not self.lora_targets or set(self.lora_targets) - {"attention", "mlp"}:
             raise ValueError(f"`lora_targets` must be attention, mlp or both, got {self.lora_targets}.")
+        super().__post_init__()
 
     def targets(self, config: CLCAViTConfig) -> list[str]:
         """Names of the linear layers that get an adapter."""

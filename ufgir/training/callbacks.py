@@ -1,4 +1,4 @@
-"""What watches a training: gradient records, a guard against NaN, averaged weights (EMA), early stopping."""
+"""Training callbacks: gradient records, a guard against NaN, averaged weights (EMA), early stopping."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,16 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ..utils.arguments import option
 from ..utils.files import new_folder
+from ..utils.options import OptionGroup, Requirement
+from .checkpoint_files import LAST_FOLDER
 from .distributed import is_sharded
 from .ema import EMACallback
 from .gradients import GradientRecorder
 
 
-LAST_FOLDER = "last"  # in output_dir, a model
-
-
 @dataclass
-class CallbackArguments:
-    """What watches the training, and the average of its weights."""
+class CallbackArguments(OptionGroup):
+    """Training callbacks: gradient records, NaN guard, EMA of the weights, early stopping."""
 
     _argument_group_name = "monitoring and averaging"
 
@@ -50,20 +49,25 @@ class CallbackArguments:
         "with load_best_model_at_end, save the last weights, too, as a model in output_dir/last", False
     )
 
+    requirements = (
+        Requirement(("ema_warmup", "ema_as_final"), "`ema_decay`, e.g. 0.999", lambda group: group.ema_decay),
+        Requirement(
+            ("early_stopping_threshold",),
+            "`early_stopping_patience`",
+            lambda group: group.early_stopping_patience is not None,
+        ),
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), 0 for no average, got {self.ema_decay}")
-        for name in ("ema_warmup", "ema_as_final"):
-            if getattr(self, name) and not self.ema_decay:
-                raise ValueError(f"`{name}` needs `ema_decay`, e.g. 0.999: no average is made")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ValueError(
                 f"`early_stopping_patience` must be at least 1 evaluation, got {self.early_stopping_patience}"
             )
         if not self.early_stopping_threshold >= 0:
             raise ValueError(f"`early_stopping_threshold` must not be negative, got {self.early_stopping_threshold}")
-        if self.early_stopping_threshold and self.early_stopping_patience is None:
-            raise ValueError("`early_stopping_threshold` needs `early_stopping_patience`: nothing stops early")
+        super().__post_init__()
 
 
 def make_callbacks(args: CallbackArguments, training: transformers.TrainingArguments) -> list[TrainerCallback]:

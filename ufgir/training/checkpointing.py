@@ -32,24 +32,21 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..utils.provenance import as_read
 from ..utils.text import differences
-from .callbacks import LAST_FOLDER
-from .ema import EMA_FOLDER
-from .gradients import GRADIENTS_FILE
+from .checkpoint_files import (
+    ADAPTER_FOLDER,
+    EMA_FOLDER,
+    FILE_LIST,
+    GRADIENTS_FIGURE,
+    GRADIENTS_FILE,
+    INCOMPLETE,
+    KEPT_PATCHES_FILE,
+    LAST_FOLDER,
+    METRICS_FILES,
+    PARTS,
+)
 
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_FOLDER = "adapter"  # in output_dir
-KEPT_PATCHES_FILE = "kept_patches.png"  # in output_dir
-INCOMPLETE = "_incomplete"  # uploads to the Hub leave out names that begin with _
-FILE_LIST = "checkpoint_files.json"
-# What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
-# FSDP's and DeepSpeed's.
-PARTS = {
-    "weights": ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*"),
-    "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
-    "random state": ("rng_state*.pth",),
-}
 
 
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
@@ -195,9 +192,7 @@ def remove_results(output_dir: str | os.PathLike, predictions: Iterable[str] = (
     output_dir = Path(output_dir)
     for name in (EMA_FOLDER, LAST_FOLDER, ADAPTER_FOLDER):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    files = [f"{name}_results.json" for name in ("all", "train", "validation", "test", "test_ema")]
-    files += [GRADIENTS_FILE, str(Path(GRADIENTS_FILE).with_suffix(".png")), KEPT_PATCHES_FILE, *predictions]
-    for name in files:
+    for name in (*METRICS_FILES, GRADIENTS_FILE, GRADIENTS_FIGURE, KEPT_PATCHES_FILE, *predictions):
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -241,6 +236,16 @@ def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
             "--overwrite_output_dir true, resume from it, or choose another `output_dir`"
         )
     return wanted
+
+
+def how_to_go_on(args: transformers.TrainingArguments) -> str:
+    """What to do after an interrupted run, a sentence without its period."""
+    if not args.do_train:
+        return "The same command takes predictions up where they stopped"
+    checkpoint = last_complete_checkpoint(args.output_dir)
+    if checkpoint is None:
+        return f"There is no complete checkpoint in {args.output_dir} yet"
+    return f"The same command with `--resume_from_checkpoint true` goes on from {checkpoint}"
 
 
 def check_fits(checkpoint: str | os.PathLike, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from clca.loss_clca import distillation_loss
 from clca.reductions_clca import get_reduction
 
 from ..utils.arguments import option
+from ..utils.options import OptionGroup, Requirement
 from .teacher import Teacher
 
 
@@ -21,11 +22,11 @@ DEFAULT_WEIGHTS = {"soft": 0.5, "hard": 0.3}  # of the original
 
 
 @dataclass
-class DistillationArguments:
+class DistillationArguments(OptionGroup):
     """A teacher, and how much is learnt from it.
 
     Raises:
-        ValueError: another kind, a weight or temperature out of range, or options without a teacher.
+        ValueError: another kind, or a weight or temperature out of range.
     """
 
     _argument_group_name = "distillation"
@@ -43,6 +44,20 @@ class DistillationArguments:
         "dyvit: the kept tokens learn from the teacher's tokens, too [where it has one of each patch]", True
     )
 
+    requirements = (
+        Requirement(
+            (
+                "teacher_revision",
+                "distillation",
+                "distillation_weight",
+                "distillation_temperature",
+                "distill_tokens",
+            ),
+            "a `teacher`",
+            lambda group: group.teacher is not None,
+        ),
+    )
+
     def __post_init__(self) -> None:
         if self.distillation not in DEFAULT_WEIGHTS:
             raise ValueError(f"`distillation` must be soft or hard, got {self.distillation!r}.")
@@ -50,8 +65,7 @@ class DistillationArguments:
             raise ValueError(f"`distillation_weight` must be in [0, 1], got {self.distillation_weight}.")
         if not self.distillation_temperature > 0:
             raise ValueError(f"`distillation_temperature` must be positive, got {self.distillation_temperature}.")
-        if self.teacher is None and self.distillation_weight is not None:
-            raise ValueError("`distillation_weight` is set without a `teacher` to learn from.")
+        super().__post_init__()
 
 
 def _processor_of(args: DistillationArguments, student: Any) -> Any:

@@ -16,12 +16,10 @@ from transformers import TrainerCallback
 
 from ..utils.files import new_folder
 from .adapters import merge
+from .checkpoint_files import EMA_FILE, EMA_FOLDER
 
 
 logger = logging.getLogger(__name__)
-
-EMA_FILE = "ema.safetensors"  # in a checkpoint
-EMA_FOLDER = "ema"  # in output_dir, a model
 
 
 def ema_function(decay: float, warmup: bool = False) -> Callable[[list[torch.Tensor], list[torch.Tensor], Any], None]:

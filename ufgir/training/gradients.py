@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..utils.plotting import label, new_figure, plain_style, save_figure, style
+from .checkpoint_files import GRADIENTS_FILE
 
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRADIENTS_FILE = "gradients.csv"
 STATISTICS = {  # column -> what it is, see `gradient_statistics`
     "max_grad_all": "Largest |gradient|",
     "mean_max_grad_layer": "Mean over parameters of the largest |gradient|",

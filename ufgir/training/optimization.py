@@ -1,4 +1,4 @@
-"""Which parameters learn how fast: parameter groups, learning-rate schedules in epochs, freezing and mixed precision, for
+"""Which parameters learn how fast: parameter groups, learning rate schedules in epochs, freezing and mixed precision, for
 `transformers.Trainer`.
 
 Sources: the recipe of CLCA (https://huggingface.co/papers/2501.00243); layer-wise learning rates as in BEiT
@@ -8,6 +8,7 @@ Sources: the recipe of CLCA (https://huggingface.co/papers/2501.00243); layer-wi
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -24,32 +25,32 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..utils.arguments import option
+from ..utils.options import OptionGroup, Requirement
 from .freezing import check_parts, freeze, hold_statistics, own_name, part_names
-from .schedules import GroupSchedule, cosine_epochs, step_epochs
+from .schedules import SCHEDULES, GroupSchedule, schedule_options
 
 
 logger = logging.getLogger(__name__)
 
 CHOICES = {
-    "schedule": ("trainer", "cosine_epochs", "step_epochs"),
+    "schedule": ("trainer", *SCHEDULES),
     "schedule_per": ("step", "epoch"),
     "parameter_groups": ("default", "original"),
     "mixed_precision": ("auto", "no", "fp16", "bf16"),
 }
-# Options of a schedule in epochs: the schedules that have it, and its default.
-SCHEDULE_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "schedule_per": (("cosine_epochs",), "epoch"),
-    "schedule_epochs": (("cosine_epochs",), None),
-    "min_learning_rate": (("cosine_epochs",), 1e-5),
-    "warmup_epochs": (("cosine_epochs", "step_epochs"), 2.0),
-    "warmup_learning_rate": (("cosine_epochs", "step_epochs"), 1e-6),
-    "decay_epochs": (("step_epochs",), 30.0),
-    "decay_rate": (("step_epochs",), 0.1),
+# Option of a schedule in epochs -> the schedules that have it
+SCHEDULES_WITH = {
+    option: tuple(name for name in SCHEDULES if option in schedule_options(name))
+    for option in dict.fromkeys(option for name in SCHEDULES for option in schedule_options(name))
 }
 
 
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 @dataclass
-class OptimizationArguments:
+class OptimizationArguments(OptionGroup):
     """Beyond transformers' learning_rate, weight_decay, lr_scheduler_type, warmup_steps and optim. The defaults change
     nothing but which parameters decay.
 
@@ -60,7 +61,7 @@ class OptimizationArguments:
     _argument_group_name = "optimization"
 
     schedule: str = option(
-        "course of the learning rate: trainer (lr_scheduler_type and warmup_steps), or in epochs and with rates that hold "
+        "learning rate schedule: trainer (lr_scheduler_type and warmup_steps), or in epochs and with rates that hold "
         "for every parameter group: cosine_epochs, step_epochs",
         "trainer",
     )
@@ -98,6 +99,20 @@ class OptimizationArguments:
         "auto (bf16 or else fp16 on a GPU, none on a CPU), no, fp16 or bf16 [as --fp16 and --bf16 say]"
     )
 
+    requirements = (
+        *(
+            Requirement((option,), f"`schedule` {_listed(names)}", lambda group, names=names: group.schedule in names)
+            for option, names in SCHEDULES_WITH.items()
+        ),
+        Requirement(("unfreeze",), "`freeze`", lambda group: group.freeze),
+        Requirement(
+            ("layer_lr_decay",),
+            "`parameter_groups` default",
+            lambda group: group.parameter_groups == "default",
+            refused=True,
+        ),
+    )
+
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
@@ -105,15 +120,11 @@ class OptimizationArguments:
                 close = get_close_matches(str(value), allowed, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"`{name}` must be {_listed(allowed)}, got {value}{hint}")
-        for name, (schedules, _) in SCHEDULE_OPTIONS.items():
-            if getattr(self, name) is not None and self.schedule not in schedules:
-                raise ValueError(f"`{name}` needs `schedule` {_listed(schedules)}, got {self.schedule}")
         self._check_numbers()
         self.freeze, self.unfreeze = ([] if parts == ["none"] else parts for parts in (self.freeze, self.unfreeze))
         check_parts("freeze", self.freeze)
         check_parts("unfreeze", self.unfreeze)
-        if self.unfreeze and not self.freeze:
-            raise ValueError(f"`unfreeze` {' '.join(self.unfreeze)} needs `freeze`: nothing is frozen")
+        super().__post_init__()
 
     def _check_numbers(self) -> None:
         positive = ("schedule_epochs", "decay_epochs", "decay_rate", "backbone_lr_scale", "layer_lr_decay")
@@ -126,16 +137,17 @@ class OptimizationArguments:
             raise ValueError(
                 f"`layer_lr_decay` must be at most 1, got {self.layer_lr_decay}: lower layers learn slower"
             )
-        if self.layer_lr_decay != 1 and self.parameter_groups == "original":
-            raise ValueError("`layer_lr_decay` needs `parameter_groups` default: the original has no such thing")
-        warmup, end = self.schedule_value("warmup_epochs"), self.schedule_epochs
+        values = self.schedule_values()
+        warmup, end = values.get("warmup_epochs"), values.get("schedule_epochs")
         if end is not None and warmup >= end:
             raise ValueError(f"`warmup_epochs` {warmup:g} must be below `schedule_epochs` {end:g}")
 
-    def schedule_value(self, name: str) -> Any:
-        """An option of a schedule in epochs: what was given, or its default."""
-        value = getattr(self, name)
-        return SCHEDULE_OPTIONS[name][1] if value is None else value
+    def schedule_values(self) -> dict[str, Any]:
+        """The options of the schedule in epochs: what was given, or the defaults. Those of trainer are transformers' own."""
+        defaults = schedule_options(self.schedule) if self.schedule in SCHEDULES else {}
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()
+        }
 
     def check(self, args: transformers.TrainingArguments) -> None:
         """Raises ValueError for what does not go with transformers' arguments."""
@@ -151,23 +163,20 @@ class OptimizationArguments:
             raise ValueError(f"`freeze_epochs` does not go with `lr_scheduler_type` {kind}: choose another")
         if self.schedule == "trainer":
             return
-        warmup = self.schedule_value("warmup_epochs")
+        values = self.schedule_values()
+        warmup = values["warmup_epochs"]
         if by_epochs and warmup >= epochs:
             raise ValueError(f"`warmup_epochs` {warmup:g} must be below `num_train_epochs` {epochs:g}")
-        if by_epochs and self.schedule_epochs is not None and self.schedule_epochs > epochs:
+        if by_epochs and (values.get("schedule_epochs") or 0) > epochs:
             logger.warning(
-                "The schedule of %g epochs is cut off: training ends after %g.", self.schedule_epochs, epochs
+                "The schedule of %g epochs is cut off: training ends after %g.", values["schedule_epochs"], epochs
             )
-        if self.schedule == "cosine_epochs" and self.schedule_value("min_learning_rate") > args.learning_rate:
+        if values.get("min_learning_rate", 0) > args.learning_rate:
             logger.warning(
                 "`min_learning_rate` %g is above `learning_rate` %g: the rate rises.",
-                self.schedule_value("min_learning_rate"),
+                values["min_learning_rate"],
                 args.learning_rate,
             )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def parameter_groups(
@@ -246,15 +255,12 @@ def make_schedule(
     Raises:
         ValueError: `schedule` is trainer, whose schedules are transformers' own.
     """
-    names = [name for name, (schedules, _) in SCHEDULE_OPTIONS.items() if args.schedule in schedules]
-    values = {name: args.schedule_value(name) for name in names}
-    if args.schedule == "cosine_epochs":
+    if args.schedule not in SCHEDULES:
+        raise ValueError(f"`schedule` must be {_listed(list(SCHEDULES))}, got {args.schedule}")
+    values = args.schedule_values()
+    if "schedule_epochs" in values:
         values["schedule_epochs"] = values["schedule_epochs"] or num_training_steps / steps_per_epoch
-        course = cosine_epochs(steps_per_epoch, **values)
-    elif args.schedule == "step_epochs":
-        course = step_epochs(steps_per_epoch, **values)
-    else:
-        raise ValueError(f"`schedule` must be {_listed(CHOICES['schedule'][1:])}, got {args.schedule}")
+    course = SCHEDULES[args.schedule](steps_per_epoch, **values)
     return GroupSchedule(optimizer, course, held_steps(optimizer, steps_per_epoch))
 
 

@@ -1,27 +1,22 @@
-"""What `run_ufgir.py` looks at before it trains: options that do nothing, and what a run depends on.
+"""What `run_ufgir.py` checks before it trains: options without effect across groups, and what a run depends on.
 
 `options` is its `Options`: all groups, parsed.
 """
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from clca import TokenReduction
 from clca.reductions_clca import get_reduction
 
-from ..checkpoints.loading import OF_REDUCTION
+from ..data.load import SYNTHETIC_LEAVES
 from ..data.transformed import TransformedImages
 from ..evaluation.prediction import file_names, identity_of_data
+from ..utils.options import Requirement
 from ..utils.provenance import NOT_STORED
-
-
-logger = logging.getLogger(__name__)
-
-SYNTHETIC = "synthetic_leaves"
 
 
 def _method_may_be(options: Any, such: Callable[[type[TokenReduction]], bool]) -> bool:
@@ -32,80 +27,38 @@ def _method_may_be(options: Any, such: Callable[[type[TokenReduction]], bool]) -
     return such(get_reduction(None if name == "none" else name))
 
 
-class Need(NamedTuple):
-    """Options that do nothing unless something holds."""
-
-    options: tuple[str, ...]  # a name that ends in _ stands for all that begin so
-    holds: Callable[[Any], Any]
-    what: str
-
-
-_ERASING = ("random_erasing_area", "random_erasing_aspect", "random_erasing_count", "random_erasing_fill")
-NEEDS = (
-    Need(
-        ("distillation", "distillation_temperature", "distill_tokens", "teacher_revision"),
-        lambda options: options.distillation.teacher,
-        "a `teacher`",
-    ),
-    Need(
+# Of `Options`. What options of one group need of each other stands with the group, what fields of the configuration need with
+# `ufgir.checkpoints.loading.check_meaning`.
+REQUIREMENTS = (
+    Requirement(
         ("distill_tokens",),
-        lambda options: _method_may_be(options, lambda method: method.distils),
         "a `reduction` that learns from tokens, such as dyvit",
+        lambda options: _method_may_be(options, lambda method: method.distils),
     ),
-    Need(
-        OF_REDUCTION,
-        lambda options: _method_may_be(options, lambda method: method.name is not None),
+    Requirement(
+        ("keep_rate", "keep_tokens", "reduction_kwargs"),
         "a `reduction`",
+        lambda options: _method_may_be(options, lambda method: method.name is not None),
     ),
-    Need(("lora_targets",), lambda options: options.adapter.lora_rank, "a `lora_rank`"),
-    Need(_ERASING, lambda options: options.augmentation.random_erasing_probability, "`random_erasing_probability`"),
-    Need(("rand_augment_magnitude",), lambda options: options.augmentation.rand_augment_ops, "`rand_augment_ops`"),
-    Need(
-        ("mix_probability", "mix_switch_probability"),
-        lambda options: options.augmentation.mixup_alpha or options.augmentation.cutmix_alpha,
-        "`mixup_alpha` or `cutmix_alpha`",
-    ),
-    Need(
+    Requirement(
         ("warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
-        lambda options: options.optimization.schedule == "trainer",
         "`schedule` trainer",
+        lambda options: options.optimization.schedule == "trainer",
     ),
-    Need(
+    Requirement(
         ("teacher", "freeze", "unfreeze", "lora_rank", "ema_decay", "resume_from_checkpoint"),
-        lambda options: options.training.do_train,
         "`do_train`",
+        lambda options: options.training.do_train,
     ),
-    Need(("synthetic_",), lambda options: options.data.dataset == SYNTHETIC, f"`dataset` {SYNTHETIC}"),
 )
-
-
-def idle_options(options: Any, given: Collection[str], needs: Sequence[Need] = NEEDS) -> dict[str, str]:
-    """Option -> what it needs, for those of the options that were given that do nothing."""
-    idle = {}
-    for need in needs:
-        if not need.holds(options):
-            begins = tuple(name for name in need.options if name.endswith("_"))
-            idle |= {n: need.what for n in given if n in need.options or n.startswith(begins)}
-    return idle
-
-
-def check_needs(options: Any, typed: Collection[str], given: Collection[str], needs: Sequence[Need] = NEEDS) -> None:
-    """Options that would do nothing: refused where they were typed, told where a recipe has them.
-
-    Args:
-        typed: names of the options of the command line.
-        given: those, and the recipe's.
-
-    Raises:
-        ValueError: names the first of them, and what it needs.
-    """
-    idle = idle_options(options, given, needs)
-    for name, what in idle.items():
-        if name in typed:
-            raise ValueError(f"`{name}` does nothing here: it needs {what}")
-    for what in dict.fromkeys(idle.values()):
-        names = ", ".join(f"`{name}`" for name in idle if idle[name] == what)
-        logger.warning("The recipe's %s: no effect without %s", names, what)
+# Of the configuration, when the classes of the data are known.
+OF_CLASSES = (
+    Requirement(
+        ("multi_label_loss",),
+        "images with several classes, see `label_separator`",
+        lambda config: config.problem_type == "multi_label_classification",
+    ),
+)
 
 
 def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: Collection[str]) -> None:
@@ -139,7 +92,7 @@ def evaluated_data(options: Any) -> dict[str, dict[str, Any] | None]:
     def given(*names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(data, name)) is not None}
 
-    drawn = [name for name in vars(data) if name.startswith("synthetic_")] if data.dataset == SYNTHETIC else []
+    drawn = [name for name in vars(data) if name.startswith("synthetic_")] if data.dataset == SYNTHETIC_LEAVES else []
     columns = ("image_column", "label_column", "label_separator", "csv_data_folder", "csv_class_names")
     parted = ("csv_train", "csv_validation", "validation_fraction", "max_eval_samples")
     way = data.validation_split or "last"

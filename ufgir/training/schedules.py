@@ -1,7 +1,13 @@
-"""Learning-rate schedules in epochs, with rates that hold for every parameter group, as CLCA was trained with."""
+"""Learning rate schedules in epochs, with rates that hold for every parameter group, as CLCA was trained with.
 
+`SCHEDULES` lists them. One more: a function here, and its arguments as options of
+`ufgir.training.optimization.OptimizationArguments`. transformers' own schedules are `--lr_scheduler_type`.
+"""
+
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,8 +39,8 @@ class GroupSchedule(LRScheduler):
 
 def cosine_epochs(
     steps_per_epoch: float,
-    schedule_epochs: float,
-    warmup_epochs: float = 2,
+    schedule_epochs: float | None = None,
+    warmup_epochs: float = 2.0,
     warmup_learning_rate: float = 1e-6,
     min_learning_rate: float = 1e-5,
     schedule_per: str = "epoch",
@@ -46,7 +52,7 @@ def cosine_epochs(
 
     Args:
         steps_per_epoch: steps of the optimizer.
-        schedule_epochs: epochs until the end of the cosine.
+        schedule_epochs: epochs until the end of the cosine; `make_schedule` fills in the whole training for None.
         warmup_epochs: epochs of warm-up.
         schedule_per: "epoch" keeps the rate constant within an epoch, "step" changes it at every step.
     """
@@ -66,9 +72,9 @@ def cosine_epochs(
 
 def step_epochs(
     steps_per_epoch: float,
-    warmup_epochs: float = 2,
+    warmup_epochs: float = 2.0,
     warmup_learning_rate: float = 1e-6,
-    decay_epochs: float = 30,
+    decay_epochs: float = 30.0,
     decay_rate: float = 0.1,
 ) -> Course:
     """Linear warm-up, after it a drop to `decay_rate` of the rate every `decay_epochs`; constant within an epoch."""
@@ -80,3 +86,13 @@ def step_epochs(
         return base * decay_rate ** ((epoch - warmup_epochs) // decay_epochs)
 
     return course
+
+
+# Their arguments after the first are the options of the same names.
+SCHEDULES: dict[str, Callable[..., Course]] = {"cosine_epochs": cosine_epochs, "step_epochs": step_epochs}
+
+
+def schedule_options(name: str) -> dict[str, Any]:
+    """The options of a schedule, and their defaults."""
+    _, *arguments = inspect.signature(SCHEDULES[name]).parameters.values()
+    return {argument.name: argument.default for argument in arguments}

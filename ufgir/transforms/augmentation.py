@@ -25,12 +25,13 @@ import torch
 from transformers import TrainingArguments
 
 from ..utils.arguments import option
+from ..utils.options import OptionGroup, Requirement
 from .operations import HIGHEST_LEVEL, apply_operations, draw_operation, from_levels, to_levels
 from .preprocessing import TrainTransform, normalization, random_rectangle
 
 
 @dataclass
-class AugmentationArguments:
+class AugmentationArguments(OptionGroup):
     """Random changes of the training images. The defaults are the paper's: random crop and flip, nothing else."""
 
     _argument_group_name = "augmentation"
@@ -78,6 +79,23 @@ class AugmentationArguments:
         "auto",
     )
 
+    requirements = (
+        Requirement(
+            ("random_erasing_area", "random_erasing_aspect", "random_erasing_count", "random_erasing_fill"),
+            "`random_erasing_probability`",
+            lambda group: group.random_erasing_probability,
+        ),
+        Requirement(("rand_augment_magnitude",), "`rand_augment_ops`", lambda group: group.rand_augment_ops),
+        Requirement(
+            ("mix_probability", "mix_switch_probability"),
+            "`mixup_alpha` or `cutmix_alpha`",
+            lambda group: group.mixup_alpha or group.cutmix_alpha,
+        ),
+        Requirement(
+            ("rand_augment_ops",), "`trivial_augment` false", lambda group: not group.trivial_augment, refused=True
+        ),
+    )
+
     def __post_init__(self) -> None:
         for name in (
             "flip_probability",
@@ -113,8 +131,7 @@ class AugmentationArguments:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be {' or '.join(allowed)}, got {getattr(self, name)!r}.")
-        if self.trivial_augment and self.rand_augment_ops:
-            raise ValueError("`trivial_augment` and `rand_augment_ops` exclude each other: switch one of them off.")
+        super().__post_init__()
         if (self.trivial_augment or self.rand_augment_ops) and importlib.util.find_spec("kornia") is None:
             name = "trivial_augment" if self.trivial_augment else "rand_augment_ops"
             raise ValueError(f"`{name}` needs kornia: pip install 'clca-vit[augmentation]'.")

@@ -91,7 +91,8 @@ def normalization(image_processor: Any) -> tuple[float, torch.Tensor, torch.Tens
     """(scale, mean, deviation): 8-bit levels times scale, less the mean, over the deviation, are `pixel_values`."""
     scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
     mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else ([0], [1])
-    return scale, *(torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return scale, mean, std
 
 
 class _Transform:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -51,7 +51,6 @@ class RecipeParser(HfArgumentParser):
                 action.help = SUPPRESS  # `--option false` says the same
         self.options = {f.name: f for kind in self.dataclass_types for f in fields(kind) if f.init}
         self.given: list[str] = []
-        self.typed: list[str] = []  # of these, the ones of the command line
 
     def settings(self, *groups: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
         """Every option that the last `parse` was given, with its value: a recipe for the same run.
@@ -75,7 +74,6 @@ class RecipeParser(HfArgumentParser):
                 if not flag.startswith("-"):
                     raise ValueError(f"unexpected argument {flag!r}; a recipe comes first, options have a leading --")
                 raise ValueError(f"unknown option {flag}{self.suggestion(flag.lstrip('-'), '--')}")
-            self.typed = self._names(given)
             self.given = self._names(from_recipe + given)
             return self.parse_args_into_dataclasses(from_recipe + given, look_for_args_file=False)
         except (ValueError, OSError) as error:
@@ -86,7 +84,7 @@ class RecipeParser(HfArgumentParser):
         flags = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
         return list(dict.fromkeys(flag if flag in self.options else flag.removeprefix("no_") for flag in flags))
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 

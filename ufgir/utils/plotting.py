@@ -13,6 +13,7 @@ matplotlib is imported when a figure is drawn, not with this module; no window i
 
 import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,11 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "sit": {"color": ORANGE, "linestyle": "--", "marker": "p"},
     "tome": {"color": BLUE, "linestyle": "--", "marker": "<"},
 }
+
+# What a method looks like that is not in METHOD_STYLES: lines and markers that none of those has. Their numbers have no common
+# divisor with each other, so that 3 * 7 * 8 = 168 names in a row look different.
+OTHER_LINES = ("-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+OTHER_MARKERS = (">", "d", "H", "8", "1", "2", "3", "4")
 
 _WIDTH, _HEIGHT = 5.0, 3.4  # inches: a column and a half of a page
 _RC: dict[str, Any] = {
@@ -124,12 +130,25 @@ def label(axes: "Axes", x: str, y: str, title: str | None = None, legend: bool =
 
 def variant_style(name: str) -> dict[str, Any]:
     """What `Axes.plot` takes for base, CLC, CLA or CLCA, the label included; ValueError for another name."""
-    return _known(name, VARIANT_STYLES, "variant")
+    if name not in VARIANT_STYLES:
+        raise ValueError(f"`variant` must be one of {', '.join(VARIANT_STYLES)}, got {name!r}.")
+    return {"label": name, **VARIANT_STYLES[name]}
 
 
 def method_style(name: str | None) -> dict[str, Any]:
-    """What `Axes.plot` takes for a method of token reduction or for None, the dense model; ValueError for another name."""
-    return _known(name or "none", METHOD_STYLES, "method")
+    """What `Axes.plot` takes for a method of token reduction or for None, the dense model, the label included. A method that is
+    not in `METHOD_STYLES` has a style that follows from its name, the same in every figure."""
+    name = name or "none"
+    return {"label": name, **METHOD_STYLES.get(name, _other_style(name))}
+
+
+def _other_style(name: str) -> dict[str, Any]:
+    number = zlib.crc32(name.encode())  # `hash` differs from process to process
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "linestyle": OTHER_LINES[number % len(OTHER_LINES)],
+        "marker": OTHER_MARKERS[number % len(OTHER_MARKERS)],
+    }
 
 
 def plain_style(name: str, position: int = 0) -> dict[str, Any]:
@@ -138,12 +157,6 @@ def plain_style(name: str, position: int = 0) -> dict[str, Any]:
     word = (name.split() or [""])[0].rstrip(",:;").lower()
     styles = {known.lower(): look for known, look in (METHOD_STYLES | VARIANT_STYLES).items()}
     return {"label": name, **styles.get(word, {"color": PALETTE[position % len(PALETTE)], "linestyle": "-"})}
-
-
-def _known(name: str, table: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
-    if name not in table:
-        raise ValueError(f"`{kind}` must be one of {', '.join(table)}, got {name!r}.")
-    return {"label": name, **table[name]}
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:

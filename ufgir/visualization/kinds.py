@@ -6,17 +6,20 @@ A kind of picture is a function of a `View`, a model and the images it looks at,
     image = draw(partial(attention_columns, layers=[3, 5]), model, image_processor, images, titles=names)
 
 All of them work from the assignments and from attention that is asked for, for any method of token reduction.
+
+`KINDS` lists them. A new picture is a function and an entry there; docs/adding-a-picture.md shows how.
 """
 
+import argparse
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from clca import CLCAViTForImageClassification
+from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..interpret.attention_maps import (
     checked_layers,
@@ -30,32 +33,12 @@ from ..interpret.feature_maps import feature_similarity
 from ..interpret.patterns import cluster_maps, stage_layers
 from ..interpret.tracing import trace_patches
 from ..transforms.images import to_rgb
+from .records import CLS, STAGES, Draw, Kind, Option, Page, View
 from .sheet import Cell, Column, brightened, distinct_colours, draw_sheet, heated, mean_colours
 
 
 _BATCH = 4  # images that a model looks at at a time
 COLOURINGS = {"mean": mean_colours, "distinct": distinct_colours}
-
-
-class View(NamedTuple):
-    """A model and images as it sees them.
-
-    Attributes:
-        model: any CLCA model.
-        pixels: (B, C, height, width), normalised.
-        pictures: (B, 3, height, width) in [0, 1], as far as patches reach.
-        grid: rows and columns of patches.
-        interpolate: whether the images may have another size than the model's.
-    """
-
-    model: CLCAViTForImageClassification
-    pixels: torch.Tensor
-    pictures: torch.Tensor
-    grid: tuple[int, int]
-    interpolate: bool
-
-
-Kind = Callable[[View], list[Column]]
 
 
 def make_view(
@@ -84,7 +67,7 @@ def make_view(
     return View(model, pixels.to(model.device), pictures, grid, interpolate_pos_encoding)
 
 
-def _denormalise(pixels: torch.Tensor, image_processor: BaseImageProcessor) -> torch.Tensor:
+def _denormalise(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
     """Pictures (B, 3, height, width) in [0, 1] from what an image processor made of them."""
     if getattr(image_processor, "do_normalize", True):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
@@ -293,22 +276,121 @@ def similarity_columns(
     return columns
 
 
-KINDS: dict[str, Callable[..., list[Column]]] = {
-    "kept": kept_columns,
-    "merge": merge_columns,
-    "trace": trace_columns,
-    "attention": attention_columns,
-    "rollout": rollout_columns,
-    "similarity": similarity_columns,
+# The options and the list of kinds
+
+
+def _read_heads(words: list[str]) -> str | list[int]:
+    if words in (["mean"], ["all"]):
+        return words[0]
+    try:
+        return [int(word) for word in words]
+    except ValueError as error:
+        raise ValueError(f"`--heads` must be mean, all or numbers of heads, got {' '.join(words)}.") from error
+
+
+def _read_range(text: str) -> tuple[int, int]:
+    """The type of `--ranges`."""
+    try:
+        start, stop = map(int, text.split(":"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be two numbers of layers such as 0:4, got {text}") from error
+    return start, stop
+
+
+def _layers_on_the_page(config: CLCAViTConfig) -> dict[str, list[int]]:
+    """The layers that reduce, and the last one."""
+    return {"layers": [layer for layer in config.aggregation_layers if layer < config.num_hidden_layers]}
+
+
+_LAYERS = Option("counted from 0", type=int, nargs="+", metavar="LAYER")
+
+KINDS: dict[str, Kind] = {
+    "kept": Kind(
+        title="Kept patches",
+        help="patches that each stage keeps",
+        caption="What each stage left. A patch is as bright as its share in the token that holds most of it: full where it "
+        "still has a token of its own, dark where it was dropped or fused with many.",
+        function=kept_columns,
+        needs=(STAGES,),
+        page=Page("Bright: the patch still has a token of its own. Dark: dropped, or fused with many others."),
+    ),
+    "merge": Kind(
+        title="Groups of patches",
+        help="groups of patches that share a token",
+        caption="Which patches share a token after each stage: each group has the mean colour of its pixels, white lines run "
+        "between groups.",
+        function=merge_columns,
+        options={"colours": Option("a group's mean colour, or distinct ones", "mean", choices=list(COLOURINGS))},
+        needs=(STAGES,),
+        page=Page("Patches that share a token have one colour, their mean. Dark: dropped."),
+    ),
+    "trace": Kind(
+        title="Trace of a token",
+        help="what one token is made of",
+        caption="What one token is made of, through all stages and the cache.",
+        function=trace_columns,
+        options={
+            "token": Option("index among the last tokens, CLS is 0", type=int, metavar="N"),
+            "patch": Option(
+                "the token with this patch, from 0", type=int, nargs=2, metavar=("ROW", "COLUMN"), convert=tuple
+            ),
+        },
+        needs=(STAGES,),
+        page=Page(
+            "What the token that holds this patch is made of, recalled rows included. Dark: not part of it.",
+            patch_heading="Token of the patch in row {row}, column {column}",
+        ),
+        example={"patch": (1, 2)},
+    ),
+    "attention": Kind(
+        title="Attention of CLS",
+        help="of CLS",
+        caption="What CLS attends to, the mean of the heads.",
+        function=attention_columns,
+        options={
+            "layers": _LAYERS._replace(default="all"),
+            "heads": Option("mean, all, or heads from 0", "mean", nargs="+", metavar="HEAD", convert=_read_heads),
+        },
+        needs=(CLS,),
+        page=Page(
+            "Average of the heads, in the layers that reduce and the last one. Bright: more attention.",
+            options=_layers_on_the_page,
+        ),
+    ),
+    "rollout": Kind(
+        title="Attention rollout",
+        help="attention through layers",
+        caption="Attention through several layers ([Abnar and Zuidema 2020](https://huggingface.co/papers/2005.00928)): heads "
+        "averaged, the residual connection added, rows scaled to sum to one, layers multiplied.",
+        function=rollout_columns,
+        options={
+            "ranges": Option(
+                "layers from 0, TO not among them",
+                "each encoder group, then all layers",
+                type=_read_range,
+                nargs="+",
+                metavar="FROM:TO",
+            )
+        },
+    ),
+    "similarity": Kind(
+        title="Similarity of features",
+        help="of features to CLS and to the mean",
+        caption="Cosine of each patch's feature with the mean of the tokens that hold patches, and with CLS.",
+        function=similarity_columns,
+        options={
+            "layers": _LAYERS._replace(default="after the final norm"),
+            "to": Option("to what", "both, without CLS the mean", nargs="+", choices=("mean", "cls")),
+        },
+    ),
 }
-NEED_STAGES = ("kept", "merge", "trace")  # kinds that have nothing to draw where nothing is reduced
 
 
 # Sheets
 
 
 def draw(
-    kind: Kind,
+    kind: Draw,
     model: CLCAViTForImageClassification,
     image_processor: BaseImageProcessor,
     images: Sequence[Image.Image],
@@ -319,7 +401,7 @@ def draw(
     """A sheet: one row per image, first what the model sees, then what `kind` makes of it.
 
     Args:
-        kind: one of `KINDS`; options of its own through `functools.partial`.
+        kind: one of `KINDS`, or its function; options of its own through `functools.partial`.
         model: any CLCA model.
         image_processor: the one that belongs to the model.
         images: pictures of any size.
@@ -348,7 +430,7 @@ def kept_patches_image(
 
 
 def comparison(
-    kind: Kind,
+    kind: Draw,
     models: Iterable[tuple[CLCAViTForImageClassification, BaseImageProcessor]],
     columns: Sequence[str],
     images: Sequence[Image.Image],
@@ -361,7 +443,7 @@ def comparison(
     the last stage, the last layer, or all layers of a rollout.
 
     Args:
-        kind: one of `KINDS`; options of its own through `functools.partial`.
+        kind: one of `KINDS`, or its function; options of its own through `functools.partial`.
         models: models with their image processors, row by row. They may be made one after the other: none is kept.
         columns: names of the columns, such as keep rates.
         images: pictures of any size; each has all `rows` below each other.
@@ -392,7 +474,7 @@ def comparison(
 
 
 def _look(
-    kind: Kind,
+    kind: Draw,
     model: CLCAViTForImageClassification,
     image_processor: BaseImageProcessor,
     images: Sequence[Image.Image],

@@ -283,6 +283,7 @@ class UltraFGVC(datasets.GeneratorBasedBuilder):
     """
 
     BUILDER_CONFIG_CLASS = UltraFGVCConfig
+    config: UltraFGVCConfig
     BUILDER_CONFIGS = [UltraFGVCConfig(name=name, version="1.0.0") for name in SETS]
 
     def __init__(self, *args: Any, data_dir: str | os.PathLike | None = None, **kwargs: Any) -> None:

@@ -1,0 +1,36 @@
+"""The limits of the web page are in one place, and docs/app.md names those that visitors meet."""
+
+import re
+from pathlib import Path
+
+from ufgir.app import limits
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_limit_has_its_reason():
+    source = Path(limits.__file__).read_text(encoding="utf-8")
+    lines = [
+        line for line in source.splitlines() if re.match(r"[A-Z_]+ = ", line) and not line.startswith("TOO_LARGE")
+    ]
+    assert len(lines) > 20 and all("  # " in line for line in lines)
+
+
+def test_the_guide_names_the_limits():
+    text = " ".join((ROOT / "docs" / "app.md").read_text(encoding="utf-8").split())
+    for words in (
+        f"at most {limits.MOST_PARAMETERS // 10**6} million parameters",
+        f"Uploads may have {limits.MAX_UPLOAD.removesuffix('mb')} MB",
+        f"at most {limits.LONGEST_SIDE} pixels long",
+        f"more than {limits.MOST_PIXELS // 10**6} million pixels are refused",
+    ):
+        assert words in text
+
+
+def test_no_limit_is_anywhere_else():
+    """Numbers that were limits once: caches, queues, sizes."""
+    for name in ("page", "viewer", "html"):
+        source = (ROOT / "ufgir" / "app" / f"{name}.py").read_text(encoding="utf-8")
+        assert re.findall(r"^_?[A-Z_]+(?:, _?[A-Z_]+)* = [(\d].*", source, re.MULTILINE) == []
+        assert re.findall(r"(?:lru_cache\(|max_size=|max_file_size=|capacity=)[\d\"].*", source) == []

@@ -1,0 +1,55 @@
+"""Models whose shortcuts are looked at, and what runs in them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clca import (
+    CLCAViTForImageClassification,
+    linear_clca,
+)
+from tests.helpers import METHODS, tiny_model
+
+
+CACHE = {"cross_layer_cache": True, "num_clr_tokens": 1, "num_register_tokens": 1}
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
+    """A model with biases that are not zero, as a trained one has them."""
+    model = tiny_model(**options | ({"reduction": method, "keep_rate": 0.5} if method else {}))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+# Linear layers by oneDNN.
+
+
+def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what oneDNN is called with, also by tiny layers."""
+    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", 0)
+    seen: list[tuple[int, ...]] = []
+    original = linear_clca._onednn_linear
+
+    def watched(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(tuple(rows.shape))
+        return original(rows, *args)
+
+    monkeypatch.setattr(linear_clca, "_onednn_linear", watched)
+    return seen
+
+
+def rows_seen(module: nn.Module, call: Callable[[], Any]) -> list[int]:
+    """Rows (B, rows, D) that a module is called with."""
+    seen: list[int] = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    call()
+    hook.remove()
+    return seen

@@ -1,0 +1,111 @@
+"""Assignments: which rows made which."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from clca import TokenReduction
+from clca.reduction_base import ScoredPruning, gather_rows
+from tests.helpers import CASES, Case, images, table, tiny_model
+
+
+reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.method is not None), ids=str)
+# Methods whose new rows are not sums of the rows that come in.
+TRANSFORMS_ITS_ROWS = {
+    "patchmerger": "sums of normalised rows",
+    "sinkhorn": "sums of rows of unit length",
+    "tofu": "sums of rows, made as long as the longest of them",
+}
+
+
+# Assignments.
+
+
+def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Record (rows in, rows out, assignment) of a stage, wherever in the layer it acts."""
+    seen = []
+
+    def watch_hook(name: str) -> None:
+        original: Callable[..., Any] = getattr(reduction, name)
+
+        def watched(first: Any, state: Any, *rest: Any) -> Any:
+            result, new_state = original(first, state, *rest)
+            if "assignment" in new_state.report and "assignment" not in state.report:
+                if name == "choose_rows":  # the attention context, and indices
+                    rows_in = first.hidden_states
+                    rows_out = rows_in if result is None else gather_rows(rows_in, result)
+                else:
+                    rows_in, rows_out = first, result
+                seen.append((rows_in, rows_out, new_state.report["assignment"]))
+            return result, new_state
+
+        setattr(reduction, name, watched)
+
+    for name in ("before_layer", "choose_rows", "before_mlp"):
+        watch_hook(name)
+    return seen
+
+
+@reducing_case
+def test_assignments_say_which_rows_made_which(case: Case) -> None:
+    """One (B, M, N) per stage, not negative; times the rows that came in it is the rows that went out."""
+    model = case.model()
+    stages = [layer.reduction for layer in model.vit.layers if layer.reduction is not None]
+    records = [watch(stage) for stage in stages]
+    with torch.no_grad():
+        output = model(images(), output_assignments=True, output_hidden_states=True)
+    layers = case.reduction.layers(model.config)
+    assert len(output.assignments) == len(layers) == len(stages)
+    for layer, assignment, record in zip(layers, output.assignments, records, strict=True):
+        shape = (3, output.hidden_states[layer + 1].shape[1], output.token_counts[layer])
+        assert assignment.shape == shape, f"layer {layer}"
+        assert assignment.min() >= 0
+        assert assignment.sum(dim=-1).max() <= 1 + 1e-9
+        if model.config.use_class_token:
+            assert (assignment[:, 0] == torch.eye(shape[2])[0]).all()  # CLS is itself
+        ((rows_in, rows_out, reported),) = record
+        assert torch.equal(reported, assignment)
+        if case.method not in TRANSFORMS_ITS_ROWS:
+            real = assignment.sum(dim=-1, keepdim=True) > 0  # rows of zeros: pads, rows no longer attended to
+            assert real.float().mean() > 0.2
+            assert ((assignment @ rows_in - rows_out) * real).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if issubclass(c.reduction, ScoredPruning)], ids=str)
+def test_pruning_assigns_one_hot_rows(case: Case) -> None:
+    """Kept rows are different rows as they were; a fused row holds the weights of all the others, less than one in sum."""
+    model = case.model()
+    with torch.no_grad():
+        output = model(images(), output_assignments=True)
+    for assignment in output.assignments:
+        kept = assignment[:, :-1] if case.reduction.fuse_rest else assignment
+        assert ((kept == 0) | (kept == 1)).all()
+        assert (kept.sum(dim=-1) == 1).all()
+        assert (kept.sum(dim=1) <= 1).all()
+        if case.reduction.fuse_rest:
+            fused = assignment[:, -1]
+            assert ((fused > 0) == (kept.sum(dim=1) == 0)).all()
+            assert (fused.sum(dim=-1) < 1).all()
+
+
+@pytest.mark.parametrize("method", ["topk", "evit"])
+def test_pruning_keeps_what_cls_attends_to(method: str) -> None:
+    """The kept rows, and the weights of the fused one, are those of the CLS row of the eager attention map."""
+    model = Case(method, "cache", "registers").model()
+    with torch.no_grad():
+        output = model(images(), output_assignments=True, output_attentions=True)
+    for layer, assignment in zip([1, 2], output.assignments, strict=True):
+        row = output.attentions[layer][:, :, 0, 1:].mean(dim=1)  # (B, N - 1)
+        keep = -(-row.shape[1] // 2)
+        best = row.topk(keep, dim=1).indices
+        assert torch.equal(assignment[:, 1 : keep + 1].argmax(dim=-1), best + 1)
+        if method == "evit":
+            assert (assignment[:, -1, 1:] - row.scatter(1, best, 0.0)).abs().max() <= 1e-9
+
+
+def test_assignments_only_on_request() -> None:
+    model = tiny_model(reduction="evit", keep_rate=0.5)
+    assert model(images()).assignments is None
+    assert tiny_model()(images(), output_assignments=True).assignments == ()

@@ -1,0 +1,15 @@
+"""Fixtures of several files of tests/training."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.resuming import train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A training that was never stopped, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, save_total_limit=None)
+    return folder

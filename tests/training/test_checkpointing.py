@@ -1,0 +1,315 @@
+"""Which checkpoints count: complete ones, whatever is damaged, killed or removed beside them."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import (
+    TrainerState,
+    TrainingArguments,
+    modeling_utils,
+)
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+from tests.helpers import TINY
+from tests.training.resuming import (
+    assert_same,
+    averaging,
+    die,
+    killed,
+    make_trainer,
+    train,
+    weights,
+)
+from ufgir.training import checkpointing, ema
+from ufgir.training.checkpointing import (
+    FILE_LIST,
+    INCOMPLETE,
+    check_fits,
+    checkpoint_folders,
+    find_checkpoint,
+    last_complete_checkpoint,
+    remove_checkpoints,
+    rotate_checkpoints,
+    what_is_missing,
+)
+from ufgir.training.trainer import UFGIRTrainer
+
+
+# Killed while a checkpoint is written
+
+
+def half(write: Callable) -> Callable:
+    """Write a file, cut it in half and die."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        path = next(a for a in args if isinstance(a, str | os.PathLike))
+        os.truncate(path, Path(path).stat().st_size // 2)
+        die()
+
+    return wrapped
+
+
+def instead(function: Callable) -> Callable:
+    return die
+
+
+def after(function: Callable) -> Callable:
+    """Do it and die."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        function(*args, **kwargs)
+        die()
+
+    return wrapped
+
+
+def half_deleted(rotate: Callable) -> Callable:
+    """Die while the old checkpoint is being deleted."""
+
+    def wrapped(folder: Path, limit: int, best: str | None) -> None:
+        assert limit == 1
+        for file in sorted((folder / "checkpoint-3").iterdir())[::2]:
+            file.unlink()
+        die()
+
+    return wrapped
+
+
+# Where a training is killed, in which call of a function, and what that has done. There are four checkpoints; the second, of
+# step 6, is cut off, if it is not said otherwise.
+CUTS: dict[str, tuple[Any, str, int, Callable, str]] = {
+    "weights": (modeling_utils, "safe_save_file", 2, half, "checkpoint-3"),
+    "weights of the first": (modeling_utils, "safe_save_file", 1, half, ""),
+    "average": (ema, "save_file", 2, half, "checkpoint-3"),
+    "optimizer": (torch, "save", 6, half, "checkpoint-3"),
+    "random state": (torch, "save", 8, half, "checkpoint-3"),
+    "trainer's state": (TrainerState, "save_to_json", 3, half, "checkpoint-3"),
+    "list of files": (checkpointing, "_to_disk", 40, instead, "checkpoint-3"),
+    "before it has its name": (os, "replace", 2, instead, "checkpoint-3"),
+    "when it has its name": (os, "replace", 2, after, "checkpoint-6"),
+    "before the old one goes": (checkpointing, "rotate_checkpoints", 2, instead, "checkpoint-6"),
+    "while the old one goes": (checkpointing, "rotate_checkpoints", 2, half_deleted, "checkpoint-6"),
+    "the model at the end": (modeling_utils, "safe_save_file", 6, half, "checkpoint-12"),  # after the average's
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_killed_while_a_checkpoint_is_written(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cut: str
+) -> None:
+    """What is left under the name of a checkpoint is whole, the training goes on from it, and what is left besides is cleared
+    away."""
+    owner, name, number, fatal, last = CUTS[cut]
+    function, calls = getattr(owner, name), iter(range(1, 10**6))
+
+    def fatal_in_time(*args: Any, **kwargs: Any) -> Any:
+        return (fatal(function) if next(calls) == number else function)(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fatal_in_time)
+        killed(lambda: train(tmp_path, save_total_limit=1))
+    found = last_complete_checkpoint(tmp_path)
+    assert (found.name if found else "") == last
+    if cut not in ("while the old one goes", "when it has its name"):
+        assert not any(map(what_is_missing, checkpoint_folders(tmp_path)))
+    train(tmp_path, save_total_limit=1)
+    assert_same(weights(tmp_path), weights(whole))
+    assert [f.name for f in checkpoint_folders(tmp_path)] == ["checkpoint-12"]
+    assert not (tmp_path / INCOMPLETE).exists()
+
+
+def test_a_disk_that_is_full_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(UFGIRTrainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space"):
+        train(tmp_path)
+    assert checkpoint_folders(tmp_path) == []
+    monkeypatch.undo()
+    train(tmp_path, num_train_epochs=1)
+    assert not (tmp_path / INCOMPLETE).exists()
+
+
+# Which checkpoints count
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """Two checkpoints as a plain Trainer writes them."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        safetensors.torch.save_file({"a": torch.zeros(100)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+            torch.save({"a": torch.zeros(100)}, folder / name)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return tmp_path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def listed(folder: Path, damage: Callable[[Path], None]) -> Path:
+    """A checkpoint with a list of its files, of which one is then damaged."""
+    target = folder / "checkpoint-3"
+    shutil.copytree(folder / "checkpoint-2", folder / INCOMPLETE / target.name)
+    checkpointing.complete_checkpoint(folder / INCOMPLETE / target.name, target)
+    assert what_is_missing(target) is None
+    damage(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda f: cut(f / "model.safetensors"), "model.safetensors"),
+        (lambda f: cut(f / "optimizer.pt"), "optimizer.pt"),
+        (lambda f: (f / "rng_state.pth").write_bytes(b""), "rng_state.pth"),
+        (lambda f: (f / "optimizer.pt").unlink(), "optimizer"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors|weights"),
+        (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda f: (f / "trainer_state.json").write_text('{"global'), "trainer_state.json"),
+        (lambda f: shutil.rmtree(f) or f.mkdir(), "trainer_state.json is missing"),
+    ],
+)
+@pytest.mark.parametrize("with_list", [False, True])
+def test_damaged_checkpoints_are_passed_over(
+    plain: Path, caplog: pytest.LogCaptureFixture, damage: Callable, words: str, with_list: bool
+) -> None:
+    if with_list:
+        damaged, expected = listed(plain, damage), plain / "checkpoint-2"
+    else:
+        damaged, expected = plain / "checkpoint-2", plain / "checkpoint-1"
+        damage(damaged)
+    problem = what_is_missing(damaged)
+    assert problem is not None and any(word in problem for word in words.split("|")), problem
+    assert last_complete_checkpoint(plain) == expected
+    assert str(damaged) in caplog.text and problem in caplog.text
+    assert Path(find_checkpoint(arguments(plain, "true"))) == expected
+    with pytest.raises(ValueError, match=r"not complete|no checkpoint"):
+        find_checkpoint(arguments(plain, str(damaged)))
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "shard", "marked"])
+def test_damage_that_only_reading_shows(plain: Path, damage: str) -> None:
+    folder = plain / "checkpoint-2"
+    if damage == "flipped byte":
+        content = bytearray((folder / "optimizer.pt").read_bytes())
+        start = content.index(bytes(400))  # the numbers
+        content[start + 7] = 1
+        (folder / "optimizer.pt").write_bytes(content)
+    elif damage == "shard":
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    else:
+        (folder / "checkpoint-is-incomplete.txt").touch()
+    assert what_is_missing(folder) is not None
+
+
+def arguments(folder: Path, resume: str | None, overwrite: bool = False) -> TrainingArguments:
+    args = TrainingArguments(output_dir=str(folder), resume_from_checkpoint=resume, use_cpu=True)
+    args.overwrite_output_dir = overwrite
+    return args
+
+
+def test_where_a_training_begins(plain: Path, tmp_path_factory) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    one, two = map(str, checkpoint_folders(plain))
+    assert find_checkpoint(arguments(empty, None)) is None
+    assert find_checkpoint(arguments(plain, "false", overwrite=True)) is None
+    assert find_checkpoint(arguments(plain, "true")) == find_checkpoint(arguments(plain, two)) == two
+    assert find_checkpoint(arguments(plain, "auto")) == two and find_checkpoint(arguments(empty, "auto")) is None
+    assert find_checkpoint(arguments(empty, one)) == find_checkpoint(arguments(plain, one, overwrite=True)) == one
+    for folder, resume, words in (
+        (plain, None, "--resume_from_checkpoint true"),
+        (plain, one, "which is later"),
+        (empty, "true", "there is no checkpoint"),
+        (empty, str(empty), "there is no checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find_checkpoint(arguments(folder, resume))
+    for folder in checkpoint_folders(plain):
+        cut(folder / "optimizer.pt")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find_checkpoint(arguments(plain, "true"))
+    assert find_checkpoint(arguments(plain, "auto")) is None
+
+
+def test_old_checkpoints_go_when_the_new_one_is_complete(plain: Path) -> None:
+    for step in (5, 10, 20):
+        shutil.copytree(plain / "checkpoint-2", plain / f"checkpoint-{step}")
+    shutil.copytree(plain / "checkpoint-2", plain / "checkpoint-2-mine")
+    cut(plain / "checkpoint-20" / "model.safetensors")
+
+    def left() -> list[str]:
+        return sorted(f.name for f in plain.iterdir())
+
+    rotate_checkpoints(plain, None, None)
+    assert left() == ["checkpoint-1", "checkpoint-10", "checkpoint-2", "checkpoint-2-mine", "checkpoint-5"]
+    rotate_checkpoints(plain, 3, plain / "checkpoint-1")
+    assert left() == ["checkpoint-1", "checkpoint-10", "checkpoint-2-mine", "checkpoint-5"]
+    rotate_checkpoints(plain, 1, plain / "checkpoint-1")
+    assert left() == ["checkpoint-1", "checkpoint-10", "checkpoint-2-mine"]
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    ):  # `save_only_model`: nothing to go on from, but whole
+        (plain / "checkpoint-10" / name).unlink()
+    rotate_checkpoints(plain, 1, None)
+    assert left() == ["checkpoint-10", "checkpoint-2-mine"]
+
+
+def test_remove_checkpoints(plain: Path) -> None:
+    (plain / INCOMPLETE / "checkpoint-9").mkdir(parents=True)
+    (plain / "checkpoint-x").mkdir()
+    remove_checkpoints(plain, after=plain / "checkpoint-1")
+    assert sorted(f.name for f in plain.iterdir()) == ["checkpoint-1", "checkpoint-x"]
+    remove_checkpoints(plain)
+    assert [f.name for f in plain.iterdir()] == ["checkpoint-x"]
+
+
+def test_a_list_names_every_file(whole: Path) -> None:
+    for folder in checkpoint_folders(whole):
+        sizes = json.loads((folder / FILE_LIST).read_text())["files"]
+        assert sizes == {f.name: f.stat().st_size for f in folder.iterdir() if f.name != FILE_LIST}
+        assert {"model.safetensors", "ema.safetensors", "optimizer.pt", "trainer_state.json"} <= set(sizes)
+
+
+def test_another_batch_is_told(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where in the epoch it was, counted in steps, is now somewhere else."""
+    trainer = make_trainer(tmp_path, (averaging(),), per_device_train_batch_size=2, max_steps=7)
+    trainer.train(resume_from_checkpoint=str(whole / "checkpoint-6"))
+    assert "written with images_per_step 4, it is 2 now" in caplog.text and "processes" not in caplog.text
+
+
+def test_another_models_checkpoint_is_refused(whole: Path, tmp_path: Path) -> None:
+    """Trainer would warn, and train a head that was drawn at random."""
+    other = make_trainer(tmp_path, model={"head": "linear"})
+    with pytest.raises(ValueError, match=r"another model, \d+ weights differ, e.g. classifier"):
+        other.train(resume_from_checkpoint=str(whole / "checkpoint-3"))
+    with pytest.raises(ValueError, match=r"with shape .* there and .* here"):
+        check_fits(whole / "checkpoint-3", CLCAViTForImageClassification(CLCAViTConfig(**TINY | {"hidden_size": 8})))
+    assert not list(tmp_path.iterdir())
+
+
+def test_uploads_see_complete_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer._push_from_checkpoint", lambda trainer, folder: pushed.append(folder))
+    trainer = make_trainer(tmp_path, num_train_epochs=2, save_total_limit=None)
+    monkeypatch.setattr(trainer.args, "push_to_hub", True)
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
+    trainer.train()
+    assert pushed == [str(tmp_path / f"checkpoint-{step}") for step in (3, 6, 8)]
+    assert not any(map(what_is_missing, pushed))

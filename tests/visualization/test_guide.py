@@ -1,0 +1,31 @@
+"""The guides to a picture and to a head of one's own: their code runs, and leaves nothing behind."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clca.heads_clca import HEADS
+from ufgir.visualization.kinds import KINDS
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("guide", "table", "name", "count"),
+    [("adding-a-picture.md", KINDS, "norms", 2), ("adding-a-head.md", HEADS, "max", 1)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_code_of_the_guide(guide, table, name, count):
+    before = dict(table)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / guide).read_text(encoding="utf-8"), re.M | re.S)
+    assert len(blocks) == count
+    table.pop(name, None)
+    try:
+        others = set(table)
+        exec("\n".join(blocks), {})
+        assert set(table) - others == {name}
+    finally:
+        table.clear()
+        table.update(before)

@@ -1,0 +1,75 @@
+"""The options of a model: name, type, default and help of each, read from the fields of `CLCAViTConfig` and its docstring.
+
+A field that the docstring documents is an option of `run_ufgir.py` (`ufgir.training.arguments.ModelArguments`), and the commands of
+`ufgir` take theirs from here, too (`ufgir.cli.common`). So a new field of the configuration is an option once it is documented.
+"""
+
+import inspect
+import re
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, NamedTuple
+
+from clca import REDUCTIONS, CLCAViTConfig
+from clca.heads_clca import HEADS
+
+
+# Fields that the code sets, and none that a model is trained with.
+NOT_OPTIONS = ("vqt_original_slicing", "num_selected_features", "clca_version")
+# Defaults of a new model that differ from those of `ViTConfig`, in words; see `ufgir.checkpoints.loading.new_config`.
+OF_NEW_MODELS = {"layer_norm_eps": "1e-6", "intermediate_size": "4 x hidden_size"}
+
+_TYPES = {kind.__name__: kind for kind in (bool, int, float, str, dict)}
+_TYPES |= {"list[int]": list[int], "list[float]": list[float]}
+# What the documentation calls a name of something -> the names.
+_NAMES = {"clca.REDUCTIONS": sorted(REDUCTIONS), "clca.heads_clca.HEADS": list(HEADS)}
+# `name (`type` or `type`, ...): text`, the text also on lines that are indented further
+_ENTRY = re.compile(r"^ {4}(\w+) \(([^)]*)\):(.*(?:\n {8}.*)*)", flags=re.MULTILINE)
+
+
+class ConfigOption(NamedTuple):
+    """An option of the model.
+
+    Attributes:
+        name: of the field.
+        type: bool, int, float, str, list[int], list[float] or dict, which a command line takes as JSON.
+        default: of a new model, in words.
+        help: the first sentence of the documentation, and the default in brackets.
+    """
+
+    name: str
+    type: Any
+    default: str
+    help: str
+
+
+@cache
+def config_options() -> dict[str, ConfigOption]:
+    """Name -> option, in the order of the docstring of `CLCAViTConfig`."""
+    declared = {field.name: field for field in fields(CLCAViTConfig)}
+    arguments = inspect.cleandoc(CLCAViTConfig.__doc__).partition("\nArgs")[2].partition("\n\n")[0]
+    options = {}
+    for name, types, text in _ENTRY.findall(arguments):
+        if name not in NOT_OPTIONS:
+            field = declared[name]
+            value = field.default if field.default_factory is MISSING else field.default_factory()
+            default = OF_NEW_MODELS.get(name) or _in_words(value)
+            kind = _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
+            options[name] = ConfigOption(name, kind, default, f"{_summary(text)} [{default}]")
+    return options
+
+
+def _summary(text: str) -> str:
+    """The first sentence, as the help of an option begins."""
+    sentence = re.split(r"\.\s+(?=[A-Z])", " ".join(text.replace("`", "").split()))[0].rstrip(".")
+    for place, names in _NAMES.items():
+        sentence = sentence.replace(f"a name of {place}", f"one of {', '.join(names)}")
+    plain_word = re.match(r"[A-Z][a-z]+\b", sentence)  # not LayerNorm, CLS
+    return sentence[0].lower() + sentence[1:] if plain_word else sentence
+
+
+def _in_words(value: Any) -> str:
+    """A default as an option would be given."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_in_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -1,0 +1,117 @@
+"""What a run of `run_ufgir.py` leaves for people and for `ufgir results`: model card, record, picture of kept patches, summary."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoints.model_card import write_model_card
+from ..data.catalog import FINE_GRAINED
+from ..data.load import SYNTHETIC_LEAVES
+from ..evaluation.prediction import read_predictions
+from ..profiling.macs import cost_in_words
+from ..training.arguments import Options
+from ..training.checkpoint_files import KEPT_PATCHES_FILE
+from ..training.checkpointing import remove_checkpoints, remove_results
+from ..training.setup import Run
+from ..transforms.images import to_rgb
+from ..visualization.kinds import kept_patches_image
+from ..visualization.sheet import save_picture
+from .records import prediction_files, remove_run_record, write_run_record
+from .tables import summary_table
+
+
+def remove_earlier(run: Run, options: Options) -> None:
+    """Before a training: remove the record of an earlier run in `output_dir`, and all it left with `overwrite_output_dir`."""
+    args = options.training
+    earlier = prediction_files(args.output_dir)
+    remove_run_record(args.output_dir)
+    if args.overwrite_output_dir:
+        remove_checkpoints(args.output_dir, after=run.checkpoint)
+        if run.checkpoint is None:
+            remove_results(args.output_dir, earlier)
+
+
+def describe_start(run: Run, options: Options) -> str:
+    """What is trained or evaluated on, and what the model costs, a line."""
+    sizes = ", ".join(f"{len(images)} {split}" for split, images in run.data.items())
+    cost = cost_in_words(run.macs, run.dense_macs)
+    return f"{options.data.dataset}: {len(run.class_names)} classes, {sizes} images; {cost}"
+
+
+def draw_kept_patches(run: Run, predictions: Path, num_pictures: int) -> Path:
+    """Draw which patches the model keeps of some test images, beside the file of their predictions.
+
+    Args:
+        run: with a model that reduces tokens.
+        predictions: of the test images.
+        num_pictures: images to draw, at equal distances among all.
+    """
+    count = len(run.images["test"])
+    chosen = np.linspace(0, count - 1, min(num_pictures, count)).astype(int).tolist()
+    rows = read_predictions(predictions, chosen)
+    titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
+    images = [to_rgb(run.data["test"][i]["image"]) for i in chosen]
+    picture = kept_patches_image(run.trainer.model, run.image_processor, images, titles)
+    return save_picture(picture, predictions.parent / KEPT_PATCHES_FILE)
+
+
+def write_card(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
+    """Write the model card, `README.md`.
+
+    Args:
+        run: with its metrics.
+        options: all of them.
+        settings: those that were given, without those that matter only here.
+    """
+    data, args = options.data, options.training
+    known = FINE_GRAINED.get(data.dataset)
+    on_hub = data.dataset != SYNTHETIC_LEAVES and not Path(data.dataset).exists()
+    write_model_card(
+        Path(args.output_dir),
+        config=run.config,
+        dataset_name=Path(data.dataset).name,
+        dataset_id=(known.hub_id if known else data.dataset) if on_hub else None,
+        dataset_config=data.dataset_config_name,
+        dataset_revision=data.dataset_revision,
+        revision=args.hub_revision,
+        class_names=run.class_names,
+        split_sizes={split: len(images) for split, images in run.images.items()},
+        metrics=run.metrics,
+        settings=settings,
+        macs=run.macs,
+        dense_macs=run.dense_macs,
+        num_parameters=run.trainer.model.num_parameters(),
+        model_id=getattr(run.trainer, "hub_model_id", None) or args.hub_model_id,
+        base_model=options.model.model_name_or_path,
+    )
+
+
+def write_record(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
+    """Write `run.json`, when all else is there: a run that has it is finished. Arguments as `write_card`."""
+    args = options.training
+    write_run_record(
+        args.output_dir,
+        settings=settings,
+        dataset=options.data.dataset,
+        split_sizes={split: len(images) for split, images in run.images.items()},
+        config=run.config,
+        metrics=run.metrics,
+        macs=run.macs,
+        dense_macs=run.dense_macs,
+        num_parameters=run.trainer.model.num_parameters(),
+        seed=args.seed,
+        train_seconds=next((row["seconds"] for row in run.rows if row["split"] == "train"), None),
+        images_per_second=run.images_per_second,
+        resumed_from=run.checkpoint,
+        data=run.evaluated,
+        pushed=False if args.push_to_hub else None,
+    )
+
+
+def describe_end(run: Run, options: Options, seconds: float) -> str:
+    """The table of metrics, the cost of the model, and where the results are."""
+    cost = f"{cost_in_words(run.macs, run.dense_macs)}, {run.trainer.model.num_parameters():,} parameters"
+    where = f"{seconds:.0f} seconds in all; see {Path(options.training.output_dir)}"
+    return f"Results\n{summary_table(run.rows)}\n{cost}\n{where}"

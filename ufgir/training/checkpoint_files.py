@@ -1,0 +1,56 @@
+"""What a training stores: the names of all files and folders, what each holds, who writes and who reads it.
+
+A checkpoint, the folder `checkpoint-<step>` in `output_dir`, is complete or does not exist (`ufgir.training.checkpointing`):
+
+| file | holds | written by | read by |
+| --- | --- | --- | --- |
+| `model.safetensors`, `config.json` | the weights and the configuration | `Trainer` | `Trainer`, `from_pretrained` |
+| `adapter_model.safetensors`, `adapter_config.json` | with `lora_rank`, in their place: adapter and new modules | peft | peft |
+| `preprocessor_config.json` | the image processor | `Trainer` | `AutoImageProcessor` |
+| `optimizer.pt`, `scheduler.pt`, `scaler.pt` | state of optimizer, learning rate schedule and fp16 scaler | `Trainer` | `Trainer` |
+| `rng_state*.pth` | random states, a file for each process | `Trainer` | `Trainer` |
+| `trainer_state.json` | step, log, best metric, state of early stopping | `checkpointing.CheckpointMixin` | `Trainer`, `checkpointing` |
+| `training_args.bin` | transformers' TrainingArguments | `Trainer` | nobody |
+| `ema.safetensors` (`EMA_FILE`) | averaged weights, number of updates | `ema.EMACallback` | `ema.EMACallback` |
+| `checkpoint_files.json` (`FILE_LIST`) | sizes of all files; options and checksum of the images | `checkpointing` | `checkpointing` |
+
+While a checkpoint is written it is in `output_dir/_incomplete` (`INCOMPLETE`). FSDP and DeepSpeed write other names for weights and
+optimizer (`PARTS`).
+
+Beside the checkpoints, `output_dir` holds the result of the run:
+
+| file or folder | holds | written by | read by |
+| --- | --- | --- | --- |
+| `model.safetensors`, `config.json`, `preprocessor_config.json`, code | the model: the best or last weights | `run_ufgir.train` | `from_pretrained`, all commands |
+| `ema/` (`EMA_FOLDER`) | the model with averaged weights | `ema.EMACallback` | `from_pretrained` |
+| `last/` (`LAST_FOLDER`) | the model with the last weights | `callbacks.LastModel` | `from_pretrained` |
+| `adapter/` (`ADAPTER_FOLDER`) | the LoRA adapter alone | `run_ufgir.train` | peft |
+| `trainer_state.json` | the log of the training | `run_ufgir.train` | `ufgir.runs.figures` |
+| `<split>_results.json`, `all_results.json` (`METRICS_FILES`) | metrics | `Trainer.save_metrics` | `ufgir.runs.tables` |
+| `gradients.csv`, `gradients.png` (`GRADIENTS_FILE`, `GRADIENTS_FIGURE`) | sizes of gradients | `gradients.GradientRecorder` | `ufgir.runs.figures` |
+| `predictions.csv` (`ufgir.utils.provenance.PREDICTIONS_FILE`) | predictions of the test images | `run_ufgir.predict` | `ufgir.evaluation` |
+| `kept_patches.png` (`KEPT_PATCHES_FILE`) | the patches that were kept of some test images | `run_ufgir.predict` | people |
+| `README.md` | the model card | `ufgir.checkpoints.model_card` | the Hub |
+| `run.json` (`ufgir.runs.records.RECORD`) | the record of the run, written last | `ufgir.runs.records` | `ufgir sweep`, `ufgir results` |
+"""
+
+# In a checkpoint
+EMA_FILE = "ema.safetensors"
+FILE_LIST = "checkpoint_files.json"
+# What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
+# FSDP's and DeepSpeed's.
+PARTS = {
+    "weights": ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*"),
+    "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "random state": ("rng_state*.pth",),
+}
+
+# In output_dir
+INCOMPLETE = "_incomplete"  # uploads to the Hub leave out names that begin with _
+EMA_FOLDER = "ema"
+LAST_FOLDER = "last"
+ADAPTER_FOLDER = "adapter"
+GRADIENTS_FILE = "gradients.csv"
+GRADIENTS_FIGURE = "gradients.png"
+KEPT_PATCHES_FILE = "kept_patches.png"
+METRICS_FILES = tuple(f"{name}_results.json" for name in ("all", "train", "validation", "test", "test_ema"))

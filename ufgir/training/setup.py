@@ -1,0 +1,360 @@
+"""What a run of `run_ufgir.py` is made of, a function for each: configuration, image processor, data, model and trainer."""
+
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import nn
+from transformers import ViTImageProcessorPil
+from transformers.trainer_utils import IntervalStrategy
+
+from clca import CLCAViTConfig, CLCAViTForImageClassification
+
+from ..checkpoints.config_options import config_options
+from ..checkpoints.loading import checkpoint_config, load_pretrained, new_config
+from ..data.labels import class_feature, is_multi_label, unify_labels
+from ..data.load import SYNTHETIC_LEAVES, load_ufgir_dataset
+from ..data.splits import random_subset
+from ..data.transformed import SetEpoch, TransformedImages
+from ..evaluation.metrics import compute_metrics, compute_multilabel_metrics
+from ..profiling.macs import dense_config, macs_in_advance
+from ..transforms.preprocessing import EvalTransform, make_image_processor
+from ..utils.metric_names import METRIC_NAMES
+from ..utils.options import called
+from ..utils.text import one_sentence
+from .arguments import ModelArguments, Options
+from .augmentation import prepare_augmentation
+from .callbacks import make_callbacks
+from .checkpointing import check_settings
+from .distillation import Distillation
+from .option_checks import (
+    choose_best_metric,
+    digest_of_images,
+    free_settings,
+    training_settings,
+)
+from .trainer import UFGIRTrainer
+
+
+logger = logging.getLogger("run_ufgir")  # of the script, which sets its level
+
+# what `load_ufgir_dataset` takes from the options by the same names, beside the CSV files
+SAME_NAMES = ("image_column", "label_column", "label_separator", "validation_fraction", "validation_split", "shots")
+# argument of `load_ufgir_dataset` -> option
+NAMES = {"name_or_path": "dataset", "config_name": "dataset_config_name", "revision": "dataset_revision"}
+
+
+@dataclass
+class Run:
+    """What training and evaluation need, and what they have measured so far."""
+
+    checkpoint: str | None  # to resume from
+    config: CLCAViTConfig
+    image_processor: ViTImageProcessorPil
+    data: dict[str, Dataset]  # split -> images as they are
+    images: dict[str, TransformedImages]  # split -> images as the model takes them
+    class_names: list[str]
+    trainer: UFGIRTrainer
+    macs: int | None  # multiply-adds of an image, None where they differ by image
+    dense_macs: int  # the same without reduction, cache and aggregation head
+    evaluated: dict[str, dict[str, Any] | None]  # on what the images that are evaluated depend, see `evaluated_data`
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    images_per_second: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
+
+    def keep_metrics(self, split: str, metrics: Mapping[str, float | None], seconds: float, images: int) -> None:
+        """Keep metrics by name, and how fast they were measured, for the table, the record and the card."""
+        self.metrics[split] = {name: metrics[name] for name in METRIC_NAMES if metrics.get(name) is not None}
+        self.images_per_second[split] = images / seconds
+        row = {"split": split, "images": len(self.images[split]), "seconds": seconds}
+        self.rows.append(row | self.metrics[split])
+
+
+def make_config(args: ModelArguments) -> CLCAViTConfig:
+    """The checkpoint's configuration, or a new one, with every option that was set; checked.
+
+    Raises:
+        ValueError: a value is out of range, or the checkpoint could not be loaded.
+    """
+    values = {name: value for name, value in vars(args).items() if value is not None and name in config_options()}
+    if "reduction_kwargs" in values:
+        try:
+            values["reduction_kwargs"] = dict(json.loads(args.reduction_kwargs))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`reduction_kwargs` must be a JSON object, got {args.reduction_kwargs}") from error
+    if values.get("reduction") == "none":
+        values["reduction"] = None
+    if args.model_name_or_path is None:
+        return new_config(values)
+    try:
+        return checkpoint_config(args.model_name_or_path, values, args.model_revision)
+    except OSError as error:  # transformers' words do not say which one it was looking for, nor what else would do
+        raise ValueError(
+            f"`model_name_or_path`: could not load {args.model_name_or_path} ({one_sentence(error).rstrip('.')}). To work "
+            "offline, pass a local folder"
+        ) from error
+
+
+def make_processor(options: Options, config: CLCAViTConfig) -> ViTImageProcessorPil:
+    """The image processor: the checkpoint's, or ImageNet's numbers, with the options that were set."""
+    model, data = options.model, options.data
+    numbers = (data.resize_size, data.image_mean, data.image_std)
+    source = {"checkpoint": model.model_name_or_path, "revision": model.model_revision}
+    return make_image_processor(config.image_size, *numbers, **source)
+
+
+def load_data(options: Options, synthetic_size: int, class_names: list[str] | None) -> dict[str, Any]:
+    """split -> images: the splits and the numbers of images that were asked for.
+
+    Args:
+        options: all of them.
+        synthetic_size: side of drawn leaves, pixels, if no option says it.
+        class_names: the classes of the model, None for those of the data.
+
+    Raises:
+        ValueError: the data cannot be used, or a split is missing.
+    """
+    args, values = options.data, vars(options.data)
+    with called(NAMES):
+        data = dict(load_ufgir_dataset(args.dataset, **_loader_arguments(options, synthetic_size, class_names)))
+    _check_classes(data, args.dataset)
+    if args.train_on_trainval and {"train", "validation"} <= set(data):
+        data["train"] = concatenate_datasets([data["train"], data.pop("validation")])
+    _check_splits(data, options)
+    limits = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+    seed = options.training.seed
+    data = {split: random_subset(data[split], values[limits[split]], seed, limits[split]) for split in data}
+    _check_batch(data, options)
+    return data
+
+
+def _loader_arguments(options: Options, synthetic_size: int, class_names: list[str] | None) -> dict[str, Any]:
+    """The arguments of `load_ufgir_dataset`."""
+    args, values = options.data, vars(options.data)
+    arguments = {name: value for name, value in values.items() if name.startswith("csv_") or name in SAME_NAMES}
+    arguments |= {"config_name": args.dataset_config_name, "revision": args.dataset_revision}
+    if args.dataset == SYNTHETIC_LEAVES:
+        prefix = "synthetic_"
+        arguments |= {name.removeprefix(prefix): v for name, v in values.items() if name.startswith(prefix)}
+        arguments["image_size"] = arguments["image_size"] or synthetic_size
+    return arguments | {
+        "class_names": class_names,
+        "split_seed": options.training.seed,
+        "verify": args.verify_images,
+    }
+
+
+def _check_classes(data: Mapping[str, Any], source: str) -> None:
+    label = next(iter(data.values())).features["label"]
+    if class_feature(label).num_classes == 1 and not is_multi_label(label):
+        name = class_feature(label).names[0]
+        raise ValueError(f"`dataset` {source} has only one class ({name}); classification needs at least two")
+
+
+def _check_splits(data: Mapping[str, Any], options: Options) -> None:
+    args = options.training
+    evaluates = args.do_eval and not args.do_train
+    for split, wanted in (("train", args.do_train), ("validation", evaluates), ("test", args.do_predict)):
+        if wanted and split not in data:
+            raise ValueError(f"`dataset` {options.data.dataset} has no {split} images")
+
+
+def _check_batch(data: Mapping[str, Any], options: Options) -> None:
+    args = options.training
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.do_train and args.dataloader_drop_last and len(data["train"]) < batch:
+        raise ValueError(
+            f"a training batch of {batch} images needs as many images, there are {len(data['train'])}: lower "
+            "`per_device_train_batch_size`, or set `dataloader_drop_last` false"
+        )
+
+
+def match_classes(data: dict[str, Any], known: list[str], options: Options) -> tuple[dict[str, Any], bool]:
+    """The training images with the classes of the checkpoint that is trained on, in its order where both have the same ones; and
+    whether its head is for as many other classes. Of a head whose classes have no names it is not known: it is kept, with a
+    warning.
+
+    Raises:
+        ValueError: the head is to be kept, but is of other classes.
+    """
+    source, checkpoint = options.data.dataset, options.model.model_name_or_path
+    names = class_feature(next(iter(data.values())).features["label"]).names
+    if sorted(names) == sorted(known):
+        return (data if names == known else unify_labels(data, source, class_names=known)), False
+    if len(names) == len(known) and known == [f"LABEL_{index}" for index in range(len(known))]:
+        told = (checkpoint, source, names[0], names[-1])
+        logger.warning("%s does not name its classes: its head is taken for those of %s, from %s to %s", *told)
+        return data, False
+    optimization = options.optimization
+    if "head" in optimization.freeze and "head" not in optimization.unfreeze:
+        theirs, ours = (f"{', '.join(some[:3])}{', ...' * (len(some) > 3)}" for some in (known, names))
+        raise ValueError(
+            f"`freeze` head would keep the head of {checkpoint}, which has other classes ({theirs}) than `dataset` {source} "
+            f"({ours}): let it train"
+        )
+    return data, len(names) == len(known)
+
+
+def set_classes(config: CLCAViTConfig, data: Mapping[str, Any]) -> None:
+    """Store the classes of the data in the configuration, and whether images have several of them."""
+    label = next(iter(data.values())).features["label"]
+    names = class_feature(label).names
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "multi_label_classification" if is_multi_label(label) else "single_label_classification"
+
+
+def class_names_of(config: CLCAViTConfig) -> list[str]:
+    """The classes of a model by index."""
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
+def _is_multi_label(config: CLCAViTConfig) -> bool:
+    return config.problem_type == "multi_label_classification"
+
+
+def make_distillation(
+    options: Options, config: CLCAViTConfig, image_processor: ViTImageProcessorPil, given: Collection[str]
+) -> Distillation | None:
+    """The teacher, if there is one to train with.
+
+    Args:
+        options: all of them.
+        config: of the student.
+        image_processor: of the student.
+        given: names of the options that were given. If `distill_tokens` is one, the teacher must have tokens.
+    """
+    if options.distillation.teacher is None or not options.training.do_train:
+        return None
+    insists = "distill_tokens" in given
+    return Distillation(options.distillation, config, image_processor, insists_on_tokens=insists)
+
+
+def make_model(options: Options, config: CLCAViTConfig, new_head: bool) -> nn.Module:
+    """The model, with the weights of the checkpoint if there is one and with an adapter if that is to be trained.
+
+    Args:
+        options: all of them.
+        config: of the model.
+        new_head: re-initialize the head.
+    """
+    args = options.model
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if args.model_name_or_path is None:
+        model = CLCAViTForImageClassification._from_config(config, **attention)
+    else:
+        model = load_pretrained(
+            args.model_name_or_path,
+            config,
+            args.model_revision,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            **attention,
+        )
+    if new_head:
+        told = (args.model_name_or_path, options.data.dataset)
+        logger.info("%s has other classes than %s: the head is re-initialized", *told)
+        fresh = CLCAViTForImageClassification._from_config(config)
+        model.classifier.load_state_dict(fresh.classifier.state_dict())
+    return options.adapter.adapt(model) if options.training.do_train else model
+
+
+def count_costs(config: CLCAViTConfig) -> tuple[int | None, int]:
+    """Multiply-adds of an image, None where they differ by image, and those of the dense model. No random number is drawn."""
+    with torch.random.fork_rng():
+        return macs_in_advance(config), macs_in_advance(dense_config(config))
+
+
+def make_images(
+    data: Mapping[str, Dataset], config: CLCAViTConfig, image_processor: ViTImageProcessorPil
+) -> dict[str, TransformedImages]:
+    """split -> images as the model takes them in evaluation."""
+    transform = EvalTransform(image_processor)
+    return {split: TransformedImages(data[split], transform, **_targets(config)) for split in data}
+
+
+def _targets(config: CLCAViTConfig) -> dict[str, int]:
+    """Of `TransformedImages`: labels of several classes become a vector."""
+    return {"num_labels": config.num_labels} if _is_multi_label(config) else {}
+
+
+def make_trainer(
+    options: Options,
+    model: nn.Module,
+    config: CLCAViTConfig,
+    image_processor: ViTImageProcessorPil,
+    images: dict[str, TransformedImages],
+    distillation: Distillation | None = None,
+    checkpoint: str | None = None,
+    given: Collection[str] = (),
+) -> UFGIRTrainer:
+    """The trainer, also of a run that only evaluates. In a training, `images["train"]` are augmented from here on.
+
+    Args:
+        options: all of them.
+        model: to train or evaluate.
+        config: of the model.
+        image_processor: is saved with it.
+        images: split -> images as in evaluation.
+        distillation: the teacher.
+        checkpoint: to resume from.
+        given: names of the options that were given.
+
+    Raises:
+        ValueError: the options do not fit the data or the checkpoint.
+    """
+    args = options.training
+    for_training: dict[str, Any] = {}
+    settings, digest = None, None
+    if args.do_train:
+        settings = training_settings(options, config, image_processor)
+        digest = digest_of_images(images["train"], class_names_of(config))
+        if checkpoint:
+            check_settings(checkpoint, settings, free_settings(options), digest)
+        collator = _augment(options, config, image_processor, images)
+        _choose_checkpoints(options, config, images, given)
+        callbacks = [SetEpoch(images["train"]), *make_callbacks(options.callbacks, args)]
+        for_training = {"data_collator": collator, "callbacks": callbacks, "optimization": options.optimization}
+    trainer = UFGIRTrainer(
+        model=options.distributed.prepare(model, args),
+        args=args,
+        train_dataset=images.get("train"),
+        eval_dataset=images.get("validation"),
+        processing_class=image_processor,
+        compute_metrics=compute_multilabel_metrics if _is_multi_label(config) else compute_metrics,
+        distillation=distillation,
+        **for_training,
+    )
+    trainer.settings, trainer.images_digest = settings, digest
+    return trainer
+
+
+def _augment(
+    options: Options,
+    config: CLCAViTConfig,
+    image_processor: ViTImageProcessorPil,
+    images: dict[str, TransformedImages],
+) -> Any:
+    """Augment the training images from here on; the collator for their batches."""
+    args, augmentation = options.training, options.augmentation
+    transform, collator = prepare_augmentation(augmentation, args, image_processor, config.num_labels)
+    copies = augmentation.repeated_augmentation
+    plain = images["train"].dataset
+    images["train"] = TransformedImages(plain, transform, seed=args.seed, copies=copies, **_targets(config))
+    return collator
+
+
+def _choose_checkpoints(
+    options: Options, config: CLCAViTConfig, images: Mapping[str, TransformedImages], given: Collection[str]
+) -> None:
+    """Settle how the best checkpoint is chosen: on validation images, never on test images."""
+    args = options.training
+    choose_best_metric(options, _is_multi_label(config), config.num_labels, given)
+    if "validation" not in images:
+        if args.save_strategy == "best":
+            raise ValueError("`save_strategy` best needs validation images: use epoch, steps or no")
+        logger.info("No validation images: the last weights are kept, not the best.")
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
