@@ -60,9 +60,8 @@ class ATCReduction(Merging):
         scipy = scipy_functions() if metric.device.type == "cpu" and not torch.compiler.is_compiling() else None
         if scipy is None:
             first = self.cluster(cosine_distance(metric), merged)
-        else:
-            distance = cosine_distance(metric.double())  # in which only distances of equal rows are equal
-            first = torch.cat([self.cluster_by_scipy(scipy, image, merged) for image in distance.split(1)])
+        else:  # in float64, in which only distances of equal rows are equal
+            first = torch.stack([self.cluster_by_scipy(scipy, image, merged) for image in metric.double()])
         number = (first == torch.arange(first.shape[1], device=first.device)).cumsum(dim=1)  # of a cluster, from 1
         return nn.functional.pad(number.gather(1, first), (1, 0))
 
@@ -91,25 +90,23 @@ class ATCReduction(Merging):
         return first
 
     def cluster_by_scipy(
-        self, scipy: tuple[Callable[..., Any], ...], distance: torch.Tensor, merged: int
+        self, scipy: tuple[Callable[..., Any], ...], metric: torch.Tensor, merged: int
     ) -> torch.Tensor:
-        """The same of one image (1, n, n), many times faster. scipy breaks ties in an order of its own, so images in which two
-        distances that matter are equal, or are no numbers, go the usual way."""
+        """The same (n,) of one image, many times faster, from its `metric` (n, d) of unit length. scipy breaks ties in an order
+        of its own, so images in which two distances that matter are equal, or are no numbers, go the usual way."""
         linkage, squareform = scipy
-        width = distance.shape[1]
-        upper = torch.from_numpy(squareform(distance[0].numpy(), checks=False))
-        if not upper.isfinite().all():
-            return self.cluster(distance, merged)
-        merges = torch.from_numpy(linkage(upper.numpy(), self.linkage)[:merged])  # (merged, 4), by rising distance
-        near = upper[upper <= merges[-1, 2]].sort().values
-        if not near.diff().all():
-            return self.cluster(distance, merged)
-        parent = torch.arange(width + merged)  # the i-th merge makes cluster n + i of two others
-        parent[merges[:, :2].long()] = parent[width:, None].clone()
-        for _ in range(merged.bit_length()):
-            parent = parent[parent]
-        root, row = parent[:width], torch.arange(width)
-        return torch.full_like(parent, width).scatter_reduce(0, root, row, "amin")[root].unsqueeze(0)
+        width = metric.shape[0]
+        upper = 1 - torch.from_numpy(squareform((metric @ metric.T).numpy(), checks=False))  # (n (n - 1) / 2,)
+        if metric.isfinite().all():
+            merges = torch.from_numpy(linkage(upper.numpy(), self.linkage)[:merged])  # (merged, 4), by rising distance
+            if upper[upper <= merges[-1, 2]].sort().values.diff().all():
+                parent = torch.arange(width + merged)  # the i-th merge makes cluster n + i of two others
+                parent[merges[:, :2].long()] = parent[width:, None].clone()
+                for _ in range(merged.bit_length()):
+                    parent = parent[parent]
+                root, row = parent[:width], torch.arange(width)
+                return torch.full_like(parent, width).scatter_reduce(0, root, row, "amin")[root]
+        return self.cluster(cosine_distance(metric.unsqueeze(0)), merged)[0]
 
 
 def cosine_distance(metric: torch.Tensor) -> torch.Tensor:

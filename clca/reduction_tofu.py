@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .attention_clca import AttentionContext, RowMap, TakenRows, at_least_float32
-from .reduction_base import Merging, TokenState, cosine_of_halves, match_halves, one_hot_assignment
+from .reduction_base import MergedRows, Merging, TokenState, cosine_of_halves, match_halves, one_hot_assignment
 
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ToFuReduction(Merging):
         if rows is None:
             return hidden_states, state
         means = rows(hidden_states)
-        if self.merges_early:
+        if not isinstance(rows, MergedRows):  # some as they are
             return means, state
         length, lengths = (at_least_float32(values).norm(dim=-1) for values in (means, hidden_states))
         longest = torch.zeros_like(length).scatter_reduce(1, rows.target, lengths, "amax")
