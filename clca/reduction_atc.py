@@ -1,11 +1,9 @@
 """ATC: merge tokens by agglomerative clustering (https://huggingface.co/papers/2409.11923).
 
-Its official code is MIT; the part of it for models that are not trained for it derives from ToMe's, which is CC-BY-NC 4.0.
-None is used here. Differs from it: a stage removes as many tokens as lie between two targets, where that part removes one
-less; registers, CLR and recalled rows may be merged as well; clusters are in the order of their first members.
+Its official code is MIT; its part for models trained without it derives from ToMe's (CC-BY-NC 4.0). None of it is used here.
+Differs from it: that part removes one token less than asked in models with CLS; registers, CLR and recalled rows may be merged.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,25 +17,20 @@ if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-_MOST_EXPORTED_PATCHES = 256  # each merge adds some 40 operators to a graph
-
-
 class ATCReduction(Merging):
     """Between attention and MLP, merge the two nearest clusters of rows, by the cosine distance of keys, until few enough are
     left. The keep rate is a share of the patches, cumulative; a stage removes what lies between two targets.
+    The new order is: row 0, clusters by their first rows.
 
     Args:
         linkage: distance of two clusters: the `average`, least (`single`) or greatest (`complete`) of those of their rows.
     """
 
     name = "atc"
+    most_exported_patches = 256  # each merge adds some 40 operators
 
     def __init__(
-        self,
-        config: "CLCAViTConfig",
-        stage: int,
-        *,
-        linkage: Literal["average", "single", "complete"] = "average",
+        self, config: "CLCAViTConfig", stage: int, *, linkage: Literal["average", "single", "complete"] = "average"
     ) -> None:
         super().__init__(config, stage)
         self.linkage = linkage
@@ -45,15 +38,6 @@ class ATCReduction(Merging):
     @classmethod
     def most_merged(cls, num_rows: int) -> int:
         return num_rows - 2  # row 0 and a cluster
-
-    @classmethod
-    def not_exported(cls, config: "CLCAViTConfig") -> str | None:
-        if config.num_patches <= _MOST_EXPORTED_PATCHES:
-            return None
-        return (
-            f"a graph holds every merge by itself, and of images of {config.num_patches} patches that is too many. At most "
-            f"{_MOST_EXPORTED_PATCHES} patches can be exported"
-        )
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
@@ -80,8 +64,7 @@ class ATCReduction(Merging):
                 joint = (rows * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
             else:
                 joint = rows.amin(dim=1) if self.linkage == "single" else rows.amax(dim=1)
-            # What has been joined to a cluster, and a cluster itself, is infinitely far from all.
-            joint = joint.scatter(1, pair, torch.inf)
+            joint = joint.scatter(1, pair, torch.inf)  # from itself, and from what has become a part of it
             rows = torch.stack([joint, torch.full_like(joint, torch.inf)], dim=1)
             distance.scatter_(1, pair.unsqueeze(2).expand(-1, -1, width), rows)
             distance.scatter_(2, pair.unsqueeze(1).expand(-1, width, -1), rows.transpose(1, 2))
@@ -89,11 +72,9 @@ class ATCReduction(Merging):
             first = torch.where(first == other, one, first)
         return first
 
-    def cluster_by_scipy(
-        self, scipy: tuple[Callable[..., Any], ...], metric: torch.Tensor, merged: int
-    ) -> torch.Tensor:
+    def cluster_by_scipy(self, scipy: Any, metric: torch.Tensor, merged: int) -> torch.Tensor:
         """The same (n,) of one image, many times faster, from its `metric` (n, d) of unit length. scipy breaks ties in an order
-        of its own, so images in which two distances that matter are equal, or are no numbers, go the usual way."""
+        of its own. Images in which two distances that matter are equal, or are NaN, take the exact path."""
         linkage, squareform = scipy
         width = metric.shape[0]
         upper = 1 - torch.from_numpy(squareform((metric @ metric.T).numpy(), checks=False))  # (n (n - 1) / 2,)
@@ -117,8 +98,8 @@ def cosine_distance(metric: torch.Tensor) -> torch.Tensor:
     return distance.masked_fill(torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device), torch.inf)
 
 
-def scipy_functions() -> tuple[Callable[..., Any], ...] | None:
-    """`linkage` and `squareform` of scipy; None where it is not installed."""
+def scipy_functions() -> Any:
+    """`linkage` and `squareform` of scipy. None where it is not installed."""
     try:
         from scipy.cluster.hierarchy import linkage
         from scipy.spatial.distance import squareform

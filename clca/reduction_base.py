@@ -163,6 +163,7 @@ class TokenReduction(nn.Module):
     distils: ClassVar[bool] = False  # its loss learns from a teacher, where there is one
     static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
+    most_exported_patches: ClassVar[int | None] = None  # graphs of larger images would hold too many operators
 
     # What follows from a subclass' definition, set when it is made.
     option_types: ClassVar[dict[str, Any]] = {}  # of the keyword-only arguments of `__init__`
@@ -242,11 +243,6 @@ class TokenReduction(nn.Module):
     @classmethod
     def fixed_rate(cls, config: "CLCAViTConfig") -> str | None:
         """Why the keep rate of a trained model cannot be changed; None if it can."""
-        return None
-
-    @classmethod
-    def not_exported(cls, config: "CLCAViTConfig") -> str | None:
-        """Why a model with static shapes cannot be exported; None if it can."""
         return None
 
     @classmethod
@@ -582,9 +578,7 @@ class Merging(TokenReduction):
     A token that stands for n patches draws n times the attention, in every layer: log n is added to its logits.
     """
 
-    from_patches: ClassVar[bool] = (
-        True  # the keep rate is a cumulative share of the patches; else of the current tokens
-    )
+    from_patches: ClassVar[bool] = True  # the keep rate is a cumulative share of those; else of the current tokens
 
     size_track = "size"  # under another name attention does not see the sizes; means are weighted all the same
 

@@ -23,7 +23,7 @@ class PiToMeReduction(Merging):
     the current tokens; rates below 0.5 merge half of them.
 
     Args:
-        margin: cosine from which on a row counts as similar, in a layer 0; it falls to 0 behind the last layer.
+        margin: cosine above which rows count as similar in layer 0. It falls linearly, and would be 0 after the last layer.
         matching: `protect`, only as many rows as are needed are matched, those with the highest energy; `ordered`, all rows
             are matched, and the most similar pairs merge; `auto`, `ordered` in the first half of the layers and `protect`
             after, as the official code has it for DeiT.

@@ -166,7 +166,7 @@ def export_model(
         tolerance: the largest difference of logits between file and model on random images at which the file is written.
 
     Raises:
-        ValueError: another ending, a folder, a method whose token counts depend on the image or that refuses images of this size, a
+        ValueError: another ending, a folder, a method whose token counts depend on the image or whose graph would be too large, a
             package that is missing, or a file whose logits differ.
     """
     path = Path(path)
@@ -181,9 +181,12 @@ def export_model(
             f"`reduction`={config.reduction!r} keeps another number of tokens of each image, which no exported graph can. "
             'Set `reduction_kwargs` to {"pad_to_bound": true}: it then pads to the most there can be.'
         )
-    reason = method.not_exported(config)
-    if reason is not None:
-        raise ValueError(f"`reduction`={config.reduction!r} cannot be exported: {reason}.")
+    most = method.most_exported_patches
+    if most is not None and config.num_patches > most:
+        raise ValueError(
+            f"`reduction`={config.reduction!r} is exported for images of at most {most} patches, and the model's have "
+            f"{config.num_patches}: the graph would hold too many operators. Use smaller images or another method."
+        )
     facts = {
         "reduction": config.reduction,
         "keep_rate": config.keep_rate,
