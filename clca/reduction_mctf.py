@@ -62,9 +62,7 @@ class MCTFReduction(Merging):
     def merge(self, context: AttentionContext, state: TokenState, merged: int) -> tuple[RowMap, TokenState]:
         size = self.size(context, state)
         received = at_least_float32(context.received_attention())
-        received = received.clamp(
-            min=torch.finfo(received.dtype).tiny
-        )  # also of whom nobody attends to there is a mean
+        received = received.clamp(min=torch.finfo(received.dtype).tiny)  # tokens that receive nothing have a mean, too
         target = self.match_by(self.scores(context.layer_input, received, size), merged)
         weights = received * size if self.pooling == "attention" else None
         return self.pool(target, size.shape[1] - merged, size, state, weights)
@@ -73,7 +71,7 @@ class MCTFReduction(Merging):
         """How well rows at even and at odd positions go together, (B, a, b), of `tokens` (B, N, D), the attention that they
         `received` (B, N) and their `size` (B, N)."""
         scores = cosine_of_halves(tokens)
-        # A power of zero, by 1 / tau, would not leave a criterion out.
+        # Rounding can make a cosine less than -1, whose root would be NaN.
         scores = ((scores + 1) / 2).clamp(min=0) ** (1 / self.tau_sim) if self.tau_sim else torch.ones_like(scores)
         for values, tau in ((received, self.tau_info), (size, self.tau_size)):
             if tau:
