@@ -60,6 +60,7 @@ class AttentionContext:
         state: what belongs to the tokens that the keys are of.
         output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
         keeps_output: whether `output` would be of use.
+        layer_input: the tokens as they enter the layer, before its norm, (B, N, D); `hidden_states` until the layer sets it.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class AttentionContext:
         self.state = state
         self.output: torch.Tensor | None = None
         self.keeps_output = False
+        self.layer_input = hidden_states
         self._query: torch.Tensor | None = None
         self._comparable_key: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()

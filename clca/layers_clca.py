@@ -341,7 +341,9 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
         # A probe of all tokens needs them before they are merged. (What is drawn per token, as dropout is, must be drawn
         # before, too.)
-        self.can_merge_early = self.reduction is not None and self.method.merges_early and not self.probe_reads_tokens
+        self.can_merge_early = (
+            self.reduction is not None and self.reduction.merges_early and not self.probe_reads_tokens
+        )
 
     def forward(
         self,
@@ -369,6 +371,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
         normed = self.layernorm_before(hidden_states)
         context = self.attention.make_context(normed, state, hidden_keys)
+        context.layer_input = hidden_states
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
         context.keeps_output = not output_attentions and fast_paths_enabled()
         row_map, state = self.map_rows(context, merge_early, only_first)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .budget_clca import Budget, check_rates
 from .cache_clca import recovery_layers, rows_per_entry
+from .reduction_atc import ATCReduction
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
 from .reduction_dmaws import DMAWSReduction
@@ -20,10 +21,13 @@ from .reduction_glsf import GLSFReduction
 from .reduction_heuristic import HeuristicReduction
 from .reduction_kmedoids import KMedoidsReduction
 from .reduction_maws import MAWSReduction
+from .reduction_mctf import MCTFReduction
 from .reduction_nfedar import NFEDARReduction
 from .reduction_patchmerger import PatchMergerReduction
+from .reduction_pitome import PiToMeReduction
 from .reduction_sinkhorn import SinkhornReduction
 from .reduction_sit import SiTReduction
+from .reduction_tofu import ToFuReduction
 from .reduction_tome import ToMeReduction
 from .reduction_topk import TopKReduction
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 
 REDUCTIONS: dict[str, type[TokenReduction]] = {
+    "atc": ATCReduction,
     "ats": ATSReduction,
     "dmaws": DMAWSReduction,
     "dpcknn": DPCKNNReduction,
@@ -43,10 +48,13 @@ REDUCTIONS: dict[str, type[TokenReduction]] = {
     "heuristic": HeuristicReduction,
     "kmedoids": KMedoidsReduction,
     "maws": MAWSReduction,
+    "mctf": MCTFReduction,
     "nfedar": NFEDARReduction,
     "patchmerger": PatchMergerReduction,
+    "pitome": PiToMeReduction,
     "sinkhorn": SinkhornReduction,
     "sit": SiTReduction,
+    "tofu": ToFuReduction,
     "tome": ToMeReduction,
     "topk": TopKReduction,
 }

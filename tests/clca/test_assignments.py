@@ -16,6 +16,7 @@ reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.meth
 TRANSFORMS_ITS_ROWS = {
     "patchmerger": "sums of normalised rows",
     "sinkhorn": "sums of rows of unit length",
+    "tofu": "sums of rows, made as long as the longest of them",
 }
 # The fused row is made with signed weights of any sum, which no shares can be.
 SHARES_ARE_NOT_WEIGHTS = {"glsf"}
