@@ -121,12 +121,13 @@ def test_every_option_of_the_script_is_there(site):
     assert "==SUPPRESS==" not in words and "%(default)s" not in words
 
 
-def test_links_to_the_repository():
+def test_links_to_the_repository(monkeypatch):
     """On GitHub they lead to files; on the site, to the reference or nowhere."""
     pages = {path: path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts}
     targets = [(page, target) for page, text in pages.items() for target in re.findall(r"\]\((\.\./[^)#\s]+)", text)]
     assert len(targets) > 20
     assert [target for page, target in targets if not (page.parent / target).exists()] == []
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
     assert extension("from_code").expanded("[a](../clca/layers_clca.py), [`b.py`](../tests/b.py), [c](c.md)") == (
         "{py:mod}`a <clca.layers_clca>`, `b.py`, [c](c.md)"
     )

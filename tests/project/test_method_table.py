@@ -39,7 +39,7 @@ def test_a_new_row_begins_with_what_the_class_says(table, monkeypatch):
         "keep the tokens CLS attends to most and fuse the others into one" in lines[3] and "2 + ⌈r(N−1)⌉" in lines[3]
     )
     assert "| The keep rate is a share of the current tokens |" in lines[5]
-    short = table.short_table(f'| head |\n| --- |\n| [`"evit"`](clca/old.py) | old | | |').splitlines()
+    short = table.short_table('| head |\n| --- |\n| [`"evit"`](clca/old.py) | old | | |').splitlines()
     assert [line.split("]")[0] for line in short[2:]] == ['| [`"evit"`', '| [`"ats"`', '| [`"topk"`']
 
 
