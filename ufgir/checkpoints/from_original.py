@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import listed_layers
 from clca.heads_clca import HEADS, heads_reading
 from clca.reduction_base import LearntSlots
 from clca.reductions_clca import get_reduction
@@ -421,7 +422,7 @@ def _read_stages(
         _agree(file, "equal_weight", _as_bool(options.get("equal_weight")), equal, "whether the weights lack a score")
         options["equal_weight"] = equal
     if overrides.get("reduction_layers") is not None:
-        options["reduction_loc"] = list(overrides["reduction_layers"])
+        options["reduction_loc"] = list(listed_layers(overrides["reduction_layers"], dims["depth"]))
     depth, probes = dims["depth"], file.method in heads_reading("probes")
     counts = _num_stages(file, dims)
     if file.method == "vit":
