@@ -19,6 +19,7 @@ NOT_OPTIONS = ("vqt_original_slicing", "num_selected_features", "clca_version")
 # Defaults of a new model that differ from those of `ViTConfig`, in words; see `ufgir.checkpoints.loading.new_config`.
 OF_NEW_MODELS = {"layer_norm_eps": "1e-6", "intermediate_size": "4 x hidden_size"}
 
+
 def layer(text: str) -> int | str:
     """The type of a value of `reduction_layers`: a number, or "all" in place of all numbers."""
     return text if text == "all" else int(text)
@@ -59,7 +60,11 @@ def config_options() -> dict[str, ConfigOption]:
             field = declared[name]
             value = field.default if field.default_factory is MISSING else field.default_factory()
             default = OF_NEW_MODELS.get(name) or _in_words(value)
-            kind = list[layer] if name == "reduction_layers" else _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
+            kind = (
+                list[layer]
+                if name == "reduction_layers"
+                else _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
+            )
             options[name] = ConfigOption(name, kind, default, f"{_summary(text)} [{default}]")
     return options
 

@@ -115,7 +115,9 @@ def keep_rate_for(config: CLCAViTConfig, target_gmacs: float) -> float:
         config.keep_rate = [keep_rate_for(config, target_gmacs=9.0)]
     """
     if config.reduction is None:
-        raise ValueError(f"`target_gmacs` {target_gmacs:g} needs a `reduction`: without one there is no keep rate to find.")
+        raise ValueError(
+            f"`target_gmacs` {target_gmacs:g} needs a `reduction`: without one there is no keep rate to find."
+        )
     search = _Search(bounded(at_rate(config, 1.0)), target_gmacs * GIGA)
     with torch.random.fork_rng(devices=[]):
         found = search.largest()
@@ -189,7 +191,9 @@ class _Search:
         width, inside = self.config.hidden_size, self.config.intermediate_size
         counts, layers = self.tokens(step), self.config.num_hidden_layers
         before, after = counts[:layers], counts[layers + 1 :]
-        return sum(4 * n * width**2 + 2 * n * n * width + 2 * m * width * inside for n, m in zip(before, after, strict=True))
+        return sum(
+            4 * n * width**2 + 2 * n * n * width + 2 * m * width * inside for n, m in zip(before, after, strict=True)
+        )
 
     def largest(self) -> int:
         """The step; 0 if there is none, or if even a keep rate of 1 costs less."""
