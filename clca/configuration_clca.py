@@ -349,8 +349,8 @@ def without_targets(reduction_kwargs: dict[str, Any] | None) -> dict[str, Any] |
 
 
 def listed_layers(layers: Any, num_hidden_layers: int) -> Any:
-    """`reduction_layers` as they are, or every layer where they are "all", alone or in a list as a command line gives it."""
-    return list(range(num_hidden_layers)) if layers in ("all", ["all"]) else layers
+    """`reduction_layers` as they are, or every layer where they are "all"."""
+    return list(range(num_hidden_layers)) if layers == "all" else layers
 
 
 def check_config(config: CLCAViTConfig) -> None:

@@ -36,7 +36,7 @@ from ..profiling.targets import changed, training_free_options
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
 from ..utils.text import align
-from .common import check_rates, config_values, load_image_processor, require
+from .common import FREE, check_rates, config_values, load_image_processor, require
 from .outputs import check_document, check_folder, told_first
 
 
@@ -61,7 +61,6 @@ PIPELINE: dict[str, tuple[Callable[[str], Any], Any, str]] = {
 }
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 INTERRUPTED = 130  # exit status, as shells have it
-FREE = "training-free"  # in place of methods: all that need no parameters of their own
 IMAGES = 500  # compared of `--images`
 BATCH = 16  # of these at once
 
@@ -375,7 +374,7 @@ def _free_cases(
             options = {"layers": tuple(layers[0]), "options": tuple(methods[method].items())}
             cases.append(Case(setting, method, "base", rate, **options))
     if not cases:
-        raise ValueError(notes[-1])
+        raise ValueError(f"no method is left to compare: {notes[-1]}")
     return cases, notes
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
-from ..checkpoints.config_options import config_options
+from ..checkpoints.config_options import config_options, fields_of
 from ..checkpoints.loading import checkpoint_config, load_pretrained, new_config
 from ..data.labels import class_feature, is_multi_label, unify_labels
 from ..data.load import SYNTHETIC_LEAVES, load_ufgir_dataset
@@ -81,7 +81,7 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
     Raises:
         ValueError: a value is out of range, options contradict each other, or the checkpoint could not be loaded.
     """
-    values = {name: value for name, value in vars(args).items() if value is not None and name in config_options()}
+    values = {name: value for name, value in fields_of(vars(args)).items() if name in config_options()}
     if "reduction_kwargs" in values:
         try:
             values["reduction_kwargs"] = dict(json.loads(args.reduction_kwargs))
