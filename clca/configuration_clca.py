@@ -284,7 +284,7 @@ class CLCAViTConfig(ViTConfig):
         if model_type not in (None, "", cls.model_type):
             raise ValueError(
                 f"`model_type` {model_type!r} is not that of a ViT, DeiT or CLCA ViT. If it is another kind of ViT, convert it "
-                "with `ufgir.from_transformers.load_transformers`."
+                "with `ufgir.checkpoints.load_transformers`."
             )
         config_dict = dict(config_dict)
         # What is overridden takes the place of what the file says about the same thing under another name.

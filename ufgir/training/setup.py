@@ -69,7 +69,7 @@ class Run:
 
     def keep_metrics(self, split: str, metrics: Mapping[str, float | None], seconds: float, images: int) -> None:
         """Keep metrics by name, and how fast they were measured, for the table, the record and the card."""
-        self.metrics[split] = {name: metrics[name] for name in METRIC_NAMES if metrics.get(name) is not None}
+        self.metrics[split] = {name: value for name in METRIC_NAMES if (value := metrics.get(name)) is not None}
         self.images_per_second[split] = images / seconds
         row = {"split": split, "images": len(self.images[split]), "seconds": seconds}
         self.rows.append(row | self.metrics[split])
@@ -122,7 +122,8 @@ def load_data(options: Options, synthetic_size: int, class_names: list[str] | No
     """
     args, values = options.data, vars(options.data)
     with called(NAMES):
-        data = dict(load_ufgir_dataset(args.dataset, **_loader_arguments(options, synthetic_size, class_names)))
+        splits = load_ufgir_dataset(args.dataset, **_loader_arguments(options, synthetic_size, class_names))
+    data: dict[str, Any] = {str(split): images for split, images in splits.items()}
     _check_classes(data, args.dataset)
     if args.train_on_trainval and {"train", "validation"} <= set(data):
         data["train"] = concatenate_datasets([data["train"], data.pop("validation")])
@@ -279,7 +280,9 @@ def make_model(options: Options, config: CLCAViTConfig, new_head: bool) -> nn.Mo
 def count_costs(config: CLCAViTConfig) -> tuple[int | None, int]:
     """Multiply-adds of an image, None where they differ by image, and those of the dense model. No random number is drawn."""
     with torch.random.fork_rng():
-        return macs_in_advance(config), macs_in_advance(dense_config(config))
+        macs, dense_macs = macs_in_advance(config), macs_in_advance(dense_config(config))
+    assert dense_macs is not None  # without a reduction all images cost the same
+    return macs, dense_macs
 
 
 def make_images(
