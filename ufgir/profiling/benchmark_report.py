@@ -293,19 +293,21 @@ def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> Non
 
 
 def _draw_agreement(axes: "Axes", title: str, results: Sequence[Result]) -> None:
-    """What is left of the dense model's answers over milliseconds of a batch. Models that reduce in the most layers are
-    hollow, if others do in fewer."""
+    """What is left of the dense model's answers over milliseconds of a batch, a mark with its name for each model. Those that
+    reduce in the most layers are hollow, if others do in fewer."""
     compared = [r for r in results if r.case and r.agreement]
     has_classes = all(r.agreement.top1 is not None for r in compared)
     stages = sorted({len(r.case.layers or ()) for r in compared})
     for r in compared:
-        count = len(r.case.layers or ())
-        look = method_style(r.case.method) | {"linestyle": "none", "label": r.case.method or "no reduction"}
-        if stages[1:]:
-            look |= {"label": f"{look['label']} in {count} layers"}
-            look |= {"markerfacecolor": "white"} if count == stages[-1] else {}
+        name, count = r.case.method or "no reduction", len(r.case.layers or ())
+        hollow = bool(stages[1:]) and count == stages[-1]
+        look = {"linestyle": "none", "color": "black" if hollow else "#0072b2"}
+        look |= {"marker": "o", "markersize": 4, "markerfacecolor": "white" if hollow else look["color"]}
         value = 100 * r.agreement.top1 if has_classes else r.agreement.cosine
-        axes.plot(1e3 * r.time.median, value, **look)
+        axes.plot(1e3 * r.time.median, value, **look | {"label": f"in {count} layers"})
+        axes.annotate(
+            name, (1e3 * r.time.median, value), xytext=(3, 3), textcoords="offset points", fontsize="xx-small"
+        )
     for dense in (r for r in results if r.case is None):
         axes.axvline(1e3 * dense.time.median, color="#808080", linewidth=1, label=dense.name)
     what = "images with the dense model's class, %" if has_classes else "cosine with the dense model's feature"
