@@ -219,7 +219,10 @@ class CLCAViTConfig(ViTConfig):
     ]
 
     reduction: str | None = None
-    reduction_layers: list[int] | tuple[int, ...] | str = field(default_factory=lambda: [3, 6, 9])
+    if TYPE_CHECKING:  # a list whenever it is read, and "all" as well where it is set
+        reduction_layers: Any = field(default_factory=lambda: [3, 6, 9])
+    else:
+        reduction_layers: list[int] | tuple[int, ...] | str = field(default_factory=lambda: [3, 6, 9])
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = field(default_factory=lambda: [1.0])
     keep_tokens: int | list[int] | tuple[int, ...] | None = None
     train_keep_rates: list[float | int] | tuple[float | int, ...] | None = None

@@ -173,8 +173,8 @@ class TestTrainingFree:
 
 
 class TestProfile:
-    OPTIONS = "--image-size 32 --patch-size 4 --hidden-size 16 --num-hidden-layers 4 --num-attention-heads 2".split()
-    OPTIONS += "--num-labels 3 --reduction-layers 1 2".split()
+    OPTIONS = ("--image-size", "32", "--patch-size", "4", "--hidden-size", "16", "--num-hidden-layers", "4")
+    OPTIONS += ("--num-attention-heads", "2", "--num-labels", "3", "--reduction-layers", "1", "2")
 
     def test_a_rate_by_cost(self, capsys):
         assert cli.main(["profile", *self.OPTIONS, "--reduction", "evit", "--target_gmacs", "0.0009"]) == 0

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
+from types import GenericAlias
 from typing import Any, NamedTuple
 
 from clca import REDUCTIONS, CLCAViTConfig
@@ -70,11 +71,9 @@ def config_options() -> dict[str, ConfigOption]:
             field = declared[name]
             value = field.default if field.default_factory is MISSING else field.default_factory()
             default = OF_NEW_MODELS.get(name) or _in_words(value)
-            kind = (
-                list[layer]
-                if name == "reduction_layers"
-                else _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
-            )
+            kind = _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
+            if name == "reduction_layers":
+                kind = GenericAlias(list, layer)  # whose argument reads a word of a command line
             options[name] = ConfigOption(name, kind, default, f"{_summary(text)} [{default}]")
     return options
 

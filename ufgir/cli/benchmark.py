@@ -392,8 +392,7 @@ def _pictures(args: argparse.Namespace, config: CLCAViTConfig) -> Pictures | Non
     def batches(size: int) -> Iterator[torch.Tensor]:
         transform = EvalTransform(processor)
         if transform.crop_size != size:
-            numbers = {"image_mean": processor.image_mean, "image_std": processor.image_std}
-            transform = EvalTransform(make_image_processor(size, **numbers))
+            transform = EvalTransform(make_image_processor(size, checkpoint=args.model))
         for start in range(0, len(images), BATCH):
             rows = range(start, min(start + BATCH, len(images)))
             yield torch.stack([transform(images[row]["image"]) for row in rows])

@@ -48,6 +48,7 @@ class Facts(NamedTuple):
         parameters: that the method brings.
         share: what the keep rate is a share of.
         same_for_all: whether every image keeps as many tokens, in words.
+        exports: whether a model becomes a file of ONNX or torch.export, in words.
         rate_later: whether a trained model can be used at another keep rate.
         keep_rate: in the network, of every stage.
         tokens: that the final norm sees, the most if they differ by image.
@@ -62,6 +63,7 @@ class Facts(NamedTuple):
     parameters: int
     share: str
     same_for_all: str
+    exports: str
     rate_later: bool
     keep_rate: float
     tokens: int
@@ -91,6 +93,8 @@ def facts_about(
     assert rate is not None
     config = bounded(at_rate(plain, rate))
     fixed = cls.fixed_rate(config) is not None
+    same_for_all = _with_options(static_options(small), "yes", "no")
+    most = cls.most_exported_patches
     with torch.random.fork_rng(devices=[]):
         macs, dense_macs = count_macs(on_meta(config)), count_macs(on_meta(dense))
     return Facts(
@@ -100,7 +104,8 @@ def facts_about(
         training=_with_options(training_free_options(small), "no", "yes"),
         parameters=own_parameters(config),
         share=share_of(small),
-        same_for_all=_with_options(static_options(small), "yes", "no"),
+        same_for_all=same_for_all,
+        exports=same_for_all if most is None else f"up to {most} patches",
         rate_later=not fixed,
         keep_rate=rate,
         tokens=token_schedule(config).before[-1],
@@ -172,7 +177,18 @@ def _kind(assignment: torch.Tensor) -> str:
     return "mixes all"
 
 
-HEAD = ["method", "tokens", "acts", "training", "parameters", "rate is of", "same counts", "rate later", "keep rate"]
+HEAD = [
+    "method",
+    "tokens",
+    "acts",
+    "training",
+    "parameters",
+    "rate is of",
+    "same counts",
+    "exports",
+    "rate later",
+    "keep rate",
+]
 HEAD += ["in the end", "GMACs", "of dense"]
 
 
@@ -190,6 +206,7 @@ def facts_table(facts: Sequence[Facts]) -> list[list[str]]:
                 f"{one.parameters:,}",
                 one.share,
                 one.same_for_all,
+                one.exports,
                 "yes" if one.rate_later else "no",
                 f"{one.keep_rate:g}",
                 f"{most}{one.tokens}",
