@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import listed_layers
 from clca.heads_clca import HEADS, heads_reading
 from clca.reduction_base import LearntSlots
 from clca.reductions_clca import get_reduction
@@ -433,7 +434,7 @@ def _read_stages(
         _agree(file, "equal_weight", _as_bool(options.get("equal_weight")), equal, "whether the weights lack a score")
         options["equal_weight"] = equal
     if overrides.get("reduction_layers") is not None:
-        options["reduction_loc"] = list(overrides["reduction_layers"])
+        options["reduction_loc"] = list(listed_layers(overrides["reduction_layers"], dims["depth"]))
     if file.method == "edar" and "dropped_token_fusion" not in options and overrides.get("reduction_kwargs") is None:
         # Inferred from the logged costs of the published runs; weights do not tell.
         logger.warning(
