@@ -177,6 +177,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
 @pytest.mark.parametrize("guide", ["beginning", pytest.param("training", marks=pytest.mark.slow)])
 def test_commands_run(guide: str, folder: Path) -> None:
     """All that are not listed, one after the other as a reader would."""
