@@ -59,15 +59,15 @@ class ATCReduction(Merging):
             one = distance.amin(dim=2).argmin(dim=1, keepdim=True)  # (B, 1)
             other = gather_rows(distance, one).argmin(dim=2)  # after `one`, since distances are symmetric
             pair = torch.cat([one, other], dim=1)
-            rows, counts = gather_rows(distance, pair), members.gather(1, pair)  # (B, 2, n), (B, 2)
+            index = pair.unsqueeze(2).expand(-1, -1, width)
+            rows, counts = distance.gather(1, index), members.gather(1, pair)  # (B, 2, n), (B, 2)
             if self.linkage == "average":
                 joint = (rows * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
             else:
                 joint = rows.amin(dim=1) if self.linkage == "single" else rows.amax(dim=1)
             joint = joint.scatter(1, pair, torch.inf)  # from itself, and from what has become a part of it
             rows = torch.stack([joint, torch.full_like(joint, torch.inf)], dim=1)
-            distance.scatter_(1, pair.unsqueeze(2).expand(-1, -1, width), rows)
-            distance.scatter_(2, pair.unsqueeze(1).expand(-1, width, -1), rows.transpose(1, 2))
+            distance.scatter_(1, index, rows).scatter_(2, index.transpose(1, 2), rows.transpose(1, 2))
             members = members.scatter(1, one, counts.sum(dim=1, keepdim=True))
             first = torch.where(first == other, one, first)
         return first

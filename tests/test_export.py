@@ -94,7 +94,7 @@ def test_a_wrong_file_is_not_written(tmp_path, monkeypatch):
     "method, changes, name, words",
     [
         ("ats", {"reduction_kwargs": None}, "model.onnx", '{"pad_to_bound": true}'),
-        ("atc", {"image_size": 136}, "model.onnx", "289 patches"),
+        ("atc", {"image_size": 136}, "model.onnx", "at most 256 patches, and the model's have 289"),
         (None, {}, "model.tflite", "must end in .onnx or .pt2"),
     ],
 )
