@@ -13,10 +13,10 @@ from clca.budget_clca import Budget
 from clca.configuration_clca import check_config
 from clca.heads_clca import SwitchableBatchNorm
 from clca.reductions_clca import get_reduction
+from clca.resample_clca import resample_weights
 
 from ..utils.options import Requirement, check_options
 from ..utils.text import one_sentence
-from .resample import resample_weights
 
 
 EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
@@ -117,7 +117,7 @@ def load_with_report(
     """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
 
     Where `config.image_size` or `config.patch_size` is not the checkpoint's, position embeddings and patch projection are
-    resampled, see `ufgir.checkpoints.resample`; a token that is new to the checkpoint starts as the model starts it. A CLA head that was
+    resampled, see `clca.resample_clca`; a token that is new to the checkpoint starts as the model starts it. A CLA head that was
     trained for several keep rates serves a `config` without `train_keep_rates` with its statistics at the rate of `config`.
 
     Args:

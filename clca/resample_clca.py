@@ -6,12 +6,16 @@ ones give on the patch itself.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from clca import CLCAViTConfig
-from clca.configuration_clca import as_pair
+from .budget_clca import as_pair
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
 
 
 def resample_position_embeddings(
@@ -80,7 +84,7 @@ def resample_patch_weights(weight: torch.Tensor, new_size: Sequence[int]) -> tor
 
 
 def resample_weights(
-    state_dict: Mapping[str, torch.Tensor], old: CLCAViTConfig, new: CLCAViTConfig
+    state_dict: Mapping[str, torch.Tensor], old: "CLCAViTConfig", new: "CLCAViTConfig"
 ) -> dict[str, torch.Tensor]:
     """Weights of a model made from `old`, under the names of `CLCAViTForImageClassification`, for one made from `new`:
     position embeddings and patch projection resampled where `image_size` or `patch_size` differ, the rest as it is.
