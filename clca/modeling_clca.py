@@ -6,12 +6,13 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width, L layers, K classes.
 """
 
+import contextlib
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Self, Unpack, cast
 
 import torch
 from torch import nn
@@ -43,25 +44,37 @@ from .layers_clca import (
 from .loss_clca import classification_loss, group_lasso
 from .reduction_base import LossInputs, TokenReduction, TokenState
 from .reductions_clca import checked_budget, get_reduction, initial_state
+from .resample_clca import Layout, resampling
+from .resample_clca import conversions as resample_conversions
 
 
 logger = logging.get_logger(__name__)
+
 
 # Stock ViT files hold other key names than the model in memory, and transformers converts them for its own classes only.
 # The mapping serves loading alone: `save_pretrained` below writes the names of the memory, which load without conversion
 # everywhere, also where Trainer resumes.
 # DeiT's distillation token is a register to this model, and the class head of a DeiT with two is the one that stays.
-register_checkpoint_conversion_mapping(
-    "CLCAViTModel",
-    [*get_checkpoint_conversion_mapping("ViTModel"), WeightRenaming("distillation_token", "register_tokens")],
-    overwrite=True,
-)
-register_checkpoint_conversion_mapping(
-    "CLCAViTForImageClassification",
-    [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
-    overwrite=True,
-)
+def _register_conversions() -> None:
+    """Tell transformers how to convert the weights of a checkpoint. It keeps what it is told by the name of the class, which
+    other versions of this code in the same process share: so this is called before each load."""
+    backbone = [
+        *get_checkpoint_conversion_mapping("ViTModel"),
+        WeightRenaming("distillation_token", "register_tokens"),
+    ]
+    register_checkpoint_conversion_mapping("CLCAViTModel", [*backbone, *resample_conversions()], overwrite=True)
+    register_checkpoint_conversion_mapping(
+        "CLCAViTForImageClassification",
+        [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
+        overwrite=True,
+    )
 
+
+_register_conversions()
+
+
+# Arguments of `from_pretrained` that say where a file is.
+_PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # What transformers' own forwards take beside their arguments; anything else is a mistake of the caller.
 _FORWARD_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
@@ -127,6 +140,29 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         r"^decoder\.",
         r"^distillation_classifier\.",
     ]  # heads of other tasks
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a model, see transformers' `from_pretrained`. Where `image_size` or `patch_size` are not the checkpoint's,
+        position embeddings and patch projection are resampled, as `resample_clca` says; `ignore_mismatched_sizes` is not needed
+        for that.
+
+        Raises:
+            ValueError: position embeddings that do not fit the checkpoint's own configuration.
+            RuntimeError: other weights of another shape, a classifier of another number of classes for example, without
+                `ignore_mismatched_sizes`.
+        """
+        saved = None
+        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+            place = {name: kwargs[name] for name in _PLACE_OPTIONS if name in kwargs}
+            with contextlib.suppress(OSError):  # a folder with weights alone, or with an adapter
+                contents, _ = CLCAViTConfig.get_config_dict(pretrained_model_name_or_path, **place)
+                saved = Layout.of(contents, CLCAViTConfig) if contents else None
+        _register_conversions()
+        with resampling(pretrained_model_name_or_path, saved):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
