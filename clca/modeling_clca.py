@@ -162,7 +162,25 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
                 saved = Layout.of(contents, CLCAViTConfig) if contents else None
         _register_conversions()
         with resampling(pretrained_model_name_or_path, saved):
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_unread()  # transformers makes new parameters of what it loads, and all of them train
+        return loaded
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all parameters; those without a gradient, see `freeze_unread`, stay frozen."""
+        super().requires_grad_(requires_grad)
+        self.freeze_unread()
+        return self
+
+    def freeze_unread(self) -> None:
+        """Freeze the parameters that the head does not read, which stay in the checkpoint for other heads: distributed training
+        stops at trainable parameters without a gradient."""
+        backbone, head = cast("CLCAViTModel", self.base_model), HEADS[self.config.head]
+        if head.before_norm:
+            backbone.layernorm.requires_grad_(False)
+        if backbone.attention_pooling is not None and head.reads != "pooled":
+            backbone.attention_pooling.requires_grad_(False)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
@@ -278,12 +296,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         self.attention_pooling = CLCAViTAttentionPooling(config) if config.pooling == "map" else None
         self.aggregation_layers = config.aggregation_layers if self.head.reads == "cls_tokens" else []
         self.hook_watch = HookWatch()
-        if self.head.before_norm:
-            # The norm stays in the checkpoint, for other heads; frozen, since distributed training stops at trainable
-            # parameters without a gradient.
-            self.layernorm.requires_grad_(False)
-        if self.attention_pooling is not None and self.head.reads != "pooled":
-            self.attention_pooling.requires_grad_(False)  # for the same reason
+        self.freeze_unread()
         self.post_init()
 
     @merge_with_config_defaults
