@@ -211,7 +211,6 @@ class CLCAViTConfig(ViTConfig):
     # Trainer must not gather outputs whose length differs from batch to batch.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "loss_terms",
-        "token_counts",
         "assignments",
         "reports",
         "hidden_states",

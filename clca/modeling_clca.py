@@ -7,6 +7,7 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 """
 
 import contextlib
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -80,32 +81,66 @@ _PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _FORWARD_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
 
 
+class TokenCounts:
+    """What outputs have beside their fields.
+
+    Attributes:
+        token_counts: tokens that entered each layer, and last those that the final norm saw. It is no field, since pipelines,
+            exporters and `nn.DataParallel` take every field for a tensor with the batch first. Copies, pickles, `torch.compile`
+            and accelerate's offloading keep it. It is lost where somebody makes a new output of the fields, and then None: in mixed precision under Trainer
+            or accelerate, which convert what a model returns, with `nn.DataParallel`, and in exported and traced programs. The
+            tuple that `return_dict=False` returns has none.
+    """
+
+    token_counts: tuple[int, ...] | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The same output with its tensors on another device or of another dtype, by the arguments of `torch.Tensor.to`.
+        (accelerate calls this where it moves what a model returns.)"""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if name != "token_counts":
+                setattr(moved, name, _moved(value, *args, **kwargs))
+        return moved
+
+
+def _moved(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tensors, or tuples and dictionaries of them, after `torch.Tensor.to`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(*args, **kwargs)
+    if isinstance(value, dict):
+        return {name: _moved(inner, *args, **kwargs) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(inner, *args, **kwargs) for inner in value)
+    return value
+
+
 @dataclass
-class CLCAViTModelOutput(BaseModelOutputWithPooling):
-    """Output of `CLCAViTModel`.
+class CLCAViTModelOutput(TokenCounts, BaseModelOutputWithPooling):
+    """Output of `CLCAViTModel`. Without training every field is None or a tensor with the batch first, but for what was asked
+    for. `token_counts` is an attribute beside the fields, see `TokenCounts`.
 
     Args:
         last_hidden_state: (B, N, D), after the final norm.
         pooler_output: (B, D), what `config.pooling` makes of the tokens.
         cls_tokens: CLS after each layer of `config.aggregation_layers`, before the final norm, (B, M, D); for CLA and IFA.
-        token_counts: rows that entered each layer, and last the rows the final norm saw.
         assignments: with `output_assignments=True`, one (B, M, N) per stage: which incoming rows made row m.
-        reports: what else the stages report, by name, one tensor per stage. DynamicViT in training: `decision` (B, N - 1),
-            one where a row after CLS is kept.
+        reports: what else the stages report, by name, one tensor per stage, in training or with `output_assignments=True`.
+            DynamicViT in training: `decision` (B, N - 1), one where a row after CLS is kept.
         hidden_states: with `output_hidden_states=True`, the embeddings and the output of each layer before the cache was
             recalled. Their lengths differ.
         attentions: with `output_attentions=True`, (B, H, queries, N) per layer. Their sizes differ.
     """
 
     cls_tokens: torch.Tensor | None = None
-    token_counts: tuple[int, ...] | None = None
     assignments: tuple[torch.Tensor, ...] | None = None
     reports: dict[str, tuple[torch.Tensor, ...]] | None = None
 
 
 @dataclass
-class CLCAViTImageClassifierOutput(ImageClassifierOutput):
-    """Output of `CLCAViTForImageClassification`: what `CLCAViTModelOutput` has, logits (B, K), and
+class CLCAViTImageClassifierOutput(TokenCounts, ImageClassifierOutput):
+    """Output of `CLCAViTForImageClassification`: assignments, reports, hidden states, attentions and `token_counts` as in
+    `CLCAViTModelOutput`, logits (B, K), and
 
     Args:
         loss: the sum of all terms, if labels were given.
@@ -113,7 +148,6 @@ class CLCAViTImageClassifierOutput(ImageClassifierOutput):
     """
 
     loss_terms: dict[str, torch.Tensor] | None = None
-    token_counts: tuple[int, ...] | None = None
     assignments: tuple[torch.Tensor, ...] | None = None
     reports: dict[str, tuple[torch.Tensor, ...]] | None = None
 
@@ -372,16 +406,16 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             pooled = torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
         else:
             pooled = self.pool(hidden_states, last_hidden_state, state)
-        return CLCAViTModelOutput(
+        output = CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             # layers may lie on different devices
             cls_tokens=torch.stack([t.to(hidden_states.device) for t in cls_tokens], dim=1) if cls_tokens else None,
-            # nn.DataParallel gathers the outputs of its replicas, and only tensors can be gathered
-            token_counts=None if getattr(self, "_is_replica", False) else tuple(token_counts),
             assignments=reports.pop("assignment", ()) if output_assignments else None,
-            reports=dict(reports) or None,
+            reports=(dict(reports) or None) if self.training or output_assignments else None,
         )
+        output.token_counts = tuple(token_counts)
+        return output
 
     def shortcuts(self, for_head: bool, recording: bool) -> Shortcuts:
         """The one place that decides which rows are not computed.
@@ -491,6 +525,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
             output_assignments,
             for_head=not (self.training and self.vit.method.adds_to_loss),  # which may read all tokens
             budget=budget,
+            return_dict=True,  # whatever the configuration says, which speaks of what leaves this model
             **kwargs,
         )
         features = outputs.cls_tokens if self.vit.aggregation_layers else outputs.pooler_output
@@ -519,16 +554,17 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
                     loss_terms["group_lasso"] = self.config.group_lasso_weight * penalty
             loss = cast("torch.Tensor", sum(loss_terms.values()))
             loss_terms = {name: term.detach() for name, term in loss_terms.items()}
-        return CLCAViTImageClassifierOutput(
+        output = CLCAViTImageClassifierOutput(
             loss=loss,
             logits=logits,
             loss_terms=loss_terms,
-            token_counts=outputs.token_counts,
             assignments=outputs.assignments,
             reports=outputs.reports,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        output.token_counts = outputs.token_counts
+        return output
 
     @torch.no_grad()
     def select_features(self, fraction: float) -> torch.Tensor:
