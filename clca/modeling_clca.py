@@ -145,11 +145,24 @@ class CLCAViTImageClassifierOutput(TokenCounts, ImageClassifierOutput):
     Args:
         loss: the sum of all terms, if labels were given.
         loss_terms: the named parts of the loss, detached.
+        auxiliary_loss: in training, the sum of all terms but `classification`: what the method and the head add. `loss` includes
+            it. Whoever computes a loss of the logits adds it to that: then it comes without labels, too.
     """
 
     loss_terms: dict[str, torch.Tensor] | None = None
+    auxiliary_loss: torch.Tensor | None = None
     assignments: tuple[torch.Tensor, ...] | None = None
     reports: dict[str, tuple[torch.Tensor, ...]] | None = None
+
+
+def _warn_of_lost_terms(names: list[str]) -> None:
+    """Say once that a training step has no labels, so that nobody may be adding these terms to its loss."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"The model trains without `labels`, so that its output has no `loss`: {', '.join(names)} would be lost. Add "
+            "`auxiliary_loss` of the output to your own loss. With `label_smoothing_factor` Trainer keeps the labels to itself: "
+            "set it to 0 and use `label_smoothing` of the model's configuration."
+        )
 
 
 class Shortcuts(NamedTuple):
@@ -536,28 +549,31 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
                 f"`teacher_logits` must have the shape of the logits, {tuple(logits.shape)}, got "
                 f"{tuple(teacher_logits.shape)}: the teacher needs the same classes."
             )
-        loss, loss_terms = None, None
+        loss, loss_terms, auxiliary = None, {}, {}
+        if self.training:
+            inputs = LossInputs(
+                outputs.reports or {},
+                logits,
+                outputs.last_hidden_state,
+                budget,
+                teacher_logits,
+                teacher_tokens,
+            )
+            auxiliary |= self.vit.method.loss_terms(self.config, inputs)
+            if self.config.group_lasso_weight:
+                auxiliary["group_lasso"] = self.config.group_lasso_weight * group_lasso(head_weight(self.classifier))
         if labels is not None:
-            loss_terms = {"classification": classification_loss(logits, labels, self.config)}
-            if self.training:
-                inputs = LossInputs(
-                    outputs.reports or {},
-                    logits,
-                    outputs.last_hidden_state,
-                    budget,
-                    teacher_logits,
-                    teacher_tokens,
-                )
-                loss_terms |= self.vit.method.loss_terms(self.config, inputs)
-                if self.config.group_lasso_weight:
-                    penalty = group_lasso(head_weight(self.classifier))
-                    loss_terms["group_lasso"] = self.config.group_lasso_weight * penalty
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            loss_terms = {"classification": classification_loss(logits, labels, self.config, smoothing)} | auxiliary
             loss = cast("torch.Tensor", sum(loss_terms.values()))
-            loss_terms = {name: term.detach() for name, term in loss_terms.items()}
+        elif auxiliary:
+            loss_terms = auxiliary
+            _warn_of_lost_terms(list(auxiliary))
         output = CLCAViTImageClassifierOutput(
             loss=loss,
             logits=logits,
-            loss_terms=loss_terms,
+            loss_terms={name: term.detach() for name, term in loss_terms.items()} or None,
+            auxiliary_loss=cast("torch.Tensor", sum(auxiliary.values())) if auxiliary else None,
             assignments=outputs.assignments,
             reports=outputs.reports,
             hidden_states=outputs.hidden_states,
