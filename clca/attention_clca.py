@@ -108,8 +108,7 @@ class AttentionContext:
     def attention_rows(self, rows: slice) -> torch.Tensor:
         """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
         by them, and half precision would make ties."""
-        with full_precision(self.key):
-            return attention_softmax(self.attention_logits(rows), self.mask)
+        return attention_softmax(self.attention_logits(rows), self.mask)
 
     def cls_attention(self) -> torch.Tensor:
         """What row 0 attends to: (B, N), averaged over heads."""

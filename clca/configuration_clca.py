@@ -176,6 +176,10 @@ class CLCAViTConfig(ViTConfig):
             Loss where images have several classes: `bce` or `asymmetric`. This is `problem_type` multi_label_classification.
             Binary cross-entropy is averaged over the classes, the asymmetric loss
             (https://huggingface.co/papers/2009.14119) summed over them; either averaged over images.
+        label_smoothing (`float`, defaults to 0.0):
+            Share of the target that all classes get alike, in [0, 1), in the loss of a training; evaluation has the plain loss.
+            Use it instead of `label_smoothing_factor` of transformers' Trainer, which computes a loss of its own, without those
+            of reductions and heads. (`run_ufgir.py --label_smoothing` smooths the labels instead: do not use both.)
         group_lasso_weight (`float`, defaults to 0.0):
             Weight of a group lasso on the head in training, one group per input feature.
         layerscale_value (`float`, *optional*): Initial value of LayerScale; none for no LayerScale.
@@ -211,7 +215,7 @@ class CLCAViTConfig(ViTConfig):
     # Trainer must not gather outputs whose length differs from batch to batch.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "loss_terms",
-        "token_counts",
+        "auxiliary_loss",
         "assignments",
         "reports",
         "hidden_states",
@@ -241,6 +245,7 @@ class CLCAViTConfig(ViTConfig):
     vqt_original_slicing: bool = False
     num_selected_features: int | None = None
     multi_label_loss: str = "bce"
+    label_smoothing: float | int = 0.0
     group_lasso_weight: float | int = 0.0
 
     layerscale_value: float | int | None = None
@@ -513,6 +518,8 @@ def _check_head(config: CLCAViTConfig) -> None:
             names = " and ".join(heads_reading("probes"))
             raise ValueError(f"`num_selected_features` is for the heads {names}, not for {config.head!r}.")
         _check_minimum(config, "num_selected_features", 1)
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"`label_smoothing` must be in [0, 1), got {config.label_smoothing}.")
     if not 0 <= config.group_lasso_weight < math.inf:
         raise ValueError(f"`group_lasso_weight` must be a number of at least 0, got {config.group_lasso_weight}.")
     if config.num_labels == 0 and (head.reads == "cls_tokens" or config.group_lasso_weight):

@@ -18,6 +18,7 @@ def activate(activation: nn.Module, layer: nn.Module, hidden: torch.Tensor) -> t
         and type(layer) is nn.Linear
         and fast_paths_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and "forward" not in layer.__dict__
         and not is_hooked(layer)
         and not is_hooked(activation)

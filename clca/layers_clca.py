@@ -373,7 +373,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         context = self.attention.make_context(normed, state, hidden_keys)
         context.layer_input = hidden_states
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
-        context.keeps_output = not output_attentions and fast_paths_enabled()
+        # A trace is checked by another one without gradients, where attention may give its output.
+        context.keeps_output = not output_attentions and fast_paths_enabled() and not torch.jit.is_tracing()
         row_map, state = self.map_rows(context, merge_early, only_first)
         context.keeps_output = False  # whoever asks later asks about an attention that has been computed
         attended, _ = self.attention(normed, context, row_map, output_attentions, **kwargs)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: "CLCAViTConfig") -> torch.Tensor:
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: "CLCAViTConfig", label_smoothing: float = 0.0
+) -> torch.Tensor:
     """Mean loss of a batch. (transformers' own takes soft labels for multi-label ones and changes the config on the way.)
 
     Args:
@@ -27,27 +29,32 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config: "CLC
             targets (B, K), or (B,) of one label, for regression. Without a `problem_type`, integer labels (B,) are classes and
             (B, K) labels are multi-label.
         config: read, never changed; `multi_label_loss` chooses between two losses of multi-label classification.
+        label_smoothing: share of the targets that all classes get alike, in multi-label classification yes and no of each class.
 
     Raises:
-        ValueError: another `problem_type`, or labels whose shape does not fit.
+        ValueError: another `problem_type`, labels whose shape does not fit, or label smoothing for regression.
     """
     problem = config.problem_type or _guess_problem(logits, labels)
     if problem not in PROBLEMS:
         raise ValueError(f"`problem_type` must be one of {', '.join(PROBLEMS)}, got {problem!r}.")
     if problem == "regression":
+        if label_smoothing:
+            raise ValueError(
+                f"`label_smoothing` must be 0 for regression, which has no classes, got {label_smoothing}."
+            )
         targets = labels[:, None] if labels.dim() == 1 else labels
         _check_same_shape(logits, targets, problem)
         return nn.functional.mse_loss(logits, targets.to(logits.dtype))
     if problem == "multi_label_classification":
         _check_same_shape(logits, labels, problem)
-        targets = labels.to(logits.dtype)
+        targets = (1 - label_smoothing) * labels.to(logits.dtype) + label_smoothing / 2
         if config.multi_label_loss == "asymmetric":
             return asymmetric_loss(logits, targets) / len(logits)
         return nn.functional.binary_cross_entropy_with_logits(logits, targets)
     if labels.dim() > 1:
         _check_same_shape(logits, labels, problem)
-        return nn.functional.cross_entropy(logits, labels.to(logits.dtype))
-    return nn.functional.cross_entropy(logits, labels.long())
+        return nn.functional.cross_entropy(logits, labels.to(logits.dtype), label_smoothing=label_smoothing)
+    return nn.functional.cross_entropy(logits, labels.long(), label_smoothing=label_smoothing)
 
 
 def _guess_problem(logits: torch.Tensor, labels: torch.Tensor) -> str:

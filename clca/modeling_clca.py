@@ -6,12 +6,14 @@ Written as the difference to transformers' ViT; names of parameters are the same
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width, L layers, K classes.
 """
 
+import contextlib
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple, Self, Unpack, cast
 
 import torch
 from torch import nn
@@ -43,66 +45,124 @@ from .layers_clca import (
 from .loss_clca import classification_loss, group_lasso
 from .reduction_base import LossInputs, TokenReduction, TokenState
 from .reductions_clca import checked_budget, get_reduction, initial_state
+from .resample_clca import Layout, resampling
+from .resample_clca import conversions as resample_conversions
 
 
 logger = logging.get_logger(__name__)
+
 
 # Stock ViT files hold other key names than the model in memory, and transformers converts them for its own classes only.
 # The mapping serves loading alone: `save_pretrained` below writes the names of the memory, which load without conversion
 # everywhere, also where Trainer resumes.
 # DeiT's distillation token is a register to this model, and the class head of a DeiT with two is the one that stays.
-register_checkpoint_conversion_mapping(
-    "CLCAViTModel",
-    [*get_checkpoint_conversion_mapping("ViTModel"), WeightRenaming("distillation_token", "register_tokens")],
-    overwrite=True,
-)
-register_checkpoint_conversion_mapping(
-    "CLCAViTForImageClassification",
-    [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
-    overwrite=True,
-)
+def _register_conversions() -> None:
+    """Tell transformers how to convert the weights of a checkpoint. It keeps what it is told by the name of the class, which
+    other versions of this code in the same process share: so this is called before each load."""
+    backbone = [
+        *get_checkpoint_conversion_mapping("ViTModel"),
+        WeightRenaming("distillation_token", "register_tokens"),
+    ]
+    register_checkpoint_conversion_mapping("CLCAViTModel", [*backbone, *resample_conversions()], overwrite=True)
+    register_checkpoint_conversion_mapping(
+        "CLCAViTForImageClassification",
+        [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
+        overwrite=True,
+    )
 
+
+_register_conversions()
+
+
+# Arguments of `from_pretrained` that say where a file is.
+_PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # What transformers' own forwards take beside their arguments; anything else is a mistake of the caller.
 _FORWARD_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
 
 
+class TokenCounts:
+    """What outputs have beside their fields.
+
+    Attributes:
+        token_counts: tokens that entered each layer, and last those that the final norm saw. It is no field, since pipelines,
+            exporters and `nn.DataParallel` take every field for a tensor with the batch first. Copies, pickles, `torch.compile`
+            and accelerate's offloading keep it. It is lost where somebody makes a new output of the fields, and then None: in mixed precision under Trainer
+            or accelerate, which convert what a model returns, with `nn.DataParallel`, and in exported and traced programs. The
+            tuple that `return_dict=False` returns has none.
+    """
+
+    token_counts: tuple[int, ...] | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The same output with its tensors on another device or of another dtype, by the arguments of `torch.Tensor.to`.
+        (accelerate calls this where it moves what a model returns.)"""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if name != "token_counts":
+                setattr(moved, name, _moved(value, *args, **kwargs))
+        return moved
+
+
+def _moved(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tensors, or tuples and dictionaries of them, after `torch.Tensor.to`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(*args, **kwargs)
+    if isinstance(value, dict):
+        return {name: _moved(inner, *args, **kwargs) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(inner, *args, **kwargs) for inner in value)
+    return value
+
+
 @dataclass
-class CLCAViTModelOutput(BaseModelOutputWithPooling):
-    """Output of `CLCAViTModel`.
+class CLCAViTModelOutput(TokenCounts, BaseModelOutputWithPooling):
+    """Output of `CLCAViTModel`. Without training every field is None or a tensor with the batch first, but for what was asked
+    for. `token_counts` is an attribute beside the fields, see `TokenCounts`.
 
     Args:
         last_hidden_state: (B, N, D), after the final norm.
         pooler_output: (B, D), what `config.pooling` makes of the tokens.
         cls_tokens: CLS after each layer of `config.aggregation_layers`, before the final norm, (B, M, D); for CLA and IFA.
-        token_counts: rows that entered each layer, and last the rows the final norm saw.
         assignments: with `output_assignments=True`, one (B, M, N) per stage: which incoming rows made row m.
-        reports: what else the stages report, by name, one tensor per stage. DynamicViT in training: `decision` (B, N - 1),
-            one where a row after CLS is kept.
+        reports: what else the stages report, by name, one tensor per stage, in training or with `output_assignments=True`.
+            DynamicViT in training: `decision` (B, N - 1), one where a row after CLS is kept.
         hidden_states: with `output_hidden_states=True`, the embeddings and the output of each layer before the cache was
             recalled. Their lengths differ.
         attentions: with `output_attentions=True`, (B, H, queries, N) per layer. Their sizes differ.
     """
 
     cls_tokens: torch.Tensor | None = None
-    token_counts: tuple[int, ...] | None = None
     assignments: tuple[torch.Tensor, ...] | None = None
     reports: dict[str, tuple[torch.Tensor, ...]] | None = None
 
 
 @dataclass
-class CLCAViTImageClassifierOutput(ImageClassifierOutput):
-    """Output of `CLCAViTForImageClassification`: what `CLCAViTModelOutput` has, logits (B, K), and
+class CLCAViTImageClassifierOutput(TokenCounts, ImageClassifierOutput):
+    """Output of `CLCAViTForImageClassification`: assignments, reports, hidden states, attentions and `token_counts` as in
+    `CLCAViTModelOutput`, logits (B, K), and
 
     Args:
         loss: the sum of all terms, if labels were given.
         loss_terms: the named parts of the loss, detached.
+        auxiliary_loss: in training, the sum of all terms but `classification`: what the method and the head add. `loss` includes
+            it. Whoever computes a loss of the logits adds it to that: then it comes without labels, too.
     """
 
     loss_terms: dict[str, torch.Tensor] | None = None
-    token_counts: tuple[int, ...] | None = None
+    auxiliary_loss: torch.Tensor | None = None
     assignments: tuple[torch.Tensor, ...] | None = None
     reports: dict[str, tuple[torch.Tensor, ...]] | None = None
+
+
+def _warn_of_lost_terms(names: list[str]) -> None:
+    """Say once that a training step has no labels, so that nobody may be adding these terms to its loss."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"The model trains without `labels`, so that its output has no `loss`: {', '.join(names)} would be lost. Add "
+            "`auxiliary_loss` of the output to your own loss. With `label_smoothing_factor` Trainer keeps the labels to itself: "
+            "set it to 0 and use `label_smoothing` of the model's configuration."
+        )
 
 
 class Shortcuts(NamedTuple):
@@ -127,6 +187,47 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         r"^decoder\.",
         r"^distillation_classifier\.",
     ]  # heads of other tasks
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a model, see transformers' `from_pretrained`. Where `image_size` or `patch_size` are not the checkpoint's,
+        position embeddings and patch projection are resampled, as `resample_clca` says; `ignore_mismatched_sizes` is not needed
+        for that.
+
+        Raises:
+            ValueError: position embeddings that do not fit the checkpoint's own configuration.
+            RuntimeError: other weights of another shape, a classifier of another number of classes for example, without
+                `ignore_mismatched_sizes`.
+        """
+        saved = None
+        if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
+            place = {name: kwargs[name] for name in _PLACE_OPTIONS if name in kwargs}
+            with contextlib.suppress(OSError):  # a folder with weights alone, or with an adapter
+                contents, _ = CLCAViTConfig.get_config_dict(pretrained_model_name_or_path, **place)
+                saved = Layout.of(contents, CLCAViTConfig) if contents else None
+        _register_conversions()
+        with resampling(pretrained_model_name_or_path, saved):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_unread()  # transformers makes new parameters of what it loads, and all of them train
+        return loaded
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all parameters; those without a gradient, see `freeze_unread`, stay frozen."""
+        super().requires_grad_(requires_grad)
+        self.freeze_unread()
+        return self
+
+    def freeze_unread(self) -> None:
+        """Freeze the parameters that the head does not read, which stay in the checkpoint for other heads: distributed training
+        stops at trainable parameters without a gradient."""
+        backbone, head = cast("CLCAViTModel", self.base_model), HEADS[self.config.head]
+        if head.before_norm:
+            backbone.layernorm.requires_grad_(False)
+        if backbone.attention_pooling is not None and head.reads != "pooled":
+            backbone.attention_pooling.requires_grad_(False)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
@@ -242,12 +343,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         self.attention_pooling = CLCAViTAttentionPooling(config) if config.pooling == "map" else None
         self.aggregation_layers = config.aggregation_layers if self.head.reads == "cls_tokens" else []
         self.hook_watch = HookWatch()
-        if self.head.before_norm:
-            # The norm stays in the checkpoint, for other heads; frozen, since distributed training stops at trainable
-            # parameters without a gradient.
-            self.layernorm.requires_grad_(False)
-        if self.attention_pooling is not None and self.head.reads != "pooled":
-            self.attention_pooling.requires_grad_(False)  # for the same reason
+        self.freeze_unread()
         self.post_init()
 
     @merge_with_config_defaults
@@ -323,16 +419,16 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             pooled = torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
         else:
             pooled = self.pool(hidden_states, last_hidden_state, state)
-        return CLCAViTModelOutput(
+        output = CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             # layers may lie on different devices
             cls_tokens=torch.stack([t.to(hidden_states.device) for t in cls_tokens], dim=1) if cls_tokens else None,
-            # nn.DataParallel gathers the outputs of its replicas, and only tensors can be gathered
-            token_counts=None if getattr(self, "_is_replica", False) else tuple(token_counts),
             assignments=reports.pop("assignment", ()) if output_assignments else None,
-            reports=dict(reports) or None,
+            reports=(dict(reports) or None) if self.training or output_assignments else None,
         )
+        output.token_counts = tuple(token_counts)
+        return output
 
     def shortcuts(self, for_head: bool, recording: bool) -> Shortcuts:
         """The one place that decides which rows are not computed.
@@ -442,6 +538,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
             output_assignments,
             for_head=not (self.training and self.vit.method.adds_to_loss),  # which may read all tokens
             budget=budget,
+            return_dict=True,  # whatever the configuration says, which speaks of what leaves this model
             **kwargs,
         )
         features = outputs.cls_tokens if self.vit.aggregation_layers else outputs.pooler_output
@@ -452,34 +549,38 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
                 f"`teacher_logits` must have the shape of the logits, {tuple(logits.shape)}, got "
                 f"{tuple(teacher_logits.shape)}: the teacher needs the same classes."
             )
-        loss, loss_terms = None, None
+        loss, loss_terms, auxiliary = None, {}, {}
+        if self.training:
+            inputs = LossInputs(
+                outputs.reports or {},
+                logits,
+                outputs.last_hidden_state,
+                budget,
+                teacher_logits,
+                teacher_tokens,
+            )
+            auxiliary |= self.vit.method.loss_terms(self.config, inputs)
+            if self.config.group_lasso_weight:
+                auxiliary["group_lasso"] = self.config.group_lasso_weight * group_lasso(head_weight(self.classifier))
         if labels is not None:
-            loss_terms = {"classification": classification_loss(logits, labels, self.config)}
-            if self.training:
-                inputs = LossInputs(
-                    outputs.reports or {},
-                    logits,
-                    outputs.last_hidden_state,
-                    budget,
-                    teacher_logits,
-                    teacher_tokens,
-                )
-                loss_terms |= self.vit.method.loss_terms(self.config, inputs)
-                if self.config.group_lasso_weight:
-                    penalty = group_lasso(head_weight(self.classifier))
-                    loss_terms["group_lasso"] = self.config.group_lasso_weight * penalty
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            loss_terms = {"classification": classification_loss(logits, labels, self.config, smoothing)} | auxiliary
             loss = cast("torch.Tensor", sum(loss_terms.values()))
-            loss_terms = {name: term.detach() for name, term in loss_terms.items()}
-        return CLCAViTImageClassifierOutput(
+        elif auxiliary:
+            loss_terms = auxiliary
+            _warn_of_lost_terms(list(auxiliary))
+        output = CLCAViTImageClassifierOutput(
             loss=loss,
             logits=logits,
-            loss_terms=loss_terms,
-            token_counts=outputs.token_counts,
+            loss_terms={name: term.detach() for name, term in loss_terms.items()} or None,
+            auxiliary_loss=cast("torch.Tensor", sum(auxiliary.values())) if auxiliary else None,
             assignments=outputs.assignments,
             reports=outputs.reports,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        output.token_counts = outputs.token_counts
+        return output
 
     @torch.no_grad()
     def select_features(self, fraction: float) -> torch.Tensor:

@@ -16,10 +16,10 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEModel
 
 from clca import CLCAViTForImageClassification
+from clca.resample_clca import resample_position_embeddings
 from tests.checkpoints.transformers_sources import FIRST, MLP, SIZES, SOURCES, make_source, save
 from tests.helpers import images
 from ufgir.checkpoints.from_transformers import FAMILIES, load_transformers
-from ufgir.checkpoints.resample import resample_position_embeddings
 
 
 CLCA = {"reduction": "evit", "keep_rate": 0.5, "reduction_layers": [1], "cross_layer_cache": True}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clca.resample_clca import resample_position_embeddings
 from tests.checkpoints.original_checkpoints import ARCHITECTURE, Code, Golden, difference, save
 from ufgir.checkpoints.from_original import (
     _options_of_file_name,
@@ -16,7 +17,6 @@ from ufgir.checkpoints.from_original import (
     load_original_file,
     split_model_name,
 )
-from ufgir.checkpoints.resample import resample_position_embeddings
 
 
 PRETRAININGS = (

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.resample_clca import resample_patch_weights, resample_position_embeddings, resample_weights
 from tests.helpers import TINY
-from ufgir.checkpoints.resample import resample_patch_weights, resample_position_embeddings, resample_weights
 from ufgir.training.trainer import load_pretrained
 
 

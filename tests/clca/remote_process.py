@@ -103,6 +103,17 @@ def overrides() -> dict[str, object]:
     return {"refused": "nothing"}
 
 
+def other_size() -> dict[str, object]:
+    """At another image size, position embeddings are resampled by the code beside the model."""
+    model, info = AutoModelForImageClassification.from_pretrained(
+        folder / "one", trust_remote_code=True, image_size=48, output_loading_info=True
+    )
+    logits["positions"] = model.vit.embeddings.position_embeddings.detach()
+    backbone = AutoModel.from_pretrained(folder / "one", trust_remote_code=True, image_size=48)
+    logits["positions_of_backbone"] = backbone.embeddings.position_embeddings.detach()
+    return {"info": {name: sorted(keys) for name, keys in info.items()}, "module": type(model).__module__}
+
+
 def classify() -> dict[str, object]:
     classifier = pipeline("image-classification", model=str(folder / "one"), trust_remote_code=True)
     return {"predictions": classifier(str(folder / "image.png"), top_k=2)}
@@ -122,6 +133,8 @@ def import_package() -> dict[str, object]:
     with torch.no_grad():
         logits["package"] = model(pixels).logits
     still_there = load("two")
+    resized = AutoModelForImageClassification.from_pretrained(folder / "one", trust_remote_code=True, image_size=48)
+    logits["positions_again"] = resized.vit.embeddings.position_embeddings.detach()
     return {"module": type(model).__module__, "second": type(still_there).__module__}
 
 
@@ -134,6 +147,7 @@ for step in (
     load_second,
     save_again,
     overrides,
+    other_size,
     classify,
     package_was_absent,
     import_package,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # From the lowest to the highest. A file imports from floors below its own; files of one floor do not know each other.
 CLCA_FLOORS = (
     ("attention_clca", "budget_clca", "fast_paths_clca", "hooks_clca", "loss_clca"),
-    ("gelu_clca", "linear_clca", "reduction_base"),
+    ("gelu_clca", "linear_clca", "reduction_base", "resample_clca"),
     (
         "cache_clca",
         *sorted(path.stem for path in (ROOT / "clca").glob("reduction_*.py") if path.stem != "reduction_base"),

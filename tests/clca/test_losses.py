@@ -1,14 +1,18 @@
 """Losses against the original's numbers, and the terms a model reports."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import ViTConfig, ViTForImageClassification
+from torch import nn
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from clca import loss_clca as losses
+from clca import modeling_clca
 from clca.configuration_clca import CLCAViTConfig
 from tests.helpers import images, labels, tiny_config, tiny_model
 from ufgir.training.teacher import Teacher
@@ -212,3 +216,124 @@ def test_multi_label_loss_can_be_asymmetric() -> None:
     assert not torch.isclose(losses.classification_loss(logits, targets, plain), expected)
     with pytest.raises(ValueError, match=r"`multi_label_loss` must be one of bce, asymmetric, got 'focal'"):
         CLCAViTConfig(**fields | {"multi_label_loss": "focal"})
+
+
+# What others compute their loss with.
+
+
+LOSING = [
+    ("dyvit", {}),
+    ("dyvit", {"head": "cla"}),
+    ("evit", {"group_lasso_weight": 0.1}),
+    ("dyvit", {"group_lasso_weight": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), LOSING)
+def test_auxiliary_loss(method: str, options: dict[str, Any]) -> None:
+    """In training it comes with labels and without, and has gradients: with a loss of the logits it makes the model's own."""
+    model = tiny_model(reduction=method, keep_rate=0.5, **options).train()
+    gradients = {}
+    for given in (True, False):
+        torch.manual_seed(7)
+        model.zero_grad()
+        output = model(images(), labels=labels() if given else None)
+        names = {"keep_ratio"} if method == "dyvit" else set()
+        names |= {"group_lasso"} if "group_lasso_weight" in options else set()
+        assert set(output.loss_terms) - {"classification"} == names
+        assert output.auxiliary_loss.item() == pytest.approx(
+            sum(output.loss_terms[name].item() for name in names), rel=1e-12
+        )
+        loss = output.loss if given else nn.functional.cross_entropy(output.logits, labels()) + output.auxiliary_loss
+        assert (output.loss is None) != given
+        loss.backward()
+        gradients[given] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients[True].items():
+        assert (gradient - gradients[False][name]).abs().max() <= 1e-12, name
+
+
+def test_no_auxiliary_loss() -> None:
+    """None in evaluation, and where nothing is added to the loss of the classes."""
+    model = tiny_model(reduction="dyvit", keep_rate=0.5)
+    assert model(images(), labels=labels()).auxiliary_loss is None
+    plain = tiny_model(reduction="evit", keep_rate=0.5).train()
+    assert plain(images(), labels=labels()).auxiliary_loss is None
+    assert plain(images()).loss_terms is None
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was said of lost terms, by a process that has said nothing before."""
+    type(modeling_clca.logger).warning_once.cache_clear()
+    return lambda: [r.message for r in caplog.records if "`auxiliary_loss`" in r.message]
+
+
+def test_lost_terms_are_told_once(told: Callable[[], list[str]]) -> None:
+    model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
+    model(images(), labels=labels())
+    with torch.no_grad():
+        model(images())
+    tiny_model(reduction="evit", keep_rate=0.5).train()(images())
+    model.eval()(images())
+    assert told() == []
+    model.train()
+    for _ in range(3):
+        model(images())
+    (message,) = told()
+    assert "keep_ratio would be lost" in message and "`label_smoothing`" in message
+
+
+def test_label_smoothing_of_trainer(told: Callable[[], list[str]], tmp_path: Path) -> None:
+    """It is told that its loss lacks the method's; that of the configuration has both, and Trainer's smoothed loss of the
+    classes."""
+    data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images(8).float())]
+    said, losses_of = {}, {}
+    for own in (False, True):
+        model = tiny_model(reduction="dyvit", keep_rate=0.5, label_smoothing=0.2 if own else 0.0).float()
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=8, use_cpu=True, report_to=[]
+        )
+        arguments.label_smoothing_factor, arguments.logging_steps, arguments.disable_tqdm = (
+            0.0 if own else 0.2,
+            1,
+            True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=data)
+        terms = []
+        model.register_forward_hook(lambda module, args, output, terms=terms: terms.append(output.loss_terms))
+        torch.manual_seed(0)
+        trainer.train()
+        losses_of[own] = {**{k: v.item() for k, v in terms[0].items()}, "loss": trainer.state.log_history[0]["loss"]}
+        said[own] = len(told())
+    assert said == {False: 1, True: 1}  # none more
+    without, whole = losses_of[False], losses_of[True]
+    assert whole["classification"] == pytest.approx(without["loss"], abs=1e-4)
+    assert whole["loss"] == pytest.approx(without["loss"] + without["keep_ratio"], abs=1e-4)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_label_smoothing(soft: bool) -> None:
+    """In training: the loss of the smoothed labels. In evaluation: of the labels themselves."""
+    model = tiny_model(label_smoothing=0.3, problem_type="single_label_classification")
+    targets = nn.functional.one_hot(labels(), 3).double()
+    given = targets if soft else labels()
+    plain = nn.functional.cross_entropy(model(images()).logits, labels())
+    assert (model(images(), labels=given).loss - plain).abs() <= 1e-9
+    output = model.train()(images(), labels=given)
+    expected = nn.functional.cross_entropy(output.logits, 0.7 * targets + 0.1)
+    assert (output.loss - expected).abs() <= 1e-9
+
+
+def test_label_smoothing_of_other_problems() -> None:
+    """Of several classes an image, yes and no of each, as `run_ufgir.py` does it; of numbers, none."""
+    targets = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0]]).double()
+    model = tiny_model(label_smoothing=0.2, problem_type="multi_label_classification").train()
+    output = model(images(), labels=targets)
+    expected = nn.functional.binary_cross_entropy_with_logits(output.logits, 0.8 * targets + 0.1)
+    assert (output.loss - expected).abs() <= 1e-9
+    model = tiny_model(label_smoothing=0.2, problem_type="regression").train()
+    with pytest.raises(ValueError, match="`label_smoothing` must be 0 for regression"):
+        model(images(), labels=targets)
+    for value in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"`label_smoothing` must be in \[0, 1\), got {value}"):
+            tiny_model(label_smoothing=value)

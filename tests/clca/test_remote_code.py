@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from clca import REDUCTIONS, CLCAViTForImageClassification
+from clca.resample_clca import resample_position_embeddings
 from tests.clca.shared import CODE, NAMES, PACKAGE, logits_of
 from tests.helpers import images, tiny_model
 
@@ -127,6 +128,18 @@ def test_remote_overrides(remote: Remote) -> None:
     result = remote.step("overrides")
     assert "`keep_rate`" in result["refused"]
     assert result["counts"][:3] == [18, 18, 20]  # nothing reduced, and two rows recalled
+
+
+def test_remote_resize(remote: Remote) -> None:
+    """Another image size, through both Auto classes, and once more after the package has registered its own conversions."""
+    result = remote.step("other_size")
+    assert result["module"].startswith("transformers_modules.")
+    assert not any(result["info"].values())
+    table = remote.models["one"].vit.embeddings.position_embeddings.detach()
+    expected = resample_position_embeddings(table, 1, (4, 4), (6, 6))
+    remote.step("import_package")
+    for name in ("positions", "positions_of_backbone", "positions_again"):
+        assert torch.equal(remote.logits[name], expected)
 
 
 def test_pipeline(remote: Remote) -> None:

@@ -28,7 +28,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
@@ -208,6 +208,39 @@ def test_no_parameter_is_unused(variant: str) -> None:
     model = variant_model(variant).train()
     model(images().float(), labels=labels()).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "activation checkpointing"])
+def test_loaded_checkpoints(checkpointing: bool, tmp_path: Path) -> None:
+    """Models that were loaded train beyond the second step, where DDP would miss a gradient of the first: with heads that read CLS
+    before the final norm, from a checkpoint of ours and from a stock ViT, through transformers' own Trainer."""
+    stock = {k: v for k, v in TINY.items() if k != "reduction_layers"}
+    ViTForImageClassification(ViTConfig(**stock)).save_pretrained(tmp_path / "stock")
+    variants = {name: VARIANTS[name] for name in ("evit", "dyvit", "ifa", "vqt")}
+    for name in variants:
+        variant_model(name).save_pretrained(tmp_path / name)
+    pixels = images(16).float()
+    data = [{"pixel_values": pixels[i], "labels": i % 3} for i in range(16)]
+
+    def run(rank: int) -> None:
+        for name, options in variants.items():
+            for source, changes in ((name, {}), ("stock", {"reduction_layers": [1, 2]} | options)):
+                model = CLCAViTForImageClassification.from_pretrained(
+                    tmp_path / source, ignore_mismatched_sizes=True, **changes
+                )
+                args = TrainingArguments(
+                    str(tmp_path / "out"), per_device_train_batch_size=2, max_steps=4, use_cpu=True
+                )
+                args.ddp_find_unused_parameters, args.save_strategy, args.report_to = False, "no", []
+                args.disable_tqdm = True
+                if checkpointing:
+                    model.activation_checkpointing_enable()
+                trainer = Trainer(model, args, train_dataset=data)
+                trainer.train()
+                assert trainer.state.global_step == 4 and args.world_size == 2
+                assert not any(p.isnan().any() for p in model.parameters())
+
+    in_two_processes(run, tmp_path)
 
 
 def test_resumed(leaves: Path, tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ from clca.configuration_clca import listed_layers
 from clca.heads_clca import HEADS, heads_reading
 from clca.reduction_base import LearntSlots
 from clca.reductions_clca import get_reduction
+from clca.resample_clca import resample_weights
 
 from ..utils.text import shortened
 from .original_keys import _PROBING_METHODS, convert_original_state, original_config
-from .resample import resample_weights
 from .state_dicts import common_dtype, fill_model
 from .timm_architectures import Architecture, find_architecture
 

@@ -23,9 +23,9 @@ from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
+from clca.resample_clca import resample_weights
 
 from ..utils.text import listed
-from .resample import resample_weights
 from .state_dicts import common_dtype, fill_model
 from .timm_architectures import Architecture, find_architecture
 from .timm_keys import convert_timm_tensor, translate
@@ -120,7 +120,7 @@ def load_timm(
     """A model with the weights of timm's VisionTransformer, in evaluation mode, in float32 (or float64 if they are).
 
     Position embeddings and patch projection are resampled where `image_size` or `patch_size` are not those of the weights
-    (`ufgir.checkpoints.resample`). New, and made as for an untrained model, are only: CLR tokens, which start from CLS, and their
+    (`clca.resample_clca`). New, and made as for an untrained model, are only: CLR tokens, which start from CLS, and their
     positions; the classifier, if the number of classes, the head or the pooling is not the source's; parameters of the
     reduction and of the pooling. The second head of a distilled DeiT is left out.
 

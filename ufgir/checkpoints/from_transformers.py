@@ -23,10 +23,10 @@ from transformers.utils.hub import cached_file
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
+from clca.resample_clca import resample_weights
 
 from ..transforms.preprocessing import make_image_processor
 from ..utils.text import listed
-from .resample import resample_weights
 from .state_dicts import common_dtype, fill_model
 
 

@@ -16,7 +16,6 @@ from clca.reductions_clca import get_reduction
 
 from ..utils.options import Requirement, check_options
 from ..utils.text import one_sentence
-from .resample import resample_weights
 
 
 EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
@@ -116,9 +115,9 @@ def load_with_report(
 ) -> Loaded:
     """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
 
-    Where `config.image_size` or `config.patch_size` is not the checkpoint's, position embeddings and patch projection are
-    resampled, see `ufgir.checkpoints.resample`; a token that is new to the checkpoint starts as the model starts it. A CLA head that was
-    trained for several keep rates serves a `config` without `train_keep_rates` with its statistics at the rate of `config`.
+    Position embeddings and patch projection are resampled where `config` has another size, as `from_pretrained` does it; a token
+    that is new to the checkpoint starts as the model starts it. A CLA head that was trained for several keep rates serves a
+    `config` without `train_keep_rates` with its statistics at the rate of `config`.
 
     Args:
         checkpoint: folder or Hub repository.
@@ -133,11 +132,9 @@ def load_with_report(
     """
     options = {"revision": revision, "dtype": torch.float32, **kwargs}
     saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
-    sizes = {name: saved.get(name, getattr(config, name)) for name in ("image_size", "patch_size")}
-    as_saved = CLCAViTConfig.from_dict(config.to_dict() | sizes)
     try:
         loaded = CLCAViTForImageClassification.from_pretrained(
-            checkpoint, config=as_saved, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
         model, info = cast("tuple[CLCAViTForImageClassification, dict[str, Any]]", loaded)  # with that information
         untrained = set(info["missing_keys"])
@@ -153,25 +150,16 @@ def load_with_report(
     if odd := sorted(info["mismatched_keys"]):
         if not ignore_mismatched_sizes:
             name, there, here = odd[0]
+            resized = any(
+                saved.get(key, getattr(config, key)) != getattr(config, key) for key in ("image_size", "patch_size")
+            )
+            if resized and all(".reduction." in name for name, *_ in odd):
+                advice = "because of another `image_size` or `patch_size`"
             raise ValueError(
                 f"weights of {checkpoint} have other shapes than the model's, {advice}: {name} is {tuple(there)} there and "
                 f"{tuple(here)} here" + (f", and {len(odd) - 1} more." if len(odd) > 1 else ".")
             )
         untrained |= {name for name, *_ in odd}
-    if (as_saved.image_grid, as_saved.patch_size) != (config.image_grid, config.patch_size):
-        weights = resample_weights(model.state_dict(), as_saved, config)
-        attention = model.config._attn_implementation
-        model = CLCAViTForImageClassification._from_config(config, attn_implementation=attention)
-        own = model.state_dict()
-        # Slots of a reduction that the checkpoint did not have were made for its size; they start anew at this one.
-        new = {k for k in weights if ".reduction." in k and saved.get("reduction") != config.reduction}
-        new = {k for k in new if weights[k].shape != own[k].shape}
-        if odd := [k for k in own if k not in new and weights[k].shape != own[k].shape]:
-            raise ValueError(
-                f"weights of {checkpoint} have other shapes than the model's: {odd[0]} is {tuple(weights[odd[0]].shape)} there "
-                f"and {tuple(own[odd[0]].shape)} here, because of another `image_size` or `patch_size`."
-            )
-        model.load_state_dict({k: v for k, v in weights.items() if k not in new} | {k: own[k] for k in new})
     return Loaded(model, sorted(untrained))
 
 

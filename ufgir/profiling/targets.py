@@ -1,5 +1,6 @@
 """The keep rate at which a network costs what an image may cost, and what the classes of methods say about training and cost."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -183,7 +184,9 @@ class _Search:
         """Multiply-adds of an image."""
         counts = self.tokens(step)
         if counts not in self._costs:
-            self._costs[counts] = count_macs(on_meta(at_rate(self.config, step / STEPS)))
+            with warnings.catch_warnings():  # at the least rates SiT has no slots: torch has nothing to initialize
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+                self._costs[counts] = count_macs(on_meta(at_rate(self.config, step / STEPS)))
         return self._costs[counts]
 
     def work(self, step: int) -> float:
