@@ -129,7 +129,7 @@ def _relinked(match: re.Match) -> str:
     text, target = match.groups()
     if re.fullmatch(r"clca/\w+\.py", target):
         return f"{{py:mod}}`{text} <{target.removesuffix('.py').replace('/', '.')}>`"
-    return f"`{text}`"
+    return text if text.startswith("`") else f"`{text}`"
 
 
 def expanded(page: str) -> str:
