@@ -55,6 +55,7 @@ from ufgir.training.setup import (
     make_processor,
     make_trainer,
     match_classes,
+    set_budget,
     set_classes,
 )
 from ufgir.utils.arguments import RecipeParser
@@ -124,6 +125,7 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
     if known and args.do_train:
         data, new_head = match_classes(data, known, options)
     set_classes(config, data)
+    set_budget(config, options.model)
     check_options(config, given, OF_CLASSES)
 
     distillation = make_distillation(options, config, image_processor, given)

@@ -3,6 +3,8 @@
 Shapes: B batch, N tokens in, M tokens out, D width, H heads, d head width.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -58,6 +60,7 @@ class AttentionContext:
         state: what belongs to the tokens that the keys are of.
         output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
         keeps_output: whether `output` would be of use.
+        layer_input: the tokens as they enter the layer, before its norm, (B, N, D); `hidden_states` until the layer sets it.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class AttentionContext:
         self.state = state
         self.output: torch.Tensor | None = None
         self.keeps_output = False
+        self.layer_input = hidden_states
         self._query: torch.Tensor | None = None
         self._comparable_key: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()
@@ -92,40 +96,72 @@ class AttentionContext:
                 self._query = self.attention.project_query(self.hidden_states)
         return self._query[:, :, rows]
 
-    def attention_rows(self, rows: slice) -> torch.Tensor:
-        """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
-        by them, and half precision would make ties."""
+    def attention_logits(self, rows: slice) -> torch.Tensor:
+        """Logits (B, H, n, N) of a slice of query rows, before any mask, in float32 at least."""
         if self._comparable_key is None:
             with torch.set_grad_enabled(self._records_gradients):
                 self._comparable_key = at_least_float32(self.key)
         with full_precision(self.key):
             query, key = at_least_float32(self.query(rows)), self._comparable_key
-            return attention_softmax(query * self.attention.scaling @ key.transpose(-1, -2), self.mask)
+            return query * self.attention.scaling @ key.transpose(-1, -2)
+
+    def attention_rows(self, rows: slice) -> torch.Tensor:
+        """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
+        by them, and half precision would make ties."""
+        return attention_softmax(self.attention_logits(rows), self.mask)
 
     def cls_attention(self) -> torch.Tensor:
         """What row 0 attends to: (B, N), averaged over heads."""
         return self.attention_rows(FIRST_ROW).mean(dim=1).squeeze(1)
 
+    def mutual_attention(self) -> torch.Tensor:
+        """Logarithm (B, N) of what token 0 gives to each token, averaged over heads, times what that token gives to token 0
+        compared with the other tokens: a softmax over queries of the logits to key 0, these averaged over heads before.
+
+        One row and one column of the attention. A logarithm, since products of such small numbers would vanish in float32.
+        For methods without a mask."""
+        given = self.attention_logits(FIRST_ROW).squeeze(2).log_softmax(dim=-1).logsumexp(dim=1)  # (B, N), of H heads
+        return given - math.log(self.key.shape[1]) + self.first_key_logits().log_softmax(dim=1)
+
+    def first_key_logits(self) -> torch.Tensor:
+        """Logits (B, N) that the query of each token gives to key 0, averaged over heads, in float32 at least. No queries
+        are projected for them where none exist yet and the projection's weights tell as much."""
+        # (B, D): the sum over heads of their products is one product of all their widths.
+        key = at_least_float32(self.key[:, :, 0]).flatten(1)
+        with full_precision(key):
+            logits = self.attention.query_products(self.hidden_states, key) if self._query is None else None
+            if logits is None:
+                query = at_least_float32(self.query()).transpose(1, 2).flatten(2)  # (B, N, D)
+                logits = (query @ key.unsqueeze(2)).squeeze(2)
+        return logits * (self.attention.scaling / self.key.shape[1])
+
     def received_attention(self) -> torch.Tensor:
-        """What each row receives, summed over heads and query rows: (B, N).
+        """What each row receives, summed over heads and query rows: (B, N)."""
+        return torch.stack(self._of_chunks(lambda weights: weights.sum(dim=(1, 2)))).sum(dim=0)
+
+    def mean_attention(self) -> torch.Tensor:
+        """The attention weights averaged over heads, (B, N, N); those of all heads never exist at the same time."""
+        return torch.cat(self._of_chunks(lambda weights: weights.mean(dim=1)), dim=1)
+
+    def _of_chunks(self, answer: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """What `answer` makes of the weights (B, H, n, N) of each chunk of query rows.
 
         The weights, all of which this takes, are those of the attention itself: where nothing else is expected of that,
         its output is computed with them, and not once more by a kernel."""
         num_rows, with_output = self.key.shape[2], self._may_give_output()
-        received, outputs = None, []
+        answers: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         # Each chunk is to stay in the cache of a CPU; a compiler, or a GPU, has less to do for fewer of them.
         chunk = 64 if self.key.device.type == "cpu" and not torch.compiler.is_compiling() else 256
         for start in range(0, num_rows, chunk):
             weights = self.attention_rows(slice(start, start + chunk))
-            share = weights.sum(dim=(1, 2))
-            received = share if received is None else received + share
+            answers.append(answer(weights))
             if with_output:
                 with full_precision(self.value):
                     outputs.append((weights.to(self.value.dtype) @ self.value).transpose(1, 2))
         if with_output:
             self.output = torch.cat(outputs, dim=1)
-        assert received is not None  # there is always row 0
-        return received
+        return answers
 
     def _may_give_output(self) -> bool:
         """Whether attention is softmax attention without dropout and gradients, by no kernel of the user's own choice, with

@@ -1,4 +1,4 @@
-"""How many tokens the stages of a reduction keep: by the configuration, or as a forward was asked for. And sizes as pairs.
+"""How many tokens each stage keeps, set by the configuration or by a call of the model. Also `as_pair`, for sizes.
 
 The lowest module of the package: it imports none of the others.
 """

@@ -141,10 +141,10 @@ class CLCAViTConfig(ViTConfig):
         hidden_dropout_prob (`float`, defaults to 0.0): Probability of dropout.
         attention_probs_dropout_prob (`float`, defaults to 0.0): Probability of dropout on attention.
         reduction (`str`, *optional*): Token reduction method: none, or a name of `clca.REDUCTIONS`.
-        reduction_layers (`list[int]`, defaults to `[3, 6, 9]`):
-            Layers, counted from 0, at which tokens are reduced, strictly increasing. The cache is recalled after them, and
-            the CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe them, or
-            all layers if the list is empty.
+        reduction_layers (`str` or `list[int]`, defaults to `[3, 6, 9]`):
+            Layers, counted from 0, at which tokens are reduced, strictly increasing, or "all". The cache is recalled after
+            them, and the CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe
+            them, or all layers if the list is empty. Stored as a list.
         keep_rate (`float` or `list[float]`, defaults to `1.0`):
             Share of tokens that a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
             as a list.
@@ -223,7 +223,10 @@ class CLCAViTConfig(ViTConfig):
     ]
 
     reduction: str | None = None
-    reduction_layers: list[int] | tuple[int, ...] = field(default_factory=lambda: [3, 6, 9])
+    if TYPE_CHECKING:  # a list whenever it is read, and "all" as well where it is set
+        reduction_layers: Any = field(default_factory=lambda: [3, 6, 9])
+    else:
+        reduction_layers: list[int] | tuple[int, ...] | str = field(default_factory=lambda: [3, 6, 9])
     keep_rate: float | int | list[float | int] | tuple[float | int, ...] = field(default_factory=lambda: [1.0])
     keep_tokens: int | list[int] | tuple[int, ...] | None = None
     train_keep_rates: list[float | int] | tuple[float | int, ...] | None = None
@@ -289,7 +292,7 @@ class CLCAViTConfig(ViTConfig):
         if model_type not in (None, "", cls.model_type):
             raise ValueError(
                 f"`model_type` {model_type!r} is not that of a ViT, DeiT or CLCA ViT. If it is another kind of ViT, convert it "
-                "with `ufgir.from_transformers.load_transformers`."
+                "with `ufgir.checkpoints.load_transformers`."
             )
         config_dict = dict(config_dict)
         # What is overridden takes the place of what the file says about the same thing under another name.
@@ -305,6 +308,9 @@ class CLCAViTConfig(ViTConfig):
             config_dict["reduction_kwargs"] = without_targets(config_dict.get("reduction_kwargs"))
         if config_dict.get("layerscale_value") == 0:  # once another way to say none
             config_dict["layerscale_value"] = None
+        if "reduction_layers" in kwargs:
+            depth = kwargs.get("num_hidden_layers", config_dict.get("num_hidden_layers", cls.num_hidden_layers))
+            kwargs["reduction_layers"] = listed_layers(kwargs["reduction_layers"], depth)
         known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS
         unknown = sorted(set(config_dict) - known - _LEGACY_KEYS)
         if unknown:
@@ -350,6 +356,11 @@ def without_targets(reduction_kwargs: dict[str, Any] | None) -> dict[str, Any] |
     return {name: value for name, value in (reduction_kwargs or {}).items() if name != "ratio_targets"} or None
 
 
+def listed_layers(layers: Any, num_hidden_layers: int) -> Any:
+    """`reduction_layers` as they are, or every layer where they are "all"."""
+    return list(range(num_hidden_layers)) if layers == "all" else layers
+
+
 def check_config(config: CLCAViTConfig) -> None:
     """Check every value and store sequences as lists. Called when a config is made, and again when a model is built
     from it, since transformers does not validate what `from_pretrained` overrides.
@@ -357,6 +368,9 @@ def check_config(config: CLCAViTConfig) -> None:
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
+    config.reduction_layers = listed_layers(config.reduction_layers, config.num_hidden_layers)
+    if isinstance(config.reduction_layers, str):
+        raise ValueError(f"`reduction_layers` must be 'all' or a list of layers, got {config.reduction_layers!r}.")
     for name in ("reduction_layers", "keep_rate", "keep_tokens"):
         value = getattr(config, name)
         if isinstance(value, int | float):

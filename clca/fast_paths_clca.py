@@ -5,7 +5,8 @@
 | tokens that nobody reads are not computed | `CLCAViTModel.shortcuts` | `model.vit.skip_unread_rows = False` |
 | linear layers by oneDNN, in inference on a CPU in float32 | `linear_clca` | `torch.backends.mkldnn.flags(enabled=False)` |
 | GELU in place, in inference | `gelu_clca` | |
-| attention and what its tokens receive from one pass, in inference | `AttentionContext.received_attention` | |
+| attention and what is asked of all of it from one pass, in inference | `AttentionContext._of_chunks` | |
+| products of all queries with one vector by the projection's weights | `linear_clca.linear_products` | |
 
 Results are equal but for rounding. Each path steps aside by itself where it would be noticed: for hooks (`hooks_clca`),
 recorded hidden states and attention maps, replaced modules and tracers. So the switch is for comparisons and for the search

@@ -241,7 +241,7 @@ class SwitchableBatchNorm(nn.Module):
             if rate not in self.rates:
                 raise ValueError(
                     f"`keep_rate` {rate} is none of `train_keep_rates` {self.rates}, whose statistics the head keeps. Pass "
-                    "one of them to the forward of each training step (`ufgir.elastic.draw_keep_rate`)."
+                    "one of them to the forward of each training step (`ufgir.training.draw_keep_rate`)."
                 )
             row = self.rates.index(rate)
             mean, var = self.rate_mean[row], self.rate_var[row]

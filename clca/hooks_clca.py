@@ -1,4 +1,4 @@
-"""Whose hooks look at modules: a model leaves out, or computes in another way, only what nobody sees."""
+"""Find out whether hooks watch a module: fast paths must not skip what somebody watches."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,6 +11,11 @@ _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 # Their hooks on layers gather, move or record tensors, and read no tokens.
 _HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed.", "torch.utils.", "transformers.")
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether there is any hook on a module itself, of forward or backward passes."""
+    return any(getattr(module, kind) for kind in _KINDS)
 
 
 def is_hooked(module: nn.Module) -> bool:

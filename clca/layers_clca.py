@@ -20,7 +20,7 @@ from .configuration_clca import CLCAViTConfig
 from .fast_paths_clca import fast_paths_enabled
 from .gelu_clca import activate
 from .heads_clca import HEADS, LayerTrace
-from .linear_clca import linear
+from .linear_clca import linear, linear_products
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
 
@@ -165,6 +165,11 @@ class CLCAViTAttention(nn.Module):
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Queries (B, H, n, d) of normalised rows (B, n, D)."""
         return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
+
+    def query_products(self, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
+        """Products (B, N) of the queries of normalised tokens (B, N, D), their heads side by side, with one vector (B, D),
+        without the queries. None where the queries must be made: they have a norm, or weights alone do not tell them."""
+        return None if self.config.use_qk_norm else linear_products(self.q_proj, hidden_states, vector)
 
     def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
         """Keys, values and mask of normalised tokens (B, N, D), for questions and for the attention itself. The first
@@ -336,7 +341,9 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
         # A probe of all tokens needs them before they are merged. (What is drawn per token, as dropout is, must be drawn
         # before, too.)
-        self.can_merge_early = self.reduction is not None and self.method.merges_early and not self.probe_reads_tokens
+        self.can_merge_early = (
+            self.reduction is not None and self.reduction.merges_early and not self.probe_reads_tokens
+        )
 
     def forward(
         self,
@@ -364,6 +371,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
         normed = self.layernorm_before(hidden_states)
         context = self.attention.make_context(normed, state, hidden_keys)
+        context.layer_input = hidden_states
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
         # A trace is checked by another one without gradients, where attention may give its output.
         context.keeps_output = not output_attentions and fast_paths_enabled() and not torch.jit.is_tracing()

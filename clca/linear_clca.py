@@ -1,4 +1,4 @@
-"""Linear layers for the few rows that a reduction leaves.
+"""Linear layers for the few rows that a reduction leaves, and products with rows that are not computed.
 
 On a CPU, torch multiplies float32 matrices by its BLAS, which is made for many rows: with a dozen of them it may take twice
 the time it takes to read the weights. oneDNN, which torch brings along too, is faster there, and not slower elsewhere if the
@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .fast_paths_clca import fast_paths_enabled
-from .hooks_clca import is_hooked
+from .hooks_clca import has_own_hooks, is_hooked
 
 
 try:
@@ -74,3 +74,20 @@ def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
         and layer.weight.dtype == torch.float32
         and hidden_states.shape[-1:] == (layer.in_features,)  # else torch says it more clearly
     )
+
+
+def linear_products(layer: nn.Module, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
+    """Products (B, N) of what a linear layer makes of rows (B, N, in_features) with one vector (B, out_features), in the
+    vector's dtype: h (W^T v) + b v, at the price of one row. None where its weights do not tell what a call of it gives: it is
+    another layer, or hooks on it may bring or change something."""
+    if (
+        not fast_paths_enabled()
+        or type(layer) is not nn.Linear
+        or "forward" in layer.__dict__
+        or has_own_hooks(layer)
+        or type(layer.weight) is not nn.Parameter
+    ):
+        return None
+    products = hidden_states.to(vector.dtype) @ (vector @ layer.weight.to(vector.dtype)).unsqueeze(2)
+    products = products.squeeze(2)
+    return products if layer.bias is None else products + vector @ layer.bias.to(vector.dtype).unsqueeze(1)

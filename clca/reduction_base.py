@@ -14,18 +14,20 @@ parameters, and a few class methods that every layer of the model calls. It over
 | `start` | once, before the first layer | ats (validity), dyvit in training (policy) |
 | `before_layer` | first thing in a stage's layer | dyvit, dpcknn, kmedoids, sit, patchmerger, sinkhorn, heuristic |
 | `visible` | in every layer's attention, and when rows are averaged | ats (pads are not), heuristic (far patches) |
-| `attention_mask` | in every layer's attention | tome (log size, a bias); by default what `visible` says |
+| `attention_mask` | in every layer's attention | tome and its kin (log size, a bias); by default what `visible` says |
 | `attend` | in every layer, instead of softmax attention | dyvit in training (masked, smoothed softmax) |
 | `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
-| `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, tome |
-| `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | |
-| `observe` | in every layer's attention, once its keys exist | kmedoids (what tokens receive in the layer before its stage) |
+| `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, maws, dmaws, edar, nfedar, tome, atc, pitome, mctf |
+| `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | glsf, tofu |
+| `observe` | in every layer's attention, once its keys exist | kmedoids, dmaws, edar, nfedar (the layer before a stage) |
 | `recalled_value` | when the cache appends rows | what those rows get in each track |
 | `loss_terms` | with labels, in training | dyvit |
 
-`ScoredPruning` and `AttentionPruning` hold what pruning methods share (topk, evit, dyvit in evaluation), `Regrouping` and
-`LearntSlots` what methods share that make new rows of all but a protected part (dpcknn, kmedoids; sit, patchmerger,
-sinkhorn).
+`ScoredPruning` holds what pruning methods share (dyvit in evaluation, glsf), `ScoredByAttention` what those share that score
+by a layer's attention (`AttentionPruning`: topk, evit; maws), `TwoLayerPruning` by that of two layers (dmaws;
+`RolloutPruning`: edar, nfedar). `Regrouping` and `LearntSlots` hold what methods share that make new rows of all but a
+protected part (dpcknn, kmedoids; sit, patchmerger, sinkhorn), `Merging` what methods share that merge rows into their means
+(tome, atc, pitome, mctf, tofu).
 
 Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToMe's `size`, ATS' `valid`, DynamicViT's
 `decision`. A stage that reorders or drops rows calls `state.select`, a stage that makes new rows replaces its tracks.
@@ -41,7 +43,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .attention_clca import AttentionContext, RowMap, TakenRows, full_precision, gather_rows
+from .attention_clca import AttentionContext, RowMap, TakenRows, at_least_float32, full_precision, gather_rows
 from .budget_clca import Budget
 
 
@@ -73,6 +75,10 @@ class TokenState(NamedTuple):
     def with_tracks(self, **tracks: torch.Tensor) -> "TokenState":
         """The state with some tracks set."""
         return self._replace(tracks=self.tracks | tracks)
+
+    def without_track(self, name: str) -> "TokenState":
+        """The state without one of its tracks, if it has it."""
+        return self._replace(tracks={key: track for key, track in self.tracks.items() if key != name})
 
     def with_report(self, **report: torch.Tensor) -> "TokenState":
         """The state with something added to the layer's report."""
@@ -163,11 +169,12 @@ class TokenReduction(nn.Module):
     distils: ClassVar[bool] = False  # its loss learns from a teacher, where there is one
     static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
+    most_exported_patches: ClassVar[int | None] = None  # graphs of larger images would hold too many operators
 
     # What follows from a subclass' definition, set when it is made.
     option_types: ClassVar[dict[str, Any]] = {}  # of the keyword-only arguments of `__init__`
     option_defaults: ClassVar[dict[str, Any]] = {}
-    merges_early: ClassVar[bool] = True  # `merge_rows` says all that `before_mlp` does, which is not overridden
+    merges_early: bool = True  # `merge_rows` says all that `before_mlp` does; True unless that is overridden
     adds_to_loss: ClassVar[bool] = False  # `loss_terms` is overridden: it may read all tokens
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -395,19 +402,31 @@ class FusedRows(RowMap):
 class ScoredPruning(TokenReduction):
     """Keep row 0 and the best of all other rows: patches, registers, CLR and recalled rows compete alike, as in the
     original. A method decides when it calls `prune`, and with which scores; `fuse_rest` adds one row, the sum of all that
-    was dropped, weighted by the scores.
+    was dropped, weighted by the scores. An option of that name decides in a method that has it.
 
     Kept rows are in the order of falling scores. Where nothing is dropped the sequence is left as it is, unless the method
     `always_sorts`.
     """
 
-    fuse_rest: ClassVar[bool] = False
+    fuse_rest: bool = False
+    normalize_weights: bool = False  # stretch the weights of the fused row, so that those of all rows cover 0 .. 1
     always_sorts: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, config: "CLCAViTConfig") -> None:
+        super().check(config)
+        if "normalize_weights" in cls.option_types and not cls.fuses(config):
+            cls.check_option(config, "normalize_weights", lambda v: not v, "False without `fuse_rest`")
+
+    @classmethod
+    def fuses(cls, config: "CLCAViTConfig") -> bool:
+        """Whether what a stage drops is fused into one row: `fuse_rest` of its stages."""
+        return cls.option(config, "fuse_rest") if "fuse_rest" in cls.option_types else cls.fuse_rest
 
     @classmethod
     def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
         kept = cls.keep(config, stage, num_rows, state)
-        return 1 + kept + int(cls.fuse_rest and kept < num_rows - 1)
+        return 1 + kept + int(cls.fuses(config) and kept < num_rows - 1)
 
     @classmethod
     def keep(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
@@ -432,15 +451,49 @@ class ScoredPruning(TokenReduction):
         state = state.select(rows)
         if not self.fuse_rest:
             return TakenRows(rows), state.with_assignment(lambda: one_hot_assignment(rows, num_rows, scores.dtype))
-        weights = nn.functional.pad(scores.scatter(1, best, 0.0), (1, 0)).unsqueeze(1)  # (B, 1, N), 0 where kept
+        weights = self.fusion_weights(scores).scatter(1, best, 0.0)  # 0 where kept
+        weights = nn.functional.pad(weights, (1, 0)).unsqueeze(1)  # (B, 1, N)
         state = self.extend_tracks(state, 1, self.training).with_assignment(
-            lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), weights], dim=1)
+            lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), shares_of(weights)], dim=1)
         )
         return FusedRows(rows, weights), state
 
+    def fusion_weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """What each row would weigh in the fused row, (B, N - 1), by the `scores` (B, N - 1) of all rows."""
+        weights = self.weigh(scores)
+        if not self.normalize_weights:
+            return weights
+        least, most = weights.aminmax(dim=1, keepdim=True)
+        return (weights - least) / torch.where(most > least, most - least, 1.0)  # all alike: 0, not 0 / 0
 
-class AttentionPruning(ScoredPruning):
-    """Between attention and MLP, keep row 0 and the ceil(rate * (N - 1)) other rows that draw the most attention.
+    def weigh(self, scores: torch.Tensor) -> torch.Tensor:
+        """Weights of scores, before `normalize_weights`: by default the scores themselves."""
+        return scores
+
+
+def shares_of(weights: torch.Tensor) -> torch.Tensor:
+    """Shares (B, 1, N) that a fused row reports of its weights (B, 1, N), which may be negative or add up to more than one:
+    shares are neither."""
+    shares = weights.abs()
+    return shares / shares.sum(dim=2, keepdim=True).clamp(min=1)
+
+
+class ScoredByAttention(ScoredPruning):
+    """Between attention and MLP, keep row 0 and the ceil(rate * (N - 1)) other rows with the best scores, which the layer's
+    attention tells. A method is its `score`."""
+
+    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+        if self.fuse_rest:
+            context.query()  # of all rows, which will be needed: CLS is not projected by itself
+        return self.keep_best(state, self.score(context)[:, 1:])
+
+    def score(self, context: AttentionContext) -> torch.Tensor:
+        """Scores (B, N) of all rows; that of row 0, which stays, is not read."""
+        raise NotImplementedError
+
+
+class AttentionPruning(ScoredByAttention):
+    """By the attention that rows draw.
 
     Args:
         score_by: `cls`, what row 0 attends to; `received`, the mean attention a row receives; both averaged over heads. By
@@ -457,15 +510,70 @@ class AttentionPruning(ScoredPruning):
         super().check(config)
         cls.check_option(config, "score_by", lambda v: v in (None, "cls", "received"), "'cls' or 'received'")
 
-    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
-        if self.fuse_rest:
-            context.query()  # of all rows, which will be needed: CLS is not projected by itself
+    def score(self, context: AttentionContext) -> torch.Tensor:
         if self.score_by == "cls":
-            scores = context.cls_attention()
-        else:
-            scores = context.received_attention()
-            scores = scores / (self.config.num_attention_heads * scores.shape[1])
-        return self.keep_best(state, scores[:, 1:])
+            return context.cls_attention()
+        received = context.received_attention()
+        return received / (self.config.num_attention_heads * received.shape[1])
+
+
+class TwoLayerPruning(ScoredByAttention):
+    """By the attention of the stage's layer and of the one before. A method is its `note`, which takes from the layer before
+    what its `score` will need, and `score`.
+
+    A note counts only if the tokens that enter the stage's layer are those that entered the layer before, in their order:
+    where that layer dropped, fused or merged some, or the cache appended some after it, and in layer 0, there is none, and
+    the stage's own layer decides alone.
+    """
+
+    differentiable_tracks = True  # through the weights of a fused row
+
+    @classmethod
+    def note(cls, context: AttentionContext) -> torch.Tensor:
+        """What to know of a layer's attention in the next layer, (B, N, ...)."""
+        raise NotImplementedError
+
+    @classmethod
+    def noted(cls, context: AttentionContext) -> torch.Tensor | None:
+        """What was noted in the layer before, if it counts: the context still has the state that entered this layer, so a
+        stage reads that note although `observe` has made the next one."""
+        return context.state.tracks.get("noted")
+
+    @classmethod
+    def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
+        if not before_stage:
+            return state.without_track("noted")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cls.fuses(context.attention.config)):
+            return state.with_tracks(noted=cls.note(context))
+
+    @classmethod
+    def extend_tracks(cls, state: TokenState, count: int, training: bool) -> TokenState:
+        return super().extend_tracks(state.without_track("noted"), count, training)
+
+    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[RowMap | None, TokenState]:
+        row_map, new_state = super().keep_best(state, scores)
+        return row_map, new_state if row_map is None else new_state.without_track("noted")
+
+
+class RolloutPruning(TwoLayerPruning):
+    """By what row 0 attends to through two layers, of which each token passes on one half unchanged (attention rollout).
+
+    With a the attention averaged over heads and R = (a + 1) / 2, rows of which sum to one: row 0 of R in the stage's layer,
+    times R in the layer before.
+    """
+
+    @classmethod
+    def note(cls, context: AttentionContext) -> torch.Tensor:
+        return context.mean_attention()  # (B, N, N)
+
+    def score(self, context: AttentionContext) -> torch.Tensor:
+        attention = context.cls_attention()  # (B, N)
+        own = torch.cat([attention[:, :1] + 1, attention[:, 1:]], dim=1) / 2
+        before = self.noted(context)
+        if before is None:
+            return own
+        with full_precision(own):
+            return ((own.unsqueeze(1) @ before).squeeze(1) + own) / 2
 
 
 class Regrouping(TokenReduction):
@@ -550,3 +658,137 @@ def nearest_row(distances: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     # Never anything near to the size of the distances, and otherwise few steps.
     chunk = distances.shape[1] if 4 * rows.shape[1] <= distances.shape[1] else 256
     return torch.cat([gather_rows(part, rows).argmin(dim=1) for part in distances.split(chunk, dim=2)], dim=1)
+
+
+class MergedRows(RowMap):
+    """Sums of rows, each of which goes into one of them.
+
+    Args:
+        target: row of the new sequence each row goes to, (B, N).
+        share: of each row in it, (B, N); those of a new row add up to one.
+        num_rows: rows M of the new sequence.
+    """
+
+    def __init__(self, target: torch.Tensor, share: torch.Tensor, num_rows: int) -> None:
+        self.target, self.share, self.num_rows = target, share, num_rows
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        index = self.target.unsqueeze(-1).expand_as(values)
+        weighted = values * self.share.unsqueeze(-1).to(values.dtype)
+        return torch.zeros_like(values[:, : self.num_rows]).scatter_add(1, index, weighted)
+
+
+class Merging(TokenReduction):
+    """Between attention and MLP, merge rows into their means, weighted by sizes: how many patches a row stands for. A method
+    is its `match`, and what it may remove. Row 0 is never merged.
+
+    A token that stands for n patches draws n times the attention, in every layer: log n is added to its logits.
+    """
+
+    from_patches: ClassVar[bool] = True  # the keep rate is a cumulative share of those; else of the current tokens
+
+    size_track = "size"  # under another name attention does not see the sizes; means are weighted all the same
+
+    @classmethod
+    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
+        return num_rows - cls.num_merged(config, stage, num_rows, state)
+
+    @classmethod
+    def num_merged(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
+        """Rows that disappear. As a share of the patches: the step from the last target to this one."""
+        if cls.from_patches:
+            last = state.num_patches if stage == 0 else state.budget.of_patches(stage - 1, state.num_patches)
+            wanted = last - state.budget.of_patches(stage, state.num_patches)
+        else:
+            wanted = num_rows - 1 - state.budget.of_current(stage, num_rows - 1)
+        return max(min(wanted, cls.most_merged(num_rows)), 0)
+
+    @classmethod
+    def most_merged(cls, num_rows: int) -> int:
+        """Rows that can disappear: half of those beside row 0, where rows are merged in pairs."""
+        return (num_rows - 1) // 2
+
+    @classmethod
+    def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
+        size = state.tracks.get("size")
+        return None if size is None else size.log()[:, None, None, :]
+
+    def size(self, context: AttentionContext, state: TokenState) -> torch.Tensor:
+        """Sizes (B, N), at least in float32; one as long as nothing has been merged."""
+        size = state.tracks.get(self.size_track)
+        return at_least_float32(context.key).new_ones(context.key[:, 0, :, 0].shape) if size is None else size
+
+    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+        merged = self.num_merged(self.config, self.stage, context.key.shape[2], state)
+        if merged == 0:
+            return None, state.with_assignment(lambda: identity_assignment(context.key[:, 0]))
+        return self.merge(context, state, merged)
+
+    def merge(self, context: AttentionContext, state: TokenState, merged: int) -> tuple[RowMap, TokenState]:
+        """The map that removes `merged` rows, at least one, and the state that belongs to what is left."""
+        with torch.no_grad():
+            target = self.match(context.key.mean(dim=1), merged)
+        return self.pool(target, context.key.shape[2] - merged, self.size(context, state), state)
+
+    def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
+        """New row (B, N) of each row with the features `metric` (B, N, d), keys averaged over heads. By default the `merged`
+        most similar pairs of rows at even and at odd positions merge."""
+        return match_halves(cosine_of_halves(metric), merged).target
+
+    def pool(
+        self,
+        target: torch.Tensor,
+        num_rows: int,
+        size: torch.Tensor,
+        state: TokenState,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[MergedRows, TokenState]:
+        """The means of the rows with the same `target` (B, N), of M = `num_rows` new ones, weighted by `weights` (B, N) or, by
+        default, by `size` (B, N); and the state with the new sizes, which are sums."""
+        new_size = size.new_zeros(size.shape[0], num_rows).scatter_add(1, target, size)
+        total = new_size if weights is None else torch.zeros_like(new_size).scatter_add(1, target, weights)
+        share = (size if weights is None else weights) / total.gather(1, target)
+        state = state._replace(tracks={self.size_track: new_size}).with_assignment(
+            lambda: share.new_zeros(*new_size.shape, size.shape[1]).scatter(1, target.unsqueeze(1), share.unsqueeze(1))
+        )
+        return MergedRows(target, share, num_rows), state
+
+
+class Matching(NamedTuple):
+    """Which rows stay, and where the others go."""
+
+    kept: torch.Tensor  # (B, M), rows that stay, in their new order
+    gone: torch.Tensor  # (B, N - M), the others
+    into: torch.Tensor  # (B, N - M), the new row that each of those goes to
+
+    @property
+    def target(self) -> torch.Tensor:
+        """The new row of each row, (B, N)."""
+        rows = torch.cat([self.kept, self.gone], dim=1)
+        positions = torch.arange(self.kept.shape[1], device=rows.device).expand_as(self.kept)
+        return torch.zeros_like(rows).scatter(1, rows, torch.cat([positions, self.into], dim=1))
+
+
+def cosine_of_halves(metric: torch.Tensor) -> torch.Tensor:
+    """Cosines (B, a, b), at least in float32, of the a rows of `metric` (B, N, d) at even positions with the b at odd ones."""
+    metric = nn.functional.normalize(at_least_float32(metric), dim=-1)
+    with full_precision(metric):
+        return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+
+
+def match_halves(scores: torch.Tensor, merged: int) -> Matching:
+    """Send the `merged` rows at even positions with the best `scores` (B, a, b) to their best partners at odd ones. Row 0
+    stays: its scores are overwritten. The new order: even rows that stay, ascending; all odd rows."""
+    scores[:, 0] = -torch.inf
+    best, partner = scores.max(dim=2)  # (B, a)
+    order = falling_order(best)
+    gone, stay = order[:, :merged], order[:, merged:].sort(dim=1).values
+    odd = torch.arange(1, 2 * scores.shape[2], 2, device=scores.device).expand(scores.shape[0], -1)
+    return Matching(torch.cat([2 * stay, odd], dim=1), 2 * gone, partner.gather(1, gone) + stay.shape[1])
+
+
+def falling_order(values: torch.Tensor) -> torch.Tensor:
+    """Indices that sort `values` (B, n), the greatest first; of equal values the one at the lower index."""
+    # A stable sort does not export to ONNX. A plain one becomes TopK, which breaks ties in this way, too.
+    stable = {} if torch.compiler.is_exporting() else {"stable": True}
+    return values.argsort(dim=1, descending=True, **stable)

@@ -1,4 +1,4 @@
-"""PatchMerger: learnt queries gather the tokens (https://huggingface.co/papers/2202.12015).
+"""PatchMerger: learned queries gather the tokens (https://huggingface.co/papers/2202.12015).
 
 Its official code (scenic) is Apache-2.0. Differs from the paper: it may act in several layers; CLR and recalled rows are
 absorbed with the patches. As in the paper, the new tokens are sums of normalised ones, on another scale than the residual

@@ -1,4 +1,4 @@
-"""Sinkhorn: tokens are transported to learnt prototypes (the baseline of https://huggingface.co/papers/2308.04657).
+"""Sinkhorn: tokens are transported to learned prototypes (the baseline of https://huggingface.co/papers/2308.04657).
 
 The official code of that study is MIT. As there, the new tokens are sums of tokens of unit length, and each prototype is
 brought to unit length in place, which its gradient does not see.

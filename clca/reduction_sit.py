@@ -1,4 +1,4 @@
-"""SiT: a learnt soft assignment of the tokens to slots (Self-slimmed ViT, https://huggingface.co/papers/2111.12624).
+"""SiT: a learned soft assignment of the tokens to slots (Self-slimmed ViT, https://huggingface.co/papers/2111.12624).
 
 Its official code has no licence file. Differs from the paper: only its token slimming module, without the distillation;
 CLR and recalled rows are absorbed with the patches.

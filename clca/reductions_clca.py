@@ -1,4 +1,7 @@
-"""The index of reduction methods, and the schedule of token counts that follows from a configuration."""
+"""The index of reduction methods, and the schedule of token counts that follows from a configuration.
+
+One more method: a file `reduction_<name>.py`, an import and an entry of `REDUCTIONS` here.
+"""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -6,16 +9,25 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .budget_clca import Budget, check_rates
 from .cache_clca import recovery_layers, rows_per_entry
+from .reduction_atc import ATCReduction
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
+from .reduction_dmaws import DMAWSReduction
 from .reduction_dpcknn import DPCKNNReduction
 from .reduction_dyvit import DyViTReduction
+from .reduction_edar import EDARReduction
 from .reduction_evit import EViTReduction
+from .reduction_glsf import GLSFReduction
 from .reduction_heuristic import HeuristicReduction
 from .reduction_kmedoids import KMedoidsReduction
+from .reduction_maws import MAWSReduction
+from .reduction_mctf import MCTFReduction
+from .reduction_nfedar import NFEDARReduction
 from .reduction_patchmerger import PatchMergerReduction
+from .reduction_pitome import PiToMeReduction
 from .reduction_sinkhorn import SinkhornReduction
 from .reduction_sit import SiTReduction
+from .reduction_tofu import ToFuReduction
 from .reduction_tome import ToMeReduction
 from .reduction_topk import TopKReduction
 
@@ -25,15 +37,24 @@ if TYPE_CHECKING:
 
 
 REDUCTIONS: dict[str, type[TokenReduction]] = {
+    "atc": ATCReduction,
     "ats": ATSReduction,
+    "dmaws": DMAWSReduction,
     "dpcknn": DPCKNNReduction,
     "dyvit": DyViTReduction,
+    "edar": EDARReduction,
     "evit": EViTReduction,
+    "glsf": GLSFReduction,
     "heuristic": HeuristicReduction,
     "kmedoids": KMedoidsReduction,
+    "maws": MAWSReduction,
+    "mctf": MCTFReduction,
+    "nfedar": NFEDARReduction,
     "patchmerger": PatchMergerReduction,
+    "pitome": PiToMeReduction,
     "sinkhorn": SinkhornReduction,
     "sit": SiTReduction,
+    "tofu": ToFuReduction,
     "tome": ToMeReduction,
     "topk": TopKReduction,
 }

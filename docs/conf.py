@@ -29,7 +29,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "docstrings",
     "from_code",
-    "from_readme",
 ]
 exclude_patterns = ["_build", "_extensions", "**.ipynb_checkpoints"]
 nitpicky = True

@@ -15,21 +15,24 @@ import pytest
 import torch
 
 
+GOLDENS = ("goldens", "goldens_lab")  # of the original code, and of its later tree
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--goldens",
         type=Path,
-        default=Path(__file__).parent / "goldens",
-        help="folder of golden .safetensors files to run (default: tests/goldens)",
+        help=f"folder of golden .safetensors files to run (default: {', '.join(GOLDENS)} of tests)",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
-        folder = metafunc.config.getoption("goldens")
-        files = sorted(folder.glob("*.safetensors"))
+        chosen = metafunc.config.getoption("goldens")
+        folders = [Path(__file__).parent / name for name in GOLDENS] if chosen is None else [chosen]
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         if not files:
-            raise pytest.UsageError(f"--goldens {folder}: no .safetensors files there")
+            raise pytest.UsageError(f"--goldens {chosen}: no .safetensors files there")
         metafunc.parametrize("golden_file", files, ids=[f.stem for f in files])
 
 

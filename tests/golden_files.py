@@ -1,4 +1,4 @@
-"""The files of tests/goldens: tiny models that the original code really ran."""
+"""The files of tests/goldens and tests/goldens_lab: tiny models that the original code really ran."""
 
 import json
 from pathlib import Path

@@ -24,6 +24,9 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.2,  # with the usual 0.02 so narrow a network attends to everything alike
 }
 
+# Options with which the five layers of TINY show all that a method does: by default ToFu would only drop tokens in them.
+OPTIONS: dict[str | None, dict[str, Any]] = {"tofu": {"merge_from": 2}}
+
 CACHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "cache": {"cross_layer_cache": True, "num_clr_tokens": 1},
@@ -38,7 +41,9 @@ TOKENS: dict[str, dict[str, Any]] = {
 
 # By method, and by head and backbone: parameters that sit directly on some module, or are used outside its forward.
 VARIANTS: dict[str, dict[str, Any]] = {
-    str(method): CACHES["clca"] | ({"reduction": method, "keep_rate": 0.5} if method else {}) for method in METHODS
+    str(method): CACHES["clca"]
+    | ({"reduction": method, "keep_rate": 0.5, "reduction_kwargs": OPTIONS.get(method)} if method else {})
+    for method in METHODS
 } | {
     "ifa": {"reduction": "topk", "keep_rate": 0.5, "head": "ifa"},
     "h2t": {"reduction": "evit", "keep_rate": 0.5, "head": "h2t", "num_register_tokens": 2},
@@ -62,7 +67,7 @@ class Case(NamedTuple):
     def config(self, **changes: Any) -> CLCAViTConfig:
         options = TINY | CACHES[self.cache] | TOKENS[self.tokens]
         if self.method is not None:
-            options |= {"reduction": self.method, "keep_rate": 0.5}
+            options |= {"reduction": self.method, "keep_rate": 0.5, "reduction_kwargs": OPTIONS.get(self.method)}
         return CLCAViTConfig(**(options | changes))
 
     def model(self, **changes: Any) -> CLCAViTForImageClassification:

@@ -18,17 +18,24 @@ from ufgir.export import TENSORRT_OPERATORS, export_model
 SHORT = TINY | {"num_hidden_layers": 3, "reduction_layers": [1]}  # an export takes seconds, most of them per layer
 
 
+# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too. ToFu would only drop tokens.
+OPTIONS = {"ats": {"pad_to_bound": True}, "tofu": {"merge_from": 0}}
+
+
 def small_model(method, **changes):
     options = SHORT | CACHES["clca"]
     if method is not None:
         options |= {"reduction": method, "keep_rate": 0.5}
-    if method == "ats":
-        options |= {"reduction_kwargs": {"pad_to_bound": True}}
+    options |= {"reduction_kwargs": OPTIONS.get(method)}
     return build(tiny_config(**options | changes)).float()
 
 
 SCATTERS = {
     "tome": ["ScatterElements (add)"],
+    "atc": ["ScatterElements (add)"],
+    "mctf": ["ScatterElements (add)"],
+    "pitome": ["ScatterElements (add)"],
+    "tofu": ["ScatterElements (add)", "ScatterElements (max)"],
     "dpcknn": ["ScatterElements (add)"],
     "kmedoids": ["ScatterElements (min)"],
 }
@@ -87,6 +94,7 @@ def test_a_wrong_file_is_not_written(tmp_path, monkeypatch):
     "method, changes, name, words",
     [
         ("ats", {"reduction_kwargs": None}, "model.onnx", '{"pad_to_bound": true}'),
+        ("atc", {"image_size": 136}, "model.onnx", "at most 256 patches, and the model's have 289"),
         (None, {}, "model.tflite", "must end in .onnx or .pt2"),
     ],
 )

@@ -166,8 +166,8 @@ def export_model(
         tolerance: the largest difference of logits between file and model on random images at which the file is written.
 
     Raises:
-        ValueError: another ending, a folder, a method whose token counts depend on the image, a package that is missing, or a file
-            whose logits differ.
+        ValueError: another ending, a folder, a method whose token counts depend on the image or whose graph would be too large, a
+            package that is missing, or a file whose logits differ.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -175,10 +175,17 @@ def export_model(
     if path.is_dir():
         raise ValueError(f"`path` must be a file, got the folder {path}.")
     config = model.config
-    if not get_reduction(config.reduction).is_static(config):
+    method = get_reduction(config.reduction)
+    if not method.is_static(config):
         raise ValueError(
             f"`reduction`={config.reduction!r} keeps another number of tokens of each image, which no exported graph can. "
             'Set `reduction_kwargs` to {"pad_to_bound": true}: it then pads to the most there can be.'
+        )
+    most = method.most_exported_patches
+    if most is not None and config.num_patches > most:
+        raise ValueError(
+            f"`reduction`={config.reduction!r} is exported for images of at most {most} patches, and the model's have "
+            f"{config.num_patches}: the graph would hold too many operators. Use smaller images or another method."
         )
     facts = {
         "reduction": config.reduction,

@@ -10,6 +10,9 @@ the docstrings of modules and of all that is public in them; `{reductions}`, tho
 In the gallery, `<!-- other pictures -->` becomes a section for every kind of picture that the page has no heading for, and
 `<!-- other methods -->` a paragraph for every method whose title is not there in **bold**. Both are comments, because the page is
 read on GitHub, too.
+
+Links to files of the repository outside docs/, such as `[text](../clca/modeling_clca.py)`, work on GitHub. The site has no such files:
+there a link to a module of `clca` leads to the reference, and any other becomes plain text.
 """
 
 import argparse
@@ -23,6 +26,9 @@ from sphinx.application import Sphinx
 
 
 _PLACE = re.compile(r"^```\{(modules|reductions|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+_OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./([^)\s]+)\)")  # a page of docs/ links to the rest of the repository
 
 
 def _plain(text: str) -> str:
@@ -118,8 +124,17 @@ def options(_: str) -> str:
     return "\n".join(_definitions(RecipeParser(GROUPS, prog="run_ufgir.py"), "## {}"))
 
 
+def _relinked(match: re.Match) -> str:
+    """A link to a file outside docs/, as it stands on the site."""
+    text, target = match.groups()
+    if re.fullmatch(r"clca/\w+\.py", target):
+        return f"{{py:mod}}`{text} <{target.removesuffix('.py').replace('/', '.')}>`"
+    return f"`{text}`"
+
+
 def expanded(page: str) -> str:
     """A page with the parts that are made of the code."""
+    page = _OUTSIDE.sub(_relinked, page)
     for mark, make in (("<!-- other pictures -->", other_pictures), ("<!-- other methods -->", other_methods)):
         if mark in page:
             page = page.replace(mark, make(page))

@@ -1,9 +1,10 @@
-"""The methods of token reduction as their files and classes describe them, and the README's table of them.
+"""The methods of token reduction as their files and classes describe them, and two tables of them.
 
     python docs/_extensions/method_table.py
 
-writes the table anew between its two marks in README.md; so does `make style`. All but the tokens after a stage comes from the
-code; for those, what a row says stays, and a new row begins with what the class says of its keep rate.
+writes both tables between their marks: the short one in README.md and the full one in docs/methods.md. `make style` runs it. Everything
+comes from the code except "tokens after a stage" in the full table: existing cells are kept, and a new row starts with what the class
+says about its keep rate.
 """
 
 import importlib
@@ -11,14 +12,19 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- method table -->", "<!-- end of the method table -->"
 _TABLE = re.compile(rf"{BEGIN}\n(.*?)\n{END}", re.DOTALL)
-_HEAD = "| `reduction` | idea | paper | file | tokens after a stage | GMACs | with CLCA |\n| --- | --- | --- | --- | --- | ---: | ---: |"
+_SHORT = "| `reduction` | what it does | paper | when |\n| --- | --- | --- | --- |"
+_FULL = (
+    "| `reduction` | what it does | paper | file | when | tokens after a stage | GMACs | with CLCA |\n"
+    "| --- | --- | --- | --- | --- | --- | ---: | ---: |"
+)
+_TOKENS = 5  # the column of the full table that people may edit
 
 
 class Method(NamedTuple):
@@ -30,6 +36,7 @@ class Method(NamedTuple):
         title, idea: the first line of the file, `Title: idea (remarks).`
         paper: number on arXiv of the first paper that the file names, or empty.
         rate: the sentence of the class about the keep rate, or empty.
+        when: what to know before choosing it, read from the attributes of the class.
     """
 
     name: str
@@ -38,6 +45,7 @@ class Method(NamedTuple):
     idea: str
     paper: str
     rate: str
+    when: str
 
 
 def methods() -> list[Method]:
@@ -61,28 +69,89 @@ def describe(cls: type) -> Method:
     idea = re.sub(r" \([^()]*\)\.?$", "", first[2]).rstrip(".")
     paper = re.search(r"(?:huggingface\.co/papers|arxiv\.org/abs)/(\d{4}\.\d+)", text)
     rate = re.search(r"The keep rate is[^.]*", " ".join((inspect.getdoc(cls) or "").split()))
-    return Method(cls.name, cls.__module__, first[1], idea, paper[1] if paper else "", rate[0] if rate else "")
+    return Method(
+        cls.name, cls.__module__, first[1], idea, paper[1] if paper else "", rate[0] if rate else "", when(cls)
+    )
 
 
-def readme_table(old: str) -> str:
-    """The table, with the cells of `old` that the code does not tell."""
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in old.splitlines()[2:]]
-    order, tokens = [row[0].strip('`"') for row in rows], {row[0].strip('`"'): row[4] for row in rows}
-    found = {method.name: method for method in methods()}
-    lines = [_HEAD, _row("`None`", "keep every token", "", "", "N", None)]
-    for name in sorted(found, key=lambda name: (name not in order, order.index(name) if name in order else name)):
-        one = found[name]
-        file = f"{one.module.partition('.')[2]}.py"
-        paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if one.paper else ""
-        lines.append(
-            _row(f'`"{name}"`', one.idea, paper, f"[{file}](clca/{file})", tokens.get(name) or one.rate, name)
-        )
+def when(cls: type) -> str:
+    """What decides whether a method fits: training, fixed keep rates, token counts that differ, limits."""
+    from clca import CLCAViTConfig, token_schedule
+
+    options = {"image_size": 64, "patch_size": 8, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+    config = CLCAViTConfig(**options, num_hidden_layers=2, reduction=cls.name, reduction_layers=[0], keep_rate=0.1)
+    before, after = token_schedule(config).before[:2]
+    if after == before:
+        return "no training needed; a baseline that hides tokens and saves no time"
+    parts = ["needs training" if _has_parameters(config) else "no training needed"]
+    if cls.fixed_rate(config):
+        parts.append("one model per keep rate")
+    if not cls.is_static(config):
+        parts.append("token counts differ by image")
+    if 2 * after >= before - 1:
+        parts.append("removes at most half per stage")
+    if cls.most_exported_patches is not None:
+        parts.append(f"exports up to {cls.most_exported_patches} patches")
+    return "; ".join(parts)
+
+
+def _has_parameters(config: Any) -> bool:
+    """Whether the method of a configuration has parameters of its own."""
+    import torch
+
+    from clca import CLCAViTConfig, CLCAViTModel
+
+    plain = CLCAViTConfig(**config.to_dict() | {"reduction": None, "keep_rate": [1.0]})
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in CLCAViTModel(one).parameters()) for one in (config, plain)]
+    return sizes[0] > sizes[1]
+
+
+def _ordered(old: str) -> list[Method]:
+    """The methods in the order of an existing table; methods that it lacks follow by name."""
+    order = [cells[0] for cells in _cells(old)]
+    return sorted(
+        methods(), key=lambda one: (one.name not in order, order.index(one.name) if one.name in order else 0, one.name)
+    )
+
+
+def _cells(table: str) -> list[list[str]]:
+    """The cells of a table's rows, the first one as the plain name of the method."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    return [[re.sub(r'[`"\[]|\].*', "", row[0]), *row[1:]] for row in rows]
+
+
+def _arxiv(method: Method) -> str:
+    return f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
+
+
+def short_table(old: str) -> str:
+    """The table of README.md."""
+    lines = [_SHORT]
+    for one in _ordered(old):
+        name = f'[`"{one.name}"`]({one.module.replace(".", "/")}.py)'
+        lines.append(_row(name, one.idea, _arxiv(one), one.when))
     return "\n".join(lines)
 
 
-def _row(shown: str, idea: str, paper: str, file: str, tokens: str, method: str | None) -> str:
-    cells = [shown, idea, paper, file, tokens, _giga(method, False), _giga(method, True)]
+def full_table(old: str) -> str:
+    """The table of docs/methods.md, with the column of `old` that the code does not tell."""
+    tokens = {cells[0]: cells[_TOKENS] for cells in _cells(old)}
+    lines = [_FULL, _row("`None`", "keep every token", "", "", "", "N", *_gmacs(None))]
+    for one in _ordered(old):
+        file = f"{one.module.partition('.')[2]}.py"
+        link = f"[{file}](../clca/{file})"
+        cells = (f'`"{one.name}"`', one.idea, _arxiv(one), link, one.when, tokens.get(one.name) or one.rate)
+        lines.append(_row(*cells, *_gmacs(one.name)))
+    return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+def _gmacs(method: str | None) -> tuple[str, str]:
+    return _giga(method, False), _giga(method, True)
 
 
 def _giga(method: str | None, clca: bool) -> str:
@@ -96,11 +165,13 @@ def _giga(method: str | None, clca: bool) -> str:
     return "differs by image" if macs is None else f"{macs / 1e9:.2f}"
 
 
-def updated(text: str) -> str:
-    """The README's text with its table as it should be."""
-    return _TABLE.sub(lambda match: f"{BEGIN}\n{readme_table(match[1])}\n{END}", text)
+def updated(path: Path) -> str:
+    """The text of README.md or docs/methods.md with its table as it should be."""
+    make = short_table if path == README else full_table
+    return _TABLE.sub(lambda match: f"{BEGIN}\n{make(match[1])}\n{END}", path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in (README, GUIDE):
+        page.write_text(updated(page), encoding="utf-8")

@@ -125,7 +125,7 @@ def test_compare_and_correlate_commands(checkpoints, tmp_path, capsys):
     assert [pair["gap"] for pair in told] == pytest.approx([0.05, 0.4, 0.35])
 
 
-def test_embed_command(checkpoints, tmp_path, capsys):
+def test_embed_command(checkpoints, tmp_path, capsys, caplog):
     arguments = [
         str(checkpoints / "a"),
         "--dataset",
@@ -142,6 +142,14 @@ def test_embed_command(checkpoints, tmp_path, capsys):
         assert [int(row["index"]) for row in rows] == [*range(21)]
         assert rows[0]["label"] in CLASSES
         assert Image.open(tmp_path / "out" / f"{method}.png").width > 600
+    assert not caplog.records
+
+
+def test_a_layer_has_no_effect_on_features_of_another_kind(checkpoints, tmp_path, capsys, caplog):
+    arguments = [str(checkpoints / "a"), "--dataset", str(checkpoints / "leaves"), "--features", "pooled"]
+    assert main(["embed", *arguments, "--layer", "99", "--method", "pca", "--output", str(tmp_path / "out")]) == 0
+    assert "`--layer`" in caplog.text and "`--features`" in caplog.text
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +184,6 @@ def test_embed_command(checkpoints, tmp_path, capsys):
         (["compare", "a", "b", "--what", "cca", "--max-images", "9"], "16 channels need more than 17 images"),
         (["compare", "a", "--max-images", "3"], "at least 4 images"),
         (["compare", "nowhere"], "there is no checkpoint"),
-        (["embed", "plain", "--features", "pooled", "--layer", "1"], "leave it out"),
         (["embed", "no_cls"], "no_cls has no CLS token"),
         (["embed", "no_cls", "--features", "cla"], "aggregates no CLS tokens"),
         (["embed", "a", "--max-images", "3"], "at least 4 images"),

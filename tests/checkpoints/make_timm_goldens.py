@@ -12,6 +12,7 @@ the name of the architecture, and the arguments of `load_timm` that give the sam
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ PLAIN = {
     "timm_registers": ("vit_betwixt_patch16_reg4_gap_256.sbb_in1k", 3),
     "timm_so150m": ("vit_so150m_patch16_reg4_gap_256.sbb_e250_in12k", 3),
     "timm_so150m2": ("vit_so150m2_patch16_reg1_gap_256.sbb_e200_in12k", 3),
+}
+# The same of timm 0.9.12, which the original code ran with; timm has dropped these names since. Made by naming them:
+# `make_timm_goldens.py timm_base_reg8_gap timm_medium_reg4`.
+OLD = {
+    "timm_base_reg8_gap": ("vit_base_patch16_reg8_gap_256", 3),
+    "timm_medium_reg4": ("vit_medium_patch16_reg4_256", 3),
 }
 # File -> architecture, image size and patch size that its weights, for images of 16 and patches of 4 pixels, are loaded at.
 RESAMPLED = {
@@ -173,9 +180,14 @@ def dinov2_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Make all files."""
+    """Make all files, or of the old ones those that are named."""
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
+    if old := sys.argv[1:]:
+        for name in old:
+            model = make(*OLD[name])
+            save(name, OLD[name][0], model.state_dict(), run(model, torch.randn(2, 3, 16, 16)))
+        return
     for name, (architecture, num_classes) in PLAIN.items():
         model = make(architecture, num_classes)
         save(name, architecture, model.state_dict(), run(model, torch.randn(2, 3, 16, 16)))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from clca import CLCAViTForImageClassification
 
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDENS = [Path(__file__).parents[1] / name for name in ("goldens", "goldens_lab")]
 ARCHITECTURE = "deit_base_patch16_224.fb_in1k"
 EVIT_NAME = f"cotton_evit_{ARCHITECTURE}_0.5_cla_clc_1_30.pth"
 
@@ -25,7 +25,8 @@ class Golden:
     """A golden file: its weights, what they are, and what the original computes with them."""
 
     def __init__(self, name: str) -> None:
-        with safe_open(GOLDENS / f"{name}.safetensors", "pt") as file:
+        path = next(path for folder in GOLDENS if (path := folder / f"{name}.safetensors").exists())
+        with safe_open(path, "pt") as file:
             self.spec = json.loads(file.metadata()["config"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}

@@ -54,6 +54,9 @@ def test_other_pictures(tmp_path: Path, evit: Golden) -> None:
     processor = AutoImageProcessor.from_pretrained(tmp_path / "own size")
     assert list(processor.image_mean) == list(processor.image_std) == [0.5] * 3 and processor.size["height"] == 40
     assert "| accuracy, as reported by the file | 77.125 |" in (tmp_path / "own size" / "README.md").read_text()
+    later = save(tmp_path / "later.pth", evit.payload(resize_size=40, test_resize_size=44, test_input_size=32))
+    convert_file(later, tmp_path / "later")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "later").size["height"] == 44  # evaluation has its own there
     convert_file(path, tmp_path / "larger", image_size=48)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "larger")
     assert (processor.size["height"], processor.crop_size["height"]) == (int(48 / 0.875), 48)
@@ -87,14 +90,14 @@ def make_folder(folder: Path, evit: Golden) -> None:
     save(folder / EVIT_NAME, evit.payload())
     save(folder / "serial_1" / "deeper" / "cotton_topk.v2.pth", Golden("topk_base").payload())
     save(folder / "serial_9" / "late.pth", Golden("vit_base").payload())
-    save(folder / "serial_1" / "maws.pth", evit.payload(model=f"maws_{ARCHITECTURE}"))
+    save(folder / "serial_1" / "amaws.pth", evit.payload(model=f"amaws_{ARCHITECTURE}"))
     save(folder / "code.pth", evit.payload(hook=Code(folder / "executed")))
     (folder / "half.pth").write_bytes((folder / EVIT_NAME).read_bytes()[:20_000])
     (folder / "notes.txt").write_text("not a checkpoint")
 
 
 GOOD = sorted([EVIT_NAME, "serial_1/deeper/cotton_topk.v2.pth", "serial_9/late.pth"])
-BAD = ["code.pth", "half.pth", "serial_1/maws.pth"]
+BAD = ["code.pth", "half.pth", "serial_1/amaws.pth"]
 
 
 def visible(folder: Path) -> set[str]:
@@ -137,7 +140,7 @@ def test_a_folder_of_files(
     before = (output / EVIT_NAME.removesuffix(".pth") / "model.safetensors").stat().st_mtime_ns
     assert cli.main(["convert", str(source), "--output", str(output)]) == 1
     text = capsys.readouterr().out
-    assert "converted 1, skipped 2, failed 3" in text and "method maws is not one" in text
+    assert "converted 1, skipped 2, failed 3" in text and "amaws of the later CLCA code is not supported" in text
     assert (output / EVIT_NAME.removesuffix(".pth") / "model.safetensors").stat().st_mtime_ns == before
     report = json.loads((output / REPORT).read_text())
     assert report["converted"] == ["serial_9/late.pth"] and sorted(report["failed"]) == BAD

@@ -68,7 +68,7 @@ def test_pooling() -> None:
         ({"options": {"reduction_loc": [3]}}, "keep_rate"),
         ({"options": {"reduction_loc": [3], "keep_rate": [0.5], "lasso_inner_dim": 1}}, "`lasso_inner_dim`"),
         ({"options": {"reduction_loc": [3], "keep_rates": [0.5]}}, "did you mean 'keep_rate'"),
-        ({"method": "maws"}, "`reduction` 'maws'"),
+        ({"method": "amaws"}, "`reduction` 'amaws'"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(changed: dict[str, Any], message: str) -> None:

@@ -55,6 +55,34 @@ def test_every_method(tmp_path: Path, golden_file: Path, entry: str) -> None:
     assert not model.training and model.config.num_labels == 7
 
 
+@pytest.mark.parametrize("name", ["edar_base", "maws_fusion_clca_kr025", "dmaws_fusion_norm", "glsf_clca_kr025"])
+def test_options_as_text(tmp_path: Path, name: str) -> None:
+    """The published `{config, model, accuracy, epoch}`, its lists and truth values as text."""
+    golden = Golden(name)
+    config = {key: str(value) if isinstance(value, list | bool) else value for key, value in golden.options().items()}
+    assert config["reduction_loc"] == "[1, 3]" and config["dropped_token_fusion"] in ("True", "False")
+    payload = {"config": config, "model": golden.state, "accuracy": 77.1, "epoch": 49}
+    assert "head.weight" not in golden.state or not golden.spec["options"]["ifa_head"]  # no stale one in later files
+    model = load_original_file(save(tmp_path / "x.pth", payload))
+    assert difference(model, golden) <= 1e-9
+    assert model.config.to_dict() == load_original(golden.state, golden.spec).config.to_dict()
+
+
+def test_edar_that_does_not_tell_whether_it_fuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is taken to fuse, with a warning that names the option; the other methods are not, without one."""
+    edar, maws = Golden("edar_base"), Golden("maws_clca")
+    path = save(tmp_path / "x.pth", edar.payload(dropped_token_fusion=...))
+    assert load_original_file(path).config.reduction_kwargs == {"fuse_rest": True}
+    assert "`dropped_token_fusion`" in caplog.text and "`reduction_kwargs`" in caplog.text
+    caplog.clear()
+    assert difference(load_original_file(path, reduction_kwargs={"fuse_rest": False}), edar) <= 1e-9
+    told = save(tmp_path / "told.pth", edar.payload(dropped_token_fusion=False))
+    assert load_original_file(told).config.reduction_kwargs is None
+    other = save(tmp_path / "maws.pth", maws.payload(dropped_token_fusion=...))
+    assert load_original_file(other).config.reduction_kwargs is None
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("name", ["evit_clca", "tome_ifa", "dpcknn_base", "vit_base", "sit_base", "vqt_loc13"])
 def test_weights_without_a_dictionary(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     """The file's name then says what the weights do not, but for the layers: those of the paper are assumed."""
@@ -220,8 +248,8 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, evit_file: Path, evit: Go
         ({"model": "evit_resnet50.a1_in1k"}, "unknown `architecture` 'resnet50.a1_in1k'"),
         ({"model": "evot_deit_base_patch16_224"}, "unknown `architecture`"),
         *(
-            ({"model": f"{method}_{ARCHITECTURE}"}, f"method {method} is not one")
-            for method in ("maws", "dmaws", "edar", "nfedar", "glsf")
+            ({"model": f"{method}_{ARCHITECTURE}"}, f"{method} of the later CLCA code is not supported")
+            for method in ("amaws", "multiselect", "mcrit", "asea")
         ),
         ({"num_classes": 1110}, "`num_classes` of .* is 1110, .* 7"),
         ({"num_clr": 2}, "`num_clr` of .* is 2, .* 1"),
@@ -230,6 +258,8 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, evit_file: Path, evit: Go
         ({"input_size": 224}, "`input_size` of .* is 224, .* 32"),
         ({"reduction_loc": [1, 2, 3]}, r"`reduction_loc` of .* is \[1, 2, 3\], .* 2 such layers"),
         ({"reduction_loc": [1, 7]}, "`reduction_layers` must lie in 0 .. 5"),
+        ({"keep_rate": "[0.5"}, "`keep_rate` of the checkpoint must be numbers"),
+        ({"reduction_loc": "[1, 3.5]"}, "`reduction_loc` of the checkpoint must be integers"),
         ({"keep_rate": "much"}, "`keep_rate` of the checkpoint must be numbers"),
         ({"keep_rate": [7.0]}, r"`keep_rate` must be in \(0, 1\]"),
         ({"num_clr": "one"}, "`num_clr` of the checkpoint must be an integer"),

@@ -81,6 +81,22 @@ def test_known_numbers_of_parameters(name, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit_base_patch16_gap_224", {"num_attention_heads": 16, "use_class_token": False, "pooling": "normed_mean"}),
+        ("vit_base_patch16_reg8_gap_256", {"num_register_tokens": 8, "use_class_token": False, "pooling": "mean"}),
+        ("vit_large_patch14_224", {"hidden_size": 1024, "patch_size": 14}),
+        ("vit_medium_patch16_reg4_256", {"num_register_tokens": 4, "image_size": 256, "num_attention_heads": 8}),
+    ],
+)
+def test_networks_without_weights(name, fields):
+    """Entrypoints of the later CLCA code, which a file may be of."""
+    architecture = find_architecture(name)
+    assert architecture.licence == "no weights" and fields.items() <= architecture.fields.items()
+    assert architecture.fields.get("use_class_token", True) == ("gap" not in name)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_pretrainings_of_the_paper(name):
     processor = timm_image_processor(name)

@@ -16,7 +16,10 @@ reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.meth
 TRANSFORMS_ITS_ROWS = {
     "patchmerger": "sums of normalised rows",
     "sinkhorn": "sums of rows of unit length",
+    "tofu": "sums of rows, made as long as the longest of them",
 }
+# The fused row is made with signed weights of any sum, which no shares can be.
+SHARES_ARE_NOT_WEIGHTS = {"glsf"}
 
 
 # Assignments.
@@ -69,12 +72,15 @@ def test_assignments_say_which_rows_made_which(case: Case) -> None:
         if case.method not in TRANSFORMS_ITS_ROWS:
             real = assignment.sum(dim=-1, keepdim=True) > 0  # rows of zeros: pads, rows no longer attended to
             assert real.float().mean() > 0.2
+            if case.method in SHARES_ARE_NOT_WEIGHTS:
+                real[:, -1] = False
             assert ((assignment @ rows_in - rows_out) * real).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if issubclass(c.reduction, ScoredPruning)], ids=str)
 def test_pruning_assigns_one_hot_rows(case: Case) -> None:
-    """Kept rows are different rows as they were; a fused row holds the weights of all the others, less than one in sum."""
+    """Kept rows are different rows as they were; a fused row holds shares of all the others, less than one in sum
+    unless they were scaled to one."""
     model = case.model()
     with torch.no_grad():
         output = model(images(), output_assignments=True)
@@ -86,7 +92,8 @@ def test_pruning_assigns_one_hot_rows(case: Case) -> None:
         if case.reduction.fuse_rest:
             fused = assignment[:, -1]
             assert ((fused > 0) == (kept.sum(dim=1) == 0)).all()
-            assert (fused.sum(dim=-1) < 1).all()
+            most = 1 + 1e-9 if case.method in SHARES_ARE_NOT_WEIGHTS else 1
+            assert (fused.sum(dim=-1) < most).all()
 
 
 @pytest.mark.parametrize("method", ["topk", "evit"])

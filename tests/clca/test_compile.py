@@ -13,8 +13,8 @@ from tests.helpers import METHODS, images, labels, slow_unless, tiny_model
 
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
 SMALL = {"num_hidden_layers": 2, "reduction_layers": [0]}
-# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
-OPTIONS = {"ats": {"pad_to_bound": True}}
+# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too. ToFu would only drop tokens.
+OPTIONS = {"ats": {"pad_to_bound": True}, "tofu": {"merge_from": 0}}
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clca import CLCAViTForImageClassification, token_schedule
+from clca import REDUCTIONS, CLCAViTForImageClassification, token_schedule
 from clca.modeling_clca import CLCAViTSlicingLayer
+from clca.reduction_base import ScoredPruning, TokenState
 from clca.reduction_dpcknn import DPCKNNReduction
 from clca.reduction_dyvit import DyViTReduction
 from clca.reduction_kmedoids import KMedoidsReduction
@@ -32,6 +33,7 @@ class Record:
         self.tracks: list[dict[str, torch.Tensor]] = []  # after each layer
         self.labels: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each stage that clusters
         self.plans: list[torch.Tensor] = []  # of each stage that transports
+        self.scores: list[torch.Tensor] = []  # of each stage that scores, before they are normalized
         for layer in model.vit.layers:
             layer.register_forward_hook(self.note)
         for cls, name, record in (
@@ -40,6 +42,13 @@ class Record:
             (SinkhornReduction, "transport", self.plans),
         ):
             monkeypatch.setattr(cls, name, self.recording(getattr(cls, name), record))
+        keep_best = ScoredPruning.keep_best
+
+        def note_scores(stage: ScoredPruning, state: TokenState, scores: torch.Tensor):
+            self.scores.append(stage.weigh(scores))
+            return keep_best(stage, state, scores)
+
+        monkeypatch.setattr(ScoredPruning, "keep_best", note_scores)
 
     def note(self, layer: torch.nn.Module, inputs: tuple, output: tuple) -> None:
         rows, state = output
@@ -83,6 +92,9 @@ def test_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     if "tokens.final" in golden.tensors:
         assert output.token_counts[-1] == golden["tokens.final"]
 
+    for stage, (_, expected) in enumerate(golden.per_layer("score")):
+        assert ((record.scores[stage] - expected).abs() <= 1e-9 * expected.abs()).all(), f"stage {stage}"
+
     for (_, expected), decision in zip(
         golden.per_layer("out_pred"), (output.reports or {}).get("decision", ()), strict=True
     ):
@@ -103,7 +115,7 @@ def test_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_token_schedule(golden: Golden) -> None:
     """The counts follow from the configuration alone; for ATS they are upper bounds."""
-    if golden.training:
+    if golden.training and golden.spec["method"] == "dyvit":
         pytest.skip("in training DynamicViT removes nothing")
     model = load_original(golden.state, golden.spec)
     with torch.no_grad():
@@ -132,8 +144,8 @@ def test_choices(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
             rows = assignments[stage][:, 1:]
             kept = torch.where(rows.sum(dim=-1) > 0, rows.argmax(dim=-1) - 1, -1)  # pads are made of nothing
         else:
-            if method in ("topk", "evit"):
-                expected = expected[:, :-1]  # the original appends a -1 for the fused row, to top-k's as well
+            if issubclass(REDUCTIONS[method], ScoredPruning) and method != "dyvit":
+                expected = expected[:, :-1]  # the original appends a -1 for the fused row, also where there is none
             kept = assignments[stage].argmax(dim=-1)[:, 1 : 1 + expected.shape[1]] - 1
         assert torch.equal(kept, expected), f"stage {stage}"
 

@@ -24,7 +24,7 @@ def test_no_classes(options: dict) -> None:
     assert tiny_model(num_labels=0)(images()).logits.shape == (3, 16)
 
 
-@pytest.mark.parametrize("method", ["ats", "heuristic", "tome"])
+@pytest.mark.parametrize("method", ["ats", "heuristic", "tome", "mctf"])
 def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
     """Its kernel takes masks of another shape, so sdpa computes the layers that have one."""
     model = tiny_model(reduction=method, keep_rate=0.5, **CLCA)

@@ -17,7 +17,7 @@ from clca import (
 )
 from clca.reduction_ats import num_quantiles, quantiles
 from clca.reduction_base import TokenState
-from tests.helpers import CACHES, TINY, images, labels, slow_unless, tiny_config, tiny_model
+from tests.helpers import CACHES, OPTIONS, TINY, images, labels, slow_unless, tiny_config, tiny_model
 from ufgir.interpret.tracing import trace_patches, unmerge
 
 
@@ -112,7 +112,7 @@ def test_deterministic_algorithms(method: str | None) -> None:
 
 
 # ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
-EXPORT_OPTIONS = {"ats": {"pad_to_bound": True}}
+EXPORT_OPTIONS = OPTIONS | {"ats": {"pad_to_bound": True}}
 EXPORTED_ELSEWHERE = {"ats", "dpcknn", "evit", "kmedoids", "tome"}  # to files, in tests/test_export.py
 
 
@@ -255,6 +255,12 @@ def test_without_cls_tokens_are_scored_by_what_they_receive(method: str) -> None
         ("dyvit", {"ratio_targets": [0.5]}, "`ratio_targets`"),
         ("dyvit", {"token_distill": "l1"}, "`token_distill`"),
         ("tome", {"r": 8}, "no option `r`"),
+        ("atc", {"linkage": "ward"}, "`linkage` must be"),
+        ("pitome", {"matching": "random"}, "`matching` must be"),
+        ("pitome", {"margin": float("nan")}, "`margin` must be float"),
+        ("mctf", {"tau_size": -1.0}, "`tau_size` must be 0 or more"),
+        ("mctf", {"pooling": "max"}, "`pooling` must be"),
+        ("tofu", {"merge_from": -1}, "`merge_from` must be the index of a layer"),
         ("heuristic", {"contiguous": "no"}, "`contiguous` must be bool"),
         ("heuristic", {"min_radius": "a"}, "`min_radius` must be float"),
         ("heuristic", {"contiguous": True}, "`keep_rate` and `keep_tokens` mean nothing"),
@@ -268,16 +274,15 @@ def test_options_are_checked(method: str, options: dict, message: str) -> None:
         tiny_config(reduction=method, reduction_kwargs=options, keep_rate=0.5)
 
 
-@pytest.mark.parametrize("method", ["dpcknn", "kmedoids", "tome"])
+@pytest.mark.parametrize("method", ["atc", "dpcknn", "kmedoids", "pitome", "tome"])
 def test_autocast_does_not_change_what_is_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances and similarities of the same tokens are compared in full precision under autocast, too."""
-    reduction = REDUCTIONS[method]
     tokens = torch.randn(2, 49, 16)
+    stage = tiny_model(reduction=method).vit.layers[1].reduction
     choose = {
-        "dpcknn": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12),
-        "kmedoids": lambda: reduction.label(tiny_model(reduction=method).vit.layers[1].reduction, tokens, 12, None),
-        "tome": lambda: (reduction.match(tokens, 20),),
-    }[method]
+        "dpcknn": lambda: stage.label(tokens, 12),
+        "kmedoids": lambda: stage.label(tokens, 12, None),
+    }.get(method, lambda: (stage.match(tokens, 20),))
     plain = choose()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = choose()

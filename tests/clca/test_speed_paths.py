@@ -34,7 +34,7 @@ HEADS: dict[str, dict[str, Any]] = {
 # Heads that read row 0 of the last layer and nothing else.
 READS_FIRST_ROW = {"linear", "cla", "ifa", "vqt"}
 # Methods whose stages skip something: queries, or the projection of rows that are summed.
-SKIPS_IN_STAGES = {"topk", "evit", "tome"}
+SKIPS_IN_STAGES = {"topk", "evit", "tome", "maws", "dmaws", "edar", "nfedar", "atc", "mctf", "pitome", "tofu"}
 
 
 def step(model: CLCAViTForImageClassification, skip: bool) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def test_with_other_backbones(method: str | None, options: dict[str, Any]) -> No
         assert all((value - got[name]).abs().max() <= 1e-9 for name, value in expected.items())
 
 
-@pytest.mark.parametrize("method", ["evit", "topk", "tome"])
+@pytest.mark.parametrize("method", ["evit", "topk", "tome", "atc", "mctf", "pitome", "tofu"])
 def test_in_single_and_half_precision(method: str) -> None:
     model = make(method, **CACHE, head="cla").float()
     with torch.no_grad():

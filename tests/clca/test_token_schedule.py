@@ -51,6 +51,10 @@ def test_schedule_of_the_tiny_clca_model() -> None:
         ("dyvit", [20, 2, 1]),  # 1 + int(19.6), 1 + int(1.96), 1 + int(0.196)
         ("ats", [20, 2, 1]),  # K = 20, 2, 1 and 1 + (K - 1)
         ("dpcknn", [20, 6, 2]),  # 19; 1, but at least 5 before the last stage; 0, but at least 1
+        ("atc", [20, 2, 2]),  # 197 - 177, 20 - 18; 1 to go, but row 0 and one cluster stay
+        ("pitome", [99, 50, 26]),  # 0.9 of 196, of 98 and of 49 to go, but half of them can
+        ("mctf", [99, 50, 26]),
+        ("tofu", [99, 81, 80]),
         ("tome", [99, 81, 80]),  # 177 to go but half of 196 can; 19 - 1 = 18; 1 - 0 = 1
         ("sit", [20, 2, 1]),
         ("patchmerger", [20, 2, 1]),
@@ -102,6 +106,10 @@ def test_a_list_of_rates_means_a_rate_per_stage(method: str) -> None:
         ("dyvit", [9, 5]),
         ("ats", [8, 4]),  # K = 8, 4 samples, CLS one of them
         ("dpcknn", [9, 5]),
+        ("atc", [9, 5]),
+        ("pitome", [9, 5]),
+        ("mctf", [9, 5]),
+        ("tofu", [9, 5]),
         ("tome", [9, 5]),
         ("sit", [9, 5]),
         ("patchmerger", [9, 5]),

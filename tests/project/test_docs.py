@@ -121,10 +121,16 @@ def test_every_option_of_the_script_is_there(site):
     assert "==SUPPRESS==" not in words and "%(default)s" not in words
 
 
-def test_every_section_of_the_readme_is_there_once():
-    sections = set(extension("from_readme").sections((ROOT / "README.md").read_text(encoding="utf-8")))
-    used = [m for p in DOCS.glob("*.md") for m in re.findall(r"^```\{readme\} (?:#+ )?(.+)$", p.read_text(), re.M)]
-    assert sorted(used) == sorted(sections)
+def test_links_to_the_repository(monkeypatch):
+    """On GitHub they lead to files; on the site, to the reference or nowhere."""
+    pages = {path: path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts}
+    targets = [(page, target) for page, text in pages.items() for target in re.findall(r"\]\((\.\./[^)#\s]+)", text)]
+    assert len(targets) > 20
+    assert [target for page, target in targets if not (page.parent / target).exists()] == []
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
+    assert extension("from_code").expanded("[a](../clca/layers_clca.py), [`b.py`](../tests/b.py), [c](c.md)") == (
+        "{py:mod}`a <clca.layers_clca>`, `b.py`, [c](c.md)"
+    )
 
 
 def test_every_guide_is_there(site):
@@ -188,10 +194,10 @@ def test_code_of_the_guide_to_methods(monkeypatch):
     """Its Python blocks run, and leave no method behind."""
     methods = dict(clca.REDUCTIONS)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "adding-a-method.md").read_text(), re.M | re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     try:
         exec("\n".join(blocks), {})
-        assert set(clca.REDUCTIONS) - set(methods) == {"neighbours"}
+        assert set(clca.REDUCTIONS) - set(methods) == {"largest_norm", "neighbours"}
     finally:
         clca.REDUCTIONS.clear()
         clca.REDUCTIONS.update(methods)

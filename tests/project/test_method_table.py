@@ -1,4 +1,4 @@
-"""The README's table of methods, and the pages of the site that are made of the methods."""
+"""The tables of methods, and the pages of the site that are made of the methods."""
 
 from importlib import import_module
 from pathlib import Path
@@ -17,27 +17,45 @@ def table(monkeypatch):
     return import_module("method_table")
 
 
-def test_the_readme_has_the_table_that_the_code_makes(table):
-    """Every method with its idea, paper, file and GMACs."""
-    text = table.README.read_text(encoding="utf-8")
-    updated = table.updated(text)
-    assert all(f"[reduction_{name}.py](clca/reduction_{name}.py)" in updated for name in REDUCTIONS)
+@pytest.mark.parametrize("page", ["README", "GUIDE"])
+def test_documents_have_the_tables_that_the_code_makes(table, page):
+    """Every method with its idea, paper and file, and what to know before choosing it; in the guide with GMACs."""
+    path = getattr(table, page)
+    updated = table.updated(path)
+    assert all(f"clca/reduction_{name}.py)" in updated for name in REDUCTIONS)
     command = "python docs/_extensions/method_table.py"
-    assert updated == text, f"the table is not up to date: run `make style`, or `{command}`"
+    assert updated == path.read_text(encoding="utf-8"), f"the table is old: run `make style`, or `{command}`"
 
 
 def test_a_new_row_begins_with_what_the_class_says(table, monkeypatch):
     """Cells that people wrote stay, in their order."""
-    row = '| `"evit"` | old | | | 2 + ⌈r(N−1)⌉ | 1 | 2 |'
+    row = '| `"evit"` | old | | | | 2 + ⌈r(N−1)⌉ | 1 | 2 |'
     found = [method for method in table.methods() if method.name in ("evit", "topk", "ats")]
     monkeypatch.setattr(table, "methods", lambda: found)
     monkeypatch.setattr(table, "_giga", lambda method, clca: "1.00")
-    lines = table.readme_table(f"| head |\n| --- |\n{row}").splitlines()
+    lines = table.full_table(f"| head |\n| --- |\n{row}").splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["`None`", '`"evit"`', '`"ats"`', '`"topk"`']
     assert (
         "keep the tokens CLS attends to most and fuse the others into one" in lines[3] and "2 + ⌈r(N−1)⌉" in lines[3]
     )
     assert "| The keep rate is a share of the current tokens |" in lines[5]
+    short = table.short_table('| head |\n| --- |\n| [`"evit"`](clca/old.py) | old | | |').splitlines()
+    assert [line.split("]")[0] for line in short[2:]] == ['| [`"evit"`', '| [`"ats"`', '| [`"topk"`']
+
+
+@pytest.mark.parametrize(
+    "name, when",
+    [
+        ("evit", "no training needed"),
+        ("tome", "no training needed; removes at most half per stage"),
+        ("sit", "needs training; one model per keep rate"),
+        ("ats", "no training needed; token counts differ by image"),
+        ("atc", "no training needed; exports up to 256 patches"),
+        ("heuristic", "no training needed; a baseline that hides tokens and saves no time"),
+    ],
+)
+def test_when_to_use_a_method(table, name, when):
+    assert table.when(REDUCTIONS[name]) == when
 
 
 def test_a_file_without_a_title_is_named(table):

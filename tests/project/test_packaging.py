@@ -1,6 +1,7 @@
 """What a newcomer meets first: the README, the installation, the files of the repository."""
 
 import configparser
+import csv
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from ufgir.cli.profile import PAPER_GMACS
 
 
 ROOT = Path(__file__).parents[2]
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = ("clca", "modeling_clca", "configuration_clca", "run_ufgir", "ufgir", "dataset_scripts")
 
@@ -53,10 +55,11 @@ def run_python(*arguments, cwd, **environment):
 def test_python_blocks_of_the_readme_run(tmp_path):
     """All of them, one after the other in one program. The checkpoints they name are tiny ones in the current folder."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 3
     size = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    stock = tmp_path / "google" / "vit-base-patch16-224-in21k"
+    stock = tmp_path / "google" / "vit-base-patch16-224"
     ViTForImageClassification(ViTConfig(**size, image_size=32, patch_size=8)).save_pretrained(stock)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(stock)
     demo = tmp_path / "outputs" / "demo"
     config = CLCAViTConfig(**size, image_size=32, patch_size=8, reduction="evit", keep_rate=0.5)
     CLCAViTForImageClassification(config).save_pretrained(demo)
@@ -65,31 +68,49 @@ def test_python_blocks_of_the_readme_run(tmp_path):
     run_python("readme.py", cwd=tmp_path, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "cache"))
 
 
-def test_files_the_readme_points_to_exist():
-    targets = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
-    assert targets >= {"docs/figures/architecture.svg", "docs/figures/synthetic_leaves.png"}
-    assert [target for target in sorted(targets) if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_files_that_a_document_points_to_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = {target for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in target}
+    assert targets and [target for target in sorted(targets) if not (ROOT / target).exists()] == []
 
 
-def test_commands_of_the_readme_name_what_exists():
-    commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make ([\w-]+)", commands):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
-    for file in re.findall(r"recipes/\S+|[\w/]+\.py", commands + makefile):
-        assert (ROOT / file).is_file()
+def test_the_readme_is_short_and_points_to_every_guide():
+    assert len(README.splitlines()) <= 220
+    reference = {"index", "commands"}
+    guides = {path.stem for path in (ROOT / "docs").glob("*.md")} - reference
+    assert [name for name in sorted(guides) if f"](docs/{name}.md" not in README] == []
 
 
-def readme_rows(first):
+def table_rows(text, first):
     """The cells of a table's rows, from the row whose first cell is `first`."""
-    start = README.index(f"| {first} |")
-    return [[cell.strip() for cell in row[1:-1].split("|")] for row in README[start:].split("\n\n")[0].splitlines()]
+    table = text[text.index(f"| {first} |") :].split("\n\n")[0]
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in table.splitlines()]
 
 
-def test_paper_table_of_the_readme_is_that_of_the_command():
-    rows = readme_rows("image")[2:]
+def test_paper_table_of_the_results_is_that_of_the_command():
+    rows = table_rows(RESULTS, "image")[2:]
     published = [(float(row[3].removesuffix(" ¹")), float(row[5])) for row in rows]
     assert published == list(PAPER_GMACS.values())
+
+
+def test_numbers_of_the_readme_are_those_of_the_results():
+    published = {row[0]: row[1:] for row in table_rows(RESULTS, "method")[2:]}
+    shown = {row[0]: row[1:5] for row in table_rows(README, "model")[2:]}
+    names = {"ViT, all tokens": "ViT", "CLCA, keep rate 0.1": "CLCA (10 %)", "CLCA, keep rate 0.7": "CLCA (70 %)"}
+    assert shown == {name: published[theirs] for name, theirs in names.items()}
+    rates, gmacs, *accuracies = [row[1:] for row in table_rows(README, "`keep_rate`") if "---" not in row[1]]
+    counted = [f"{float(row[4]):.1f}" for row in table_rows(RESULTS, "image")[2:] if float(row[4]) > 24]
+    assert gmacs == counted
+    with (ROOT / "docs" / "data" / "published_accuracy_gmacs_soygene.csv").open() as file:
+        found = {
+            (row["variant"], float(row["keep_rate"])): row
+            for row in csv.DictReader(file)
+            if row["image_size"] == "448"
+        }
+    for method, cells in zip(("CLCA", "base"), accuracies, strict=True):
+        expected = [100 * float(found[method, float(rate)]["mean"]) for rate in rates]
+        assert [float(cell) for cell in cells] == pytest.approx(expected, abs=0.0501)
 
 
 def test_version_is_that_of_the_installed_package():

@@ -83,16 +83,27 @@ def half_deleted(rotate: Callable) -> Callable:
     return wrapped
 
 
+def files_of_checkpoint(whole: Path) -> int:
+    """How many files a checkpoint of a training has, the model's code among them."""
+    return sum(file.is_file() for file in checkpoint_folders(whole)[-1].rglob("*"))
+
+
 # Where a training is killed, in which call of a function, and what that has done. There are four checkpoints; the second, of
 # step 6, is cut off, if it is not said otherwise.
-CUTS: dict[str, tuple[Any, str, int, Callable, str]] = {
+CUTS: dict[str, tuple[Any, str, int | Callable[[Path], int], Callable, str]] = {
     "weights": (modeling_utils, "safe_save_file", 2, half, "checkpoint-3"),
     "weights of the first": (modeling_utils, "safe_save_file", 1, half, ""),
     "average": (ema, "save_file", 2, half, "checkpoint-3"),
     "optimizer": (torch, "save", 6, half, "checkpoint-3"),
     "random state": (torch, "save", 8, half, "checkpoint-3"),
     "trainer's state": (TrainerState, "save_to_json", 3, half, "checkpoint-3"),
-    "list of files": (checkpointing, "_to_disk", 40, instead, "checkpoint-3"),
+    "list of files": (
+        checkpointing,
+        "_to_disk",
+        lambda whole: files_of_checkpoint(whole) * 3 // 2,
+        instead,
+        "checkpoint-3",
+    ),
     "before it has its name": (os, "replace", 2, instead, "checkpoint-3"),
     "when it has its name": (os, "replace", 2, after, "checkpoint-6"),
     "before the old one goes": (checkpointing, "rotate_checkpoints", 2, instead, "checkpoint-6"),
@@ -109,6 +120,7 @@ def test_killed_while_a_checkpoint_is_written(
     away."""
     owner, name, number, fatal, last = CUTS[cut]
     function, calls = getattr(owner, name), iter(range(1, 10**6))
+    number = number(whole) if callable(number) else number
 
     def fatal_in_time(*args: Any, **kwargs: Any) -> Any:
         return (fatal(function) if next(calls) == number else function)(*args, **kwargs)

@@ -96,7 +96,7 @@ BLANK = Kind(
 )
 
 
-def test_a_new_record_is_all_that_the_command_needs(monkeypatch, capsys, checkpoint):
+def test_a_new_record_is_all_that_the_command_needs(monkeypatch, capsys, caplog, checkpoint):
     monkeypatch.setitem(KINDS, "blank", BLANK)
     monkeypatch.chdir(checkpoint)
     argv = ["visualize", "evit", "leaf.png", "--what"]
@@ -104,9 +104,10 @@ def test_a_new_record_is_all_that_the_command_needs(monkeypatch, capsys, checkpo
     assert Image.open("blank.png").width == 2 * 228 + 4
     assert Image.open("blank.png").getpixel((300, 100)) == (255, 255, 255)
     assert cli.main([*argv, "grid", "--of", "blank", "--keep-rates", "0.5", "0.25"]) == 0
+    for what, option, taker in (("kept", "--shade", "blank"), ("blank", "--token", "trace")):
+        assert cli.main([*argv, what, option, "1"]) == 0
+        assert f"`{option}` needs `--what` {taker}" in caplog.text
     for wrong, words in (
-        (["kept", "--shade", "1"], "`--shade` belongs to --what blank, not to kept"),
-        (["blank", "--token", "1"], "`--token` belongs to --what trace, not to blank"),
         (["blank", "--reduction", "none"], "evit reduces no tokens: there are no stages to draw. Choose a method"),
         (["blank", "--shade", "dark"], "argument --shade: invalid float value"),
     ):

@@ -104,11 +104,7 @@ def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -
         ("evit --side 5000", "`--side` must be between 1 and 4096, got 5000"),
         ("evit --output a.svg", "`--output` must end in"),
         ("evit --what nothing", "invalid choice: 'nothing'"),
-        ("evit --token 3", "`--token` belongs to --what trace, not to kept"),
-        ("evit --what rollout --layers 3", "`--layers` belongs to --what attention or similarity, not to rollout"),
-        ("evit --methods topk", "`--methods` belongs to --what grid, not to kept"),
         ("evit --what grid", "--models, --methods or --keep-rates"),
-        ("evit --what grid --of kept --methods topk --to cls", "`--to` belongs to --what similarity, not to kept"),
         ("evit --what grid --methods topk --reduction evit", "`--methods` takes the place of `--reduction`"),
         ("evit --what grid --keep-rates 0.5 --keep-tokens 4 2", "`--keep-rates` takes the place of `--keep-tokens`"),
         ("evit --what grid --keep-rates 2", "`--keep-rates` must be in (0, 1], got 2.0"),
@@ -137,6 +133,27 @@ def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) 
     out, error = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and error.count("\n") == 1 and words in error
     assert sorted(checkpoints.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "option", "takers"),
+    [
+        ("--token 3", "`--token`", "trace"),
+        ("--what rollout --layers 3", "`--layers`", "attention or similarity"),
+        ("--methods topk", "`--methods`", "grid"),
+        ("--what grid --of kept --methods topk --to cls", "`--to`", "similarity"),
+    ],
+)
+def test_options_that_the_picture_does_not_take(capsys, caplog, checkpoints, argv, option, takers) -> None:
+    """One warning names them; the picture is the one without them."""
+    visualize(capsys, checkpoints, argv)
+    drawn = (checkpoints / "out.png").read_bytes()
+    (warning,) = [r.getMessage() for r in caplog.records if option in r.getMessage()]
+    assert f"`--what` {takers}" in warning
+    words = argv.split()
+    words = words[: words.index(option.strip("`"))] + words[words.index(option.strip("`")) + 2 :]
+    visualize(capsys, checkpoints, " ".join(words))
+    assert (checkpoints / "out.png").read_bytes() == drawn
 
 
 def test_the_gallery_has_every_kind_and_method(monkeypatch) -> None:

@@ -6,18 +6,35 @@ A field that the docstring documents is an option of `run_ufgir.py` (`ufgir.trai
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
+from types import GenericAlias
 from typing import Any, NamedTuple
 
 from clca import REDUCTIONS, CLCAViTConfig
 from clca.heads_clca import HEADS
 
 
+FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 # Fields that the code sets, and none that a model is trained with; and label smoothing, which `run_ufgir.py` does to the labels.
 NOT_OPTIONS = ("vqt_original_slicing", "label_smoothing", "num_selected_features", "clca_version")
 # Defaults of a new model that differ from those of `ViTConfig`, in words; see `ufgir.checkpoints.loading.new_config`.
 OF_NEW_MODELS = {"layer_norm_eps": "1e-6", "intermediate_size": "4 x hidden_size"}
+
+
+def layer(text: str) -> int | str:
+    """The type of a value of `reduction_layers`: a number, or "all" in place of all numbers."""
+    return text if text == "all" else int(text)
+
+
+def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given, by name, as fields of a configuration: those that are none, and those unset, are left out."""
+    given = {name: value for name, value in values.items() if value is not None and name in FIELDS}
+    if given.get("reduction_layers") == ["all"]:  # as a command line has it
+        given["reduction_layers"] = "all"
+    return given
+
 
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, dict)}
 _TYPES |= {"list[int]": list[int], "list[float]": list[float]}
@@ -55,6 +72,8 @@ def config_options() -> dict[str, ConfigOption]:
             value = field.default if field.default_factory is MISSING else field.default_factory()
             default = OF_NEW_MODELS.get(name) or _in_words(value)
             kind = _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
+            if name == "reduction_layers":
+                kind = GenericAlias(list, layer)  # whose argument reads a word of a command line
             options[name] = ConfigOption(name, kind, default, f"{_summary(text)} [{default}]")
     return options
 

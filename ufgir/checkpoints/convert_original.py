@@ -194,10 +194,11 @@ def _image_processor(file: OriginalFile, image_size: int) -> Any:
     """The pictures of the original's evaluation: squashed to a square, its centre cropped."""
     # mean and deviation of 0.5, or ImageNet's
     statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
-    if statistics and file.options.get("dataset_name", "").startswith("cifar"):
+    if statistics and file.options.get("dataset_name") == "cifar10":
         logger.warning("%s was trained with statistics of its own data: mean and deviation 0.5 are a guess", file.path)
     own_size = file.options.get("input_size") == image_size
-    resize_size = file.options.get("resize_size") if own_size else None
+    # The later code evaluates at a size of its own.
+    resize_size = file.options.get("test_resize_size", file.options.get("resize_size")) if own_size else None
     return make_image_processor(image_size, resize_size, image_mean=statistics, image_std=statistics)
 
 

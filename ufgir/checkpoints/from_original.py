@@ -7,6 +7,7 @@ the options where they do not tell; a bare dictionary of weights needs the origi
 """
 
 import argparse
+import ast
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.configuration_clca import listed_layers
 from clca.heads_clca import HEADS, heads_reading
 from clca.reduction_base import LearntSlots
 from clca.reductions_clca import get_reduction
@@ -36,7 +38,8 @@ from .timm_architectures import Architecture, find_architecture
 logger = logging.getLogger(__name__)
 
 METHODS = ("topk", "evit", "dyvit", "ats", "dpcknn", "tome", "sit", "patchmerger", "heuristic", "kmedoids", "sinkhorn")
-METHODS_NOT_HERE = ("maws", "dmaws", "edar", "nfedar", "glsf")
+METHODS += ("maws", "dmaws", "edar", "nfedar", "glsf")  # of the later CLCA code
+METHODS_LEFT_OUT = ("amaws", "multiselect", "mcrit", "asea")  # of the same code, without a published run
 LEARNT_SLOTS = {"sit": "weight.3.bias", "patchmerger": "queries", "sinkhorn": "v"}  # tensor with a row for each slot
 
 _FILE_NAME = re.compile(
@@ -54,7 +57,7 @@ _PARTS = (
 )
 _DEFAULT_LAYERS = {3: [3, 6, 9], 6: [2, 3, 5, 6, 8, 9]}  # of 12; six where ToMe keeps 25 %, since it can halve at most
 _INTEGERS = ("num_clr", "ifa_dws_conv_groups", "num_query_tokens", "k_neighbors", "cluster_iters", "input_size")
-_INTEGERS += ("num_classes", "num_heads", "resize_size")
+_INTEGERS += ("num_classes", "num_heads", "resize_size", "test_resize_size")
 _REPORTED = ("accuracy", "max_accuracy", "epoch")
 
 
@@ -118,7 +121,7 @@ def read_original_file(path: str | os.PathLike) -> OriginalFile:
     return OriginalFile(
         path=path,
         state={_without_wrapper(key): tensor for key, tensor in state.items()},
-        options=_checked({k: v for k, v in options.items() if v is not None}),
+        options=_checked({k: plain for k, v in options.items() if (plain := _from_text(v)) is not None}),
         model_name=options["model"],
         method=method,
         architecture=architecture,
@@ -195,6 +198,16 @@ def _options_of_file_name(path: Path) -> dict[str, Any]:
     return options
 
 
+def _from_text(value: Any) -> Any:
+    """An option's value, also where a file holds a list or a truth value as text: "[3, 6, 9]", "True"."""
+    if isinstance(value, str) and (value.startswith("[") or value in ("True", "False", "None")):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value  # `_checked` refuses it by its name
+    return value
+
+
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """The options with `keep_rate` and `reduction_loc` as lists; ValueError for a value of the wrong kind."""
     for name, kind, kind_name in (("keep_rate", Real, "numbers"), ("reduction_loc", int, "integers")):
@@ -227,14 +240,14 @@ def split_model_name(name: str) -> tuple[str, Architecture]:
         ValueError: no architecture or method of this version.
     """
     match = re.fullmatch(
-        rf"(?:({'|'.join((*METHODS, *METHODS_NOT_HERE))})_|({'|'.join(heads_reading('probes'))})_?)?(.+)", name
+        rf"(?:({'|'.join((*METHODS, *METHODS_LEFT_OUT))})_|({'|'.join(heads_reading('probes'))})_?)?(.+)", name
     )
     if match is None:
         raise ValueError("`model` of the checkpoint is empty.")
     method = match[1] or match[2] or "vit"
-    if method in METHODS_NOT_HERE:
+    if method in METHODS_LEFT_OUT:
         raise ValueError(
-            f"`model` is {name}: the reduction method {method} is not one of the paper's, nor is it here."
+            f"`model` is {name}: {method} of the later CLCA code is not supported. No trained model of it is known."
         )
     try:
         return method, find_architecture(match[3])
@@ -421,7 +434,15 @@ def _read_stages(
         _agree(file, "equal_weight", _as_bool(options.get("equal_weight")), equal, "whether the weights lack a score")
         options["equal_weight"] = equal
     if overrides.get("reduction_layers") is not None:
-        options["reduction_loc"] = list(overrides["reduction_layers"])
+        options["reduction_loc"] = list(listed_layers(overrides["reduction_layers"], dims["depth"]))
+    if file.method == "edar" and "dropped_token_fusion" not in options and overrides.get("reduction_kwargs") is None:
+        # Inferred from the logged costs of the published runs; weights do not tell.
+        logger.warning(
+            "%s does not tell `dropped_token_fusion`: tokens are fused, as in the published runs of edar at 224 px. Set "
+            "`reduction_kwargs` to {'fuse_rest': False} for a model that drops them",
+            file.path,
+        )
+        options["dropped_token_fusion"] = True
     depth, probes = dims["depth"], file.method in heads_reading("probes")
     counts = _num_stages(file, dims)
     if file.method == "vit":

@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -133,9 +133,10 @@ def load_with_report(
     options = {"revision": revision, "dtype": torch.float32, **kwargs}
     saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
     try:
-        model, info = CLCAViTForImageClassification.from_pretrained(
+        loaded = CLCAViTForImageClassification.from_pretrained(
             checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
+        model, info = cast("tuple[CLCAViTForImageClassification, dict[str, Any]]", loaded)  # with that information
         untrained = set(info["missing_keys"])
         if rates := None if config.train_keep_rates else saved.get("train_keep_rates"):
             whole = CLCAViTForImageClassification.from_pretrained(checkpoint, **options).state_dict()

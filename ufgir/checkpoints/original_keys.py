@@ -1,4 +1,4 @@
-"""Weights of the original CLCA code, turned into `CLCAViTForImageClassification`."""
+"""Map the options and weight names of the original CLCA code to ours."""
 
 import logging
 import math
@@ -74,9 +74,14 @@ _OPTIONS = frozenset(
         "min_radius",
         "not_contiguous",
         "dyvit_distill",
+        "dropped_token_fusion",
+        "fusion_crit_norm",
         "debugging",
     ]
 )
+
+# Methods whose lists of keep rates hold one rate for each stage.
+_METHODS_BY_STAGE_RATES = ("topk", "evit", "maws", "dmaws", "edar", "nfedar", "glsf")
 
 _PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head
 
@@ -205,7 +210,7 @@ def _budget(reduction: str | None, options: Mapping[str, Any], dims: Mapping[str
         return {}
     if reduction == "heuristic" and not options.get("not_contiguous", False):
         return {}  # shrinks evenly, whatever its rate says
-    if len(rates) == 1 or reduction in ("topk", "evit"):
+    if len(rates) == 1 or reduction in _METHODS_BY_STAGE_RATES:
         return {"keep_rate": rates}
     if reduction == "dyvit":
         if options.get("clc"):  # only the first entry counts there, for every stage
@@ -238,6 +243,11 @@ def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls
     """The method's own options, under our names."""
     if reduction in ("topk", "evit"):
         return None if has_cls else {"score_by": "cls"}  # there, the first patch acts as CLS
+    if reduction in ("maws", "dmaws", "edar"):
+        # `fusion_crit_norm` without fusion, and of maws, has no effect there.
+        fuses = bool(options.get("dropped_token_fusion"))
+        normalizes = fuses and reduction != "maws" and bool(options.get("fusion_crit_norm"))
+        return ({"fuse_rest": True} if fuses else {}) | ({"normalize_weights": True} if normalizes else {}) or None
     names = {
         "dpcknn": {"k_neighbors": "k_neighbors", "equal_weight": "equal_weight"},
         "kmedoids": {"cluster_iters": "cluster_iters", "equal_weight": "equal_weight"},

@@ -117,6 +117,7 @@ FAMILIES = (
             "vit_large_patch32_384": "orig_in21k_ft_in1k@1.0",
             "vit_giant_patch14_224": "",
             "vit_gigantic_patch14_224": "",
+            "vit_large_patch14_224": "",
         },
     ),
     Family(
@@ -499,6 +500,27 @@ FAMILIES = (
             "vit_medium_patch16_gap_240": "sw_in12k",
             "vit_medium_patch16_gap_256": "sw_in12k_ft_in1k",
             "vit_medium_patch16_gap_384": "sw_in12k_ft_in1k",
+        },
+    ),
+    Family(
+        "ViT of timm, mean pooling, 16 heads",
+        fields=NO_CLS | {"pooling": "normed_mean", "num_attention_heads": 16},
+        members={
+            "vit_base_patch16_gap_224": "",
+        },
+    ),
+    Family(
+        "ViT of timm, four registers and CLS",
+        fields=REGISTERS,
+        members={
+            "vit_medium_patch16_reg4_256": "",
+        },
+    ),
+    Family(
+        "ViT of timm, eight registers",
+        fields=NO_CLS | REGISTERS | {"num_register_tokens": 8, "pooling": "mean"},
+        members={
+            "vit_base_patch16_reg8_gap_256": "",
         },
     ),
     Family(

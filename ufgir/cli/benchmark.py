@@ -2,7 +2,8 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from tqdm import tqdm
 
 from clca import REDUCTIONS, CLCAViTConfig
 
+from ..checkpoints.config_options import layer
 from ..checkpoints.loading import read_config
+from ..profiling.agreement import Pictures, cases_at_cost, places
 from ..profiling.benchmark import Benchmark
 from ..profiling.benchmark_cases import (
     BACKENDS,
@@ -27,17 +30,19 @@ from ..profiling.benchmark_cases import (
     quarters,
 )
 from ..profiling.benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
+from ..profiling.macs import dense_config
 from ..profiling.scaling import DEPTHS, SIZES, Growth, draw_growth, growth_markdown, growth_tables, write_growth
+from ..profiling.targets import changed, training_free_options
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
 from ..utils.text import align
-from .common import check_rates, config_values, require
+from .common import FREE, check_rates, config_values, load_image_processor, require
 from .outputs import check_document, check_folder, told_first
 
 
 # Options whose combinations are measured: name -> (type, default, help).
 PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
-    "methods": (str, ["none", "evit"], "of token reduction: none, all, or names"),
+    "methods": (str, ["none", "evit"], "of token reduction: none, all, training-free, or names"),
     "variants": (str, ["CLCA"], f"{', '.join(VARIANTS)}, in any case"),
     "keep_rates": (float, [0.1], "shares of tokens kept, in (0, 1]"),
     "image_sizes": (int, [224], "sides of the images, pixels"),
@@ -52,10 +57,12 @@ GROWTH: dict[str, tuple[Callable[[str], Any], Any, str]] = {
 }
 PIPELINE: dict[str, tuple[Callable[[str], Any], Any, str]] = {
     "workers": (int, [0, 1, 2], "numbers of processes of the DataLoader"),
-    "count": (int, 64, "images used"),
+    "count": (int, 64, "images used; --images: 500"),
 }
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 INTERRUPTED = 130  # exit status, as shells have it
+IMAGES = 500  # compared of `--images`
+BATCH = 16  # of these at once
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +88,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add(parser.add_argument_group("--growth, which takes image sizes and the first of the other options"), GROWTH)
     _add(parser.add_argument_group("--input-pipeline, likewise"), PIPELINE)
 
+    free = parser.add_argument_group("methods off the shelf: on a trained MODEL, without any training")
+    free.add_argument(
+        "--target-gmacs",
+        type=float,
+        metavar="X",
+        help="instead of --keep-rates: for each method the largest that costs no more, at three stages and in every layer",
+    )
+    free.add_argument(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="pictures or folders of them: do models say of these what the dense one says? [not asked]",
+    )
+
     network = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
     network.add_argument("--model-size", choices=MODEL_SIZES, help="width, layers and heads [base; --quick: tiny]")
     for name in ("hidden-size", "num-hidden-layers", "num-attention-heads", "intermediate-size"):
@@ -89,10 +110,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--num-labels", type=int, metavar="N")
     network.add_argument(
         "--reduction-layers",
-        type=int,
+        type=layer,
         nargs="+",
         metavar="LAYER",
-        help="counted from 0 [after a quarter, half and three quarters of them]",
+        help="counted from 0, or all [after a quarter, half and three quarters of them]",
     )
 
     how = parser.add_argument_group("how")
@@ -174,6 +195,8 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
         allowed |= set(PIPELINE)
     elif args.preset is not None:
         allowed = set()
+    elif args.images is not None:
+        allowed |= {"count"}
     if refused := [option for option in given if option not in allowed]:
         mode = f"`--preset {args.preset}`" if args.preset else f"`--{name}`" if name else "a table of combinations"
         raise ValueError(f"`--{refused[0].replace('_', '-')}` does not go with {mode}.")
@@ -185,6 +208,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
         if wrong := [value for value in getattr(args, option) or () if value < least]:
             raise ValueError(f"`--{option.replace('_', '-')}` must be at least {least}, got {wrong[0]}.")
     check_rates(args.keep_rates, "--keep-rates")
+    _check_free(args, name)
     args.variants = args.variants and [_named("variants", value, VARIANTS) for value in args.variants]
     args.methods = args.methods and _methods(args.methods)
     if args.keep_rates is not None and check_options(args, ["--keep-rates"], [REDUCES]):
@@ -229,7 +253,36 @@ def _unknown(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> 
 def _methods(values: Sequence[str]) -> list[str]:
     if "all" in values:
         return ["none", *sorted(REDUCTIONS)]
-    return [_named("methods", value, ["none", *sorted(REDUCTIONS)]) for value in values]
+    if FREE in values and len(values) > 1:
+        raise ValueError(f"`--methods` {FREE} stands for names: give it alone.")
+    return [_named("methods", value, ["none", *sorted(REDUCTIONS), FREE]) for value in values]
+
+
+def _check_free(args: argparse.Namespace, name: str | None) -> None:
+    """What can be wrong about methods off the shelf; they are compared without cache and aggregation head."""
+    for option in ("target_gmacs", "images"):
+        if getattr(args, option) is not None and name is not None:
+            raise ValueError(f"`--{option.replace('_', '-')}` goes with a table of combinations.")
+    if name is None and args.methods is None and (args.target_gmacs is not None or args.images is not None):
+        args.methods = [FREE]
+    if args.target_gmacs is not None:
+        if args.keep_rates is not None:
+            raise ValueError(
+                "`--target-gmacs` sets the keep rates, so that `--keep-rates` contradicts it: give one of them."
+            )
+        if not args.target_gmacs > 0:
+            raise ValueError(f"`--target-gmacs` must be above 0, got {args.target_gmacs:g}.")
+    if args.images is not None and args.model is None:
+        raise ValueError("`--images` needs a MODEL: random weights have nothing to say of them.")
+    if _is_free(args):
+        if {v.lower() for v in args.variants or ()} - {"base"}:
+            raise ValueError("`--variants` but base are trained: they do not go with methods off the shelf.")
+        args.variants = ["base"]
+
+
+def _is_free(args: argparse.Namespace) -> bool:
+    """Whether methods are to be used with weights that were trained without them."""
+    return args.target_gmacs is not None or args.images is not None or FREE in (args.methods or ())
 
 
 def _device(name: str | None) -> torch.device:
@@ -285,15 +338,77 @@ def _own_network(args: argparse.Namespace) -> bool:
     return any(getattr(args, option) is not None for option in options)
 
 
+def _free_cases(
+    args: argparse.Namespace, config: CLCAViTConfig, settings: Sequence[Setting]
+) -> tuple[list[Case], list[str]]:
+    """Methods with the options under which they need no training, and why some are left out.
+
+    Raises:
+        ValueError: a method that was named needs training, or nothing is left.
+    """
+    given = _plan(args, "methods")
+    every_free = FREE in given
+    names = sorted(REDUCTIONS) if every_free else [method for method in given if method != "none"]
+    dense = dense_config(config)
+    layers = [list(config.reduction_layers)] if args.reduction_layers else places(config)
+    layers = layers if args.target_gmacs is not None else layers[:1]
+    found = {}
+    for method in names:
+        values = {"reduction": method, "reduction_layers": layers[0]}
+        found[method] = training_free_options(changed(dense, **values))
+    trained = [method for method, options in found.items() if options is None]
+    if trained and args.model is not None and not every_free:
+        raise ValueError(
+            f"`--methods`: {', '.join(trained)} would bring parameters, which {args.model} does not have: they would be random."
+        )
+    methods = {method: found[method] or {} for method in names if not (every_free and method in trained)}
+    notes = (
+        [f"Left out, as they have parameters to be trained: {', '.join(trained)}."] if trained and every_free else []
+    )
+    cases = [Case(setting, None) for setting in settings if "none" in given]
+    if args.target_gmacs is not None:
+        more, why = cases_at_cost(dense, methods, layers, args.target_gmacs, settings)
+        cases, notes = cases + more, notes + why
+    else:
+        for setting, method, rate in product(settings, methods, _plan(args, "keep_rates")):
+            options = {"layers": tuple(layers[0]), "options": tuple(methods[method].items())}
+            cases.append(Case(setting, method, "base", rate, **options))
+    if not cases:
+        raise ValueError(f"no method is left to compare: {notes[-1]}")
+    return cases, notes
+
+
+def _pictures(args: argparse.Namespace, config: CLCAViTConfig) -> Pictures | None:
+    """Batches of the pictures at any size, as the model takes them."""
+    if args.images is None:
+        return None
+    from ..data.load import load_images  # here, as it takes seconds
+    from ..data.splits import random_subset
+    from ..transforms.preprocessing import EvalTransform, make_image_processor
+
+    images = random_subset(load_images(args.images), args.count or IMAGES, args.seed, "--count")
+    processor = load_image_processor(args.model, config)
+
+    def batches(size: int) -> Iterator[torch.Tensor]:
+        transform = EvalTransform(processor)
+        if transform.crop_size != size:
+            transform = EvalTransform(make_image_processor(size, checkpoint=args.model))
+        for start in range(0, len(images), BATCH):
+            rows = range(start, min(start + BATCH, len(images)))
+            yield torch.stack([transform(images[row]["image"]) for row in rows])
+
+    return batches
+
+
 def _cases(args: argparse.Namespace) -> Outcome:
     """A preset, or every combination."""
     preset: Preset | None = PRESETS.get(args.preset)
     config = _network(args, preset.model_size if preset else "base")
+    notes: list[str] = []
     if preset is not None:
         cases = [case._replace(goals=()) for case in preset.cases] if _own_network(args) else preset.cases
         title = f"{args.model or 'Another network'}: {args.preset}" if _own_network(args) else preset.title
     else:
-        methods = [None if method == "none" else method for method in _plan(args, "methods")]
         settings = [
             Setting(size, batch, dtype, backend, mode)
             for mode in _plan(args, "modes")
@@ -302,7 +417,12 @@ def _cases(args: argparse.Namespace) -> Outcome:
             for size in _plan(args, "image_sizes")
             for batch in _plan(args, "batch_sizes")
         ]
-        cases = cross(methods, _plan(args, "variants"), _plan(args, "keep_rates"), settings)
+        if _is_free(args):
+            _check_sizes([setting.image_size for setting in settings], config)
+            cases, notes = _free_cases(args, config, settings)
+        else:
+            methods = [None if method == "none" else method for method in _plan(args, "methods")]
+            cases = cross(methods, _plan(args, "variants"), _plan(args, "keep_rates"), settings)
         title = f"{args.model or 'Random weights'}: {config.num_hidden_layers} layers, width {config.hidden_size}"
     _check_sizes([case.setting.image_size for case in cases], config)
     with _progress() as progress:
@@ -315,11 +435,14 @@ def _cases(args: argparse.Namespace) -> Outcome:
             seed=args.seed,
             time_limit=preset.time_limit if preset else None,
             progress=progress,
+            pictures=_pictures(args, config),
         )
         report = benchmark.run(cases)
+    report.notes[:0] = notes
     facts = provenance()
     parts = [title, *(f"{setting}\n{align(rows)}" for setting, rows in tables(report)), *report.warnings]
     network = {name: getattr(config, name) for name in SHAPE} | {"checkpoint": args.model}
+    network |= {"images": args.images, "target_gmacs": args.target_gmacs}
     return Outcome(
         "\n\n".join(parts),
         markdown(report, facts),

@@ -14,15 +14,15 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from clca import CLCAViTConfig
 from clca.configuration_clca import as_pair
 
-from ..checkpoints.config_options import config_options
+from ..checkpoints.config_options import FIELDS, config_options, fields_of
 from ..transforms.images import open_picture
 from ..utils.text import one_sentence, shortened
 
 
 # What `--clca` stands for.
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+FREE = "training-free"  # in place of names of methods: all that need no parameters of their own
 PROCESSOR = "preprocessor_config.json"
-FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 
 
 REDUCTION = ("reduction", "reduction_layers", "keep_rate", "keep_tokens", "reduction_kwargs")
@@ -98,7 +98,7 @@ def check_fields(changes: Mapping[str, Any], what: str) -> None:
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a configuration that were set on the command line."""
     values = dict(CLCA) if getattr(args, "clca", False) else {}
-    values |= {k: v for k, v in vars(args).items() if v is not None and k in FIELDS}
+    values |= fields_of(vars(args))
     if values.get("reduction") == "none":
         values = {"reduction_kwargs": None} | values | {"reduction": None}
     return values

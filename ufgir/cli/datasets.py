@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="say everything about one data set [a table of all]")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="a list of objects instead of a table")
-    shape.add_argument("--markdown", action="store_true", help="the table of the README, of all data sets")
+    shape.add_argument("--markdown", action="store_true", help="the table of docs/datasets.md, of all data sets")
 
 
 def run(args: argparse.Namespace) -> str:

@@ -1,20 +1,21 @@
 """`ufgir profile`: what a model costs."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
+from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.cache_clca import recovery_layers
 from clca.configuration_clca import as_pair
 from clca.reductions_clca import get_reduction
 
-from ..checkpoints.loading import load_config
+from ..checkpoints.loading import load_config, read_config
 from ..profiling.benchmark import ATTENTIVE, make_dense
-from ..profiling.benchmark_cases import Setting
+from ..profiling.benchmark_cases import Setting, quarters
 from ..profiling.benchmark_report import check_place, fill_in, markdown_table, origin, provenance
 from ..profiling.layers import (
     Part,
@@ -27,8 +28,10 @@ from ..profiling.layers import (
     write_trace,
 )
 from ..profiling.macs import count_macs, dense_config, describe, macs_in_advance, on_meta
-from ..utils.text import align
-from .common import CLCA, add_network_options, add_reduction_options, config_values, require
+from ..profiling.methods import facts_about, facts_table
+from ..profiling.targets import check_target, spend
+from ..utils.text import align, one_sentence, shortened
+from .common import CLCA, FREE, add_network_options, add_reduction_options, config_values, require
 from .outputs import check_document, check_file, check_folder, told_first
 
 
@@ -57,6 +60,7 @@ TIMING = {
     "threads": "of torch on a CPU [its default]",
     "repetitions": "timings of each model, interleaved [9]",
 }
+COMMON_RATE = 0.25  # of --methods
 LAYERS = ("layers", "time", "trace", "output", "into", "device", *TIMING)
 
 
@@ -64,6 +68,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint: folder or Hub repository [ViT-B/16]")
     parser.add_argument("--paper", action="store_true", help="all models of the paper's accuracy-over-FLOPs figure")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help=f"a row for each of these methods: all, {FREE}, or names [one model]",
+    )
+    parser.add_argument(
+        "--target-gmacs",
+        type=float,
+        metavar="X",
+        help="instead of --keep-rate: the largest, the same for all stages, at which an image costs no more",
+    )
     group = parser.add_argument_group("layers")
     group.add_argument("--layers", action="store_true", help="tokens, parameters and multiply-adds of each layer")
     group.add_argument("--time", action="store_true", help="and time, measured beside transformers' dense ViT")
@@ -73,7 +89,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output", metavar="FOLDER", help="write the layers there, as CSV, JSON, Markdown and a picture"
     )
-    group.add_argument("--into", metavar="FILE", help="fill the place `layers` of a document; the picture beside it")
+    group.add_argument(
+        "--into", metavar="FILE", help="fill the place `layers`, or `methods`, of a document; the picture beside it"
+    )
     for name, text in TIMING.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
     group.add_argument(
@@ -87,11 +105,16 @@ def run(args: argparse.Namespace) -> str:
     """Two tables."""
     values = config_values(args)
     if args.paper:
-        if values or args.model or any(getattr(args, name) for name in LAYERS):
+        if values or args.model or any(getattr(args, name) for name in (*LAYERS, "methods", "target_gmacs")):
             raise ValueError("`--paper` takes no model and no other option.")
         return paper_table()
+    check_target(values, args.target_gmacs, "`--target-gmacs`")
+    if args.methods:
+        return methods_table(args, values)
     _check(args)
     config = load_config(args.model, values)
+    if args.target_gmacs is not None:
+        spend(config, args.target_gmacs, keep_options=args.reduction_kwargs is not None)
     dense = dense_config(config)
     rows = [["", "this model", "dense", "share"]]
     this, other = on_meta(config), on_meta(dense)
@@ -116,6 +139,46 @@ def run(args: argparse.Namespace) -> str:
             for written in writing:
                 shown.append(written)
     return "\n\n".join(shown)
+
+
+def methods_table(args: argparse.Namespace, values: Mapping[str, Any]) -> str:
+    """What each of some methods is and costs in one network, all at one keep rate or as nearly at one cost as can be."""
+    unwanted = [name for name in LAYERS if name != "into"] + ["reduction", "reduction_kwargs", "keep_tokens"]
+    for name in unwanted:
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            raise ValueError(f"`--{name.replace('_', '-')}` does not go with `--methods`.")
+    if len(args.keep_rate or []) > 1:
+        raise ValueError(f"`--keep-rate` must be one number with `--methods`, got {args.keep_rate}.")
+    every = args.methods in (["all"], [FREE])
+    names = sorted(REDUCTIONS) if every else args.methods
+    for name in names:
+        get_reduction(name)
+    if args.into is not None:
+        check_place(Path(args.into), "methods")
+        check_document(args.into)
+    config = dense_config(read_config(args.model, {k: v for k, v in values.items() if k != "keep_rate"}))
+    if args.reduction_layers is None:
+        config.reduction_layers = quarters(config.num_hidden_layers)
+    rate = args.keep_rate[0] if args.keep_rate else COMMON_RATE
+    facts, notes = [], []
+    for name in names:
+        try:
+            facts.append(facts_about(config, name, rate, args.target_gmacs))
+        except ValueError as error:
+            notes.append(f"{name} is left out: {shortened(one_sentence(error), 300)}")
+    if args.methods == [FREE]:
+        facts = [one for one in facts if one.training != "yes"]
+    layers = ", ".join(map(str, config.reduction_layers))
+    title = f"{describe(config).partition(chr(10))[0]}; reduced in the layers {layers}"
+    said = [title, *([align(facts_table(facts))] if facts else []), *notes]
+    with told_first(said):
+        if args.into is not None:
+            content = "\n\n".join(
+                [markdown_table(facts_table(facts)), *notes, f"{title}. `{provenance()['command']}`"]
+            )
+            fill_in(Path(args.into), "methods", content)
+            said.append(f"filled in methods of {args.into}")
+    return "\n\n".join(said)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from transformers import BaseImageProcessor
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..checkpoints.loading import EVERYTHING, HEAD, check_meaning, load_model, read_config, some_of
+from ..utils.options import Requirement, called, check_options
 from ..visualization.kinds import KINDS, comparison, draw
 from ..visualization.records import Kind, Option
 from ..visualization.sheet import save_picture
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"`--side` must be between 1 and {LARGEST_SIDE}, got {args.side}.")
     check_rates(args.keep_rates, "--keep-rates")
     check_file(output)
-    _check_taken(args)
+    _warn_of_options(args)
     kind = partial(_kind(args), **_given(args))
     images = [open_image(file) for file in args.images]
     values, notes = config_values(args), []
@@ -136,17 +137,18 @@ def _kind(args: argparse.Namespace) -> Kind:
     return KINDS[_name(args)]
 
 
-def _check_taken(args: argparse.Namespace) -> None:
-    """Refuse options that were given and that the picture does not take.
-
-    Raises:
-        ValueError: the first of them, and the values of --what that take it.
-    """
+def _warn_of_options(args: argparse.Namespace) -> None:
+    """Warn once of options that were given and that the picture does not take."""
     taken = {*_kind(args).options, *(GRID_OPTIONS if args.what == GRID else ())}
-    for option in dict.fromkeys([*_options_of_kinds(), *GRID_OPTIONS]):
-        if getattr(args, option) is not None and option not in taken:
-            takers = " or ".join(_takers(option) or [GRID])
-            raise ValueError(f"`{_flag(option)}` belongs to --what {takers}, not to {_name(args)}.")
+    given = [name for name in (*_options_of_kinds(), *GRID_OPTIONS) if getattr(args, name) is not None]
+    requirements = [
+        Requirement(
+            (name,), f"`--what` {' or '.join(_takers(name) or [GRID])}", lambda taken, name=name: name in taken
+        )
+        for name in given
+    ]
+    with called({name: _flag(name) for name in given}):
+        check_options(taken, given, requirements)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

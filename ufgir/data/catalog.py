@@ -1,5 +1,5 @@
 """The wider fine-grained data sets that the original code is configured for: one table, for the loader, `ufgir datasets` and
-the README.
+docs/datasets.md.
 
 Classes and numbers of images are those of the original's lists of files; of imagenet and cifar, those that are published.
 The data behind the ids on the Hub were not loaded here: which columns they have is only known where the table says so, and

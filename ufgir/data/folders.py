@@ -1,4 +1,4 @@
-"""Image folders: split/class/image, class/image, and pictures without classes."""
+"""One of the layouts in `ufgir.data.load.LAYOUTS`: image folders, split/class/image or class/image. Also images without classes."""
 
 import logging
 import os

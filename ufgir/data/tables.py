@@ -1,4 +1,4 @@
-"""Tables that hold the images themselves: parquet files, `save_to_disk`, data sets of the Hub."""
+"""Load tables that hold the images themselves: parquet files and folders of `save_to_disk`. For the Hub see `hub`."""
 
 import logging
 import re

@@ -2,8 +2,9 @@
 
 from .. import _moved
 from .macs import count_macs, dense_config
+from .targets import keep_rate_for
 
 
-__all__ = ["count_macs", "dense_config"]
+__all__ = ["count_macs", "dense_config", "keep_rate_for"]
 
 __getattr__ = _moved.names_of(__name__)

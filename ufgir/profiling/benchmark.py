@@ -25,6 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..utils.text import one_sentence, shortened
+from .agreement import Agreement, Pictures, agreement, answers
 from .benchmark_cases import Case, Setting, by_setting, case_config
 from .macs import count_macs, dense_config
 from .timing import OtherLoad, Quartiles, Race, Run, peak_growth, quartiles, steady, synchronize
@@ -36,6 +37,9 @@ AT_ONCE = {"inference": 16, "training": 4}  # cases in memory beside the dense m
 ATTENTIVE = 1.5  # deviation of the random weights times the root of the width; of logits of attention it is the square
 BUSY = 0.1  # of the cores: more taken by others is worth a warning
 WIDE = 0.1  # distance of the quartiles over the median, likewise
+NO_CLASSIFIER = (
+    "MODEL has no trained classifier: cosines are of the pooled features that one would read, and no classes agree."
+)
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Result:
         activation_memory: bytes by which the memory of tensors grows at most; in training while gradients are in place, so
             that it is what the peak has beside weights, gradients and the optimizer's state.
         peak_memory: bytes at most, weights and the optimizer's state included. Neither is measured but in eager.
+        agreement: with what the dense model says of the pictures, where there are some.
         error: why there are no numbers.
     """
 
@@ -67,6 +72,7 @@ class Result:
     setup_seconds: float | None = None
     activation_memory: int | None = None
     peak_memory: int | None = None
+    agreement: Agreement | None = None
     error: str | None = None
 
     @property
@@ -120,6 +126,7 @@ class Report:
     Attributes:
         other_cores: cores that other processes kept busy meanwhile, None if unknown.
         interrupted, over_time: whether something is missing because the user, or the time limit, ended it.
+        notes: what else is to be said, a sentence each.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -130,11 +137,12 @@ class Report:
     interrupted: bool = False
     over_time: bool = False
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def warnings(self) -> list[str]:
         """What makes the numbers doubtful, a sentence each."""
-        found = []
+        found = list(self.notes)
         cores = torch.multiprocessing.cpu_count()
         if self.other_cores is not None and self.other_cores > BUSY * cores:
             found.append(
@@ -164,6 +172,7 @@ class Benchmark:
         repetitions: timings of each case.
         seed: of weights, images and the order within rounds.
         time_limit: seconds after which nothing is begun any more.
+        pictures: to compare what models say with what the dense one says, eager and in inference only.
         progress: something like a `tqdm` bar: `total`, `update()`, `set_description_str(text)`.
     """
 
@@ -177,6 +186,7 @@ class Benchmark:
         seed: int = 0,
         time_limit: float | None = None,
         progress: Any = None,
+        pictures: Pictures | None = None,
     ) -> None:
         self.base = dense_config(base)
         if checkpoint is None:
@@ -188,9 +198,12 @@ class Benchmark:
         self.seed = seed
         self.time_limit = math.inf if time_limit is None else time_limit
         self.progress = progress
+        self.pictures = pictures
         self.deadline = math.inf
         self._macs: dict[Any, tuple[int, int]] = {}
         self._weights: tuple[int, dict[str, torch.Tensor]] = (0, {})  # of one image size
+        self._answers: dict[tuple[int, str], torch.Tensor] = {}  # of the dense model, by image size and dtype
+        self._agreements: dict[Any, Agreement] = {}
 
     def run(self, cases: Sequence[Case]) -> Report:
         """Measure all; what fails is told in its result. Ctrl-C ends it, with what there is by then."""
@@ -210,6 +223,8 @@ class Benchmark:
                     self._race(setting, group, report)
             except KeyboardInterrupt:
                 report.interrupted = True
+        if self.pictures is not None and self.base.num_labels == 0:
+            report.notes.append(NO_CLASSIFIER)
         report.seconds = time.monotonic() - start
         report.other_cores = load.cores(report.seconds)
         return report
@@ -266,6 +281,8 @@ class Benchmark:
         model = self._model(result)
         result.parameters = sum(p.numel() for p in model.parameters())
         result.macs, result.macs_executed = self._count(model, result)
+        if self.pictures is not None and (setting.backend, setting.mode) == ("eager", "inference"):
+            result.agreement = self._agree(model, result)
         generator = torch.Generator().manual_seed(self.seed)
         shape = (setting.batch_size, model.config.num_channels, *[setting.image_size] * 2)
         pixels = torch.randn(shape, generator=generator).to(self.device)
@@ -306,9 +323,29 @@ class Benchmark:
         if self.checkpoint is None:
             torch.manual_seed(self.seed)
             return CLCAViTForImageClassification(config).state_dict()
-        from ..checkpoints.loading import load_pretrained  # here, as it takes seconds to import
+        from ..checkpoints.loading import HEAD, load_with_report, some_of  # here, as it takes seconds to import
 
-        return load_pretrained(self.checkpoint, config, ignore_mismatched_sizes=True).state_dict()
+        model, untrained = load_with_report(self.checkpoint, config, ignore_mismatched_sizes=True)
+        if self.pictures is not None:
+            if lacking := [name for name in untrained if not name.startswith(HEAD)]:
+                raise ValueError(f"{self.checkpoint} has no {some_of(lacking)}: what it would say is random.")
+            if untrained:
+                self.base.num_labels = 0
+        return model.state_dict()
+
+    def _agree(self, model: nn.Module, result: Result) -> Agreement | None:
+        """With the dense model, whose answers are kept; None for that itself."""
+        assert self.pictures is not None
+        size, dtype = result.setting.image_size, result.setting.dtype
+        if result.case is None:
+            if (size, dtype) not in self._answers:
+                self._answers[size, dtype] = answers(model, self.pictures(size))
+            return None
+        key = result.case._replace(setting=Setting(size, dtype=dtype), goals=())
+        if (size, dtype) in self._answers and key not in self._agreements:
+            ours = answers(model, self.pictures(size))
+            self._agreements[key] = agreement(ours, self._answers[size, dtype], self.base.num_labels > 0)
+        return self._agreements.get(key)
 
     def _count(self, model: nn.Module, result: Result) -> tuple[int, int]:
         case = result.case and result.case._replace(setting=Setting(result.setting.image_size), goals=())

@@ -74,11 +74,14 @@ class Case(NamedTuple):
     variant: str = "base"
     keep_rate: float = 1.0
     goals: tuple[Goal, ...] = ()
+    layers: tuple[int, ...] | None = None  # that reduce; None for those of the network
+    options: tuple[tuple[str, Any], ...] = ()  # of the method
 
     def __str__(self) -> str:
         name = self.method or "no reduction"
         name = name if self.variant == "base" else f"{name} + {self.variant}"
-        return f"{name}, {self.keep_rate:g}" if self.method else name
+        where = "" if self.layers is None else f" in {len(self.layers)} layers"
+        return f"{name}{where}, {self.keep_rate:g}" if self.method else name
 
 
 def case_config(base: CLCAViTConfig, case: Case) -> CLCAViTConfig:
@@ -92,10 +95,13 @@ def case_config(base: CLCAViTConfig, case: Case) -> CLCAViTConfig:
         ValueError: what `CLCAViTConfig` refuses.
     """
     values = base.to_dict() | {"image_size": case.setting.image_size} | VARIANTS[case.variant]
+    if case.layers is not None:
+        values["reduction_layers"] = list(case.layers)
     if case.method is not None:
-        values |= {"reduction": case.method, "keep_rate": [case.keep_rate]}
+        options = dict(case.options)
         if case.setting.backend != "eager" and not get_reduction(case.method).static_shapes:
-            values["reduction_kwargs"] = {"pad_to_bound": True}
+            options["pad_to_bound"] = True
+        values |= {"reduction": case.method, "keep_rate": [case.keep_rate], "reduction_kwargs": options or None}
     return CLCAViTConfig.from_dict(values)
 
 

@@ -74,6 +74,7 @@ def _goals(result: Result) -> str:
 def setting_table(results: Sequence[Result]) -> TextTable:
     """The results of one setting as cells, columns without any content left out."""
     head = ["model", "ms [quartiles]", "images/s", "speed-up", "GMACs", "executed", "ratio", "possible", "realised"]
+    head += ["same top-1", "cosine"]
     head += ["activations, MB", "of dense", "peak, MB", "of dense", "set-up, s", "goal"]
     rows = [head]
     for r in results:
@@ -93,6 +94,7 @@ def setting_table(results: Sequence[Result]) -> TextTable:
                 *(_number(n / 1e9 if n else None, 3) for n in (r.macs, r.macs_executed)),
                 *("" if r.dense is None else _number(n) for n in (r.macs_ratio, r.possible)),
                 _share(r.realised),
+                *_agreement(r),
                 *memory,
                 "" if r.setup_seconds is None else _number(r.setup_seconds, 1),
                 _goals(r),
@@ -104,6 +106,13 @@ def setting_table(results: Sequence[Result]) -> TextTable:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
+
+
+def _agreement(result: Result) -> list[str]:
+    """Of classes, and the cosine of logits or features."""
+    if result.agreement is None:
+        return ["", ""]
+    return [_share(result.agreement.top1), f"{result.agreement.cosine:.4f}"]
 
 
 def tables(report: Report) -> list[tuple[Setting, TextTable]]:
@@ -144,6 +153,8 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "method": "dense" if r.case is None else r.case.method or "none",
                 "variant": "base" if r.case is None else r.case.variant,
                 "keep_rate": 1.0 if r.case is None else r.case.keep_rate,
+                "reduction_layers": " ".join(map(str, (r.case and r.case.layers) or ())),
+                "reduction_kwargs": json.dumps(dict(r.case.options)) if r.case and r.case.options else "",
                 **r.setting._asdict(),
                 "rounds": len(r.seconds),
                 "seconds_median": time and time.median,
@@ -156,6 +167,8 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "macs_ratio": r.macs_ratio,
                 "macs_executed_ratio": r.possible,
                 "realised": r.realised,
+                "same_top1": r.agreement and r.agreement.top1,
+                "cosine": r.agreement and r.agreement.cosine,
                 "activation_memory": r.activation_memory,
                 "activation_memory_ratio": r.memory_ratio("activation_memory"),
                 "peak_memory": r.peak_memory,
@@ -198,7 +211,8 @@ def write_report(folder: Path, report: Report, facts: Mapping[str, Any], network
 
 
 def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
-    """PREFIX_throughput.png and, if there are several sizes of batches, PREFIX_latency.png; those that were drawn."""
+    """PREFIX_throughput.png; if there are several sizes of batches, PREFIX_latency.png; and if models were compared by what they
+    say, PREFIX_agreement.png; those that were drawn."""
     drawn = []
     with style():
         panels = throughput_panels(report)
@@ -207,6 +221,11 @@ def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
         panels = latency_panels(report)
         if panels:
             drawn.append(_draw_panels(panels, _draw_latency, folder / f"{prefix}_latency.png"))
+        panels = {
+            title: group for title, group in throughput_panels(report).items() if any(r.agreement for r in group)
+        }
+        if panels:
+            drawn.append(_draw_panels(panels, _draw_agreement, folder / f"{prefix}_agreement.png"))
     return drawn
 
 
@@ -271,6 +290,28 @@ def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> Non
         axes.plot([macs / 1e9 for macs in work], ideal, color="#808080", linewidth=1, label="as the GMACs")
         axes.plot(dense.macs_executed / 1e9, dense.images_per_second, "k+", markersize=9, label=dense.name)
     label(axes, "GMACs of an image, as executed", "images/s", title, legend=False)
+
+
+def _draw_agreement(axes: "Axes", title: str, results: Sequence[Result]) -> None:
+    """What is left of the dense model's answers over milliseconds of a batch, a mark with its name for each model. Those that
+    reduce in the most layers are hollow, if others do in fewer."""
+    compared = [r for r in results if r.case and r.agreement]
+    has_classes = all(r.agreement.top1 is not None for r in compared)
+    stages = sorted({len(r.case.layers or ()) for r in compared})
+    for r in compared:
+        name, count = r.case.method or "no reduction", len(r.case.layers or ())
+        hollow = bool(stages[1:]) and count == stages[-1]
+        look = {"linestyle": "none", "color": "black" if hollow else "#0072b2"}
+        look |= {"marker": "o", "markersize": 4, "markerfacecolor": "white" if hollow else look["color"]}
+        value = 100 * r.agreement.top1 if has_classes else r.agreement.cosine
+        axes.plot(1e3 * r.time.median, value, **look | {"label": f"in {count} layers"})
+        axes.annotate(
+            name, (1e3 * r.time.median, value), xytext=(3, 3), textcoords="offset points", fontsize="xx-small"
+        )
+    for dense in (r for r in results if r.case is None):
+        axes.axvline(1e3 * dense.time.median, color="#808080", linewidth=1, label=dense.name)
+    what = "images with the dense model's class, %" if has_classes else "cosine with the dense model's feature"
+    label(axes, "ms of a batch", what, title, legend=False)
 
 
 def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
@@ -125,7 +126,7 @@ def adapt(model: CLCAViTForImageClassification, config: "PeftConfig") -> "PeftMo
     return adapted
 
 
-def merge(adapted: "PeftModel") -> nn.Module:
+def merge(adapted: "PeftModel") -> PreTrainedModel:
     """The model with the adapter merged into its weights, without peft. peft's own `merge_and_unload` does the same, but
     fails on saved modules made of several, as the CLA head is, for adapters other than LoRA (0.21)."""
     from peft.utils import ModulesToSaveWrapper

@@ -6,6 +6,7 @@ the training stand beside its code.
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -41,6 +42,15 @@ class CheckpointArguments:
     attn_implementation: str | None = option("sdpa, eager, flash_attention_2 or flex_attention [sdpa]")
 
 
+@dataclass
+class CostArguments:
+    """What an image may cost."""
+
+    target_gmacs: float | None = option(
+        "GMACs that an image may cost at most: keep_rate becomes the largest that allows it, the same for all stages [none]"
+    )
+
+
 def _config_fields() -> list[tuple]:
     """A field, None unless it is set, for each option of the configuration."""
     as_given = {dict: str}  # JSON
@@ -50,16 +60,24 @@ def _config_fields() -> list[tuple]:
     ]
 
 
-ModelArguments = make_dataclass(
-    "ModelArguments",
-    _config_fields(),
-    bases=(CheckpointArguments,),
-    namespace={
-        "__doc__": "The model. Unset options keep what the checkpoint says or, from scratch, the defaults of CLCAViTConfig.",
-        "__module__": __name__,
-        "_argument_group_name": "model (unset: as the checkpoint says; from scratch: the default in brackets)",
-    },
-)
+if TYPE_CHECKING:
+
+    class ModelArguments(CheckpointArguments, CostArguments):
+        """To a type checker, which does not know the fields."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    ModelArguments = make_dataclass(
+        "ModelArguments",
+        _config_fields(),
+        bases=(CheckpointArguments, CostArguments),
+        namespace={
+            "__doc__": "The model. Unset options keep what the checkpoint says or, from scratch, the defaults of CLCAViTConfig.",
+            "__module__": __name__,
+            "_argument_group_name": "model (unset: as the checkpoint says; from scratch: the default in brackets)",
+        },
+    )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Training callbacks: gradient records, a guard against NaN, averaged weights (EMA), early stopping."""
+"""The options and assembly of training callbacks; the guard against NaN and the record of the last model are here."""
 
 import math
 from dataclasses import dataclass
@@ -235,7 +235,8 @@ class NaNGuard(TrainerCallback):
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that FSDP has cut in pieces."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def _is_finite(tensors: list[torch.Tensor]) -> bool:

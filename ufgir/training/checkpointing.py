@@ -315,8 +315,9 @@ class _Flow(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         for callback in self.callbacks if self.checkpoint is not None else ():
-            if hasattr(callback, "load_from_checkpoint"):
-                callback.load_from_checkpoint(self.checkpoint)
+            load = getattr(callback, "load_from_checkpoint", None)
+            if load is not None:
+                load(self.checkpoint)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         # From a checkpoint of the last step of an epoch Trainer goes on with the next epoch. What else belongs to the end of

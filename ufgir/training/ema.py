@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -123,11 +123,13 @@ class EMACallback(TrainerCallback):
             self._swap(model)
             self.average = None
             return
-        if hasattr(self.average.module, "peft_config"):  # a whole model, as the one in output_dir will be
-            self.average.module = merge(self.average.module)
+        assert self.average is not None
+        whole = cast("Any", self.average.module)
+        if hasattr(whole, "peft_config"):  # a whole model, as the one in output_dir will be
+            whole = self.average.module = merge(whole)
         if args.should_save:
             with new_folder(Path(args.output_dir) / EMA_FOLDER) as folder:
-                self.average.module.save_pretrained(folder)
+                whole.save_pretrained(folder)
                 if processing_class is not None:
                     processing_class.save_pretrained(folder)
 

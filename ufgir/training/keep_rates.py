@@ -1,4 +1,4 @@
-"""One model for several keep rates: which of them a training step is for, and the model at one rate alone."""
+"""Draw the keep rate of each training step, for a model that is trained at several."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Learning rate schedules in epochs, with rates that hold for every parameter group, as CLCA was trained with.
+"""Learning rate schedules counted in epochs. Warm-up and minimum rate are the same for all parameter groups, as in the original.
 
 `SCHEDULES` lists them. One more: a function here, and its arguments as options of
 `ufgir.training.optimization.OptimizationArguments`. transformers' own schedules are `--lr_scheduler_type`.

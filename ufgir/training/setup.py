@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
-from ..checkpoints.config_options import config_options
+from ..checkpoints.config_options import config_options, fields_of
 from ..checkpoints.loading import checkpoint_config, load_pretrained, new_config
 from ..data.labels import class_feature, is_multi_label, unify_labels
 from ..data.load import SYNTHETIC_LEAVES, load_ufgir_dataset
@@ -22,6 +22,7 @@ from ..data.splits import random_subset
 from ..data.transformed import SetEpoch, TransformedImages
 from ..evaluation.metrics import compute_metrics, compute_multilabel_metrics
 from ..profiling.macs import dense_config, macs_in_advance
+from ..profiling.targets import check_target, spend
 from ..transforms.preprocessing import EvalTransform, make_image_processor
 from ..utils.metric_names import METRIC_NAMES
 from ..utils.options import called
@@ -68,7 +69,7 @@ class Run:
 
     def keep_metrics(self, split: str, metrics: Mapping[str, float | None], seconds: float, images: int) -> None:
         """Keep metrics by name, and how fast they were measured, for the table, the record and the card."""
-        self.metrics[split] = {name: metrics[name] for name in METRIC_NAMES if metrics.get(name) is not None}
+        self.metrics[split] = {name: value for name in METRIC_NAMES if (value := metrics.get(name)) is not None}
         self.images_per_second[split] = images / seconds
         row = {"split": split, "images": len(self.images[split]), "seconds": seconds}
         self.rows.append(row | self.metrics[split])
@@ -78,9 +79,9 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
     """The checkpoint's configuration, or a new one, with every option that was set; checked.
 
     Raises:
-        ValueError: a value is out of range, or the checkpoint could not be loaded.
+        ValueError: a value is out of range, options contradict each other, or the checkpoint could not be loaded.
     """
-    values = {name: value for name, value in vars(args).items() if value is not None and name in config_options()}
+    values = {name: value for name, value in fields_of(vars(args)).items() if name in config_options()}
     if "reduction_kwargs" in values:
         try:
             values["reduction_kwargs"] = dict(json.loads(args.reduction_kwargs))
@@ -88,6 +89,7 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
             raise ValueError(f"`reduction_kwargs` must be a JSON object, got {args.reduction_kwargs}") from error
     if values.get("reduction") == "none":
         values["reduction"] = None
+    check_target(values, args.target_gmacs, "`target_gmacs`")
     if args.model_name_or_path is None:
         return new_config(values)
     try:
@@ -120,7 +122,8 @@ def load_data(options: Options, synthetic_size: int, class_names: list[str] | No
     """
     args, values = options.data, vars(options.data)
     with called(NAMES):
-        data = dict(load_ufgir_dataset(args.dataset, **_loader_arguments(options, synthetic_size, class_names)))
+        splits = load_ufgir_dataset(args.dataset, **_loader_arguments(options, synthetic_size, class_names))
+    data: dict[str, Any] = {str(split): images for split, images in splits.items()}
     _check_classes(data, args.dataset)
     if args.train_on_trainval and {"train", "validation"} <= set(data):
         data["train"] = concatenate_datasets([data["train"], data.pop("validation")])
@@ -208,6 +211,18 @@ def set_classes(config: CLCAViTConfig, data: Mapping[str, Any]) -> None:
     config.problem_type = "multi_label_classification" if is_multi_label(label) else "single_label_classification"
 
 
+def set_budget(config: CLCAViTConfig, args: ModelArguments) -> None:
+    """Choose the keep rate by what an image may cost, if that was said. Classes must be set: the head costs something, too.
+
+    Raises:
+        ValueError: nothing is reduced, or no keep rate has this cost.
+    """
+    if args.target_gmacs is None:
+        return
+    rate = spend(config, args.target_gmacs, keep_options=args.reduction_kwargs is not None)
+    logger.info("`target_gmacs` %g: keep rate %g", args.target_gmacs, rate)
+
+
 def class_names_of(config: CLCAViTConfig) -> list[str]:
     """The classes of a model by index."""
     return [config.id2label[index] for index in range(config.num_labels)]
@@ -265,7 +280,9 @@ def make_model(options: Options, config: CLCAViTConfig, new_head: bool) -> nn.Mo
 def count_costs(config: CLCAViTConfig) -> tuple[int | None, int]:
     """Multiply-adds of an image, None where they differ by image, and those of the dense model. No random number is drawn."""
     with torch.random.fork_rng():
-        return macs_in_advance(config), macs_in_advance(dense_config(config))
+        macs, dense_macs = macs_in_advance(config), macs_in_advance(dense_config(config))
+    assert dense_macs is not None  # without a reduction all images cost the same
+    return macs, dense_macs
 
 
 def make_images(

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers.trainer import hf_api
 
 from clca.heads_clca import SwitchableBatchNorm
@@ -45,6 +46,8 @@ class UFGIRTrainer(
         distillation: a teacher and how much is learnt from it, None for none.
         optimization: parameter groups, schedule and freezing, see `OptimizationMixin`; None for the defaults.
     """
+
+    model: PreTrainedModel  # or peft's model around one, which has what it has
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Pictures of what a model does with its patches.
 
-A kind of picture is a function of a `View`, a model and the images it looks at, that gives columns with one cell per image:
+A kind of picture is a function that takes a `View` (a model and the images it looks at) and returns columns with one cell
+per image:
 
     image = draw(kept_columns, model, image_processor, images)
     image = draw(partial(attention_columns, layers=[3, 5]), model, image_processor, images, titles=names)

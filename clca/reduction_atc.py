@@ -1,0 +1,108 @@
+"""ATC: merge tokens by agglomerative clustering (https://huggingface.co/papers/2409.11923).
+
+Its official code is MIT; its part for models trained without it derives from ToMe's (CC-BY-NC 4.0). None of it is used here.
+Differs from it: that part removes one token less than asked in models with CLS; registers, CLR and recalled rows may be merged.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from .attention_clca import at_least_float32, full_precision, gather_rows
+from .reduction_base import Merging
+
+
+if TYPE_CHECKING:
+    from .configuration_clca import CLCAViTConfig
+
+
+class ATCReduction(Merging):
+    """Between attention and MLP, merge the two nearest clusters of rows, by the cosine distance of keys, until few enough are
+    left. The keep rate is a share of the patches, cumulative; a stage removes what lies between two targets.
+    The new order is: row 0, clusters by their first rows.
+
+    Args:
+        linkage: distance of two clusters: the `average`, least (`single`) or greatest (`complete`) of those of their rows.
+    """
+
+    name = "atc"
+    most_exported_patches = 256  # each merge adds some 40 operators
+
+    def __init__(
+        self, config: "CLCAViTConfig", stage: int, *, linkage: Literal["average", "single", "complete"] = "average"
+    ) -> None:
+        super().__init__(config, stage)
+        self.linkage = linkage
+
+    @classmethod
+    def most_merged(cls, num_rows: int) -> int:
+        return num_rows - 2  # row 0 and a cluster
+
+    def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
+        metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
+        scipy = scipy_functions() if metric.device.type == "cpu" and not torch.compiler.is_compiling() else None
+        if scipy is None:
+            first = self.cluster(cosine_distance(metric), merged)
+        else:  # in float64, in which only distances of equal rows are equal
+            first = torch.stack([self.cluster_by_scipy(scipy, image, merged) for image in metric.double()])
+        number = (first == torch.arange(first.shape[1], device=first.device)).cumsum(dim=1)  # of a cluster, from 1
+        return nn.functional.pad(number.gather(1, first), (1, 0))
+
+    def cluster(self, distance: torch.Tensor, merged: int) -> torch.Tensor:
+        """The first member (B, n) of the cluster of each row, once the two nearest clusters have become one `merged` times.
+        Of several least distances (B, n, n), which are overwritten, that of the first pair of first members counts."""
+        width = distance.shape[1]
+        first = torch.arange(width, device=distance.device).expand(distance.shape[0], -1)
+        members = torch.ones_like(distance[:, 0])
+        for _ in range(0 if distance.is_meta else merged):  # shapes do not depend on the merges
+            one = distance.amin(dim=2).argmin(dim=1, keepdim=True)  # (B, 1)
+            other = gather_rows(distance, one).argmin(dim=2)  # after `one`, since distances are symmetric
+            pair = torch.cat([one, other], dim=1)
+            index = pair.unsqueeze(2).expand(-1, -1, width)
+            rows, counts = distance.gather(1, index), members.gather(1, pair)  # (B, 2, n), (B, 2)
+            if self.linkage == "average":
+                joint = (rows * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
+            else:
+                joint = rows.amin(dim=1) if self.linkage == "single" else rows.amax(dim=1)
+            joint = joint.scatter(1, pair, torch.inf)  # from itself, and from what has become a part of it
+            rows = torch.stack([joint, torch.full_like(joint, torch.inf)], dim=1)
+            distance.scatter_(1, index, rows).scatter_(2, index.transpose(1, 2), rows.transpose(1, 2))
+            members = members.scatter(1, one, counts.sum(dim=1, keepdim=True))
+            first = torch.where(first == other, one, first)
+        return first
+
+    def cluster_by_scipy(self, scipy: Any, metric: torch.Tensor, merged: int) -> torch.Tensor:
+        """The same (n,) of one image, many times faster, from its `metric` (n, d) of unit length. scipy breaks ties in an order
+        of its own. Images in which two distances that matter are equal, or are NaN, take the exact path."""
+        linkage, squareform = scipy
+        width = metric.shape[0]
+        upper = 1 - torch.from_numpy(squareform((metric @ metric.T).numpy(), checks=False))  # (n (n - 1) / 2,)
+        if metric.isfinite().all():
+            merges = torch.from_numpy(linkage(upper.numpy(), self.linkage)[:merged])  # (merged, 4), by rising distance
+            if upper[upper <= merges[-1, 2]].sort().values.diff().all():
+                parent = torch.arange(width + merged)  # the i-th merge makes cluster n + i of two others
+                parent[merges[:, :2].long()] = parent[width:, None].clone()
+                for _ in range(merged.bit_length()):
+                    parent = parent[parent]
+                root, row = parent[:width], torch.arange(width)
+                return torch.full_like(parent, width).scatter_reduce(0, root, row, "amin")[root]
+        return self.cluster(cosine_distance(metric.unsqueeze(0)), merged)[0]
+
+
+def cosine_distance(metric: torch.Tensor) -> torch.Tensor:
+    """1 - cosine (B, n, n) of `metric` (B, n, d), whose rows are of unit length; infinite on the diagonal."""
+    with full_precision(metric):
+        distance = (1 - metric @ metric.transpose(1, 2)).triu(1)
+    distance = distance + distance.transpose(1, 2)  # a product need not be symmetric to the last bit
+    return distance.masked_fill(torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device), torch.inf)
+
+
+def scipy_functions() -> Any:
+    """`linkage` and `squareform` of scipy. None where it is not installed."""
+    try:
+        from scipy.cluster.hierarchy import linkage
+        from scipy.spatial.distance import squareform
+    except ImportError:
+        return None
+    return linkage, squareform

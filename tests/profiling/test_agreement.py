@@ -1,0 +1,159 @@
+"""Methods off the shelf: what is left of a trained ViT's answers. Times are asked for being there only."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from clca import REDUCTIONS, CLCAViTForImageClassification
+from ufgir.cli import benchmark as command
+from ufgir.cli import entry as cli
+from ufgir.profiling.agreement import agreement, answers, cases_at_cost, places
+from ufgir.profiling.benchmark import NO_CLASSIFIER, Benchmark
+from ufgir.profiling.benchmark_cases import Case, Setting, case_config
+from ufgir.profiling.benchmark_report import csv_rows, draw, setting_table
+from ufgir.profiling.macs import count_macs
+from ufgir.profiling.targets import bounded
+from ufgir.transforms.preprocessing import make_image_processor
+
+
+SHAPE = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+SHAPE |= {"intermediate_size": 32, "num_labels": 3, "initializer_range": 0.3}
+AT = Setting(32, 2)
+TARGET = 0.0007  # GMACs; dense it is about 0.001
+QUICK = ["--repetitions", "1", "--threads", "1", "--batch-sizes", "1"]
+
+
+@pytest.fixture(scope="module")
+def stock():
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**SHAPE)).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, stock):
+    """A stock ViT with a classifier, the same without, and pictures."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for name, model in (("whole", stock), ("bare", stock.vit)):
+        model.save_pretrained(folder / name)
+        make_image_processor(32).save_pretrained(folder / name)
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / "images" / f"{index}.png")
+    return folder
+
+
+def pictures(size):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 3, size, size, generator=generator) for _ in range(2)]
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["benchmark", *argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_agreement_by_hand():
+    dense = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    ours = torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    found = agreement(ours, dense, has_classes=True)
+    assert found.top1 == pytest.approx(1 / 3)
+    assert found.cosine == pytest.approx((1 + 0 + 0.5**0.5) / 3)
+    assert agreement(ours, dense, has_classes=False).top1 is None
+
+
+def test_it_is_that_of_the_checkpoint_with_the_method(folders, stock):
+    """The benchmark's figures are those of `from_pretrained` beside the stock model, and a rate of one agrees wholly."""
+    base = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
+    layers = (1, 2, 3)
+    cases = [Case(AT, "evit", "base", rate, layers=layers) for rate in (0.4, 1.0)]
+    benchmark = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, pictures=pictures)
+    report = benchmark.run(cases)
+    assert [r.error for r in report.results] == [None] * 3 and report.results[0].agreement is None
+    options = {"reduction": "evit", "reduction_layers": list(layers), "keep_rate": 0.4}
+    model = CLCAViTForImageClassification.from_pretrained(folders / "whole", **options).eval()
+    expected = agreement(answers(model, pictures(32)), answers(stock, pictures(32)), has_classes=True)
+    assert report.results[1].agreement.top1 == expected.top1
+    assert report.results[1].agreement.cosine == pytest.approx(expected.cosine, abs=1e-5)
+    assert expected.cosine < 0.9999
+    assert report.results[2].agreement.top1 == 1 and report.results[2].agreement.cosine == pytest.approx(1, abs=1e-5)
+    rows = csv_rows(report)
+    assert (
+        rows[1]["same_top1"] == expected.top1 and rows[1]["reduction_layers"] == "1 2 3" and rows[0]["cosine"] is None
+    )
+    assert {"same top-1", "cosine"} <= set(setting_table(report.results)[0])
+
+
+def test_cases_cost_the_same(folders):
+    config = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
+    assert places(config) == [[1, 2, 3], [0, 1, 2, 3]]
+    methods = {"evit": {}, "dpcknn": {"equal_weight": True}, "heuristic": {}}
+    cases, notes = cases_at_cost(config, methods, places(config), TARGET, [AT, AT._replace(batch_size=1)])
+    assert len(cases) == 2 * 2 * 2 and len(notes) == 2 and all(note.startswith("heuristic in") for note in notes)
+    for case in cases:
+        made = case_config(config, case)
+        assert made.reduction_layers == list(case.layers)
+        model = CLCAViTForImageClassification(bounded(made))
+        assert 0.9 * TARGET < count_macs(model) / 1e9 <= TARGET
+        assert ".score" not in " ".join(name for name, _ in model.named_parameters())
+    assert "dpcknn in 4 layers, 0." in str(cases[-1])
+
+
+class TestCommand:
+    def test_training_free_at_one_cost(self, capsys, folders, tmp_path, monkeypatch):
+        few = ("ats", "dpcknn", "dyvit", "heuristic", "sit", "tome")
+        monkeypatch.setattr(command, "REDUCTIONS", {name: REDUCTIONS[name] for name in few})
+        argv = ["benchmark", str(folders / "whole"), "--methods", "training-free", "--target_gmacs", str(TARGET)]
+        argv += ["--images", str(folders / "images"), "--output", str(tmp_path), *QUICK]
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert "to be trained: dyvit, sit." in out and "heuristic in 3 layers is left out" in out
+        rows = list(csv.DictReader((tmp_path / "benchmark.csv").open()))
+        methods = {row["method"] for row in rows}
+        assert methods == {"dense", "ats", "dpcknn", "tome"}
+        assert {row["reduction_layers"] for row in rows[1:] if row["method"] == "tome"} == {"1 2 3", "0 1 2 3"}
+        reduced = [row for row in rows if row["method"] != "dense"]
+        assert all(0 <= float(row["same_top1"]) <= 1 and float(row["cosine"]) <= 1.0001 for row in reduced)
+        record = json.loads((tmp_path / "benchmark.json").read_text())
+        assert record["network"]["target_gmacs"] == TARGET and record["notes"]
+        assert (tmp_path / "benchmark_agreement.png").is_file()
+
+    def test_without_a_classifier_features_are_compared(self, capsys, folders):
+        argv = ["benchmark", str(folders / "bare"), "--methods", "evit", "--keep-rates", "0.5", "--count", "4"]
+        assert cli.main([*argv, "--images", str(folders / "images"), *QUICK]) == 0
+        out = capsys.readouterr().out
+        assert NO_CLASSIFIER in out and "same top-1" not in out and "cosine" in out
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            ("--images IMAGES", "`--images` needs a MODEL"),
+            ("WHOLE --images IMAGES --methods sit", "sit would bring parameters"),
+            ("WHOLE --target-gmacs 1 --keep-rates 0.5", "`--keep-rates` contradicts it"),
+            ("WHOLE --target-gmacs 0", "`--target-gmacs` must be above 0"),
+            ("WHOLE --methods evit --target-gmacs 5", "no method is left to compare"),
+            ("WHOLE --images IMAGES --variants CLCA", "`--variants` but base are trained"),
+            ("WHOLE --methods training-free evit", "give it alone"),
+            ("--quick --target-gmacs 1", "goes with a table of combinations"),
+            ("--growth --images IMAGES", "goes with a table of combinations"),
+            ("WHOLE --images NOWHERE", "do not exist"),
+        ],
+    )
+    def test_contradictions(self, capsys, folders, argv, words):
+        named = {"WHOLE": str(folders / "whole"), "IMAGES": str(folders / "images"), "NOWHERE": str(folders / "no")}
+        assert words in refused(capsys, *(named.get(word, word) for word in argv.split()))
+
+
+def test_the_figure(tmp_path, folders):
+    """A mark for each model, and a line for the dense one."""
+    base = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
+    cases = [Case(AT, "topk", "base", 0.5, layers=layers) for layers in ((1, 2, 3), (0, 1, 2, 3))]
+    report = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, pictures=pictures).run(cases)
+    assert tmp_path / "x_agreement.png" in draw(report, tmp_path, "x")
