@@ -378,6 +378,11 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         # ty: ignore[invalid-typed-dict-key]  # it is no option: what is popped here is what callers may not pass
         if kwargs.pop("attention_mask", None) is not None:
             raise ValueError("`attention_mask` is not supported: rows are reordered by reductions. Leave it out.")
+        # ty: ignore[invalid-typed-dict-key]  # the same
+        if kwargs.pop("head_mask", None) is not None:
+            raise ValueError(
+                "`head_mask` is not supported: this model masks no attention heads. Leave it out, or pass None."
+            )
         unknown = [name for name in kwargs if name not in _FORWARD_OPTIONS]
         if unknown:
             close = get_close_matches(unknown[0], ["output_assignments", "keep_rate", *_FORWARD_OPTIONS], n=1)

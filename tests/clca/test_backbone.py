@@ -163,6 +163,16 @@ def test_an_unknown_argument_is_refused() -> None:
         tiny_model()(images(), output_assigments=True)
 
 
+def test_a_head_mask_may_be_none() -> None:
+    """As older scripts pass it; a mask would have no effect."""
+    model = tiny_model()
+    for part, field in ((model, "logits"), (model.vit, "last_hidden_state")):
+        expected = part(images())[field]
+        assert torch.equal(part(images(), head_mask=None)[field], expected)
+        with pytest.raises(ValueError, match=r"`head_mask` is not supported: .* pass None"):
+            part(images(), head_mask=torch.ones(5, 2))
+
+
 def test_an_attention_mask_is_refused() -> None:
     """Tokens move, a mask over positions cannot follow them."""
     with pytest.raises(ValueError, match="`attention_mask`"):
