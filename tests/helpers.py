@@ -83,10 +83,16 @@ CASES = [Case(m, c, t) for m in METHODS for c in CACHES for t in TOKENS if (c, t
 
 
 def pairs() -> Iterable[Case]:
-    """Cases that bring each method together with each cache and with each kind of tokens, and each cache with each kind."""
-    caches = list(CACHES)
+    """Cases that bring a method of each family together with each cache and with each kind of tokens, and each cache with each
+    kind. A further method of a family, whose base has the code that caches and tokens meet, has every second of them."""
+    caches, families = list(CACHES), set()
     for i, method in enumerate(METHODS):
+        family = None if method is None else REDUCTIONS[method].__mro__[1]
+        further = family in families and family is not TokenReduction
+        families.add(family)
         for j, tokens in enumerate(TOKENS):
+            if further and (i + j) % 2:
+                continue
             case = Case(method, caches[(i + j) % 3], tokens)
             yield case if case in CASES else Case(method, caches[i // 3 % 2], tokens)
 
