@@ -41,7 +41,11 @@ class ATCReduction(Merging):
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
-        scipy = scipy_functions() if metric.device.type == "cpu" and not torch.compiler.is_compiling() else None
+        scipy = (
+            scipy_functions()
+            if metric.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            else None
+        )
         if scipy is None:
             first = self.cluster(cosine_distance(metric), merged)
         else:  # in float64, in which only distances of equal rows are equal
