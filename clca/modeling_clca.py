@@ -87,9 +87,9 @@ class TokenCounts:
     Attributes:
         token_counts: tokens that entered each layer, and last those that the final norm saw. It is no field, since pipelines,
             exporters and `nn.DataParallel` take every field for a tensor with the batch first. Copies, pickles, `torch.compile`
-            and accelerate's offloading keep it. It is lost where somebody makes a new output of the fields, and then None: in mixed precision under Trainer
-            or accelerate, which convert what a model returns, with `nn.DataParallel`, and in exported and traced programs. The
-            tuple that `return_dict=False` returns has none.
+            and accelerate's offloading keep it. It is None where somebody makes a new output of the fields: in mixed precision
+            under Trainer or accelerate, which convert what a model returns, with `nn.DataParallel`, and in exported and traced
+            programs. The tuple that `return_dict=False` returns has none.
     """
 
     token_counts: tuple[int, ...] | None = None

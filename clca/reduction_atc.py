@@ -41,11 +41,8 @@ class ATCReduction(Merging):
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
-        scipy = (
-            scipy_functions()
-            if metric.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            else None
-        )
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a graph holds for other images, too
+        scipy = None if traced or metric.device.type != "cpu" else scipy_functions()
         if scipy is None:
             first = self.cluster(cosine_distance(metric), merged)
         else:  # in float64, in which only distances of equal rows are equal

@@ -1,12 +1,11 @@
 """Imports inside the packages point one way: from the top floor down, at the top of a file, and never in a circle."""
 
-import ast
-from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from tests.imports import Import, circle, imports_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,51 +26,14 @@ CLCA_FLOORS = (
 )
 
 
-class Import(NamedTuple):
-    """One relative import of a sibling."""
-
-    module: str
-    in_function: bool
-
-
-def relative_imports(source: str) -> list[Import]:
-    """Siblings that a module imports at runtime, those inside functions, too; not those under `if TYPE_CHECKING:`."""
-    return list(_walk(ast.parse(source), in_function=False))
+def siblings_of(source: str, modules: Collection[str]) -> list[Import]:
+    """The modules of a flat package that one of them imports, by their names in it."""
+    found = imports_of(source, "clca", [f"clca.{name}" for name in modules])
+    return [i._replace(module=i.module.removeprefix("clca.")) for i in found]
 
 
-def _walk(node: ast.AST, in_function: bool) -> Iterator[Import]:
-    if isinstance(node, ast.ImportFrom) and node.level:
-        yield from (
-            Import(name, in_function) for name in ([node.module] if node.module else [a.name for a in node.names])
-        )
-    if isinstance(node, ast.If) and _is_type_checking(node.test):
-        children: list[ast.AST] = list(node.orelse)
-    else:
-        children = list(ast.iter_child_nodes(node))
-    in_function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-    for child in children:
-        yield from _walk(child, in_function)
-
-
-def _is_type_checking(test: ast.expr) -> bool:
-    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-
-
-def import_graph(package: Path) -> dict[str, list[Import]]:
-    """What each module of a flat package imports of the others."""
-    return {path.stem: relative_imports(path.read_text(encoding="utf-8")) for path in sorted(package.glob("*.py"))}
-
-
-def circle(graph: dict[str, list[Import]]) -> list[str]:
-    """Modules that import each other in a circle, function-level imports included; empty if there are none."""
-    try:
-        TopologicalSorter({name: {i.module for i in found} for name, found in graph.items()}).prepare()
-    except CycleError as error:
-        return error.args[1]
-    return []
-
-
-GRAPH = import_graph(ROOT / "clca")
+FILES = {path.stem: path for path in sorted((ROOT / "clca").glob("*.py"))}
+GRAPH = {name: siblings_of(path.read_text(encoding="utf-8"), FILES) for name, path in FILES.items()}
 
 
 def test_there_is_no_circle() -> None:
@@ -118,8 +80,8 @@ class C:
     def method(self):
         from .g import z
 """
-    found = relative_imports(source)
+    found = siblings_of(source, "abcdefg")
     assert [i.module for i in found] == ["a", "b", "c", "d", "e", "f", "g"]
     assert [i.module for i in found if i.in_function] == ["e", "g"]
-    graph = {"a": relative_imports("from .b import x"), "b": relative_imports("def f():\n    from .a import x")}
+    graph = {"a": siblings_of("from .b import x", "ab"), "b": siblings_of("def f():\n    from .a import x", "ab")}
     assert sorted(set(circle(graph))) == ["a", "b"]
