@@ -82,16 +82,26 @@ class Case(NamedTuple):
 CASES = [Case(m, c, t) for m in METHODS for c in CACHES for t in TOKENS if (c, t) != ("clca", "no_cls")]
 
 
-def pairs() -> Iterable[Case]:
-    """Cases that bring a method of each family together with each cache and with each kind of tokens, and each cache with each
-    kind. A further method of a family, whose base has the code that caches and tokens meet, has every second of them."""
-    caches, families = list(CACHES), set()
-    for i, method in enumerate(METHODS):
+def first_of_families() -> Iterable[str | None]:
+    """Of methods with the same base, the first. The others differ from it in what they choose, not in the code around that."""
+    families = set()
+    for method in METHODS:
         family = None if method is None else REDUCTIONS[method].__mro__[1]
-        further = family in families and family is not TokenReduction
+        if family not in families or family is TokenReduction:
+            yield method
         families.add(family)
+
+
+FIRST_OF_FAMILIES = frozenset(first_of_families())
+
+
+def pairs() -> Iterable[Case]:
+    """Cases that bring the first method of each family together with each cache and with each kind of tokens, and each cache
+    with each kind. The other methods of a family have every second of them."""
+    caches = list(CACHES)
+    for i, method in enumerate(METHODS):
         for j, tokens in enumerate(TOKENS):
-            if further and (i + j) % 2:
+            if method not in FIRST_OF_FAMILIES and (i + j) % 2:
                 continue
             case = Case(method, caches[(i + j) % 3], tokens)
             yield case if case in CASES else Case(method, caches[i // 3 % 2], tokens)

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from clca import CLCAViTForImageClassification
-from tests.helpers import METHODS, images, labels, slow_unless, tiny_model
+from tests.helpers import FIRST_OF_FAMILIES, METHODS, images, labels, slow_unless, tiny_model
 
 
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
@@ -48,7 +48,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", slow_unless(FIRST_OF_FAMILIES.__contains__, METHODS), ids=str)
 def test_one_graph_for_every_batch_size(method: str | None) -> None:
     model = make(method)
     fast = compiled(model)

@@ -17,7 +17,17 @@ from clca import (
 )
 from clca.reduction_ats import num_quantiles, quantiles
 from clca.reduction_base import TokenState
-from tests.helpers import CACHES, OPTIONS, TINY, images, labels, slow_unless, tiny_config, tiny_model
+from tests.helpers import (
+    CACHES,
+    FIRST_OF_FAMILIES,
+    OPTIONS,
+    TINY,
+    images,
+    labels,
+    slow_unless,
+    tiny_config,
+    tiny_model,
+)
 from ufgir.interpret.tracing import trace_patches, unmerge
 
 
@@ -113,10 +123,11 @@ def test_deterministic_algorithms(method: str | None) -> None:
 
 # ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
 EXPORT_OPTIONS = OPTIONS | {"ats": {"pad_to_bound": True}}
-EXPORTED_ELSEWHERE = {"ats", "dpcknn", "evit", "kmedoids", "tome"}  # to files, in tests/test_export.py
+# The others are exported to files in tests/test_export.py, and all of them in test_outputs.py.
+EXPORTED_HERE = FIRST_OF_FAMILIES - {"ats", "dpcknn", "evit", "kmedoids", "tome"}
 
 
-@pytest.mark.parametrize("method", slow_unless(lambda name: name not in EXPORTED_ELSEWHERE, sorted(REDUCTIONS)))
+@pytest.mark.parametrize("method", slow_unless(EXPORTED_HERE.__contains__, sorted(REDUCTIONS)))
 def test_export(method: str) -> None:
     """torch.export with a dynamic batch, cache and CLA head included, gives the same logits at another batch size."""
     model = tiny_model(reduction=method, keep_rate=0.5, reduction_kwargs=EXPORT_OPTIONS.get(method), **CLCA)

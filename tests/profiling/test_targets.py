@@ -3,7 +3,7 @@
 import pytest
 
 from clca import REDUCTIONS, CLCAViTConfig, TokenReduction, register_reduction, token_schedule
-from tests.helpers import tiny_config
+from tests.helpers import slow_unless, tiny_config
 from ufgir.cli import entry as cli
 from ufgir.profiling import count_macs, keep_rate_for
 from ufgir.profiling.macs import dense_config, on_meta
@@ -44,9 +44,18 @@ def first_above(config, rate):
     return high / STEPS
 
 
-@pytest.mark.parametrize("layers", [[1, 2], "all"], ids=str)
-@pytest.mark.parametrize("method", sorted(REDUCTIONS))
-def test_the_largest_rate_within_the_target(method, layers):
+LAYERS = ([1, 2], "all")
+# The search asks each method for its counts; where its stages are makes them more or fewer, whatever the method.
+EACH_ONCE = [(method, LAYERS[i % 2]) for i, method in enumerate(sorted(REDUCTIONS))]
+
+
+@pytest.mark.parametrize(
+    "case",
+    slow_unless(EACH_ONCE.__contains__, [(m, layers) for m in sorted(REDUCTIONS) for layers in LAYERS]),
+    ids=str,
+)
+def test_the_largest_rate_within_the_target(case):
+    method, layers = case
     config = network(method, layers)
     if method in HIDES:
         with pytest.raises(ValueError, match="always"):
