@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (one of these, or every combination of the next group)")
     one = what.add_mutually_exclusive_group()
     one.add_argument(
-        "--preset", metavar="NAME", help=f"a table of docs/performance.md, with goals: {', '.join(PRESETS)}"
+        "--preset", metavar="NAME", help=f"a table of docs/performance-tables.md, with goals: {', '.join(PRESETS)}"
     )
     one.add_argument(
         "--quick", action="store_true", help="everything a little, within three minutes: `--preset quick`"
