@@ -143,7 +143,7 @@ def test_every_format_that_pillow_reads_is_a_picture(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "ufgir"):
         loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
     assert len(loaded["train"]) == 7
-    assert "1 files in class folders are no pictures by their suffix: b/notes.heic" in caplog.text
+    assert "1 files in class folders" in caplog.text and "b/notes.heic" in caplog.text
 
 
 def test_a_way_to_part_train_has_no_effect_where_it_is_not_parted(tmp_path, caplog):

@@ -3,12 +3,11 @@
 import io
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..transforms.images import open_picture
@@ -21,19 +20,6 @@ SPLIT_NAMES = {  # ours: what folders and files may call it
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-# Formats that Pillow knows but does not decode by itself, or that hold more than a picture.
-_NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-
-
-def _readable_suffixes() -> frozenset[str]:
-    """Of all formats that Pillow decodes here, lower case, with the dot."""
-    Image.init()
-    formats = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in _NO_PICTURES)
-
-
-IMAGE_SUFFIXES = _readable_suffixes()
-USUAL_SUFFIXES = ".bmp, .gif, .jpg, .png, .tif, .webp and others that Pillow reads"  # for messages
 LISTED = 20  # names that one message lists at most
 
 
@@ -41,6 +27,11 @@ class DatasetError(ValueError):
     """The data cannot be used as they are; the message names what is wrong."""
 
     has_list = True  # it may name one thing a line
+
+    def __init__(self, message: str) -> None:
+        """Take the message; of an error of a DataLoader's worker, which torch raises again with its traceback, only that."""
+        own = message.rpartition(f"{type(self).__name__}: ")[2] if "Original Traceback" in message else message
+        super().__init__(own.rstrip("\n"))
 
 
 def listed(names: Iterable[Any], separator: str = ", ") -> str:
@@ -72,8 +63,19 @@ def check_same_classes(classes: dict[str, set[str]], source: str) -> None:
         )
 
 
-def problem_of(image: dict[str, Any]) -> str | None:
+def file_of(image: Any) -> str | None:
+    """The file that an undecoded image comes from, as far as that is known."""
+    return image.get("path") if isinstance(image, dict) else None
+
+
+def problem_of(image: Any) -> str | None:
     """Why the undecoded `image` cannot be read; None if it can."""
+    if not isinstance(image, dict):
+        return "there is no image (null)"
+    if image["bytes"] is None and not image["path"]:
+        return "there is no image (neither bytes nor a file)"
+    if image["bytes"] is None and not os.path.exists(image["path"]):
+        return "there is no such file"
     try:
         source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
         open_picture(source)
@@ -82,10 +84,12 @@ def problem_of(image: dict[str, Any]) -> str | None:
     return None
 
 
-def find_broken(dataset_dict: datasets.DatasetDict, num_threads: int | None = None) -> list[tuple[str, int, str]]:
-    """Decodes every image once, with a progress bar: (split, row, file and problem) of those that cannot be read."""
+def find_broken(
+    dataset_dict: datasets.DatasetDict, num_threads: int | None = None
+) -> list[tuple[str, int, str | None, str]]:
+    """Decodes every image once, with a progress bar: (split, row, file, problem) of those that cannot be read."""
     total = sum(len(split) for split in dataset_dict.values())
-    broken: list[tuple[str, int, str]] = []
+    broken: list[tuple[str, int, str | None, str]] = []
     workers = num_threads or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool, tqdm(total=total, desc="Verifying images", unit="image") as progress:
         for name, split in dataset_dict.items():
@@ -94,18 +98,23 @@ def find_broken(dataset_dict: datasets.DatasetDict, num_threads: int | None = No
             for batch in raw.iter(batch_size=64):
                 for image, problem in zip(batch["image"], pool.map(problem_of, batch["image"]), strict=True):
                     if problem is not None:
-                        broken.append((name, row, f"{image['path'] or 'no path'}: {problem}"))
+                        broken.append((name, row, file_of(image), problem))
                     row += 1
                     progress.update()
     return broken
 
 
-def verify_images(dataset_dict: datasets.DatasetDict, num_threads: int | None = None) -> int:
+def verify_images(
+    dataset_dict: datasets.DatasetDict,
+    num_threads: int | None = None,
+    where: Callable[[str, int], str] | None = None,
+) -> int:
     """Decodes every image once, with a progress bar.
 
     Args:
         dataset_dict: splits with a column `image`.
         num_threads: threads that decode at the same time; by default the number of cores, at most 8.
+        where: of a split and the number of a row in it, what to call an image that lies in a table; by default these.
 
     Returns:
         The number of images.
@@ -113,8 +122,75 @@ def verify_images(dataset_dict: datasets.DatasetDict, num_threads: int | None = 
     Raises:
         DatasetError: some images cannot be read; one a line, the first `LISTED` and the number of the others.
     """
+
+    def called(split: str, row: int, file: str | None) -> str:
+        if file and os.path.isabs(file):
+            return file
+        place = where(split, row) if where else f"{split} row {row}"
+        return f"{file} ({place})" if file else place
+
     total = sum(len(split) for split in dataset_dict.values())
     if broken := find_broken(dataset_dict, num_threads):
-        lines = listed((f"{split} row {row}: {problem}" for split, row, problem in broken), separator="\n  ")
+        lines = listed((f"{called(*place)}: {problem}" for *place, problem in broken), separator="\n  ")
         raise DatasetError(f"{len(broken):,} of {total:,} images cannot be read:\n  {lines}")
     return total
+
+
+class Use(NamedTuple):
+    """A file in its place in a data set.
+
+    Attributes:
+        split: that has it.
+        file: as the data set names it.
+        identity: the same for all paths that lead to the file.
+        label: its class, or a tuple of them.
+    """
+
+    split: str
+    file: str
+    identity: Hashable
+    label: Any
+
+
+def distinct_uses(uses: Sequence[Use], source: str) -> list[int]:
+    """The numbers of the uses to keep: of a file that has several in a split, with the same label, the first.
+
+    Files are compared, not their names: `12.png`, `./12.png`, a link to it and a hard link are one file.
+
+    Raises:
+        DatasetError: a file is in two splits, or has two labels.
+    """
+    first: dict[Hashable, int] = {}
+    kept: list[int] = []
+    repeated: list[str] = []
+    shared: list[str] = []
+    differing: list[str] = []
+    for number, use in enumerate(uses):
+        other = uses[first.setdefault(use.identity, number)]
+        if other is use:
+            kept.append(number)
+            continue
+        same = use.file if use.file == other.file else f"{other.file} = {use.file}"
+        if use.split != other.split:
+            shared.append(f"{same} ({other.split} and {use.split})")
+        elif use.label != other.label:
+            differing.append(f"{same} ({_classes(other.label)} and {_classes(use.label)})")
+        else:
+            repeated.append(same)
+    if shared:
+        raise DatasetError(f"{source}: images listed in more than one split: {listed(shared)}.")
+    if differing:
+        raise DatasetError(
+            f"{source}: images listed with more than one class: {listed(differing)}. (Several classes of an image belong in one "
+            "row, as a list or with `label_separator`.)"
+        )
+    if repeated:
+        logger.warning(
+            "%s: %d images are listed more than once with the same class and are used once: %s",
+            *(source, len(repeated), listed(repeated)),
+        )
+    return kept
+
+
+def _classes(label: Any) -> str:
+    return listed(label) if isinstance(label, tuple) else str(label)

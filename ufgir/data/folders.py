@@ -5,49 +5,48 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 
 from .checks import (
-    IMAGE_SUFFIXES,
     SPLIT_NAMES,
-    USUAL_SUFFIXES,
     DatasetError,
+    Use,
     check_same_classes,
+    distinct_uses,
     find_broken,
     listed,
     split_of,
     verify_images,
 )
+from .image_files import (
+    USUAL_SUFFIXES,
+    Entries,
+    FolderScan,
+    child_folders,
+    count_others,
+    entries_of,
+    identity_of,
+    is_image,
+    is_utf8,
+    problem_lines,
+    scan_folder,
+    shown,
+    why_no_image,
+)
+from .labels import one_spelling, warn_of_look_alikes
+from .listings import check_unused_tables
 from .sources import Opened, Source
 
 
 logger = logging.getLogger(__name__)
 
 
-def child_folders(path: Path) -> list[Path]:
-    """The visible folders in `path`, sorted."""
-    return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
 def _is_class_folder(folder: Path) -> bool:
-    """Whether pictures lie directly in `folder` and no folders do: a picture beside folders makes no class of them."""
-    return not child_folders(folder) and any(_is_image(file) for file in folder.iterdir())
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """The files in `folder` and below it, sorted, but hidden ones and those of hidden folders."""
-    found = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(folder).parts))
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The visible images in `folder` and below it, sorted."""
-    return [file for file in _visible_files(folder) if _is_image(file)]
+    """Whether images lie directly in `folder` and no folders do: an image beside folders makes no class of them."""
+    entries = entries_of(folder)
+    return not entries.folders and any(map(is_image, entries.files))
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -75,14 +74,16 @@ def _split_folders(path: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLIT_NAMES if split in found}
 
 
-def _check_loose_images(path: Path, roots: dict[str, Path], images: dict[str, dict[str, list[Path]]]) -> None:
-    """Pictures that lie in no class folder: an error where there are no class folders, else a warning."""
-    for folder in dict.fromkeys((path, *roots.values())):
-        loose = sorted(file.name for file in folder.iterdir() if _is_image(file))
+def _check_loose_images(
+    entries: dict[Path, Entries], roots: dict[str, Path], scans: dict[str, dict[Path, FolderScan]]
+) -> None:
+    """Images that lie in no class folder: an error where there are no class folders, else a warning."""
+    for folder, found in entries.items():
+        loose = [file.name for file in found.files if is_image(file)]
         if not loose:
             continue
         split = next((split for split, root in roots.items() if root == folder), None)
-        if split is not None and not any(images[split].values()):
+        if split is not None and not any(scan.images for scan in scans[split].values()):
             raise DatasetError(
                 f"{folder} holds {len(loose):,} images but no class folders: put the images of each class into a folder "
                 f"named after it ({folder.name}/<class>/{loose[0]}), or list files and classes in {split}.csv or "
@@ -104,33 +105,49 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
         known_classes: the caller knows which classes there are: no split needs to have all of them.
 
     Raises:
-        DatasetError: no images, or no class folders; a class folder without images; classes that train lacks.
+        DatasetError: no images, or no class folders; a class folder without images; classes that train lacks; links without a
+            target, folders that cannot be read; a file in two splits or two classes; a table that lists files and classes.
     """
     roots = _split_folders(path)
-    files = {
-        split: {folder.name: _visible_files(folder) for folder in child_folders(root)} for split, root in roots.items()
-    }
-    images = {s: {name: [f for f in own if _is_image(f)] for name, own in c.items()} for s, c in files.items()}
-    _check_loose_images(path, roots, images)
-    others = [f for classes in files.values() for own in classes.values() for f in own if not _is_image(f)]
-    if others:
-        names = listed(file.relative_to(path) for file in others)
-        logger.warning("%s: %d files in class folders are no pictures by their suffix: %s", path, len(others), names)
-    if not any(files for classes in images.values() for files in classes.values()):
+    entries = {folder: entries_of(folder) for folder in dict.fromkeys((path, *roots.values()))}
+    check_unused_tables(path, [file for found in entries.values() for file in found.files])
+    scans = {split: {folder: scan_folder(folder) for folder in entries[root].folders} for split, root in roots.items()}
+    every = [scan for found in scans.values() for scan in found.values()]
+    problems = {file: why for found in (*entries.values(), *every) for file, why in found.problems.items()}
+    if problems:
+        lines = listed(problem_lines(problems, path), separator="\n  ")
+        raise DatasetError(f"{path}: {len(problems):,} files or folders cannot be used:\n  {lines}")
+    _check_loose_images(entries, roots, scans)
+    if others := [file for scan in every for file in scan.others]:
+        logger.warning(
+            "%s: %d files in class folders are no images and are left out: %s: %s",
+            *(path, len(others), count_others(others), listed(file.relative_to(path) for file in others)),
+        )
+    if not any(scan.images for scan in every):
         raise DatasetError(
             f"{path} holds no images. Expected split/class/image or class/image with one of the suffixes "
             f"{USUAL_SUFFIXES}, or a CSV, JSONL, parquet or save_to_disk layout."
         )
-    empty = [roots[split] / name for split, classes in images.items() for name, files in classes.items() if not files]
-    if empty:
+    if empty := [folder for found in scans.values() for folder, scan in found.items() if not scan.images]:
         raise DatasetError(f"{path}: class folders without images: {listed(f.relative_to(path) for f in empty)}.")
+    called = one_spelling({split: [folder.name for folder in found] for split, found in scans.items()}, str(path))
+    classes = {split: {called[folder.name] for folder in found} for split, found in scans.items()}
     if not known_classes:
-        check_same_classes({split: set(classes) for split, classes in images.items()}, str(path))
-    names = sorted({name for classes in images.values() for name in classes})
+        check_same_classes(classes, str(path))
+        warn_of_look_alikes(set().union(*classes.values()), str(path))
+    names = sorted(set().union(*classes.values()))
+    images = [
+        Use(split, str(file), identity, called[folder.name])
+        for split, found in scans.items()
+        for folder, scan in sorted(found.items(), key=lambda item: (called[item[0].name], item[0].name))
+        for file, identity in scan.images.items()
+    ]
+    kept = [images[number] for number in distinct_uses(images, str(path))]
+    label_of = {name: label for label, name in enumerate(names)}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     splits = {}
-    for split, classes in images.items():
-        rows = [(str(file), label) for label, name in enumerate(names) for file in classes.get(name, ())]
+    for split in scans:
+        rows = [(use.file, label_of[use.label]) for use in kept if use.split == split]
         columns = {"image": [file for file, _ in rows], "label": [label for _, label in rows]}
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     return datasets.DatasetDict(splits)
@@ -146,6 +163,66 @@ def _natural(text: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", text)]
 
 
+class FoundImages(NamedTuple):
+    """What `find_images` found.
+
+    Attributes:
+        files: the images, in order.
+        others: file that is no image -> what to do about it, or "" where it is none for people either.
+        problems: what cannot be used, and why: links without a target, folders that cannot be read.
+    """
+
+    files: list[str]
+    others: dict[str, str]
+    problems: dict[str, str]
+
+    def describe(self) -> list[str]:
+        """What is left out, a line each; empty if nothing is."""
+        lines = []
+        if self.problems:
+            lines.append(f"{len(self.problems):,} cannot be used and are left out:")
+            lines += [f"  {file}: {why}" for file, why in self.problems.items()]
+        if self.others:
+            what = count_others(map(Path, self.others))
+            lines.append(f"{len(self.others):,} files are no images and are left out: {what}: {listed(self.others)}")
+        return lines
+
+
+def find_images(folder_or_files: str | os.PathLike | Sequence[str | os.PathLike]) -> FoundImages:
+    """The images that `load_images` takes, and everything else that lies beside them; none is decoded.
+
+    Args:
+        folder_or_files: an image, a folder, or a list of both.
+
+    Raises:
+        DatasetError: a file or folder does not exist, or there are no images.
+    """
+    one = isinstance(folder_or_files, str | os.PathLike)
+    sources = [Path(os.path.expanduser(source)) for source in ([folder_or_files] if one else folder_or_files)]
+    if missing := [shown(source) for source in sources if not source.is_dir() and identity_of(source) is None]:
+        raise DatasetError(f"`folder_or_files`: {len(missing):,} of {len(sources):,} do not exist: {listed(missing)}.")
+    found = FoundImages([], {}, {})
+    for source in sources:
+        if not source.is_dir():
+            if is_utf8(str(source)):
+                found.files.append(str(source))
+            else:
+                found.problems[shown(source)] = "the name is not UTF-8: rename it"
+            continue
+        scan = scan_folder(source)
+        ordered = sorted(scan.images, key=lambda file: _natural(str(file.relative_to(source))))
+        found.files.extend(map(str, ordered))
+        found.others.update({shown(file): why_no_image(file) or "" for file in scan.others})
+        found.problems.update({shown(file): why for file, why in scan.problems.items()})
+    if not found.files:
+        left_out = "; ".join(line.strip() for line in found.describe())
+        raise DatasetError(
+            f"`folder_or_files`: no image in {listed(sources) or 'an empty list'} (suffixes {USUAL_SUFFIXES})"
+            + (f": {left_out}." if left_out else ".")
+        )
+    return found
+
+
 def load_images(
     folder_or_files: str | os.PathLike | Sequence[str | os.PathLike], *, verify: bool = True, skip_broken: bool = False
 ) -> datasets.Dataset:
@@ -153,9 +230,11 @@ def load_images(
 
     Args:
         folder_or_files: an image, a folder, or a list of both. Of a folder, all images in it and below it, in natural order
-            (leaf2.png before leaf10.png); a list keeps its order.
+            (leaf2.png before leaf10.png); a list keeps its order. Files that are no images are left out, with a warning that
+            counts and names them.
         verify: decode every image first.
-        skip_broken: leave images that cannot be read out, with a warning that names them, instead of raising.
+        skip_broken: leave what cannot be read out (images, links without a target, folders), with a warning that names it,
+            instead of raising.
 
     Returns:
         One row an image; `path` is the file as text. Nothing but the paths is in memory.
@@ -163,21 +242,18 @@ def load_images(
     Raises:
         DatasetError: a file or folder does not exist, there are no images, or some cannot be read: one a line.
     """
-    one = isinstance(folder_or_files, str | os.PathLike)
-    sources = [Path(os.path.expanduser(source)) for source in ([folder_or_files] if one else folder_or_files)]
-    if missing := [source for source in sources if not source.exists()]:
-        raise DatasetError(f"`folder_or_files`: {len(missing):,} of {len(sources):,} do not exist: {listed(missing)}.")
-    files: list[str] = []
-    for source in sources:
-        if source.is_dir():
-            found = images_in(source)
-            files += map(str, sorted(found, key=lambda file: _natural(str(file.relative_to(source)))))
-        else:
-            files.append(str(source))
-    if not files:
-        raise DatasetError(
-            f"`folder_or_files`: no image in {listed(sources) or 'an empty list'} (suffixes {USUAL_SUFFIXES})."
-        )
+    found = find_images(folder_or_files)
+    if found.problems and not skip_broken:
+        lines = listed((f"{file}: {why}" for file, why in found.problems.items()), separator="\n  ")
+        raise DatasetError(f"`folder_or_files`: {len(found.problems):,} cannot be used:\n  {lines}")
+    if left_out := found.describe():
+        logger.warning("\n".join(left_out))
+    return load_found_images(found, verify=verify, skip_broken=skip_broken)
+
+
+def load_found_images(found: FoundImages, *, verify: bool = True, skip_broken: bool = False) -> datasets.Dataset:
+    """The data set that `load_images` makes of the images that `find_images` found."""
+    files = found.files
     images = _with_paths(files)
     if not verify and not skip_broken:
         return images
@@ -186,9 +262,9 @@ def load_images(
         return images
     broken = find_broken(datasets.DatasetDict({"images": images}))
     if broken:
-        problems = listed((problem for _, _, problem in broken), separator="\n  ")
+        problems = listed((f"{file}: {problem}" for _, _, file, problem in broken), separator="\n  ")
         logger.warning("%d of %d images cannot be read and are left out:\n  %s", len(broken), len(files), problems)
-    rows = {row for _, row, _ in broken}
+    rows = {row for _, row, *_ in broken}
     if len(rows) == len(files):
         raise DatasetError(f"`folder_or_files`: none of {len(files):,} images can be read.")
     return _with_paths(file for row, file in enumerate(files) if row not in rows)

@@ -1,6 +1,9 @@
 """From the labels of any source to class indices: one list of class names for all splits, one or several classes an image."""
 
 import logging
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 import datasets
 import torch
 
-from .checks import DatasetError, check_same_classes, listed
+from .checks import LISTED, DatasetError, check_same_classes, listed
 
 
 logger = logging.getLogger(__name__)
@@ -54,12 +57,83 @@ def split_text(text: str, separator: str) -> list[str]:
     return [part for part in (part.strip() for part in text.split(separator)) if part]
 
 
+# Written as integers are: `01` and `1.0` are not, and longer numbers than these are names as well (of barcodes, say).
+_PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+
+
+def is_plain_integer(text: str) -> bool:
+    """Whether a label is an integer, written as integers usually are: `7` is, `007`, `+7` and `7.0` are names."""
+    return _PLAIN.fullmatch(text) is not None
+
+
+def without_fraction(text: str) -> str:
+    """`7.0` -> `7`, as tables with empty cells write integers; any other text as it is."""
+    return re.sub(r"\.0+$", "", text) if re.fullmatch(r"-?(?:0|[1-9][0-9]{0,17})\.0+", text) else text
+
+
 def as_lists(labels: Sequence[str], separator: str) -> list[list[str]] | list[list[int]]:
-    """Texts of several classes each -> lists; lists of integers, if every class is one."""
+    """Texts of several classes each -> lists; lists of integers, if every class is written as one."""
     parts = [split_text(text, separator) for text in labels]
-    if all(part.lstrip("-").isdecimal() for row in parts for part in row) and any(parts):
+    if all(is_plain_integer(part) for row in parts for part in row) and any(parts):
         return [[int(part) for part in row] for row in parts]
     return parts
+
+
+def one_spelling(classes: Mapping[str, Iterable[str]], source: str, known: Iterable[str] = ()) -> dict[str, str]:
+    """Names of classes as written -> as they are called here: spellings that differ only in Unicode form (NFC, NFD) are one class.
+
+    It is called as in `known`, else as in the first split, else in NFC.
+
+    Args:
+        classes: split to the names in it.
+        source: what messages call the data.
+        known: names that a model has already.
+    """
+    preferred: dict[str, str] = {}
+    for names in (known, *classes.values()):
+        spellings: dict[str, set[str]] = {}
+        for name in names:
+            spellings.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
+        for form, found in spellings.items():
+            preferred.setdefault(form, next(iter(found)) if len(found) == 1 else form)
+    called = {name: preferred[unicodedata.normalize("NFC", name)] for names in classes.values() for name in names}
+    if merged := sorted({new for old, new in called.items() if old != new}):
+        logger.warning(
+            "%s: names of classes that differ only in Unicode form (NFC, NFD) are one class: %s",
+            source,
+            listed(merged),
+        )
+    return called
+
+
+def warn_of_look_alikes(names: Iterable[str], source: str) -> None:
+    """Log a warning that names classes which differ only in case, spaces or leading zeros."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        key = " ".join(name.casefold().split())
+        key = re.sub(r"^(-?)0+(?=[0-9])", r"\1", without_fraction(key)) if re.fullmatch(r"[-+0-9.]+", key) else key
+        groups.setdefault(key, []).append(name)
+    if alike := [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]:
+        logger.warning(
+            "%s: classes that differ only in case, spaces or leading zeros are different classes: %s",
+            *(source, listed(alike)),
+        )
+
+
+def gaps_of(ids: Sequence[int]) -> str:
+    """Which numbers from 0 on are missing among sorted different `ids`; empty if none is. Nothing is as large as an id."""
+    first: list[int] = []
+    count, expected = 0, 0
+    for class_id in ids:
+        count += class_id - expected
+        first += range(expected, min(class_id, expected + LISTED - len(first)))
+        expected = class_id + 1
+    return ", ".join(map(str, first)) + (f" and {count - len(first):,} more" if count > len(first) else "")
+
+
+def _whole(label: Any) -> Any:
+    """A number without a fraction as an integer, as tables with empty cells hold 0.0; anything else as it is."""
+    return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
 def _flat(labels: Sequence[Any], multi: bool) -> Iterable[Any]:
@@ -92,6 +166,10 @@ class _Labels:
                     f"`label_separator` splits text, but the labels of {source}, {split}, are {feature}: leave it out."
                 )
             values, multi = as_lists(values, separator), True
+        if multi:
+            values = [row if row is None else list(map(_whole, row)) for row in values]
+        else:
+            values = list(map(_whole, values))
         labels = cls(split, values, multi, None if kind is None else kind.names)
         labels._check(source)
         return labels
@@ -164,13 +242,19 @@ def unify_labels(
         return {label: (id_names or {}).get(label, str(label)) for label in split.present()}
 
     named = {name: names_of(split) for name, split in labels.items()}
+    spelled = {name: split.names or list(named[name].values()) for name, split in labels.items()}
+    called = one_spelling(spelled, source, class_names or ())
+    if class_names is not None:
+        called = _as_read_before(called, class_names, source)
+    named = {name: {label: called[text] for label, text in found.items()} for name, found in named.items()}
     found = {name: set(names.values()) for name, names in named.items()}
     if class_names is not None:
         names = list(class_names)
         _check_known(found, names, source)
     else:
-        names = _own_classes(labels, named, source)
+        names = _own_classes(labels, named, called, source)
         check_same_classes(found, source)
+        warn_of_look_alikes(names, source)
 
     index = {name: i for i, name in enumerate(names)}
     unified = {}
@@ -190,6 +274,23 @@ def unify_labels(
     return unified
 
 
+def _as_read_before(called: dict[str, str], known: Sequence[str], source: str) -> dict[str, str]:
+    """`000` as `0` where the known classes come of a version that read such labels as numbers, and no two become one."""
+    numbers = {
+        text: str(int(name))
+        for text, name in called.items()
+        if name not in known and re.fullmatch(r"0[0-9]{1,17}", name) and str(int(name)) in known
+    }
+    others = {name for text, name in called.items() if text not in numbers}
+    if not numbers or len(set(numbers.values())) < len(numbers) or others & set(numbers.values()):
+        return called
+    logger.warning(
+        "%s: %s are read as %s, since the known classes are called so: earlier versions read such labels as numbers",
+        *(source, listed(numbers), listed(numbers.values())),
+    )
+    return called | numbers
+
+
 def _check_known(found: Mapping[str, set[str]], names: Sequence[str], source: str) -> None:
     for split, present in found.items():
         if unknown := sorted(present - set(names)):
@@ -201,24 +302,32 @@ def _check_known(found: Mapping[str, set[str]], names: Sequence[str], source: st
             logger.info("%s: %s has images of %d of %d classes", source, split, len(names) - lacking, len(names))
 
 
-def _own_classes(labels: Mapping[str, _Labels], named: Mapping[str, dict[Any, str]], source: str) -> list[str]:
+def _own_classes(
+    labels: Mapping[str, _Labels], named: Mapping[str, dict[Any, str]], called: Mapping[str, str], source: str
+) -> list[str]:
     """The classes by index, as the first split has them."""
     first = next(iter(labels.values()))
     if first.names is not None:
-        check_same_classes({name: set(split.names) for name, split in labels.items()}, source)
-        same = {name for name, split in labels.items() if set(split.names) == set(first.names)}
-        if unordered := [name for name in labels if name in same and labels[name].names != first.names]:
+        own = {name: [called[text] for text in split.names] for name, split in labels.items()}
+        names = own[first.split]
+        if len(set(names)) < len(names):
+            twice = sorted(name for name, count in Counter(names).items() if count > 1)
+            raise DatasetError(
+                f"{source}: names of classes of {first.split} differ only in Unicode form (NFC, NFD): {listed(twice)}. Rename them."
+            )
+        check_same_classes({name: set(texts) for name, texts in own.items()}, source)
+        if unordered := [name for name, texts in own.items() if set(texts) == set(names) and texts != names]:
             raise DatasetError(
                 f"{source}: {', '.join(unordered)} lists the same classes as {first.split} in another order."
             )
-        return first.names
+        return names
     present = sorted(first.present())
     if not present:
         raise DatasetError(f"{source}: no image of {first.split} has a label.")
     if isinstance(present[0], str):
-        return present
-    if present[0] < 0 or (gaps := sorted(set(range(present[-1] + 1)) - set(present))):
-        problem = f"got {present[0]}" if present[0] < 0 else f"no image of {first.split} has {listed(gaps)}"
+        return sorted(set(named[first.split].values()))
+    if present[0] < 0 or (gaps := gaps_of(present)):
+        problem = f"got {present[0]}" if present[0] < 0 else f"no image of {first.split} has {gaps}"
         raise DatasetError(
             f"{source}: class ids must run from 0 to {present[-1]} without a gap; {problem}: number them "
             "anew, or call classes by names."

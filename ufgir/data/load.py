@@ -7,6 +7,7 @@ What is wrong with the data is said before any training, and by name.
 """
 
 import difflib
+import functools
 import inspect
 import logging
 import os
@@ -18,10 +19,11 @@ import datasets
 
 from ..utils.options import Requirement, argument, check_options
 from .catalog import FineGrainedDataset
-from .checks import IMAGE_SUFFIXES, LISTED, SPLIT_NAMES, DatasetError, problem_of, verify_images
+from .checks import LISTED, SPLIT_NAMES, DatasetError, problem_of, verify_images
 from .columns import our_columns, our_splits
 from .folders import load_images, open_image_folder
 from .hub import is_known_set, open_hub, open_known_set
+from .image_files import IMAGE_SUFFIXES
 from .labels import check_class_names, to_multi_hot, unify_labels
 from .listings import has_listings, open_listings
 from .sources import Opened, Source
@@ -137,6 +139,14 @@ def _check_counts(splits: datasets.DatasetDict, entry: FineGrainedDataset) -> No
 def _num_classes(splits: Mapping[str, Any]) -> int:
     label = next(iter(splits.values())).features["label"]
     return (label.feature if isinstance(label, datasets.List) else label).num_classes
+
+
+def _where(splits: datasets.DatasetDict, where: Callable[[str, int], str] | None, split: str, row: int) -> str:
+    """What to call an image of a table: its file and its row there, also where the split is a part of another."""
+    chosen = splits[split]._indices  # of `select`, which divides train
+    row = row if chosen is None else chosen.column(0)[row].as_py()
+    source = "train" if split == "validation" and chosen is not None else split
+    return where(source, row) if where else f"{source} row {row}"
 
 
 def _refuse_for_stream(what: str, source: str) -> NoReturn:
@@ -274,7 +284,7 @@ def load_ufgir_dataset(
     if shots is not None:
         splits = limit_shots(splits, source, shots, split_seed)
     if verify if verify is not None else given.is_folder and not streaming:
-        verify_images(splits)
+        verify_images(splits, where=functools.partial(_where, splits, opened.where))
     sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
     logger.info("%s: %d classes, images: %s", source, _num_classes(splits), sizes)
     return to_stream(splits) if streaming else splits

@@ -1,6 +1,6 @@
 """What a caller gives to `load_ufgir_dataset`, and what a layout makes of it: the two records that all layouts share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ class Opened:
         id_names: names of integer labels.
         labels_split: `label_separator` has been applied.
         entry: the row of the catalog, which says how splits are called and how many images there are.
+        where: of a split and the number of a row in it, what to call an image that lies in a table.
     """
 
     data: Any
@@ -69,3 +70,4 @@ class Opened:
     id_names: dict[int, str] | None = None
     labels_split: bool = False
     entry: "FineGrainedDataset | None" = None
+    where: Callable[[str, int], str] | None = None

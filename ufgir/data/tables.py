@@ -1,18 +1,30 @@
 """Load tables that hold the images themselves: parquet files and folders of `save_to_disk`. For the Hub see `hub`."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
+from datasets.exceptions import DatasetsError
 
 from .checks import DatasetError, listed, split_of
 from .columns import Splits
+from .image_files import is_hidden
 from .sources import Opened, Source
 
 
 logger = logging.getLogger(__name__)
+
+MOST_UNNAMED = 100_000  # classes that a table may state without naming them
+
+
+# What `datasets` and Arrow raise for files that are cut off, changed, or not theirs.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException, DatasetsError)
 
 
 def is_saved(source: Source) -> bool:
@@ -21,8 +33,23 @@ def is_saved(source: Source) -> bool:
 
 
 def open_saved(source: Source) -> Opened:
-    """The layout of `save_to_disk`, for the table in `ufgir.data.load`."""
-    return Opened(datasets.load_from_disk(source.path), source.columns)
+    """The layout of `save_to_disk`, for the table in `ufgir.data.load`.
+
+    Raises:
+        DatasetError: a file of it is missing or cannot be read.
+    """
+    for file in sorted(source.path.glob("**/dataset_info.json")):
+        try:
+            features = json.loads(file.read_text(encoding="utf-8")).get("features")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise DatasetError(f"{file} is not what `save_to_disk` writes: {error}.") from error
+        _check_class_numbers(features, file)
+    try:
+        return Opened(datasets.load_from_disk(source.path), source.columns)
+    except _UNREADABLE as error:
+        raise DatasetError(
+            f"{source.path} is not what `save_to_disk` writes, or a part of it is missing ({type(error).__name__}: {error})."
+        ) from error
 
 
 def has_parquet(source: Source) -> bool:
@@ -33,12 +60,52 @@ def has_parquet(source: Source) -> bool:
 def open_parquet(source: Source) -> Opened:
     """The layout of parquet files that hold images, for the table in `ufgir.data.load`."""
     files = parquet_splits(source.path, parquet_files(source.path))
-    return Opened(load_parquet(files, source.cache_dir, source.streaming), source.columns)
+    counts = {split: [(file, _rows_of(file)) for file in parts] for split, parts in files.items()}
+
+    def where(split: str, row: int) -> str:
+        for file, count in counts.get(split, ()):
+            if row < count:
+                return f"{file}, row {row + 1}"
+            row -= count
+        return f"{split} row {row}"
+
+    return Opened(load_parquet(files, source.cache_dir, source.streaming), source.columns, where=where)
+
+
+def _rows_of(file: Path) -> int:
+    """How many rows a parquet file has; DatasetError where it is none, or states more classes than it has names of."""
+    try:
+        about = pyarrow.parquet.read_metadata(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatasetError(f"{file} is not a parquet file: {error}.") from error
+    try:
+        features = json.loads((about.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        features = None  # of another program: `datasets` does without
+    _check_class_numbers(features, file)
+    return about.num_rows
+
+
+def _check_class_numbers(features: Any, file: Path) -> None:
+    """DatasetError for a label that states a number of classes without names: `datasets` would make a name for each."""
+    if isinstance(features, dict):
+        if features.get("_type") == "ClassLabel" and features.get("names") is None:
+            number = features.get("num_classes")
+            if not isinstance(number, int) or not 0 < number <= MOST_UNNAMED:
+                raise DatasetError(
+                    f"{file}: `num_classes` of the label must be 1 to {MOST_UNNAMED:,} where classes have no names, got {number}."
+                )
+        for value in features.values():
+            _check_class_numbers(value, file)
+    elif isinstance(features, list):
+        for value in features:
+            _check_class_numbers(value, file)
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The parquet files in a folder and below it, sorted."""
-    return sorted(path.rglob("*.parquet"))
+    """The parquet files in a folder and below it, sorted; hidden ones are left out."""
+    found = (file for file in path.rglob("*.parquet") if not any(map(is_hidden, file.relative_to(path).parts)))
+    return sorted(file for file in found if not file.is_dir())
 
 
 def parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -58,6 +125,21 @@ def parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def load_parquet(splits: Mapping[str, Sequence[Path]], cache_dir: str | None, streaming: bool) -> Splits:
-    """Parquet files that hold images."""
+    """Parquet files that hold images.
+
+    Raises:
+        DatasetError: one cannot be read, or they do not have the same columns.
+    """
     files = {split: [str(file) for file in files] for split, files in splits.items()}
-    return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, streaming=streaming)
+    try:
+        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, streaming=streaming)
+    except _UNREADABLE as error:
+        for file in (file for parts in splits.values() for file in parts):
+            try:
+                for _ in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
+                    pass
+            except (pyarrow.ArrowException, OSError, MemoryError) as cause:
+                raise DatasetError(f"{file} cannot be read: {cause}.") from error
+        names = listed(file for parts in files.values() for file in parts)
+        cause = error.__cause__ or error
+        raise DatasetError(f"The parquet files {names} cannot be read together: {cause}.") from error

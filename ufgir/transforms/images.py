@@ -7,6 +7,16 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 
+try:  # an optional package, with which Pillow opens HEIC
+    import pillow_heif
+except ImportError:
+    pass
+else:
+    pillow_heif.register_heif_opener()
+
+HEIF_SUFFIXES = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
+
+
 def open_picture(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     """A picture file, or an open one, as RGB: see `to_rgb`.
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ..checks import IMAGE_SUFFIXES, DatasetError
+from ..checks import DatasetError
+from ..image_files import IMAGE_SUFFIXES
 
 
 SPLITS = ("train", "test")  # of the raw downloads

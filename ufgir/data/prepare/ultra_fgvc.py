@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..catalog import SETS, UltraFGVCSet
 from ..checks import DatasetError, problem_of
-from ..folders import child_folders
+from ..image_files import child_folders
 from .raw_layouts import SPLITS, Problem, Row
 
 
