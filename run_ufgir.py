@@ -19,6 +19,7 @@ import torch
 from transformers import set_seed
 
 from ufgir.checkpoints.loading import check_meaning
+from ufgir.data.checks import DatasetError
 from ufgir.evaluation.prediction import file_names, predict_to_file
 from ufgir.runs.records import mark_pushed
 from ufgir.runs.report import (
@@ -95,6 +96,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             return carry_out(run, options, parser, start)
         except KeyboardInterrupt:
             parser.exit(130, f"{parser.prog}: interrupted. {how_to_go_on(args)}\n")
+        except DatasetError as error:  # of images that changed since they were verified
+            parser.exit(1, f"{parser.prog}: error: {one_sentence(error)} {how_to_go_on(args)}\n")
 
 
 def prepare(options: Options, given: Collection[str] = ()) -> Run:

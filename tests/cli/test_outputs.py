@@ -127,7 +127,7 @@ class TestBeforeTheWork:
             (benchmark, "_growth"),
             (profile, "load_config"),
             (export, "load_config"),
-            (predict, "load_images"),
+            (predict, "find_images"),
             (visualize, "open_image"),
             (analysis_options, "load_config"),
             (correlate, "_scores"),

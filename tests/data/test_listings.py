@@ -149,7 +149,9 @@ def test_files_that_are_no_listings(tmp_path):
     with pytest.raises(DatasetError, match=r"`csv_train`: .*gone\.jsonl does not exist.*test\.csv, train\.csv"):
         load_ufgir_dataset(tmp_path, csv_train="gone.jsonl")
     (tmp_path / "train.txt").write_text("a.png 0\n")
-    with pytest.raises(DatasetError, match=r"`csv_train` must end in \.csv, \.tsv, \.jsonl, \.parquet, got train\.txt"):
+    with pytest.raises(
+        DatasetError, match=r"`csv_train` must end in \.csv, \.tsv, \.jsonl, \.parquet, got train\.txt"
+    ):
         load_ufgir_dataset(tmp_path, csv_train="train.txt")
     (tmp_path / "train.parquet").write_text("no parquet")
     with pytest.raises(DatasetError, match=r"train\.parquet is not a parquet file"):

@@ -127,7 +127,7 @@ def test_broken_images_are_reported_and_the_others_counted(mixed):
     np.testing.assert_allclose(train["mean"], np.concatenate(sound).mean(0) / 255, rtol=1e-12)
     assert [test[key] for key in ("mean", "std", "width", "height")] == [None] * 4 and len(test["broken"]) == 3
     assert "-" in describe(report.numbers)[3 + 1]
-    assert findings(report.numbers)["broken images"][0].startswith("train row 1 (train1.png): UnidentifiedImageError")
+    assert findings(report.numbers)["broken images"][0].startswith("train1.png, train row 1: UnidentifiedImageError")
 
 
 def test_nothing_but_broken_images(tmp_path):
@@ -186,7 +186,7 @@ def test_copies_within_and_between_splits(mixed):
     assert table["groups of duplicates"] == ["2", "0"] and table["groups shared with another split"] == ["1", "1"]
     assert table["broken images"] == ["1", "1"]
     [line] = findings(numbers)["leakage (same pixels in several splits)"]
-    assert line.endswith("test row 5 (test5.png, b): classes differ")
+    assert line.endswith("test5.png, test row 5 (b): classes differ")
 
 
 def test_same_pixels_in_another_shape_are_no_copy():
@@ -289,7 +289,7 @@ def test_page_needs_no_other_file_and_escapes_names(mixed, tmp_path):
     assert Image.open(io.BytesIO(embedded)).tobytes() == Image.open(files[1]).tobytes() == report.sheet.tobytes()
     text = " ".join(page.text)
     assert "Data report: <b>leaves</b>" in text and "a<b>" in text and "Broken images: 1" in text
-    assert "train row 9 (train9.png): UnidentifiedImageError" in text
+    assert "train9.png, train row 9: UnidentifiedImageError" in text
 
 
 def test_long_lists_are_cut_on_the_page_not_in_the_file(tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_command(tmp_path, capsys):
     assert main(["data-report", str(folder)]) == 0  # it reports, it does not refuse
     text = capsys.readouterr().out
     assert f"{folder}: 14 images of 2 classes" in text and "validation" not in text and "wrote" not in text
-    assert "broken images: 1\n  train row 1 (" in text and "leakage (same pixels in several splits): 1" in text
+    assert "train row 1: " in text and "leakage (same pixels in several splits): 1" in text
     assert re.search(r"train: images of a class\nimages +classes\n5 +2  #{40}\n", text)
     assert re.search(r"images of a class: min / median / max +5 / 5 / 5 +2 / 2 / 2\n", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaves"]

@@ -1,15 +1,21 @@
 """`ufgir predict`: classify pictures whose classes are not known."""
 
 import argparse
+import json
+import os
+import platform
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
 from ..checkpoints.loading import load_config, load_model
-from ..data.load import load_images
+from ..data.folders import FoundImages, find_images, load_found_images
 from ..data.transformed import TransformedImages
-from ..evaluation.prediction import ENDINGS, predict_to_file
+from ..evaluation.prediction import ENDINGS, Predictions, predict_to_file
 from ..transforms.preprocessing import EvalTransform
+from ..utils.files import write_text_atomically
+from ..utils.provenance import PACKAGES, _version, describe_host, now
 from .common import add_reduction_options, config_values, load_image_processor
 from .outputs import check_file
 
@@ -36,15 +42,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> str | tuple[str, int]:
-    """Writes the table; status 1 if pictures could not be read: the others are done."""
+    """Write the table and, beside it, what it was made of; status 1 if images could not be read: the others are done."""
     if Path(args.output).suffix not in ENDINGS:
         raise ValueError(f"`--output` must end in {' or '.join(ENDINGS)}, got {args.output}.")
     for name, least in (("batch_size", 1), ("top", 1), ("num_workers", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {getattr(args, name)}.")
     check_file(args.output)
+    record = record_of(args.output)
+    if record.is_dir():
+        raise ValueError(f"`--output`: beside {args.output} belongs {record.name}, which is a folder: move it.")
     PartialState(cpu=args.device == "cpu")
-    images = load_images(args.images, verify=False)
+    found = find_images(args.images)
+    images = load_found_images(found, verify=False)
     config = load_config(args.model, config_values(args))
     transform = EvalTransform(load_image_processor(args.model, config))
     model = load_model(args.model, config).model
@@ -64,7 +74,32 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     except KeyboardInterrupt:
         return "interrupted: the same command, given again, goes on where it stopped", 130
     rate = f"{result.predicted / result.seconds:.1f} images a second"
-    text = f"wrote {result.path}: {result.images} images of {len(images)}, {rate}"
-    if not result.broken:
-        return text
-    return "\n".join([text, f"{len(result.broken)} could not be read:", *(f"  {name}" for name in result.broken)]), 1
+    write_text_atomically(record, json.dumps(_provenance(args, found, result), indent=1, ensure_ascii=False) + "\n")
+    lines = [f"wrote {result.path}: {result.images} images of {len(images)}, {rate}"]
+    if result.broken:
+        lines += [f"{len(result.broken)} could not be read:", *(f"  {name}" for name in result.broken)]
+    lines += found.describe()
+    complete = not (result.broken or found.problems or any(found.others.values()))
+    return "\n".join(lines) if complete else ("\n".join(lines), 1)
+
+
+def record_of(output: str | os.PathLike) -> Path:
+    """The file beside the table that says what the table was made of: `predictions.provenance.json`."""
+    return Path(output).with_suffix(".provenance.json")
+
+
+def _provenance(args: argparse.Namespace, found: FoundImages, result: Predictions) -> dict[str, Any]:
+    """What the table was made of, and what is not in it."""
+    return {
+        "created": now(),
+        "host": describe_host(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "model": args.model,
+        "options": config_values(args),
+        "given": [str(path) for path in args.images],
+        "images": len(found.files),
+        "predicted": result.images,
+        "broken": result.broken,
+        "unusable": found.problems,
+        "no_images": found.others,
+    }

@@ -408,8 +408,10 @@ def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str
     return {split: [row.label for _, row in pairs] for split, pairs in rows.items()}
 
 
-def _check_types(labels: Mapping[str, list[Any]], rows: Mapping[str, list[tuple[Path, _Row]]], column: str) -> None:
-    """All labels are integers, all are text, or all are lists of either."""
+def _check_types(
+    labels: Mapping[str, list[Any]], rows: Mapping[str, list[tuple[Path, _Row]]], column: str, separated: bool
+) -> None:
+    """All labels are integers, all are text, or all are lists of either; a text is empty only if it is to be `separated`."""
     in_lists, kind = None, None
     for split, values in labels.items():
         for value, (file, row) in zip(values, rows[split], strict=True):
@@ -420,7 +422,7 @@ def _check_types(labels: Mapping[str, list[Any]], rows: Mapping[str, list[tuple[
                 raise DatasetError(f"{where} must be an integer of at most 64 bits, or a text, got {str(value)[:80]}.")
             if any(isinstance(part, str) and not is_utf8(part) for part in parts):
                 raise DatasetError(f"{where} is not UTF-8 text: {value!a}.")
-            if not isinstance(value, list) and value == "":
+            if value == "" and not separated:
                 raise DatasetError(f"{where} is empty: every image needs a class.")
             if kinds - {int, str} or len(kinds) > 1:
                 raise DatasetError(f"{where} must be an integer, a text, or a list of these, got {value!r}.")
@@ -546,7 +548,7 @@ def load_listings(
     labels: dict[str, list[Any]] = {split: [row.label for _, row in pairs] for split, pairs in rows.items()}
     if label_separator is None and all(f.suffix in (".csv", ".tsv") for parts in files.values() for f in parts):
         labels = _from_csv(rows, column)
-    _check_types(labels, rows, column)
+    _check_types(labels, rows, column, label_separator is not None)
     if label_separator is not None:
         every = [label for values in labels.values() for label in values]
         if not isinstance(every[0], str):

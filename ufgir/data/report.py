@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..transforms.images import to_rgb
 from ..utils.files import write_text_atomically
+from .checks import file_of, problem_of
 from .labels import class_feature
 from .synthetic_leaves import contact_sheet
 
@@ -47,7 +48,9 @@ class _Look:
     thumbnail: Image.Image | None = None
 
 
-def _look(image: dict[str, Any], thumbnail: bool) -> _Look:
+def _look(image: Any, thumbnail: bool) -> _Look:
+    if file_of(image) is None and (not isinstance(image, dict) or image["bytes"] is None):
+        return _Look(problem_of(image))
     try:
         content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
@@ -181,7 +184,7 @@ def data_report(
                 takers = [next((k for k in ks if wanted[k] > 0), None) if split == first else None for ks in labels]
                 looks = pool.map(_look, batch["image"], [taker is not None for taker in takers])
                 for image, ks, taker, look in zip(batch["image"], labels, takers, looks, strict=True):
-                    sums[split].add(row, image["path"], ks, look)
+                    sums[split].add(row, file_of(image), ks, look)
                     if look.thumbnail is not None and wanted[taker] > 0:
                         wanted[taker] -= 1
                         thumbnails.append((sheet_rows[taker], look.thumbnail))
@@ -280,7 +283,7 @@ def _copies(
             row = int(indices[member - (ends[part] - len(indices))])
             entry = raw[split][row]
             names = [class_names[label] for label in _labels(entry["label"])]
-            images.append({"split": split, "row": row, "file": entry["image"]["path"], "class": ", ".join(names)})
+            images.append({"split": split, "row": row, "file": file_of(entry["image"]), "class": ", ".join(names)})
         group = {"images": images, "classes_differ": len({image["class"] for image in images}) > 1}
         found["leakage" if len({image["split"] for image in images}) > 1 else "duplicates"].append(group)
     return found
@@ -344,12 +347,16 @@ def bin_name(step: Mapping[str, int]) -> str:
 def findings(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
     """Broken images, duplicates and leakage, one line each."""
 
+    def called(split: str, image: Mapping[str, Any]) -> str:
+        place = f"{split} row {image['row']}"
+        return f"{image['file']}, {place}" if image["file"] else place
+
     def group(entry: Mapping[str, Any]) -> str:
-        images = (f"{i['split']} row {i['row']} ({i['file'] or 'no path'}, {i['class']})" for i in entry["images"])
+        images = (f"{called(i['split'], i)} ({i['class']})" for i in entry["images"])
         return " = ".join(images) + (": classes differ" if entry["classes_differ"] else "")
 
     broken = [
-        f"{split} row {entry['row']} ({entry['file'] or 'no path'}): {entry['problem']}"
+        f"{called(split, entry)}: {entry['problem']}"
         for split, s in numbers["splits"].items()
         for entry in s["broken"]
     ]

@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..transforms.preprocessing import ImageTransform
-from .checks import DatasetError, listed
+from .checks import DatasetError, file_of, listed, problem_of
 from .labels import class_feature, is_multi_label, split_text, to_multi_hot
 
 
@@ -154,9 +154,9 @@ class StreamedImages(IterableDataset):
         try:
             image = _DECODER.decode_example(raw)
         except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
-            raise DatasetError(
-                f"row {row} of the stream ({raw.get('path') or 'no path'}) cannot be read: {type(error).__name__}: {error}."
-            ) from error
+            name, place = file_of(raw), f"row {row} of the stream"
+            why = problem_of(raw) or f"{type(error).__name__}: {error}"
+            raise DatasetError(f"{f'{name} ({place})' if name else place} cannot be read: {why}.") from error
         # as `TransformedImages` for the first copy of an image
         columns = self.transform(image, np.random.default_rng((self.seed, epoch, row, 0)))
         return columns if isinstance(columns, dict) else {"pixel_values": columns}
@@ -206,6 +206,8 @@ def _encode(
         )
 
     if separator is not None:
+        if None in labels:
+            raise DatasetError(f"{where} has an image without a class: label None.")
         labels = [split_text(text, separator) for text in labels]
     codes = (list(dict.fromkeys(map(code, label))) if isinstance(label, list) else code(label) for label in labels)
     return {"label": list(codes)}

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..transforms.preprocessing import ImageTransform
+from .checks import DatasetError, file_of, problem_of
 
 
 class TransformedImages(torch.utils.data.Dataset):
@@ -25,6 +27,7 @@ class TransformedImages(torch.utils.data.Dataset):
 
     Raises:
         ValueError: a negative seed, or less than one copy.
+        DatasetError: on access, an image cannot be read (any more); it names the file.
     """
 
     def __init__(
@@ -68,13 +71,27 @@ class TransformedImages(torch.utils.data.Dataset):
         if not -count <= index < count * self.copies:
             raise IndexError(f"index {index} is outside a dataset of {count} images")
         copy, index = divmod(int(index) + (count if index < 0 else 0), count)
-        row = self.dataset[index]
+        try:
+            row = self.dataset[index]
+        except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
+            raise self._unreadable(index, error) from error
+        if row[self.image_column] is None:
+            raise self._unreadable(index, None)
         generator = np.random.default_rng((self.seed, self.epoch, index, copy))
         columns = self.transform(row[self.image_column], generator)
         sample: dict[str, Any] = columns if isinstance(columns, dict) else {"pixel_values": columns}
         if self.label_column is not None:
             sample["labels"] = self._labels(row[self.label_column], index)
         return sample
+
+    def _unreadable(self, index: int, error: Exception | None) -> DatasetError:
+        """What to raise for an image that cannot be read; it is looked at once more, undecoded, to name its file."""
+        name, why = None, None
+        if isinstance(self.dataset, datasets.Dataset):
+            raw = self.dataset.cast_column(self.image_column, datasets.Image(decode=False))[index][self.image_column]
+            name, why = file_of(raw), problem_of(raw)
+        why = why or (f"{type(error).__name__}: {error}" if error else "there is no image (null)")
+        return DatasetError(f"{name or f'image {index}'} cannot be read: {why}.")
 
     def _labels(self, value: Any, index: int) -> int | torch.Tensor:
         if self.num_labels is None:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from clca.loss_clca import classification_loss
 
+from ..data.checks import DatasetError, file_of
 from ..utils.distributed import broadcast_buffers
 from ..utils.files import write_text_atomically
 from ..utils.locks import only_one
@@ -180,7 +181,7 @@ def called(index: int, name: str | None) -> str:
 def file_names(dataset: datasets.Dataset, column: str = "image") -> Callable[[int], str | None]:
     """The file name of image i of a `datasets.Dataset`, for `predict_to_file(files=...)`; nothing is decoded."""
     raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return lambda index: raw[index][column]["path"]
+    return lambda index: file_of(raw[index][column])
 
 
 def read_predictions(path: str | os.PathLike, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -204,6 +205,8 @@ def _block(dataset: Any) -> int | None:
 def _check(output: Path, dataset: Any, batch_size: int, top: int, processes: int) -> None:
     if output.suffix not in ENDINGS:
         raise ValueError(f"`output` must end in {' or '.join(ENDINGS)}, got {output}.")
+    if output.is_dir():
+        raise ValueError(f"`output` must be a file, got the folder {output}.")
     for name, value in (("batch_size", batch_size), ("top", top)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -270,6 +273,8 @@ def _undecoded(rows: Any, column: str) -> Any:
 
 def _hash_image(image: Any) -> Any:
     """Of the bytes of a file, or of pixels; of a file that is only named, its name, size and date."""
+    if image is None:
+        return None
     if isinstance(image, dict):
         if image["bytes"] is None:
             return [image["path"], *_about_file(image["path"])]
@@ -316,10 +321,14 @@ def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int)
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
-    if found is not None and found["same"] == same:
+    if isinstance(found, dict) and found.get("same") == same and isinstance(found.get("ranges"), list):
         logger.info("%s: an interrupted prediction goes on", folder)
         return found["ranges"]
     if folder.exists():
+        if not folder.is_dir():
+            raise ValueError(
+                f"`output`: {folder} is a file, but a folder of this name is needed for unfinished work: move it."
+            )
         logger.info("%s is dropped: it is of another model, other data or other options", folder)
         shutil.rmtree(folder)
     ranges: list[Any] = [None] * processes
@@ -363,7 +372,8 @@ class GuardedImages(Dataset):
         try:
             return self.dataset[index]
         except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
-            return _Broken(f"{type(error).__name__}: {one_sentence(error)}")
+            cause = error.__cause__ if isinstance(error, DatasetError) and error.__cause__ else error
+            return _Broken(f"{type(cause).__name__}: {one_sentence(cause)}")
 
 
 def separate_broken(samples: list[Any], collate: Callable) -> tuple[Any, int, dict[int, str]]:

@@ -1,17 +1,16 @@
 """How raw downloads of leaf photos tell class and split: by file names, or by annotation lists."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..checks import DatasetError
-from ..image_files import IMAGE_SUFFIXES
+from ..image_files import count_others, entries_of, is_image, shown
 
 
 SPLITS = ("train", "test")  # of the raw downloads
-NAME_PATTERN = re.compile(r"(\d+)_(\d+)_(train|test)", re.IGNORECASE)
+NAME_PATTERN = re.compile(r"([0-9]+)_([0-9]+)_(train|test)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,17 @@ class Listing:
 
 def _image_names(folder: Path) -> list[str]:
     """Names of the images right in `folder`."""
-    names = (entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_file())
-    return sorted(name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file.name for file in entries_of(folder).files if is_image(file))
+
+
+def _left_out(root: Path, folder: Path, listing: Listing) -> None:
+    """Adds to a listing what lies right in `folder` and is no image: a problem if it cannot be used, else a note."""
+    entries = entries_of(folder)
+    for path, why in entries.problems.items():
+        listing.problems.append(Problem("missing", shown(path.relative_to(root)), why))
+    if others := sorted(file for file in entries.files if not is_image(file)):
+        names = ", ".join(file.name for file in others[:5]) + (", ..." if len(others) > 5 else "")
+        listing.notes.append(f"{len(others)} files are no images and left out, {count_others(others)}: {names}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class FileNames:
     def read(self, root: Path, classes: int) -> Listing:
         """Every image of the folder."""
         listing, numbered = Listing(), []
+        _left_out(root, root, listing)
         for name in _image_names(root):
             match = NAME_PATTERN.fullmatch(Path(name).stem)
             if match is None:
@@ -116,6 +125,7 @@ class AnnotationLists:
             folder = root / part / "images"
             if not folder.is_dir():
                 raise DatasetError(f"{folder} is not a folder: expected {self.expected()} in {root}.")
+            _left_out(root, folder, listing)
             present = {str(PurePosixPath(part, "images", name)) for name in _image_names(folder)}
             if unlisted := sorted(present - listed):
                 shown = ", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else "")
@@ -136,12 +146,14 @@ class AnnotationLists:
             raise DatasetError(f"{root / name} is missing: it lists the {split} images.") from None
         except UnicodeDecodeError as error:
             raise DatasetError(f"{root / name} is not UTF-8 text: {error}.") from error
+        except OSError as error:
+            raise DatasetError(f"{root / name} cannot be read: {error.strerror}.") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             file, _, class_id = line.strip().replace("\t", " ").rpartition(" ")
             file, path, trouble = file.strip(), PurePosixPath(file.strip()), None
-            if not file or not re.fullmatch(r"\d+", class_id):
+            if not file or not re.fullmatch(r"[0-9]{1,9}", class_id):
                 trouble = f"expected `file class`, got {line.strip()[:80]!r}"
             elif not 1 <= int(class_id) <= classes:
                 trouble = f"class {int(class_id)} of {file} is not one of 1 to {classes}"

@@ -94,8 +94,9 @@ def fingerprint(root: Path, spec: UltraFGVCSet) -> str:
     digest = hashlib.sha256()
     for folder in (root / name for name in spec.layout.folders()):
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else ():
-            stat = entry.stat()
-            digest.update(f"{folder.relative_to(root)}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            stat = entry.stat(follow_symlinks=os.path.exists(entry))
+            line = f"{folder.relative_to(root)}/{entry.name} {stat.st_size} {stat.st_mtime_ns}\n"
+            digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
