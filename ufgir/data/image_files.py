@@ -160,7 +160,8 @@ def entries_of(folder: Path) -> Entries:
                 found.folders.append(path)
             elif entry.is_file():
                 linked = entry.is_symlink() or not entry.inode()
-                found.files[path] = identity_of(path) if linked else (device, entry.inode())
+                identity = identity_of(path) if linked else None
+                found.files[path] = identity or (device, entry.inode())
             elif entry.is_symlink():
                 found.problems[path] = f"a link to {shown(os.readlink(path))}, which does not exist"
             else:

@@ -308,7 +308,7 @@ def _own_classes(
     """The classes by index, as the first split has them."""
     first = next(iter(labels.values()))
     if first.names is not None:
-        own = {name: [called[text] for text in split.names] for name, split in labels.items()}
+        own = {name: [called[text] for text in split.names or ()] for name, split in labels.items()}
         names = own[first.split]
         if len(set(names)) < len(names):
             twice = sorted(name for name, count in Counter(names).items() if count > 1)

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _header(file: Path) -> list[str]:
         return []
 
 
-def check_unused_tables(path: Path, files: Iterable[Path], used: Iterable[Path] = ()) -> None:
+def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path] = ()) -> None:
     """Log a warning that names tables and text files which are not used.
 
     Args:

@@ -1,5 +1,6 @@
 """Open image files and convert them to RGB, whatever their mode, orientation or depth."""
 
+import importlib.util
 import os
 from typing import BinaryIO
 
@@ -7,12 +8,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 
-try:  # an optional package, with which Pillow opens HEIC
-    import pillow_heif
-except ImportError:
-    pass
-else:
-    pillow_heif.register_heif_opener()
+if importlib.util.find_spec("pillow_heif"):  # an optional package, with which Pillow opens HEIC
+    importlib.import_module("pillow_heif").register_heif_opener()
 
 HEIF_SUFFIXES = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 
