@@ -9,7 +9,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from clca import CLCAViTForImageClassification, token_schedule
-from tests.helpers import CACHES, METHODS, images, tiny_config
+from tests.helpers import CACHES, FIRST_OF_FAMILIES, METHODS, images, slow_unless, tiny_config
 from ufgir.cli import entry as cli
 from ufgir.profiling.layers import (
     layer_table,
@@ -82,7 +82,7 @@ def test_a_layer_of_the_dense_model_by_hand():
 SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_unless(FIRST_OF_FAMILIES.__contains__, METHODS))
 def test_parts_add_up_and_have_the_tokens_of_the_forward_pass(method, dense):
     model = reduced(method)
     parts = profile_layers(model, dense, model.config)

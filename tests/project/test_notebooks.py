@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.helpers import slow_unless
+
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -67,7 +69,10 @@ def test_stored(path):
     assert str(ROOT) not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# All commands of `your_own_leaves` are also tests of their own, so it is the one that runs only with the slow tests.
+@pytest.mark.parametrize(
+    "path", slow_unless(lambda path: path.stem != "your_own_leaves", NOTEBOOKS), ids=lambda path: path.stem
+)
 def test_runs(path, folder, execute, monkeypatch):
     """Every cell runs and shows the kinds of things that are stored; where a cell is tagged `exact`, the very same text."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

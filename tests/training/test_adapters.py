@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clca import CLCAViTForImageClassification
-from tests.helpers import CACHES, METHODS, images, labels, tiny_model
+from tests.helpers import CACHES, FIRST_OF_FAMILIES, METHODS, images, labels, slow_unless, tiny_model
 
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -c constraints.txt -e .[peft]")
@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 # Every method with LoRA, and every adapter with a method that does and one that does not have parameters.
 CASES = [(model, "lora") for model in MODELS]
 CASES += [(model, name) for model in ("evit", "dyvit") for name in ADAPTERS if name != "lora"]
+FAST = [model for model in MODELS if model not in METHODS or model in FIRST_OF_FAMILIES]
 NEW = (".reduction.", ".probe.", "classifier.", ".clr_tokens", ".clr_position_embeddings")
 
 
@@ -85,10 +86,11 @@ def test_own_modules_to_save_are_kept() -> None:
     assert all("lora_" in name or "classifier" in name for name in trained)
 
 
-@pytest.mark.parametrize(("model", "adapter"), CASES)
-def test_trained_saved_loaded_merged(model: str, adapter: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", slow_unless(lambda case: case[0] in FAST, CASES), ids="-".join)
+def test_trained_saved_loaded_merged(case: tuple[str, str], tmp_path: Path) -> None:
     """The loss falls; the pretrained weights stay; loaded on the base, merged, and saved as a model of its own, the logits are
     those of the trained model."""
+    model, adapter = case
     base = make(model)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     adapted = adapt(copy.deepcopy(base), ADAPTERS[adapter]())

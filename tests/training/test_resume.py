@@ -69,8 +69,11 @@ def test_killed_at_every_step(whole: Path, tmp_path: Path, monkeypatch: pytest.M
     [
         {"dataloader_num_workers": 2},
         {"gradient_accumulation_steps": 2, "save_steps": 1},
-        {"save_steps": 4},  # an epoch, at whose end there is an evaluation
-        {"optim": "sgd", "lr_scheduler_type": "linear", "max_grad_norm": 0.1, "eval_strategy": "no"},
+        pytest.param({"save_steps": 4}, marks=pytest.mark.slow),  # an epoch, at whose end there is an evaluation
+        pytest.param(
+            {"optim": "sgd", "lr_scheduler_type": "linear", "max_grad_norm": 0.1, "eval_strategy": "no"},
+            marks=pytest.mark.slow,
+        ),
         {"model": {"reduction": "dyvit", "head": "linear"}},  # draws its decisions while training
         {"copies": 2},
         {"optimization": OptimizationArguments(freeze_epochs=1, schedule="cosine_epochs", warmup_epochs=1)},
