@@ -15,13 +15,19 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from ufgir.utils.signals import Ended, end_quietly, ending_signals, raised_signal
+
+
+if __name__ == "__main__":
+    end_quietly("run_ufgir.py")  # the imports below take seconds
+
 import torch
 from transformers import set_seed
 
 from ufgir.checkpoints.loading import check_meaning
 from ufgir.data.checks import DatasetError
 from ufgir.evaluation.prediction import file_names, predict_to_file
-from ufgir.runs.records import mark_pushed
+from ufgir.runs.records import RECORD, mark_pushed
 from ufgir.runs.report import (
     describe_end,
     describe_start,
@@ -30,7 +36,6 @@ from ufgir.runs.report import (
     write_card,
     write_record,
 )
-from ufgir.runs.tables import forget_metrics
 from ufgir.training.adapters import merge
 from ufgir.training.arguments import (  # noqa: F401 (those who import this script find them here)
     GROUPS,
@@ -41,7 +46,15 @@ from ufgir.training.arguments import (  # noqa: F401 (those who import this scri
     TrainingArguments,
 )
 from ufgir.training.checkpoint_files import ADAPTER_FOLDER
-from ufgir.training.checkpointing import check_fits, find_checkpoint, how_to_go_on
+from ufgir.training.checkpointing import (
+    CheckpointError,
+    check_fits,
+    check_places,
+    find_checkpoint,
+    forget_metrics,
+    how_to_go_on,
+)
+from ufgir.training.distributed import is_lost_process
 from ufgir.training.optimization import set_precision
 from ufgir.training.option_checks import OF_CLASSES, REQUIREMENTS, evaluated_data
 from ufgir.training.setup import (
@@ -60,6 +73,7 @@ from ufgir.training.setup import (
     set_classes,
 )
 from ufgir.utils.arguments import RecipeParser
+from ufgir.utils.files import DiskFull, remove_leftovers
 from ufgir.utils.locks import only_one
 from ufgir.utils.metric_names import METRIC_NAMES
 from ufgir.utils.options import check_options, collected, warn_of
@@ -70,10 +84,15 @@ logger = logging.getLogger("run_ufgir")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the script; returns split -> metrics. A user's mistake ends it with one sentence and status 2."""
+    """Run the script; returns split -> metrics.
+
+    It ends with one sentence and status 2 after a user's mistake, 1 where it cannot go on, such as on a full disk, and 128 + the
+    number of a signal, such as 130 after Ctrl-C and 143 after SIGTERM.
+    """
     start = time.perf_counter()
     parser = RecipeParser(GROUPS, prog="run_ufgir.py", description=__doc__)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ending_signals(parser.prog))
         with collected() as without_effect:
             options = Options(*parser.parse(sys.argv[1:] if argv is None else argv))
             args = options.training
@@ -88,16 +107,27 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 run = prepare(options, parser.given)
             except (ValueError, OSError) as error:
                 parser.error(one_sentence(error))
-            except KeyboardInterrupt:
-                parser.exit(130, f"{parser.prog}: interrupted\n")
+            except KeyboardInterrupt as error:
+                ended = Ended.of(error)
+                parser.exit(ended.status, f"{parser.prog}: {ended}\n")
         if args.process_index == 0:
             warn_of(without_effect)
         try:
             return carry_out(run, options, parser, start)
-        except KeyboardInterrupt:
-            parser.exit(130, f"{parser.prog}: interrupted. {how_to_go_on(args)}\n")
-        except DatasetError as error:  # of images that changed since they were verified
-            parser.exit(1, f"{parser.prog}: error: {one_sentence(error)} {how_to_go_on(args)}\n")
+        except KeyboardInterrupt as error:
+            ended = Ended.of(error)
+            parser.exit(ended.status, f"{parser.prog}: {ended}. {how_to_go_on(args)}\n")
+        except CheckpointError as error:
+            parser.error(one_sentence(error))
+        # a full disk, the guard against NaN, images that changed since they were verified: the checkpoints are sound
+        except (DiskFull, FloatingPointError, DatasetError) as error:
+            parser.exit(1, f"{parser.prog}: error: {one_sentence(error).rstrip('.')}. {how_to_go_on(args)}\n")
+        except Exception as error:
+            if (number := raised_signal()) is not None:  # it has also reached a process that this one waits for
+                parser.exit(128 + number, f"{parser.prog}: {Ended(number)}. {how_to_go_on(args)}\n")
+            if args.world_size > 1 and is_lost_process(error):
+                parser.exit(1, f"{parser.prog}: another process of this run has ended. {how_to_go_on(args)}\n")
+            raise
 
 
 def prepare(options: Options, given: Collection[str] = ()) -> Run:
@@ -115,6 +145,7 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
         raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
     set_precision(args, options.optimization.mixed_precision)
     check_options(options, given, REQUIREMENTS)
+    check_places(args.output_dir, (RECORD, options.data.predictions_file))
     checkpoint = find_checkpoint(args) if args.do_train else None
     options.augmentation.check(args)
     config = make_config(options.model)
@@ -154,11 +185,10 @@ def carry_out(run: Run, options: Options, parser: RecipeParser, start: float) ->
     """
     args, trainer = options.training, run.trainer
     logger.info("%s", describe_start(run, options))
+    if args.process_index == 0:
+        remove_leftovers(args.output_dir)
     if args.do_train:
-        try:
-            train(run, options)
-        except FloatingPointError as error:  # of the guard: the checkpoints are sound
-            parser.exit(1, f"{parser.prog}: error: {one_sentence(error)}\n")
+        train(run, options)
     if args.do_eval and "validation" in run.images:
         evaluate(run, "validation")
     if args.do_predict:

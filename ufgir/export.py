@@ -5,10 +5,10 @@ at the image size and keep rate of the model: token counts are written into the 
 """
 
 import copy
+import io
 import json
 import logging
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch import nn
 from clca import CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 from clca.reductions_clca import get_reduction
+
+from .utils.files import whole_files
 
 
 logger = logging.getLogger(__name__)
@@ -199,17 +201,14 @@ def export_model(
     program = _Logits(copy.deepcopy(model).float().cpu()).eval()
     program.model.set_attn_implementation("sdpa")
     write = _write_onnx if path.suffix == ".onnx" else _write_torch
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-        run, operators = write(program, Path(folder) / path.name, facts)
+    with whole_files(path.parent) as folder:
+        run, operators = write(program, folder / path.name, facts)
         difference = _largest_difference(program, run)
         if not difference <= tolerance:
             raise ValueError(
                 f"the {FORMATS[path.suffix]} file differs from the model by {difference:.1e} in its logits, more than "
                 f"`tolerance`={tolerance}: it was not written."
             )
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights, if they lie apart, before the graph
-            os.replace(file, path.parent / file.name)
     names = sorted(operators) if path.suffix == ".onnx" else []
     listed = [name for name in names if name.partition(" ")[0] in TENSORRT_OPERATORS]
     doubtful = [name for name in listed if " " in name]
@@ -273,7 +272,9 @@ def _write_torch(
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}}
     with torch.no_grad():
         exported = torch.export.export(program, (_example(program, 2),), dynamic_shapes=shapes)
-    torch.export.save(exported, path, extra_files=facts)
+    content = io.BytesIO()  # where the disk is full while torch itself writes a file, it ends the process
+    torch.export.save(exported, content, extra_files=facts)
+    path.write_bytes(content.getbuffer())
     calls = (str(node.target) for node in exported.graph.nodes if node.op == "call_function")
     return torch.export.load(path).module(), dict(Counter(calls))
 

@@ -29,7 +29,6 @@ from tests.training.resuming import (
 )
 from ufgir.training import checkpointing, ema
 from ufgir.training.checkpointing import (
-    FILE_LIST,
     INCOMPLETE,
     check_fits,
     checkpoint_folders,
@@ -40,6 +39,8 @@ from ufgir.training.checkpointing import (
     what_is_missing,
 )
 from ufgir.training.trainer import UFGIRTrainer
+from ufgir.utils.checksums import FILE_LIST
+from ufgir.utils.files import DiskFull
 
 
 # Killed while a checkpoint is written
@@ -99,7 +100,7 @@ CUTS: dict[str, tuple[Any, str, int | Callable[[Path], int], Callable, str]] = {
     "trainer's state": (TrainerState, "save_to_json", 3, half, "checkpoint-3"),
     "list of files": (
         checkpointing,
-        "_to_disk",
+        "to_disk",
         lambda whole: files_of_checkpoint(whole) * 3 // 2,
         instead,
         "checkpoint-3",
@@ -143,9 +144,9 @@ def test_a_disk_that_is_full_leaves_no_checkpoint(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(UFGIRTrainer, "_save_rng_state", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFull, match=r"checkpoint-3/\S+ could not be written, .* are needed, .* are free"):
         train(tmp_path)
-    assert checkpoint_folders(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     train(tmp_path, num_train_epochs=1)
     assert not (tmp_path / INCOMPLETE).exists()

@@ -14,6 +14,7 @@ from clca.configuration_clca import check_config
 from clca.heads_clca import SwitchableBatchNorm
 from clca.reductions_clca import get_reduction
 
+from ..utils.checksums import check_weights
 from ..utils.options import Requirement, check_options
 from ..utils.text import one_sentence
 
@@ -128,8 +129,10 @@ def load_with_report(
         kwargs: more arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        ValueError: weights that cannot be read, or of other shapes without `ignore_mismatched_sizes`.
+        ValueError: weights that cannot be read, are not as a training saved them, or have other shapes without
+            `ignore_mismatched_sizes`.
     """
+    check_weights(checkpoint)
     options = {"revision": revision, "dtype": torch.float32, **kwargs}
     saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
     try:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..utils.signals import Ended, ending_signals
+
 
 # name of the subcommand -> what it does. The module of the name, `-` being `_`, is imported only when it is called.
 COMMANDS = {
@@ -63,9 +65,11 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; 0, 1 if it says so, 2 after one sentence about a user's mistake, or 130 after Ctrl-C."""
     try:
-        text, status = _run(argv)
-    except KeyboardInterrupt:  # also of the imports, which take seconds
-        text, status = "interrupted", 130
+        with ending_signals("ufgir"):  # also of the imports, which take seconds
+            text, status = _run(argv)
+    except KeyboardInterrupt as error:
+        ended = Ended.of(error)
+        text, status = str(ended), ended.status
     sys.stdout.write(text + "\n")
     return status
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..utils.files import TEMPORARY
+
 
 class NotWritten(OSError):
     """Something could not be written after the work was done.
@@ -82,11 +84,11 @@ def _try(folder: Path, name: str, option: str, path: str | os.PathLike) -> None:
     permissions say nothing of /proc, of a disk that is mounted for reading, or to root."""
     try:
         if os.path.isdir(folder):
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp"):
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{name}.", suffix=TEMPORARY):
                 return
         while not os.path.exists(folder.parent):
             folder = folder.parent
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"):
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"_{folder.name}.", suffix=TEMPORARY):
             return
     except OSError as error:
         raise ValueError(f"`{option}` {path} cannot be written: {error.strerror}. Choose another place.") from error

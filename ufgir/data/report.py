@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..transforms.images import to_rgb
-from ..utils.files import write_text_atomically
+from ..utils.files import whole_file, write_text_atomically
 from .checks import file_of, problem_of
 from .labels import class_feature
 from .synthetic_leaves import contact_sheet
@@ -112,12 +112,8 @@ class DataReport:
         written = [write_text_atomically(folder / "report.json", text + "\n")]
         if self.sheet is not None:
             file = folder / "contact_sheet.png"
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            try:
+            with whole_file(file) as temporary:
                 self.sheet.save(temporary, format="PNG")
-                os.replace(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
             written.append(file)
         if page:
             written.append(write_text_atomically(folder / "report.html", html_page(self)))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..utils.files import telling_full_disk
 from .metrics import average_precision
 
 
@@ -140,8 +141,9 @@ class Shard:
     def append(self, lines: Iterable[bytes], records: np.ndarray) -> None:
         """Add images, whose records say how long their lines are."""
         for file, content in zip(self._open, (b"".join(lines), records.tobytes()), strict=True):
-            file.write(content)
-            file.flush()
+            with telling_full_disk(Path(file.name), len(content)):
+                file.write(content)
+                file.flush()
 
     def __exit__(self, *exception: Any) -> None:
         for file in self._open:
@@ -156,7 +158,7 @@ def join(shards: Sequence[Shard], table: PredictionTable, temporary: Path, outpu
         temporary: a file beside `output`, to be written first.
         block: images that the shards hold in turn; None if each holds a whole range of the data set.
     """
-    with temporary.open("wb") as result:
+    with telling_full_disk(output), temporary.open("wb") as result:
         result.write(table.head())
         files = [shard.lines.open("rb") for shard in shards]
         try:

@@ -9,20 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
 from ..training.checkpointing import last_complete_checkpoint
-from ..utils.files import write_text_atomically
+from ..utils.files import remove_leftovers, write_text_atomically
 from ..utils.provenance import now
+from ..utils.signals import ending_signals
 from ..utils.text import differences
 from .records import MANIFEST, is_finished, read_manifest
 from .sweep import Grid, Run
@@ -156,7 +155,8 @@ class RunQueue:
                 saved is taken up by the next sweep.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        with _lock(self.output / LOCK) as lock, _signals_interrupt():
+        with _lock(self.output / LOCK) as lock, ending_signals(again=True):
+            remove_leftovers(self.output)
             self.manifest = self._read()  # another sweep may have changed it until now
             if not self.recipe.exists():
                 shutil.copyfile(self.grid.recipe, self.recipe)
@@ -290,24 +290,6 @@ def _exit(status: int) -> str:
     if status == 0:
         return "ended without a record"
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-
-
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does: without this they would leave the runs behind."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield
-        return
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ def write_run_record(
     }
     run = {"command": shlex.join(sys.argv if command is None else command), "date": now(), "host": describe_host()}
     old = _read(path)
+    if isinstance(old, str):
+        logger.warning("%s is replaced: %s", path, old)
     if train_seconds is None and isinstance(old, dict) and old.get("train_seconds") is not None:
         if {k: v for k, v in old["config"].items() if k not in NOT_STORED} != described:
             logger.warning("%s holds the training of another model and was left alone", path)

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import Row, write_text_atomically
+from ..utils.files import Row
 from ..utils.metric_names import METRIC_NAMES, measured
 
 
@@ -286,18 +285,6 @@ def markdown(summary: Sequence[Row]) -> str:
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     constant = ", ".join(f"{name} {summary[0][name]}" for name in factors if name not in columns)
     return f"{constant}\n\n{table}" if constant else table
-
-
-ALL_METRICS = "all_results.json"  # of all splits: Trainer adds to it
-
-
-def forget_metrics(output_dir: str | os.PathLike, split: str) -> None:
-    """Take what an earlier run has measured on a split out of `ALL_METRICS`, for a run that will not replace it."""
-    path = Path(output_dir) / ALL_METRICS
-    if path.exists():
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: value for name, value in metrics.items() if not name.startswith(f"{split}_")}
-        write_text_atomically(path, json.dumps(kept, indent=4, sort_keys=True))
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:

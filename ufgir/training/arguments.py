@@ -4,6 +4,7 @@ The options of the model are the fields of `CLCAViTConfig` (`ufgir.checkpoints.c
 the training stand beside its code.
 """
 
+import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +183,12 @@ class TrainingArguments(transformers.TrainingArguments):
         self.run_name = self.run_name or Path(self.output_dir).name  # of trackers, which would invent one
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and "LOCAL_RANK" in os.environ and self.world_size == 1:
+            raise ValueError(
+                f"`use_cpu` must be true to train in {started} processes on a CPU, and no accelerator was found here: each "
+                "would take itself for the only one. Add --use_cpu true"
+            )
 
 
 @dataclass

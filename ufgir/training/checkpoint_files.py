@@ -12,7 +12,7 @@ A checkpoint, the folder `checkpoint-<step>` in `output_dir`, is complete or doe
 | `trainer_state.json` | step, log, best metric, state of early stopping | `checkpointing.CheckpointMixin` | `Trainer`, `checkpointing` |
 | `training_args.bin` | transformers' TrainingArguments | `Trainer` | nobody |
 | `ema.safetensors` (`EMA_FILE`) | averaged weights, number of updates | `ema.EMACallback` | `ema.EMACallback` |
-| `checkpoint_files.json` (`FILE_LIST`) | sizes of all files; options and checksum of the images | `checkpointing` | `checkpointing` |
+| `checkpoint_files.json` (`ufgir.utils.checksums.FILE_LIST`) | sizes and checksums of all files; options and checksum of the images | `checkpointing` | `checkpointing`, `ufgir.checkpoints.loading` |
 
 While a checkpoint is written it is in `output_dir/_incomplete` (`INCOMPLETE`). FSDP and DeepSpeed write other names for weights and
 optimizer (`PARTS`).
@@ -36,7 +36,6 @@ Beside the checkpoints, `output_dir` holds the result of the run:
 
 # In a checkpoint
 EMA_FILE = "ema.safetensors"
-FILE_LIST = "checkpoint_files.json"
 # What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
 # FSDP's and DeepSpeed's.
 PARTS = {
@@ -53,4 +52,17 @@ ADAPTER_FOLDER = "adapter"
 GRADIENTS_FILE = "gradients.csv"
 GRADIENTS_FIGURE = "gradients.png"
 KEPT_PATCHES_FILE = "kept_patches.png"
+ALL_METRICS = "all_results.json"  # of all splits
 METRICS_FILES = tuple(f"{name}_results.json" for name in ("all", "train", "validation", "test", "test_ema"))
+
+# Of those in output_dir
+FILES = (
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "trainer_state.json",
+    "README.md",
+    *METRICS_FILES,
+)
+FILES += (GRADIENTS_FILE, GRADIENTS_FIGURE, KEPT_PATCHES_FILE)
+FOLDERS = (INCOMPLETE, EMA_FOLDER, LAST_FOLDER, ADAPTER_FOLDER)

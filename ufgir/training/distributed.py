@@ -79,6 +79,14 @@ def is_sharded(args: transformers.TrainingArguments) -> bool:
     return bool(args.fsdp or args.deepspeed) or any(value.lower() in ("1", "true") for value in launched)
 
 
+def is_lost_process(error: Exception) -> bool:
+    """Whether an error says that another process of the run is no longer there."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "Connection closed by peer" in text or "Connection reset by peer" in text
+    )
+
+
 class DistributedMixin:
     """For a `transformers.Trainer`: several processes train and evaluate as one would."""
 

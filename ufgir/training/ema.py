@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-from ..utils.files import new_folder
+from ..utils.files import new_folder, telling_full_disk
 from .adapters import merge
 from .checkpoint_files import EMA_FILE, EMA_FOLDER
 
@@ -102,7 +102,10 @@ class EMACallback(TrainerCallback):
     def save_to_checkpoint(self, folder: Path) -> None:
         """Write the average into a checkpoint that is being made."""
         weights = {name: value.contiguous() for name, value in self.average.module.state_dict().items()}
-        save_file(weights, folder / EMA_FILE, {"format": "pt", "n_averaged": str(int(self.average.n_averaged))})
+        with telling_full_disk(
+            folder / EMA_FILE, sum(value.numel() * value.element_size() for value in weights.values())
+        ):
+            save_file(weights, folder / EMA_FILE, {"format": "pt", "n_averaged": str(int(self.average.n_averaged))})
 
     def load_from_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Go on with the average that a checkpoint holds; with a warning, start a new one where it holds none."""

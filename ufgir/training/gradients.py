@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from ..utils.files import telling_full_disk, whole_file
 from ..utils.plotting import label, new_figure, plain_style, save_figure, style
 from .checkpoint_files import GRADIENTS_FILE
 
@@ -197,7 +198,7 @@ def _append(path: Path, columns: Mapping[str, Any]) -> None:
         header += missing
         _rewrite(path, header, lines)
     text = [[f"{value:.7g}" for value in columns[name]] if name in columns else None for name in header]
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with telling_full_disk(path), path.open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(zip(*(t or [""] * len(columns["step"]) for t in text), strict=True))
 
 
@@ -211,10 +212,8 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _rewrite(path: Path, header: list[str], lines: list[list[str]]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *(line + [""] * (len(header) - len(line)) for line in lines)])
-    os.replace(beside, path)
 
 
 def _keep_lines(path: Path, last: int) -> None:

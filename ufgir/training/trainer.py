@@ -51,8 +51,16 @@ class UFGIRTrainer(
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._forget_jit_callback()
         self.distillation = distillation
         self._loss_terms: dict[str, list[torch.Tensor]] = {}  # name -> values since the last log line
+
+    def _forget_jit_callback(self) -> None:
+        """Remove transformers' callback of `enable_jit_checkpoint` and its handler of SIGTERM; `CheckpointMixin` does its work."""
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback).__name__ == "JITCheckpointCallback":
+                callback.on_train_end(self.args, self.state, self.control)  # gives the earlier handler back
+                self.remove_callback(callback)
 
     def compute_loss(
         self,

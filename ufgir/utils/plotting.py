@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import whole_file
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,13 +172,8 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"`path` of a figure must end in .png, .svg or .pdf, got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # no date inside: the same numbers give the same file
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-    try:
+    with whole_file(path) as beside:
         figure.savefig(beside, format=kind, metadata=undated)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path

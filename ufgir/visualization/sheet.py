@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..utils.files import whole_file
+
 
 _MARGIN, _LABEL_HEIGHT, _SCALE_WIDTH = 4, 16, 96
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 40, 40), (255, 255, 255)
@@ -127,13 +129,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"the file of a picture must end in .png, .jpg or another picture format, got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as beside:
         image.save(beside, format=kind, optimize=True)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

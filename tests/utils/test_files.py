@@ -1,0 +1,172 @@
+"""Files and folders are there whole or not at all, whatever ends or refuses the writing; what is left is removed."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ufgir.utils import files
+from ufgir.utils.files import (
+    DiskFull,
+    new_folder,
+    remove_leftovers,
+    telling_full_disk,
+    whole_file,
+    whole_files,
+    write_text_atomically,
+)
+from ufgir.visualization.sheet import save_picture
+
+
+def text(folder: Path) -> None:
+    write_text_atomically(folder / "a.json", "x" * 200_000)
+
+
+def picture(folder: Path) -> None:
+    save_picture(Image.effect_noise((400, 400), 50), folder / "a.png")
+
+
+def weights(folder: Path) -> None:
+    with new_folder(folder / "a") as inner:
+        save_file({"w": torch.zeros(50_000)}, inner / "model.safetensors")
+
+
+def pickled(folder: Path) -> None:
+    with whole_files(folder) as inner:
+        torch.save({"w": torch.zeros(50_000)}, inner / "a.pt")
+
+
+WRITERS = (text, picture, weights, pickled)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def status(action: Callable[[], None]) -> int:
+    """The exit status of a fork that does it."""
+    process = multiprocessing.get_context("fork").Process(target=action)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_no_space(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """The system itself refuses to write on, in Python, Pillow, torch and safetensors: one sentence, and the old file stays."""
+    write(tmp_path)
+    before = everything(tmp_path)
+    with small_files(10_000), pytest.raises(DiskFull) as refused:
+        write(tmp_path)
+    said = str(refused.value)
+    assert str(tmp_path / "a") in said and "MB are free" in said and "\n" not in said and ".tmp" not in said
+    assert everything(tmp_path) == before and len(before) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_only_missing_space_is_told_as_such(tmp_path: Path, number: int) -> None:
+    kind = PermissionError if number == errno.EACCES else DiskFull
+    with pytest.raises(kind), telling_full_disk(tmp_path / "a", 10**6):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(RuntimeError, match="of something else"), telling_full_disk(tmp_path / "a"):
+        raise RuntimeError("of something else")
+
+
+@pytest.mark.parametrize("step", ["to_disk", "_for_everyone", "os.replace"])
+@pytest.mark.parametrize("write", WRITERS)
+def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], step: str) -> None:
+    """What was there is there, and a later run that writes alone removes the rest."""
+    write(tmp_path)
+    before = everything(tmp_path)
+
+    def killed() -> None:
+        monkeypatch.setattr(f"ufgir.utils.files.{step}", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        write(tmp_path)
+
+    if (write, step) == (weights, "to_disk"):
+        return  # a folder is renamed without
+    assert status(killed) == -signal.SIGKILL
+    assert any(path.name.startswith("_") for path in tmp_path.iterdir())  # a name that uploads leave out
+    remove_leftovers(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_killed_while_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the moment when the old one goes and that when the new one comes."""
+    weights(tmp_path)
+    before, replace = everything(tmp_path), os.replace
+
+    def killed() -> None:
+        def once(*args: Path) -> None:
+            replace(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(files.os, "replace", once)
+        weights(tmp_path)
+
+    assert status(killed) == -signal.SIGKILL and not (tmp_path / "a").exists()
+    remove_leftovers(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_leftovers_of_earlier_versions_go_and_files_of_others_stay(tmp_path: Path) -> None:
+    for name in (".ema.x1b_2cd3.tmp", ".last.x1b_2cd3.old"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    (tmp_path / "last").mkdir()
+    for name in (".kept_patches.png.1234.tmp", ".run.json.abcd1234.tmp"):
+        (tmp_path / name).write_text("half")
+    others = {"_predictions.csv.partial", ".hidden", "notes.tmp", "_incomplete"}
+    for name in others:
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == others | {"last"}
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_what_was_left_long_ago_goes_with_the_next_write(tmp_path: Path) -> None:
+    for age, name in ((7200, "_a.json.12345678.tmp"), (0, "_a.json.abcdefgh.tmp"), (7200, "_b.json.12345678.tmp")):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (os.stat(tmp_path).st_mtime - age,) * 2)
+    text(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "_a.json.abcdefgh.tmp", "_b.json.12345678.tmp"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+@pytest.mark.parametrize("write", WRITERS)
+def test_who_may_read(tmp_path: Path, write: Callable[[Path], None], umask: int) -> None:
+    """As any other file: safetensors, mkstemp and mkdtemp would let the owner alone read."""
+    before = os.umask(umask)
+    try:
+        write(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    text(tmp_path)
+    for writing in (whole_file(tmp_path / "a.json"), whole_files(tmp_path), new_folder(tmp_path / "f")):
+        with pytest.raises(KeyError), writing as place:
+            (place if place.is_file() else place / "a.json").write_text("half")
+            raise KeyError
+    assert len((tmp_path / "a.json").read_text()) == 200_000 and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,102 @@
+"""Signals that end a run: an exception once, a status that queues expect, and no traceback at the second."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ufgir.utils import signals
+from ufgir.utils.signals import ENDING, Ended, ending_signals, pending_signal, raised_signal
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # handlers run between two instructions
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_each_ends_with_its_status(number: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Ended) as ended, ending_signals("x"):
+        send(number)
+    assert ended.value.status == 128 + number
+    name = "interrupted" if number == signal.SIGINT else signal.Signals(number).name
+    assert name in str(ended.value)
+    assert signal.getsignal(number) is before and raised_signal() is None
+
+
+def test_handlers_of_others_stay() -> None:
+    caught = []
+    old = [
+        signal.signal(signal.SIGUSR1, lambda *_: caught.append(1)),
+        signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ]
+    try:
+        with ending_signals():
+            send(signal.SIGUSR1)
+            send(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGUSR1, old[0])
+        signal.signal(signal.SIGHUP, old[1])
+    assert caught == [1]
+
+
+def test_one_that_waits() -> None:
+    """All but Ctrl-C, within the block that asks for it."""
+    with pytest.raises(Ended), ending_signals():
+        with ending_signals(wait=True):
+            send(signal.SIGTERM)
+            send(signal.SIGUSR1)
+            assert pending_signal() == signal.SIGTERM and raised_signal() is None
+            with pytest.raises(Ended):
+                send(signal.SIGINT)
+        assert raised_signal() == signal.SIGINT
+        with ending_signals(again=True):
+            send(signal.SIGTERM)
+
+
+def test_a_second_one(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a second it is of the same event; later it ends the process at once."""
+    status = os.fork()
+    if status == 0:
+        with ending_signals("x"):
+            with contextlib.suppress(Ended):
+                send(signal.SIGINT)
+            send(signal.SIGINT)
+            monkeypatch.setattr(signals, "_BURST", -1.0)
+            send(signal.SIGTERM)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(status, 0)[1]) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "x: ended at once\n"
+
+
+def test_workers() -> None:
+    """A process that was forked within: its parent ends it, with SIGTERM."""
+    with ending_signals():
+        process = os.fork()
+        if process == 0:
+            send(signal.SIGUSR1)
+            send(signal.SIGTERM)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("program", ["run_ufgir.py", "ufgir"])
+def test_interrupted_while_it_imports(tmp_path: Path, program: str) -> None:
+    """Ctrl-C in the first seconds: one line, no traceback. A module that both import sends the signal."""
+    (tmp_path / "torch").mkdir()
+    lines = ["import os, signal", "os.kill(os.getpid(), signal.SIGINT)", "import time", "time.sleep(60)"]
+    (tmp_path / "torch" / "__init__.py").write_text("\n".join(lines))
+    command = [str(ROOT / "run_ufgir.py")] if program == "run_ufgir.py" else ["-m", "ufgir.cli.entry", "pretrained"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr and "interrupted" in done.stderr + done.stdout
