@@ -154,7 +154,7 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
     # a trained model's classes; the data's may be fewer, and in another order
     known = class_names_of(config) if options.model.model_name_or_path else None
     image_processor = make_processor(options, config)
-    data = load_data(options, image_processor.size["height"], None if args.do_train else known)
+    data = load_data(options, image_processor.resize_size[0], None if args.do_train else known)
     new_head = False
     if known and args.do_train:
         data, new_head = match_classes(data, known, options)

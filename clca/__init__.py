@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_clca import CLCAViTConfig, __version__
 from .fast_paths_clca import set_fast_paths
+from .image_processing_clca import CLCAImageProcessor
 from .modeling_clca import CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
 from .reduction_base import TokenReduction
 from .reductions_clca import REDUCTIONS, register_reduction, token_schedule
@@ -16,13 +17,15 @@ AutoConfig.register("clca_vit", CLCAViTConfig, exist_ok=True)
 AutoModel.register(CLCAViTConfig, CLCAViTModel, exist_ok=True)
 AutoModelForImageClassification.register(CLCAViTConfig, CLCAViTForImageClassification, exist_ok=True)
 
-# What save_pretrained and push_to_hub write next to the weights: this code, and where to find the classes in it.
+# What save_pretrained and push_to_hub write into a model's folder: this code, and where to find the classes in it.
 CLCAViTConfig.register_for_auto_class()
+CLCAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CLCAViTModel.register_for_auto_class("AutoModel")
 CLCAViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
     "REDUCTIONS",
+    "CLCAImageProcessor",
     "CLCAViTConfig",
     "CLCAViTForImageClassification",
     "CLCAViTModel",

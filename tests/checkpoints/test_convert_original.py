@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor
 
 from clca import CLCAViTForImageClassification
 from tests.checkpoints.original_checkpoints import ARCHITECTURE, EVIT_NAME, Code, Golden, difference, save
@@ -21,6 +20,7 @@ from ufgir.checkpoints.from_original import (
     OriginalFile,
 )
 from ufgir.cli import entry as cli
+from ufgir.transforms.preprocessing import read_image_processor
 
 
 # Converting
@@ -38,8 +38,8 @@ def test_converted_folder(tmp_path: Path, evit_file: Path, evit: Golden) -> None
     model = CLCAViTForImageClassification.from_pretrained(output)
     assert difference(model, evit) <= 1e-9
     assert list(model.config.id2label.values()) == names and model.config.label2id["cultivar 3"] == 3
-    processor = AutoImageProcessor.from_pretrained(output)
-    assert (processor.size["height"], processor.size["width"]) == (36, 36) and processor.crop_size["height"] == 32
+    processor = read_image_processor(output)
+    assert processor.resize_size == (36, 36) and dict(processor.size) == {"height": 32, "width": 32}
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
     card = (output / "README.md").read_text()
     for words in (f"`{EVIT_NAME}`", "`evit`, keep rate 0.5", "epoch, as reported by the file | 49", "| soygene |"):
@@ -51,15 +51,15 @@ def test_other_pictures(tmp_path: Path, evit: Golden) -> None:
     payload = evit.payload(custom_mean_std=True, resize_size=40) | {"accuracy": torch.tensor(77.125)}
     path = save(tmp_path / "x.pth", payload)
     convert_file(path, tmp_path / "own size")
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "own size")
-    assert list(processor.image_mean) == list(processor.image_std) == [0.5] * 3 and processor.size["height"] == 40
+    processor = read_image_processor(tmp_path / "own size")
+    assert list(processor.image_mean) == list(processor.image_std) == [0.5] * 3 and processor.resize_size == (40, 40)
     assert "| accuracy, as reported by the file | 77.125 |" in (tmp_path / "own size" / "README.md").read_text()
     later = save(tmp_path / "later.pth", evit.payload(resize_size=40, test_resize_size=44, test_input_size=32))
     convert_file(later, tmp_path / "later")
-    assert AutoImageProcessor.from_pretrained(tmp_path / "later").size["height"] == 44  # evaluation has its own there
+    assert read_image_processor(tmp_path / "later").resize_size == (44, 44)  # evaluation has its own there
     convert_file(path, tmp_path / "larger", image_size=48)
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "larger")
-    assert (processor.size["height"], processor.crop_size["height"]) == (int(48 / 0.875), 48)
+    processor = read_image_processor(tmp_path / "larger")
+    assert (processor.resize_size[0], processor.size["height"]) == (int(48 / 0.875), 48)
 
 
 def test_a_folder_is_written_once(tmp_path: Path, evit_file: Path, evit: Golden) -> None:

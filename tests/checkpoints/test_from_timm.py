@@ -197,7 +197,7 @@ def test_folder(tmp_path, name, file):
 def test_folder_has_its_own_image_processor(tmp_path):
     processor = timm_image_processor(read_architecture(write_folder(tmp_path)))
     assert [*processor.image_mean, *processor.image_std] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    assert (processor.size["height"], processor.crop_size["width"]) == (20, 16)
+    assert (processor.resize_size, processor.size["width"]) == ((20, 20), 16)
     assert processor.resample == Image.Resampling.BILINEAR
 
 

@@ -17,6 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from clca import CLCAImageProcessor
 from tests.checkpoints.transformers_sources import MLP, SIZES
 from ufgir.checkpoints.from_transformers import load_transformers_processor
 
@@ -50,12 +51,12 @@ class TestProcessor:
 
     def test_it_equals_the_source(self, name, source, tmp_path):
         processor = load_transformers_processor(source)
-        assert isinstance(processor, ViTImageProcessorPil)
+        assert isinstance(processor, CLCAImageProcessor)
         ours, theirs = (p(picture(), return_tensors="pt")["pixel_values"] for p in (processor, PROCESSORS[name][1]))
         assert ours.shape == (1, 3, 32, 32)
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
         processor.save_pretrained(tmp_path / "ours")
-        again = ViTImageProcessorPil.from_pretrained(tmp_path / "ours")
+        again = CLCAImageProcessor.from_pretrained(tmp_path / "ours")
         assert torch.equal(again(picture(), return_tensors="pt")["pixel_values"], ours)
 
     @pytest.mark.parametrize("image_size", [64, (48, 64)], ids=str)
@@ -64,10 +65,11 @@ class TestProcessor:
         pixels = processor(picture(), return_tensors="pt")["pixel_values"]
         assert pixels.shape[-2:] == ((64, 64) if image_size == 64 else image_size)
         expected = {"height": 64, "width": 64} if image_size == 64 else {"height": 48, "width": 64}
-        if name == "deit":
-            expected = {side: pixels * 9 // 8 for side, pixels in expected.items()}
-        elif name == "clip_vision_model" and image_size == 64:
+        if name == "clip_vision_model" and image_size == 64:
             expected = {"shortest_edge": 64}
+        else:
+            grown = 9 if name == "deit" else 8
+            assert processor.resize_size == tuple(pixels * grown // 8 for pixels in expected.values())
         assert dict(processor.size) == expected
 
     def test_without_a_processor(self, name, source, caplog):

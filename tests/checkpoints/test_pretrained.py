@@ -35,7 +35,7 @@ def test_a_model_of_transformers(dinov2: Path, tmp_path: Path) -> None:
     assert main(["convert", str(dinov2), "--output", str(output), *REDUCED, "--image-size", "42"]) == 0
     model = AutoModelForImageClassification.from_pretrained(output)
     assert (model.config.reduction, model.config.head, model.num_labels) == ("evit", "cla", 3)
-    assert AutoImageProcessor.from_pretrained(output).crop_size["height"] == 42
+    assert AutoImageProcessor.from_pretrained(output).size["height"] == 42
     answer = pipeline("image-classification", model=str(output), image_processor=str(output))
     assert len(answer(Image.new("RGB", (60, 50)))) == 3
     card = (output / "README.md").read_text()

@@ -101,16 +101,14 @@ def test_networks_without_weights(name, fields):
 def test_pretrainings_of_the_paper(name):
     processor = timm_image_processor(name)
     for key, value in PAPER[name].items():
-        found = getattr(processor, key)
-        if key == "size":
-            found = found["height"]
+        found = processor.resize_size[0] if key == "size" else getattr(processor, key)
         assert (list(found) if isinstance(value, list) else found) == value
     assert processor(Image.new("RGB", (50, 30)), return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
 
 
 def test_image_processor_of_another_size():
     processor = timm_image_processor("deit3_base_patch16_224.fb_in1k", 448)
-    assert (processor.size["height"], processor.crop_size["height"]) == (497, 448)
+    assert (processor.resize_size, processor.size["height"]) == ((497, 497), 448)
     processor = timm_image_processor("deit3_base_patch16_224.fb_in1k", [224, 448])
     assert processor(Image.new("RGB", (50, 30)), return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 448)
 

@@ -28,7 +28,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from PIL import Image, ImageDraw
-from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
@@ -39,6 +38,7 @@ from ..data.synthetic_leaves import SyntheticLeavesConfig
 from ..profiling.macs import count_macs, dense_config, macs_in_advance, on_meta
 from ..profiling.timing import Quartiles, Race, quartiles, steady
 from ..transforms.images import to_rgb
+from ..transforms.preprocessing import read_image_processor
 from ..utils.text import one_sentence
 from ..visualization.kinds import KINDS, input_columns, make_view
 from ..visualization.records import Draw, Need, View
@@ -356,7 +356,7 @@ def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
     source = name if trusted else _fetch(name)
     config = load_config(source, {})
     try:
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        image_processor = read_image_processor(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no image processor (preprocessor_config.json).") from error
     try:

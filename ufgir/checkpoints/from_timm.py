@@ -19,9 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import ViTImageProcessorPil
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 from clca.resample_clca import resample_weights
 
@@ -165,7 +164,7 @@ def load_timm(
 
 def timm_image_processor(
     architecture: str | Architecture, image_size: int | Sequence[int] | None = None
-) -> ViTImageProcessorPil:
+) -> CLCAImageProcessor:
     """The image processor that belongs to a pretraining: its mean and deviation, its resampling and its margin around the
     centre crop. As everywhere here the resize does not keep the aspect ratio, which timm's does.
 
@@ -179,12 +178,11 @@ def timm_image_processor(
     if isinstance(architecture, str):
         architecture = find_architecture(architecture)
     height, width = as_pair(architecture.image_size if image_size is None else image_size)
-    return ViTImageProcessorPil(
+    return CLCAImageProcessor(
         do_convert_rgb=True,
-        size={side: math.floor(n / architecture.crop_pct) for side, n in (("height", height), ("width", width))},
+        size={"height": height, "width": width},
+        crop_pct=[side / math.floor(side / architecture.crop_pct) for side in (height, width)],  # as timm rounds it
         resample=Image.Resampling[architecture.resample.upper()],
-        do_center_crop=True,
-        crop_size={"height": height, "width": width},
         image_mean=list(architecture.mean),
         image_std=list(architecture.std),
     )

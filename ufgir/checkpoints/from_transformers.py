@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel, ViTImageProcessorPil
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 from clca.resample_clca import resample_weights
 
-from ..transforms.preprocessing import make_image_processor
+from ..transforms.preprocessing import make_image_processor, read_image_processor, sizes_of
 from ..utils.text import listed
 from .state_dicts import common_dtype, fill_model
 
@@ -302,7 +302,7 @@ def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: 
 
 def load_transformers_processor(
     source: str | Path, image_size: int | tuple[int, int] | None = None, *, revision: str | None = None
-) -> ViTImageProcessorPil:
+) -> CLCAImageProcessor:
     """The image processor that belongs to a model of transformers, to be saved with the converted model.
 
     Resampling, mean, deviation and whether the aspect ratio is kept are the source's. Where its pictures have another
@@ -325,9 +325,9 @@ def load_transformers_processor(
     height, width = sides
     try:
         try:
-            saved = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+            saved = read_image_processor(source, revision)
         except ValueError:  # old files name classes that are gone; what they hold is ViT's
-            saved = ViTImageProcessorPil.from_pretrained(source, revision=revision)
+            saved = CLCAImageProcessor.from_pretrained(source, revision=revision)
         statistics = [*saved.image_mean, *saved.image_std]
         if len(statistics) != 6 or not all(isinstance(value, int | float) for value in statistics):
             raise ValueError(f"mean and deviation must be three numbers each, got {statistics}")
@@ -341,24 +341,25 @@ def load_transformers_processor(
             ) from error
         logger.warning("%s has no image processor: ImageNet's mean and deviation are used", source)
         saved = make_image_processor(max(height, width))
-    size, crop = dict(saved.size), dict(saved.crop_size) if saved.do_center_crop else None
-    size = {edge: pixels for edge, pixels in size.items() if pixels is not None}
-    edge = size.get("shortest_edge")
-    if not edge and not {"height", "width"} <= set(size):
+    resized, target = sizes_of(saved)
+    edge, crops = dict(saved.size).get("shortest_edge"), resized != target
+    if edge:
+        edge = round(edge / (getattr(saved, "crop_pct", None) or 1))
+        resized = (edge, edge)
+        target = target or resized
+    elif resized is None or target is None:
         raise ValueError(
-            f"`size` of the image processor of {source} must be two sides or the shortest edge, got {size}."
+            f"`size` of the image processor of {source} must be two sides or the shortest edge, got {saved.size}."
         )
-    resized = (edge, edge) if edge else (size["height"], size["width"])
-    target = (crop["height"], crop["width"]) if crop else resized
     if edge and target != (height, width) and (height != width or target[0] != target[1]):
         edge = None  # an edge says nothing about both sides of a picture that is not square
     scaled = [round(r * new / old) for r, new, old in zip(resized, (height, width), target, strict=True)]
-    return ViTImageProcessorPil(
+    return CLCAImageProcessor(
         do_convert_rgb=True,
         do_resize=saved.do_resize,
         size={"shortest_edge": scaled[0]} if edge else {"height": scaled[0], "width": scaled[1]},
         resample=saved.resample,
-        do_center_crop=crop is not None or edge is not None,
+        do_center_crop=crops or edge is not None,
         crop_size={"height": height, "width": width},
         do_rescale=saved.do_rescale,
         rescale_factor=saved.rescale_factor,

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor
 
 from clca import CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
@@ -26,7 +25,7 @@ from ..data.splits import random_subset
 from ..data.streams import StreamedImages
 from ..data.transformed import TransformedImages
 from ..evaluation.prediction import file_names
-from ..transforms.preprocessing import EvalTransform, make_image_processor
+from ..transforms.preprocessing import EvalTransform, make_image_processor, read_image_processor
 from ..utils.files import write_text_atomically
 from ..utils.provenance import PACKAGES, _version, describe_host, now
 from .common import check_fields, json_object
@@ -177,7 +176,7 @@ def open_model(
             f"{name} takes images of {height} x {width} pixels, but pictures are resized to squares only."
         )
     try:
-        transform = EvalTransform(AutoImageProcessor.from_pretrained(name, revision=revision))
+        transform = EvalTransform(read_image_processor(name, revision))
     except (OSError, ValueError):
         transform = None
     if transform is None or transform.crop_size != height:

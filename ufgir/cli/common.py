@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from clca import CLCAViTConfig
 from clca.configuration_clca import as_pair
 
 from ..checkpoints.config_options import FIELDS, config_options, fields_of
 from ..transforms.images import open_picture
+from ..transforms.preprocessing import read_image_processor
 from ..utils.text import one_sentence, shortened
 
 
@@ -147,7 +148,7 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
         ValueError: it has none, or one that cannot be read.
     """
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return read_image_processor(model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever stands in the file
         if not Path(model).is_dir() or Path(model, PROCESSOR).is_file():
             raise ValueError(f"the {PROCESSOR} of {model} cannot be read: {shortened(one_sentence(error))}") from error

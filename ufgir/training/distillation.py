@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from clca import CLCAViTConfig
 from clca.loss_clca import distillation_loss
 from clca.reductions_clca import get_reduction
 
+from ..transforms.preprocessing import read_image_processor
 from ..utils.arguments import option
 from ..utils.options import OptionGroup, Requirement
 from .teacher import Teacher
@@ -71,7 +72,7 @@ class DistillationArguments(OptionGroup):
 def _processor_of(args: DistillationArguments, student: Any) -> Any:
     """The teacher's image processor; the student's, with a warning, where it has none."""
     try:
-        return AutoImageProcessor.from_pretrained(args.teacher, revision=args.teacher_revision)
+        return read_image_processor(args.teacher, args.teacher_revision)
     except (OSError, ValueError):
         logger.warning(
             "`teacher` %s has no image processor: its images are normalised with the student's `image_mean` and `image_std`",

@@ -121,7 +121,7 @@ def training_settings(options: Any, config: Any, image_processor: Any) -> dict[s
     for group in (options.augmentation, options.optimization, options.distillation, options.adapter):
         settings |= {name: value for name, value in vars(group).items() if name not in _ELSEWHERE}
     settings |= {name: getattr(image_processor, name) for name in ("image_mean", "image_std")}
-    settings |= {"resize_size": image_processor.size["height"]}
+    settings |= {"resize_size": image_processor.resize_size[0]}
     return settings | {name: value for name, value in config.to_dict().items() if name not in NOT_STORED}
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import ViTImageProcessorPil
 from transformers.trainer_utils import IntervalStrategy
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 
 from ..checkpoints.config_options import config_options, fields_of
 from ..checkpoints.loading import checkpoint_config, load_pretrained, new_config
@@ -55,7 +54,7 @@ class Run:
 
     checkpoint: str | None  # to resume from
     config: CLCAViTConfig
-    image_processor: ViTImageProcessorPil
+    image_processor: CLCAImageProcessor
     data: dict[str, Dataset]  # split -> images as they are
     images: dict[str, TransformedImages]  # split -> images as the model takes them
     class_names: list[str]
@@ -101,7 +100,7 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
         ) from error
 
 
-def make_processor(options: Options, config: CLCAViTConfig) -> ViTImageProcessorPil:
+def make_processor(options: Options, config: CLCAViTConfig) -> CLCAImageProcessor:
     """The image processor: the checkpoint's, or ImageNet's numbers, with the options that were set."""
     model, data = options.model, options.data
     numbers = (data.resize_size, data.image_mean, data.image_std)
@@ -233,7 +232,7 @@ def _is_multi_label(config: CLCAViTConfig) -> bool:
 
 
 def make_distillation(
-    options: Options, config: CLCAViTConfig, image_processor: ViTImageProcessorPil, given: Collection[str]
+    options: Options, config: CLCAViTConfig, image_processor: CLCAImageProcessor, given: Collection[str]
 ) -> Distillation | None:
     """The teacher, if there is one to train with.
 
@@ -286,7 +285,7 @@ def count_costs(config: CLCAViTConfig) -> tuple[int | None, int]:
 
 
 def make_images(
-    data: Mapping[str, Dataset], config: CLCAViTConfig, image_processor: ViTImageProcessorPil
+    data: Mapping[str, Dataset], config: CLCAViTConfig, image_processor: CLCAImageProcessor
 ) -> dict[str, TransformedImages]:
     """split -> images as the model takes them in evaluation."""
     transform = EvalTransform(image_processor)
@@ -302,7 +301,7 @@ def make_trainer(
     options: Options,
     model: nn.Module,
     config: CLCAViTConfig,
-    image_processor: ViTImageProcessorPil,
+    image_processor: CLCAImageProcessor,
     images: dict[str, TransformedImages],
     distillation: Distillation | None = None,
     checkpoint: str | None = None,
@@ -352,7 +351,7 @@ def make_trainer(
 def _augment(
     options: Options,
     config: CLCAViTConfig,
-    image_processor: ViTImageProcessorPil,
+    image_processor: CLCAImageProcessor,
     images: dict[str, TransformedImages],
 ) -> Any:
     """Augment the training images from here on; the collator for their batches."""

@@ -2,9 +2,9 @@
 
 from .. import _moved
 from .images import open_picture, to_rgb
-from .preprocessing import EvalTransform, TrainTransform, make_image_processor
+from .preprocessing import EvalTransform, TrainTransform, make_image_processor, read_image_processor
 
 
-__all__ = ["EvalTransform", "TrainTransform", "make_image_processor", "open_picture", "to_rgb"]
+__all__ = ["EvalTransform", "TrainTransform", "make_image_processor", "open_picture", "read_image_processor", "to_rgb"]
 
 __getattr__ = _moved.names_of(__name__)

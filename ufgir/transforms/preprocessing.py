@@ -1,10 +1,10 @@
 """From a picture to `pixel_values`, for training and for evaluation.
 
 Both transforms take every number from the image processor that is saved with the model, so a model and its
-`preprocessor_config.json` cannot disagree:
+`preprocessor_config.json` cannot disagree. Its `crop_pct` is the ratio of the two squares:
 
-    evaluation   upright RGB -> resize to the square `size` -> centre crop `crop_size` -> rescale -> normalise
-    training     upright RGB -> resize to the square `size` -> random crop `crop_size` -> horizontal flip -> rescale -> normalise
+    evaluation   upright RGB -> resize to a square -> centre crop `size` -> rescale -> normalise
+    training     upright RGB -> resize to a square -> random crop `size` -> horizontal flip -> rescale -> normalise
 
 The resize does not keep the aspect ratio: the original squashes every picture into a square. What training may do
 besides is `ufgir.transforms.augmentation`.
@@ -15,19 +15,51 @@ looks the same whatever the number of workers or processes, and whether or not t
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, ViTImageProcessorPil
+from transformers import AutoImageProcessor
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from clca.image_processing_clca import CLCAImageProcessor, normalize_levels
 
 from .images import to_rgb
 
 
 logger = logging.getLogger(__name__)
+
+
+def read_image_processor(source: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """Load the image processor of a model, without torchvision and without running code of the model's folder.
+
+    Args:
+        source: folder or Hub repository.
+        revision: of the Hub repository.
+
+    Returns:
+        A `CLCAImageProcessor` for those of this project, of any version, and of ViT. Otherwise transformers' class that the
+        file names, its Pillow variant where it has one.
+
+    Raises:
+        OSError: there is no such folder or repository, or it has no image processor.
+        ValueError: the file is invalid, or names a class that transformers does not have.
+    """
+    values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+    if not isinstance(values, dict):
+        raise ValueError(f"the image processor of {source} must be a JSON object, got {type(values).__name__}.")
+    named = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
+    kind = named.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if kind == "ViTImageProcessor":
+        return CLCAImageProcessor.from_dict(values)
+    if kind.endswith("ImageProcessor") and (found := getattr(transformers, f"{kind}Pil", None)) is not None:
+        return found.from_dict(values)
+    return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def make_image_processor(
@@ -37,7 +69,7 @@ def make_image_processor(
     image_std: Sequence[float] | None = None,
     checkpoint: str | None = None,
     revision: str | None = None,
-) -> ViTImageProcessorPil:
+) -> CLCAImageProcessor:
     """An image processor that resizes to a square, bicubic, and crops the centre: evaluation as the original does it.
 
     Args:
@@ -55,40 +87,49 @@ def make_image_processor(
     saved = None
     if checkpoint is not None:
         try:
-            saved = AutoImageProcessor.from_pretrained(checkpoint, revision=revision)
+            saved = read_image_processor(checkpoint, revision)
         except (OSError, ValueError):
-            logger.warning("%s has no image processor: ImageNet's mean and deviation are used", checkpoint)
+            logger.warning("%s has no image processor: ImageNet's mean and std are used", checkpoint)
     if resize_size is None:
         resize_size = int(image_size / 0.875)
-        if saved is not None and saved.do_center_crop and saved.crop_size["height"] == image_size:
-            resize_size = saved.size["height"] or resize_size
+        before, after = (None, None) if saved is None else sizes_of(saved)
+        if before != after and after[0] == image_size:
+            resize_size = before[0]
     if resize_size < image_size:
         raise ValueError(f"`resize_size` must be at least `image_size`, {image_size}, got {resize_size}.")
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
         if values is not None and (len(values) != 3 or (name == "image_std" and min(values) <= 0)):
             raise ValueError(f"`{name}` must be three numbers, for red, green and blue, got {list(values)}.")
-    return ViTImageProcessorPil(
+    return CLCAImageProcessor(
         do_convert_rgb=True,
-        size={"height": resize_size, "width": resize_size},
+        size={"height": image_size, "width": image_size},
+        crop_pct=image_size / resize_size,
         resample=Image.Resampling.BICUBIC,
-        do_center_crop=True,
-        crop_size={"height": image_size, "width": image_size},
         image_mean=list(image_mean or (saved.image_mean if saved else IMAGENET_DEFAULT_MEAN)),
         image_std=list(image_std or (saved.image_std if saved else IMAGENET_DEFAULT_STD)),
     )
 
 
-def _side(name: str, size: Any) -> int:
-    """The edge in pixels of a square `size` or `crop_size` of an image processor; ValueError if it is not a square."""
-    height = size.get("height") if isinstance(size, dict) else getattr(size, "height", None)
-    width = size.get("width") if isinstance(size, dict) else getattr(size, "width", None)
-    if height is None or height != width:
-        raise ValueError(f"`{name}` of the image processor must be a square with 'height' and 'width', got {size}.")
-    return int(height)
+def sizes_of(image_processor: Any) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """What an image processor resizes images to, and what is left after the centre crop: height and width each, pixels.
+
+    None stands for a size that is not given by height and width, such as one by the shortest edge.
+    """
+    size = _height_and_width(image_processor.size)
+    if size is not None and getattr(image_processor, "crop_pct", None) is not None:
+        return image_processor.resize_size, size
+    crops = getattr(image_processor, "do_center_crop", False) and image_processor.crop_size is not None
+    return size, _height_and_width(image_processor.crop_size) if crops else size
+
+
+def _height_and_width(size: Any) -> tuple[int, int] | None:
+    values = dict(size) if size is not None else {}
+    height, width = values.get("height"), values.get("width")
+    return None if height is None or width is None else (int(height), int(width))
 
 
 def normalization(image_processor: Any) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """(scale, mean, deviation): 8-bit levels times scale, less the mean, over the deviation, are `pixel_values`."""
+    """(scale, mean, std): 8-bit levels times scale, less the mean, over the std, are `pixel_values`."""
     scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
     mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else ([0], [1])
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
@@ -99,17 +140,21 @@ class _Transform:
     """The numbers that both transforms share, read from an image processor.
 
     Args:
-        image_processor: one with a square `size`, a square `crop_size` (where it crops), `resample`, `image_mean`,
-            `image_std` and `rescale_factor`, e.g. `ViTImageProcessorPil`.
+        image_processor: a `CLCAImageProcessor`, or another one that resizes and crops to squares.
 
     Raises:
         ValueError: a size is not a square, or the crop is larger than the resized picture.
     """
 
     def __init__(self, image_processor: Any) -> None:
-        self.resize_size = _side("size", image_processor.size)  # pixels
-        crops = getattr(image_processor, "do_center_crop", False) and image_processor.crop_size is not None
-        self.crop_size = _side("crop_size", image_processor.crop_size) if crops else self.resize_size  # pixels
+        before, after = sizes_of(image_processor)
+        for size in (before, after):
+            if size is None or size[0] != size[1]:
+                raise ValueError(
+                    "`size` and `crop_size` of the image processor must be squares with 'height' and 'width', got "
+                    f"{image_processor.size} and {image_processor.crop_size}."
+                )
+        self.resize_size, self.crop_size = before[0], after[0]  # pixels
         if self.crop_size > self.resize_size:
             raise ValueError(
                 f"`crop_size` ({self.crop_size}) must not be larger than `size` ({self.resize_size}), both in pixels."
@@ -128,7 +173,7 @@ class _Transform:
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W), uint8
 
     def _to_tensor(self, image: Image.Image) -> torch.Tensor:
-        return (self._levels(image) * self.scale).sub_(self.mean).div_(self.std)  # (3, H, W), float32
+        return normalize_levels(self._levels(image), self.scale, self.mean, self.std)  # (3, H, W), float32
 
 
 class EvalTransform(_Transform):
