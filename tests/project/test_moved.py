@@ -94,7 +94,7 @@ def test_old_names_can_be_imported(path):
         warnings.simplefilter("ignore", FutureWarning)
         found = getattr(importlib.import_module(module), name)
     assert found.__name__ == name
-    assert found.__module__.startswith("ufgir.")
+    assert found.__module__.startswith(("ufgir.", "clca."))
 
 
 def test_a_name_that_never_was_is_an_attribute_error():
