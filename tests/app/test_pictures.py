@@ -34,7 +34,7 @@ def test_pictures_of_all_kinds_become_small_and_rgb(tmp_path):
     assert open_leaf(tmp_path / "turned.png").picture.size == (20, 40)
     Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_leaf(tmp_path / "clear.png").picture.getpixel((5, 5)) == (255, 255, 255)
-    Image.new("CMYK", (3000, 10)).save(tmp_path / "long.jpg")
+    Image.new("CMYK", (3000, 200)).save(tmp_path / "long.jpg")
     assert open_leaf(tmp_path / "long.jpg").picture.size[0] == LONGEST_SIDE
     for mode in ("1", "L", "P", "I;16"):
         Image.new(mode, (8, 6)).save(tmp_path / "mode.png")
@@ -47,6 +47,15 @@ def test_a_huge_picture_is_made_small_and_a_bomb_is_refused(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(30000, 30000, rows=1))
     with pytest.raises(ValueError, match=r"bomb.png has more than 120 million pixels: make it smaller"):
         open_leaf(tmp_path / "bomb.png")
+
+
+def test_an_image_is_no_thread(tmp_path):
+    """Its shorter side would be resized to what a model takes, and the longer one with it."""
+    Image.new("RGB", (4, 80)).save(tmp_path / "leaf.png")
+    assert open_leaf(tmp_path / "leaf.png").picture.size == (4, 80)
+    Image.new("RGB", (4, 81)).save(tmp_path / "thread.png")
+    with pytest.raises(ValueError, match=r"thread\.png is more than 20 times as long as wide"):
+        open_leaf(tmp_path / "thread.png")
 
 
 def test_no_file_reaches_another_program(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Models of strangers: fetched without a token, bounded, and refused in a sentence."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,64 @@ def test_models_of_strangers_may_not_fill_the_machine(tmp_path, monkeypatch, cha
     monkeypatch.setattr(app_model, "get_hf_file_metadata", None)  # not even asked for
     with pytest.raises(ValueError, match=r"you/leaves is too large for this page\. It takes models of 100 layers"):
         load_checkpoint("you/leaves", trusted=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_labels": 10**9},
+        {"num_labels": 1e300},
+        {"id2label": {str(i): "" for i in range(50_001)}},
+        {"image_size": 20_000},
+        {"image_size": [20_000, 20_000]},
+        {"size": 20_000},
+        {"size": {"height": 20_000, "width": 20_000}},
+        {"size": {"shortest_edge": 700}},  # of an image that is 20 times as long as wide
+        {"image_processor": {"crop_size": {"height": 10**9, "width": 1}}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_sizes_that_a_file_states_are_checked_before_anything_is_made(checkpoint, tmp_path, monkeypatch, changes):
+    """Making the configuration of a billion classes takes gigabytes by itself."""
+    of_model = {"num_labels", "id2label", "image_size"} & set(changes)
+    for file in Path(checkpoint).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / ("config.json" if of_model else "preprocessor_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    hub_of(tmp_path, monkeypatch)
+    if of_model:
+        monkeypatch.setattr(app_model, "load_config", None)
+    monkeypatch.setattr(app_model, "AutoImageProcessor", None)
+    with pytest.raises(ValueError, match=r"you/leaves is too large .* 50,000 classes, 8 million pixels"):
+        load_checkpoint("you/leaves", trusted=False)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"[" * 10**5], ids=["list", "cut off", "deep"])
+def test_configurations_of_strangers_are_json_objects(checkpoint, tmp_path, monkeypatch, content):
+    (tmp_path / "config.json").write_bytes(content)
+    hub_of(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"config\.json of you/leaves"):
+        load_checkpoint("you/leaves", trusted=False)
+    monkeypatch.setattr(app_model, "MOST_TEXT_BYTES", 0)
+    with pytest.raises(ValueError, match=r"config\.json of you/leaves is too large"):
+        load_checkpoint("you/leaves", trusted=False)
+
+
+def test_strangers_do_not_learn_which_paths_exist(checkpoint, tmp_path, monkeypatch):
+    """A relative path of this machine and one that is none get the same answer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "is").mkdir(parents=True)
+
+    def answer_to(name):
+        with pytest.raises(ValueError) as caught:
+            load_checkpoint(name, trusted=False)
+        return re.sub(rf"(^|out |checkpoint ){re.escape(name)}", r"\1X", str(caught.value))
+
+    for names in (("there", "nowhere"), ("there/is", "there/isnt"), ("there/is/more", "no/where/here")):
+        assert answer_to(names[0]) == answer_to(names[1])
+    monkeypatch.setattr(app_model, "hf_hub_download", lambda *a, **k: 1 / 0)
+    for names in ((".", "./no"), ("/tmp", "/nowhere"), ("~", "~nobody"), ("../there", "../nowhere")):
+        assert answer_to(names[0]) == answer_to(names[1])
 
 
 @pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError, RemoteEntryNotFoundError])

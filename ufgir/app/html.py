@@ -43,7 +43,7 @@ CSS = """
 .ufgir .thumbs button:hover { border-color: var(--bar); }
 .ufgir .thumbs button:focus-visible { outline: 3px solid #1a73e8; outline-offset: 1px; }
 .ufgir .thumbs img { width: 100%; aspect-ratio: 1; object-fit: cover; display: block; margin: 0; border-radius: 4px; }
-#leaf img { cursor: crosshair; }
+#leaf img { cursor: crosshair; width: 100%; height: auto; display: block; margin: 0; border-radius: 4px; }
 @media (min-width: 900px) { #leaf-column { position: sticky; top: .5rem; align-self: flex-start; } }
 """
 
@@ -88,6 +88,19 @@ def thumbnails(examples: Sequence[tuple[str, Leaf]]) -> str:
         )
     return _wrap(f'<div class="thumbs">{"".join(buttons)}</div>')
 
+
+def leaf(picture: Image.Image) -> str:
+    """The leaf, to be clicked on."""
+    return _wrap(_image(picture, "The leaf as the model sees it, with a frame around one patch"))
+
+
+# Tells the server where the leaf was clicked, in parts of its height and width.
+LEAF_JS = """
+element.addEventListener('click', (event) => {
+  const box = event.target.closest('img')?.getBoundingClientRect();
+  if (box) trigger('click', {y: (event.clientY - box.top) / box.height, x: (event.clientX - box.left) / box.width});
+});
+"""
 
 # Tells the server which thumbnail was pressed.
 THUMBNAILS_JS = """

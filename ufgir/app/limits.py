@@ -10,6 +10,9 @@ MAX_UPLOAD = "50mb"  # size of a file, as Gradio reads it: a photo of a camera h
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS, for one, Pillow would hand to another program
 MOST_PIXELS = 120_000_000  # of an image that is opened: larger ones, made to fill the memory, are not decoded
 LONGEST_SIDE = 1024  # pixels of an image that is kept: more than any model sees
+MOST_ELONGATED = (
+    20  # times as long as wide: a narrower image would be resized to millions of pixels by its shorter side
+)
 FOLDER_EXAMPLES = 12  # images shown of --examples: two rows of thumbnails
 DRAWN_EXAMPLES = 8  # leaves shown of a model's data set, one a class
 SMALLEST_DRAWN = 16  # pixels: smaller leaves cannot be drawn
@@ -19,8 +22,21 @@ SMALLEST_DRAWN = 16  # pixels: smaller leaves cannot be drawn
 MOST_PARAMETERS = 400_000_000  # a ViT-L/16 has 304 million
 MOST_LAYERS = 100  # a ViT-g has 40; making modules takes time before any parameter is counted
 MOST_PATCHES = 4096  # an image of 1024 x 1024 pixels in patches of 16: attention grows with their square
+MOST_CLASSES = 50_000  # ImageNet-21k has 21,841
+MOST_INPUT_PIXELS = (
+    8_000_000  # of an image as a model sees it, or as it is resized before cropping; 1024 x 1024 is one million
+)
+MOST_TEXT_BYTES = 20_000_000  # of config.json: the names of 50,000 classes, twice, have some 5 MB
 BYTES_PER_PARAMETER = 4.1  # of a file of weights: float32, and the names
-TOO_LARGE = f"It takes models of {MOST_LAYERS} layers, {MOST_PATCHES} patches and {MOST_PARAMETERS // 10**6} million parameters at most."
+TOO_LARGE = (
+    f"It takes models of {MOST_LAYERS} layers, {MOST_PATCHES} patches, {MOST_CLASSES:,} classes, "
+    f"{MOST_INPUT_PIXELS // 10**6} million pixels and {MOST_PARAMETERS // 10**6} million parameters at most."
+)
+
+# What visitors leave behind
+
+UPLOAD_SECONDS = 3200  # age at which an upload is deleted that was never read; those that are read are deleted at once
+SWEEP_SECONDS = 300  # between two searches for such uploads: none is there after an hour
 
 # What is computed, and what visitors wait for
 

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.text import one_sentence
@@ -16,6 +17,7 @@ from ..visualization.records import Kind
 from . import html as html
 from . import limits
 from .viewer import Leaf, Setting, Viewer, drawn_examples, folder_examples, open_leaf
+from .visitors import answer_in_sentences, unanswered, uploads
 
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "outputs/demo"
 _DENSE = "none (every token stays)"
+_KEPT = "The file is deleted as soon as it is read, or after an hour; the image is forgotten when you close this page."
 _SLOW = "Latency is measured when you press the button: this model is slow here."
 
 
@@ -66,7 +69,10 @@ def make_page(
         checkpoint = viewer.checkpoint(model)
         if not leaves:
             leaves = drawn_examples(checkpoint.config)
-    return _Page(gr, viewer, model, leaves).blocks
+    uploads()  # before Gradio asks where they go
+    page = _Page(gr, viewer, model, leaves).blocks
+    answer_in_sentences(gr, page)
+    return page
 
 
 class _Page:
@@ -93,21 +99,14 @@ class _Page:
         gr = self.gr
         gr.HTML(html.heading("Leaf"))
         self.leaf_problem = gr.HTML(elem_id="leaf-problem")
-        self.picture = gr.Image(
-            show_label=False,
-            label="Leaf",
-            elem_id="leaf",
-            interactive=False,
-            buttons=[],
-            format="png",
-            alt_text="The leaf as the model sees it, with a frame around one patch",
-        )
+        self.picture = gr.HTML(js_on_load=html.LEAF_JS, elem_id="leaf")
         gr.HTML(html.hint("Click a patch to follow it through the layers, or choose it here:"))
         with gr.Row():
             row, column = self._places(self.name.value)
             self.row = gr.Number(**row, precision=0, min_width=80, elem_id="row")
             self.column = gr.Number(**column, precision=0, min_width=80, elem_id="column")
         self.upload = gr.UploadButton("Upload a leaf", file_types=["image"], elem_id="upload", variant="primary")
+        gr.HTML(html.hint(_KEPT))
         self.examples = None
         if self.leaves:
             gr.HTML(html.hint("Or take one of these:"))
@@ -199,15 +198,20 @@ class _Page:
         measure = {"fn": self._measure, "inputs": inputs, "outputs": costs, "show_progress": "hidden", **one}
         latest = {"trigger_mode": "always_last"}  # of a slider on its way only where it stands
 
-        def pick(name: str | None, event: gr.SelectData) -> tuple[int, int]:
-            """The patch under a click, whose place is in pixels of the picture."""
-            (x, y), (rows, columns) = event.index, self.viewer.grid(name)
-            width, height = self.viewer.picture_size(name)
-            return min(int(y * rows / height), rows - 1), min(int(x * columns / width), columns - 1)
+        def pick(name: str | None, event: gr.EventData) -> list[int]:
+            """The patch under a click, whose place is in parts of the height and width."""
+            places = zip((event.y, event.x), self.viewer.grid(name), strict=True)
+            return [min(max(int(place * count), 0), count - 1) for place, count in places]
+
+        def close(request: gr.Request) -> None:
+            """Forget the image of a visitor who closes the page."""
+            self.blocks.state_holder.delete_state(request.session_hash)
+            self.viewer.forget_leaves()
 
         def example(event: gr.EventData) -> tuple[Leaf, str]:
             return self.leaves[int(event.index) % len(self.leaves)][1], ""
 
+        self.blocks.unload(close)
         self.blocks.load(**show).then(**measure)
         found = [self.leaf, self.leaf_problem]
         self.upload.upload(self._upload, [self.upload, self.leaf], found, **one).then(**show).then(**measure)
@@ -216,7 +220,7 @@ class _Page:
         loaded = [self.name, self.model_problem, self.about, self.row, self.column, *controls]
         load = self.source.submit(self._load, [self.source, self.name, *inputs[4:]], loaded, **one)
         load.then(**show).then(**measure)
-        self.picture.select(pick, self.name, [self.row, self.column], **one).then(**show)
+        self.picture.click(pick, self.name, [self.row, self.column], **one).then(**show)
         for part in (self.kind, self.row, self.column):
             part.input(**show, **latest)
         for panel in self.panels:
@@ -233,6 +237,9 @@ class _Page:
             return open_leaf(path) if path else leaf, ""
         except ValueError as error:
             return leaf, html.problem(f"{error} The leaf below is the one from before." if leaf else str(error))
+        finally:
+            if path:
+                Path(path).unlink(missing_ok=True)
 
     def _second(self, shown: bool) -> Any:
         return self.gr.update(visible=shown)
@@ -277,14 +284,14 @@ class _Page:
         """Everything that follows from the controls."""
         if name is None or leaf is None:
             missing = "Choose a model." if name is None else "Upload a leaf."
-            return [None, html.hint(missing), *[""] * (4 * len(self.panels) - 1)]
+            return ["", html.hint(missing), *[""] * (4 * len(self.panels) - 1)]
         patch = None if row is None or column is None else (row, column)
         settings = self._settings(compare, controls)
         results = []
         for setting in settings:
             results += self._panel_results(name, leaf, setting, settings, kind, patch)
         results += [self.gr.skip()] * (4 * (len(self.panels) - len(settings)))
-        return [self.viewer.leaf_with_grid(name, leaf, patch), *results]
+        return [html.leaf(self.viewer.leaf_with_grid(name, leaf, patch)), *results]
 
     def _panel_results(
         self,
@@ -412,7 +419,8 @@ def serve_page(page: "gradio.Blocks", host: str | None = None, port: int | None 
             share=share,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=True,
+            show_error=False,  # what is no `gr.Error` stays in the log
+            app_kwargs={"exception_handlers": {Exception: unanswered}, "lifespan": uploads().watched},
             footer_links=[],
             run_history=False,
             ssr_mode=False,

@@ -5,6 +5,7 @@ no parameters: the models of several settings share them.
 """
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -54,11 +55,15 @@ from .limits import (
     FORMATS,
     LATENCIES,
     LONGEST_SIDE,
+    MOST_CLASSES,
+    MOST_ELONGATED,
+    MOST_INPUT_PIXELS,
     MOST_LAYERS,
     MOST_PARAMETERS,
     MOST_PATCHES,
     MOST_PIXELS,
     MOST_ROUNDS,
+    MOST_TEXT_BYTES,
     PICTURE_SIDE,
     PREDICTIONS,
     SETTINGS,
@@ -102,7 +107,8 @@ def open_leaf(path: str | os.PathLike[str]) -> Leaf:
     """Read a picture of a stranger: turned as its camera says, and made small.
 
     Raises:
-        ValueError: no picture of `FORMATS`, a broken one, or one of more than `MOST_PIXELS`.
+        ValueError: no image of `FORMATS`, a broken one, or one of more than `MOST_PIXELS` or longer than `MOST_ELONGATED` times its
+            width.
     """
     name = Path(path).name
     try:
@@ -111,12 +117,16 @@ def open_leaf(path: str | os.PathLike[str]) -> Leaf:
             with Image.open(path, formats=FORMATS) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise Image.DecompressionBombError
-                return make_leaf(picture)
+                elongated = max(picture.size) > MOST_ELONGATED * min(picture.size)
+                leaf = None if elongated else make_leaf(picture)
     except Image.DecompressionBombError as error:
         most = MOST_PIXELS // 10**6
         raise ValueError(f"{name} has more than {most} million pixels: make it smaller and try again.") from error
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
         raise ValueError(f"{name} is not a picture that can be read. Try another JPEG or PNG file.") from error
+    if leaf is None:
+        raise ValueError(f"{name} is more than {MOST_ELONGATED} times as long as wide: crop it and try again.")
+    return leaf
 
 
 def drawn_examples(config: CLCAViTConfig, count: int = DRAWN_EXAMPLES) -> list[tuple[str, Leaf]]:
@@ -266,8 +276,8 @@ def _asking_the_hub(name: str) -> Iterator[None]:
         raise ValueError(
             f"the Hub cannot be reached, or does not give out {name} now: check the connection and try again."
         ) from error
-    except OSError as error:
-        raise ValueError(f"{name} cannot be loaded: {one_sentence(error)}") from error
+    except OSError as error:  # without the path that `str(error)` ends with
+        raise ValueError(f"{name} cannot be loaded: {error.strerror or one_sentence(error)}") from error
 
 
 def _fetch(name: str) -> str:
@@ -279,14 +289,20 @@ def _fetch(name: str) -> str:
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
             raise ValueError(f"there is no checkpoint {name} on the Hub that everybody may read.") from error
         folder, commit = config.parent, config.parent.name
-        _check_size(name, load_config(str(folder), {}))
+        _check_values(name, config)
+        try:
+            _check_size(name, load_config(str(folder), {}))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(folder), name)) from error
         for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
-            if try_to_load_from_cache(name, file, revision=commit) is not None:  # fetched, or known not to be there
-                continue
-            try:
-                hf_hub_download(name, file, revision=commit, token=False)
-            except RemoteEntryNotFoundError:  # it has one of them
-                continue
+            found = try_to_load_from_cache(name, file, revision=commit)
+            if found is None:  # neither fetched before, nor known not to be there
+                try:
+                    found = hf_hub_download(name, file, revision=commit, token=False)
+                except RemoteEntryNotFoundError:  # it has one of them
+                    continue
+            if isinstance(found, str):
+                _check_values(name, Path(found))
         try:
             if not isinstance(try_to_load_from_cache(name, SAFE_WEIGHTS_NAME, revision=commit), str):
                 url = hf_hub_url(name, SAFE_WEIGHTS_NAME, revision=commit)
@@ -297,6 +313,48 @@ def _fetch(name: str) -> str:
         except RemoteEntryNotFoundError as error:
             raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only weights that this page takes.") from error
     return str(folder)
+
+
+def _check_values(name: str, file: Path) -> None:
+    """Refuse a configuration, of a model or an image processor, that states more classes or pixels than the page takes, before
+    anything is made of it."""
+    if file.stat().st_size > MOST_TEXT_BYTES:
+        raise ValueError(f"the {file.name} of {name} is too large for this page. {TOO_LARGE}")
+    try:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the {file.name} of {name} is not JSON.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the {file.name} of {name} must hold a JSON object.")
+    labels = values.get("num_labels", 0), *(len(values.get(key) or ()) for key in ("id2label", "label2id"))
+    sizes = [values.get("image_size"), *_sizes(values)]
+    if any(_is_over(count, MOST_CLASSES) for count in labels) or any(
+        _is_over(_area(s), MOST_INPUT_PIXELS) for s in sizes
+    ):
+        raise ValueError(f"{name} is too large for this page. {TOO_LARGE}")
+
+
+def _sizes(values: Mapping[str, Any]) -> Iterator[Any]:
+    """The sizes that an image processor states, also one inside another object."""
+    for key, value in values.items():
+        if key in ("size", "crop_size", "pad_size"):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _sizes(value)
+
+
+def _area(size: Any) -> Any:
+    """Pixels of a size in any of the forms that processors take: one side, two, or sides by name."""
+    if isinstance(size, Mapping):
+        if set(size) == {"shortest_edge"}:
+            return _area(size["shortest_edge"]) * MOST_ELONGATED
+        size = list(size.values())
+    sides = [side for side in (size if isinstance(size, Sequence) else [size]) if isinstance(side, (int, float))]
+    return abs(sides[0]) * abs(sides[-1]) if sides else 0
+
+
+def _is_over(value: Any, most: int) -> bool:
+    return isinstance(value, (int, float)) and not value <= most
 
 
 def _check_size(name: str, config: CLCAViTConfig) -> None:
@@ -349,9 +407,11 @@ def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
     name = name.strip()
     if not name:
         raise ValueError("`MODEL` is empty: give a folder, or a repository on the Hub such as you/leaves.")
-    if not trusted and (Path(name).exists() or name.startswith((".", "/", "~"))):
+    if not trusted and name.startswith(
+        (".", "/", "~")
+    ):  # by its look alone: strangers do not learn which folders there are
         raise ValueError(f"{name} looks like a folder of this machine. This page takes models of the Hub only.")
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+    if trusted and Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise ValueError(f"there is no checkpoint in the folder {name}: it has no config.json.")
     source = name if trusted else _fetch(name)
     config = load_config(source, {})
@@ -465,6 +525,11 @@ class Viewer:
         checkpoint = self.checkpoint(name)
         return with_weights(checkpoint.model, setting_config(checkpoint.config, setting))
 
+    def forget_leaves(self) -> None:
+        """Drop the answers about images, and with them the images."""
+        self.look.cache_clear()
+        self.stages.cache_clear()
+
     def view(self, name: str, leaf: Leaf, setting: Setting | None = None) -> View:
         """The leaf as the model sees it."""
         checkpoint = self.checkpoint(name)
@@ -521,11 +586,6 @@ class Viewer:
     def grid(self, name: str) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.checkpoint(name).config.image_grid
-
-    def picture_size(self, name: str) -> tuple[int, int]:
-        """Width and height of `leaf_with_grid`."""
-        (rows, columns), (height, width) = self.grid(name), as_pair(self.checkpoint(name).config.patch_size)
-        return cell_size(torch.empty(0, rows * height, columns * width), PICTURE_SIDE)
 
     def _macs(self, name: str, setting: Setting) -> tuple[int | None, int]:
         config = self.checkpoint(name).config

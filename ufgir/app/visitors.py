@@ -1,0 +1,92 @@
+"""What visitors of the page send, leave behind, and are told when a request fails."""
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .limits import SWEEP_SECONDS, UPLOAD_SECONDS
+
+
+if TYPE_CHECKING:
+    import gradio
+
+logger = logging.getLogger(__name__)
+
+UNANSWERED = "The page could not answer this request ({kind}). Reload it and try again."
+
+
+class Uploads:
+    """The folder for uploads, one for all pages of a process. Everything in it is deleted in time, also what Gradio loses sight of:
+    uploads that were broken off, and its own temporary files.
+
+    Attributes:
+        folder: only for the user who runs the page. It is deleted when the process ends.
+    """
+
+    def __init__(self) -> None:
+        given = os.environ.get("GRADIO_TEMP_DIR")
+        if given:
+            Path(given).mkdir(parents=True, exist_ok=True)
+        self._owned = tempfile.TemporaryDirectory(prefix="ufgir-page-", dir=given or None, ignore_cleanup_errors=True)
+        self.folder = Path(self._owned.name)
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder)  # which Gradio asks for at each request
+
+    def sweep(self, age: float = UPLOAD_SECONDS) -> None:
+        """Delete what nobody has changed for `age` seconds."""
+        old = [path for path in self.folder.rglob("*") if time.time() - path.lstat().st_mtime >= age]
+        for path in sorted(old, reverse=True):  # what is inside a folder before the folder
+            with suppress(OSError):  # a folder in use, or a file that is gone
+                path.rmdir() if path.is_dir() else path.unlink()
+
+    @asynccontextmanager
+    async def watched(self, app: Any) -> AsyncIterator[None]:
+        """Sweep while a page is served, and delete everything at its end."""
+
+        async def sweeping() -> None:
+            while True:
+                await asyncio.sleep(SWEEP_SECONDS)
+                await asyncio.to_thread(self.sweep)
+
+        task = asyncio.create_task(sweeping())
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.sweep(0)
+
+
+@cache
+def uploads() -> Uploads:
+    """Those of this process."""
+    return Uploads()
+
+
+def answer_in_sentences(gr: Any, blocks: "gradio.Blocks") -> None:
+    """Let every error that a page answers with be one sentence without paths or code, also to those who call it as an API. What
+    `gr.Error` says is meant for visitors; anything else goes to the log."""
+    process = blocks.process_api
+
+    async def guarded(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return await process(*args, **kwargs)
+        except gr.Error as error:
+            raise gr.Error(" ".join(str(error.message).split()), print_exception=False) from error
+        except Exception as error:
+            logger.warning("A request failed.", exc_info=True)
+            raise gr.Error(UNANSWERED.format(kind=type(error).__name__), print_exception=False) from error
+
+    blocks.process_api = guarded
+
+
+async def unanswered(request: Any, error: Exception) -> Any:
+    """The answer to a request that fails before it reaches a function of the page."""
+    from starlette.responses import JSONResponse  # comes with Gradio
+
+    return JSONResponse({"error": UNANSWERED.format(kind=type(error).__name__)}, status_code=500)
