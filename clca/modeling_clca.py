@@ -62,6 +62,7 @@ def _register_conversions() -> None:
     backbone = [
         *get_checkpoint_conversion_mapping("ViTModel"),
         WeightRenaming("distillation_token", "register_tokens"),
+        WeightRenaming(r"^deit\.", "vit."),  # of a file with a classifier, whose backbone is loaded alone
     ]
     register_checkpoint_conversion_mapping("CLCAViTModel", [*backbone, *resample_conversions()], overwrite=True)
     register_checkpoint_conversion_mapping(

@@ -70,7 +70,7 @@ MOVED = {
     "ufgir.data_tables": "ufgir.data.tables ufgir.data.hub ufgir.data.columns",
     "ufgir.distillation": "ufgir.training.distillation",
     "ufgir.distributed": "ufgir.training.distributed ufgir.utils.distributed",
-    "ufgir.elastic": "ufgir.training.keep_rates ufgir.checkpoints.loading",
+    "ufgir.elastic": "ufgir.training.keep_rates ufgir.checkpoints.keep_rates",
     "ufgir.ema": "ufgir.training.ema",
     "ufgir.embedding": "ufgir.analysis.embedding",
     "ufgir.feature_maps": "ufgir.interpret.feature_maps",

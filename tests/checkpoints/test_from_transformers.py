@@ -70,7 +70,8 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("name", SOURCES)
 def test_without_reduction_it_equals_its_source(name, dtype, record_property):
     source = make_source(name, dtype)
-    model = load_transformers(source)
+    pooling = {"pooling": "map"} if name.startswith("siglip-") else {}  # the classifier reads another one
+    model = load_transformers(source, **pooling)
     pixels = random_images(model, dtype)
     with torch.no_grad():
         output = model.vit(pixels)
@@ -98,7 +99,7 @@ def test_a_saved_folder_gives_what_the_live_model_gives(name, tmp_path):
     assert {k: v for k, v in ours.items() if ours[k] != theirs[k]} == {}
 
 
-@pytest.mark.parametrize("name", ["vit-classifier", "deit-classifier", "ijepa-classifier"])
+@pytest.mark.parametrize("name", ["vit-classifier", "deit-classifier", "ijepa-classifier", "siglip-classifier"])
 def test_logits_and_class_names_of_a_classifier_stay(name):
     source = make_source(name)
     source.config.id2label = {i: f"leaf {i}" for i in range(5)}
@@ -137,8 +138,9 @@ def test_deit_with_a_teacher_keeps_the_classifier_on_cls(caplog):
     [name for name in SOURCES if name.endswith("classifier") and not name.startswith(("vit-", "deit-", "ijepa-"))],
 )
 def test_a_classifier_of_other_features_is_left_behind_with_a_warning(name, caplog):
+    pooling = {"pooling": "map"} if name.startswith("siglip-") else {}
     with caplog.at_level(logging.WARNING, logger="ufgir"):
-        model = load_transformers(make_source(name))
+        model = load_transformers(make_source(name), **pooling)
     assert "reads other features" in caplog.text
     assert model.config.num_labels == 5 and model.classifier.weight.shape == (5, 16)
 

@@ -117,7 +117,7 @@ class TestErrors:
         [
             ({"num_register_tokens": 2}, "register_tokens is missing"),
             ({"hidden_size": 32}, r"has the shape \(1, 1, 16\), not \(1, 1, 32\)"),
-            ({"keep_rat": 0.5}, "did you mean `keep_rate`"),
+            ({"keep_rat": 0.5}, "Did you mean `keep_rate`"),
             ({"image_size": 30}, "`image_size` must be a multiple of `patch_size`"),
             ({"reduction": "evit", "reduction_layers": [9]}, "`reduction_layers` must lie in"),
         ],

@@ -9,7 +9,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import CACHES, TINY, images
-from ufgir.checkpoints.loading import EVERYTHING, HEAD, at_one_rate, load_config, load_model, load_pretrained, rate_of
+from ufgir.checkpoints.keep_rates import at_one_rate, rate_of
+from ufgir.checkpoints.loading import EVERYTHING, HEAD, load_config, load_model, load_pretrained
 from ufgir.cli import entry as cli
 from ufgir.transforms.preprocessing import make_image_processor
 

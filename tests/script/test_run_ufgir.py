@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, pipeline
+from transformers import (
+    AutoImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 
 import run_ufgir
 from clca import CLCAViTForImageClassification
@@ -491,3 +498,24 @@ def test_push_uploads_our_card(trained, leaves, tmp_path, monkeypatch):
     )
     repository, card = uploads[-1]
     assert repository == "me/leaves" and "## How to load" in card and "library_name: transformers" in card
+
+
+def test_any_kind_of_source_is_trained(leaves, tmp_path, capsys):
+    """A backbone of another family, at another size: resampled, with a new head; not evaluated before it is trained."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
+    source, out = tmp_path / "dinov2", tmp_path / "out"
+    names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+    classifier = Dinov2ForImageClassification(Dinov2Config(image_size=28, patch_size=7, **sizes, **names))
+    classifier.save_pretrained(source)
+    transformers.ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.4] * 3).save_pretrained(source)
+    argv = ["--model_name_or_path", str(source), "--dataset", str(leaves), "--image_size", "14", "--use_cpu"]
+    argv += ["--reduction", "evit", "--reduction_layers", "1", "--keep_rate", "0.5", "--output_dir", str(out)]
+    assert "is not trained" in mistake(capsys, *argv, "--do_eval")
+    run(*argv, "--do_train", "--max_steps", "1", "--warmup_steps", "1", "--per_device_train_batch_size", "4")
+    saved = CLCAViTForImageClassification.from_pretrained(out)
+    assert (saved.config.image_size, saved.config.num_labels, saved.config.layerscale_value) == (14, 3, 1.0)
+    assert torch.equal(
+        saved.vit.layers[2].attention.q_proj.weight, classifier.dinov2.encoder.layer[2].attention.q_proj.weight
+    )  # the first step's learning rate is 0
+    assert list(AutoImageProcessor.from_pretrained(out).image_mean) == [0.5] * 3

@@ -34,7 +34,8 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from clca.budget_clca import Budget, as_pair
 
-from ..checkpoints.loading import at_one_rate, has_one_rate, load_config, load_model, rate_of
+from ..checkpoints.keep_rates import at_one_rate, has_one_rate, rate_of
+from ..checkpoints.loading import load_config, load_model
 from ..data.synthetic_leaves import SyntheticLeavesConfig
 from ..profiling.macs import count_macs, dense_config, macs_in_advance, on_meta
 from ..profiling.timing import Quartiles, Race, quartiles, steady

@@ -6,17 +6,20 @@ A field that the docstring documents is an option of `run_ufgir.py` (`ufgir.trai
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from functools import cache
 from types import GenericAlias
 from typing import Any, NamedTuple
 
 from clca import REDUCTIONS, CLCAViTConfig
+from clca.configuration_clca import check_config
 from clca.heads_clca import HEADS
 
 
 FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
+_CLASSES = ("id2label", "label2id", "problem_type")
 # Fields that the code sets, and none that a model is trained with; and label smoothing, which `run_ufgir.py` does to the labels.
 NOT_OPTIONS = ("vqt_original_slicing", "label_smoothing", "num_selected_features", "clca_version")
 # Defaults of a new model that differ from those of `ViTConfig`, in words; see `ufgir.checkpoints.loading.new_config`.
@@ -92,3 +95,41 @@ def _in_words(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_in_words, value))
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def changed_config(config: CLCAViTConfig, values: Mapping[str, Any]) -> CLCAViTConfig:
+    """A configuration with `values` in place of its own, checked. `CLCAViTConfig.from_dict` says what gives way to them.
+
+    Args:
+        config: stays as it is.
+        values: fields by name; classes also as `id2label`, `label2id` and `problem_type`.
+
+    Raises:
+        ValueError: a value out of range, or a name that is no field.
+    """
+    check_fields([name for name in values if name not in _CLASSES], "CLCAViTConfig")
+    values = dict(values)
+    if values.get("num_labels") == config.num_labels and "id2label" not in values:
+        del values["num_labels"]  # and the names of the classes stay
+    elif {"num_labels", "id2label"} & set(values):
+        values = {"problem_type": None} | values
+    changed = CLCAViTConfig.from_dict(config.to_dict(), **values)
+    check_config(changed)
+    return changed
+
+
+def check_fields(names: Iterable[str], what: str) -> None:
+    """Refuse names that are no fields of a configuration: transformers would keep them, and nothing would read them.
+
+    Args:
+        names: of fields.
+        what: where they come from, for the message.
+
+    Raises:
+        ValueError: naming the first, and what may be meant.
+    """
+    for name in names:
+        if name not in FIELDS:
+            close = get_close_matches(name, FIELDS, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else " See the fields of CLCAViTConfig."
+            raise ValueError(f"{what}: a configuration has no field `{name}`.{hint}")

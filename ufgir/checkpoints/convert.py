@@ -7,14 +7,15 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from clca import CLCAViTConfig
+
 from ..utils.files import new_folder, write_text_atomically
-from .from_timm import is_timm_source, load_timm, read_architecture, timm_image_processor
-from .from_transformers import load_transformers, load_transformers_processor
+from ..utils.text import listed
+from .loading import check_new, checkpoint_config, load_with_report
 from .model_card import describe_model, on_the_hub
-from .timm_architectures import find_architecture
+from .sources import KINDS, find_source, timm_architecture
 
 
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 MARKER = "conversion.json"  # in a converted folder: what it was made of
 
 
@@ -24,15 +25,19 @@ def convert_pretrained(
     """Write the folder of a CLCA model with the weights of a pretrained one: configuration, weights, code, image processor
     and model card. The folder appears complete or not at all.
 
+    Weights that the source lacks, a new classifier for example, are left out of the folder: whoever loads it is told that they are
+    random, and nothing takes the model for a trained one.
+
     Args:
-        source: folder or Hub repository of a model of transformers or timm; or a file of timm's weights.
+        source: folder or Hub repository of a model of transformers or timm, timm's name of one, or a file of timm's weights.
         output: folder to make; it may exist if it is empty.
         architecture: timm's name of the architecture, for weights without timm's config.json.
         overwrite: replace a folder that another conversion made.
         config: fields of `CLCAViTConfig`, in place of the source's.
 
     Raises:
-        ValueError: as `load_timm` and `load_transformers`; or `output` holds something that may not be replaced.
+        OSError: there is no such source, or the Hub cannot be reached.
+        ValueError: as `load`; `source` is a CLCA model already; or `output` holds something that may not be replaced.
     """
     output = Path(output).resolve()
     made_of = {"source": str(source), "architecture": architecture, **config}
@@ -40,13 +45,16 @@ def convert_pretrained(
         raise ValueError(
             f"`output` {output} is already there, made of the same source: set `overwrite` to make it again."
         )
-    if architecture is not None or Path(source).suffix in _WEIGHTS or is_timm_source(source):
-        model = load_timm(source, architecture, **config)
-        found = find_architecture(architecture) if architecture else read_architecture(source)
-        processor, licence = timm_image_processor(found, model.config.image_size), found.licence
-    else:
-        model = load_transformers(source, **config)
-        processor, licence = load_transformers_processor(source, model.config.image_size), None
+    kind, found = find_source(source, architecture=architecture)
+    if found.contents.get("model_type") == CLCAViTConfig.model_type:
+        raise ValueError(
+            f"`source` {source} is a CLCA model already: load it with CLCAViTForImageClassification.from_pretrained."
+        )
+    wanted = checkpoint_config(source, config, architecture=architecture)
+    model, untrained = load_with_report(source, wanted, architecture=architecture, ignore_mismatched_sizes=True)
+    check_new(source, untrained)
+    processor = kind.image_processor(found, model.config.image_size)
+    licence = timm_architecture(found).licence if kind is KINDS["timm"] else None
     base_model = on_the_hub(str(source))
     data = ModelCardData(
         library_name="transformers",
@@ -60,9 +68,11 @@ def convert_pretrained(
         model=describe_model(model.config),
         parameters=f"{model.num_parameters():,}",
         source=architecture or base_model or Path(source).name,
+        untrained=_UNTRAINED.format(names=listed([f"`{name}`" for name in untrained])) if untrained else "",
     )
+    trained = {name: tensor for name, tensor in model.state_dict().items() if name not in untrained}
     with new_folder(output) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=trained)
         processor.save_pretrained(folder)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
         write_text_atomically(folder / "README.md", str(card))
@@ -73,8 +83,7 @@ _BODY = """# {title}
 
 {model} {parameters} parameters.
 
-The weights are those of `{source}`, converted by `ufgir convert`. What that model does not have, the parts of CLCA and a
-classifier for other classes, is not trained yet.
+The weights are those of `{source}`, converted by `ufgir convert`.{untrained}
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -83,6 +92,8 @@ model = AutoModelForImageClassification.from_pretrained("path/to/{title}", trust
 image_processor = AutoImageProcessor.from_pretrained("path/to/{title}")
 ```
 """
+
+_UNTRAINED = """ What that model does not have is not trained yet and not in the file: {names}."""
 
 
 def is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bool:

@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from clca import CLCAViTForImageClassification
 
-from ..transforms.preprocessing import make_image_processor
 from ..utils.files import new_folder, write_text_atomically
 from ..utils.text import one_sentence
 from .convert import MARKER, is_made_of
-from .from_original import OriginalFile, build, read_original_file
+from .from_original import OriginalFile, build, original_image_processor, read_original_file
 from .model_card import describe_model
 
 
@@ -48,9 +47,8 @@ def convert_file(
     output: str | os.PathLike,
     *,
     class_names: Sequence[str] | None = None,
-    image_size: int | None = None,
-    num_attention_heads: int | None = None,
     overwrite: bool = False,
+    **overrides: Any,
 ) -> bool:
     """Turn a checkpoint file into a model folder: configuration, weights, code, image processor and model card.
 
@@ -60,9 +58,8 @@ def convert_file(
         path: the file.
         output: folder to make; it may exist if it is empty.
         class_names: names of the classes, by index.
-        image_size: side of the images in pixels, where it is not the checkpoint's.
-        num_attention_heads: where the file does not tell it.
         overwrite: replace a folder that another conversion made.
+        overrides: fields of `CLCAViTConfig`, see `load_original_file`.
 
     Returns:
         Whether the folder was written; False if it is already there, made of the same file in the same way.
@@ -74,7 +71,8 @@ def convert_file(
     path, output = Path(path), Path(output).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    options = {"image_size": image_size, "num_attention_heads": num_attention_heads, "class_names": None}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    options = {"image_size": None, "num_attention_heads": None, "class_names": None} | overrides
     if class_names is not None:
         options["class_names"] = hashlib.sha256(json.dumps(list(class_names)).encode()).hexdigest()
     made_of = {"source": path.name, "bytes": path.stat().st_size, "ends": _fingerprint(path), **options}
@@ -82,8 +80,7 @@ def convert_file(
         return False
 
     file = read_original_file(path)
-    overrides = {"image_size": image_size, "num_attention_heads": num_attention_heads}
-    model = build(file, {name: value for name, value in overrides.items() if value is not None})
+    model = build(file, overrides)
     if class_names is not None:
         if len(class_names) != model.config.num_labels:
             raise ValueError(
@@ -93,7 +90,7 @@ def convert_file(
         model.config.label2id = {name: index for index, name in enumerate(class_names)}
     with new_folder(output) as folder:
         model.save_pretrained(folder)
-        _image_processor(file, model.config.image_size).save_pretrained(folder)
+        original_image_processor(file, model.config.image_size).save_pretrained(folder)
         write_text_atomically(folder / "README.md", _card(file, model, output.name))
         write_text_atomically(folder / MARKER, json.dumps(made_of, indent=2) + "\n")
     return True
@@ -188,18 +185,6 @@ def _fingerprint(path: Path, most: int = 1 << 16) -> str:
         head = file.read(most)
         file.seek(max(path.stat().st_size - most, 0))
         return hashlib.sha256(head + file.read(most)).hexdigest()
-
-
-def _image_processor(file: OriginalFile, image_size: int) -> Any:
-    """The pictures of the original's evaluation: squashed to a square, its centre cropped."""
-    # mean and deviation of 0.5, or ImageNet's
-    statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
-    if statistics and file.options.get("dataset_name") == "cifar10":
-        logger.warning("%s was trained with statistics of its own data: mean and deviation 0.5 are a guess", file.path)
-    own_size = file.options.get("input_size") == image_size
-    # The later code evaluates at a size of its own.
-    resize_size = file.options.get("test_resize_size", file.options.get("resize_size")) if own_size else None
-    return make_image_processor(image_size, resize_size, image_mean=statistics, image_std=statistics)
 
 
 def _card(file: OriginalFile, model: CLCAViTForImageClassification, title: str) -> str:

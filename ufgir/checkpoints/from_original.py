@@ -29,9 +29,10 @@ from clca.reduction_base import LearntSlots
 from clca.reductions_clca import get_reduction
 from clca.resample_clca import resample_weights
 
+from ..transforms.preprocessing import make_image_processor
 from ..utils.text import shortened
 from .original_keys import _PROBING_METHODS, convert_original_state, original_config
-from .state_dicts import common_dtype, fill_model
+from .state_dicts import Weights, common_dtype, fill_model
 from .timm_architectures import Architecture, find_architecture
 
 
@@ -265,12 +266,7 @@ def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLC
     known = {f.name for f in fields(CLCAViTConfig)} | {"num_labels"}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"CLCAViTConfig has no argument {', '.join(f'`{name}`' for name in unknown)}.")
-    try:
-        source = _config_of_weights(file, overrides)
-    except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"the weights of `{file.path}` are not those of a ViT: {type(error).__name__}: {_first_line(error)}."
-        ) from error
+    source = open_original(file, overrides).config
     config = CLCAViTConfig.from_dict(source.to_dict() | _changes(source, overrides))
     weights = resample_weights(convert_original_state(file.state, config), source, config)
     model = CLCAViTForImageClassification(config).eval()
@@ -278,6 +274,37 @@ def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLC
     optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(weights)), weights, optional, source=f"weights of `{file.path}`")
     return model
+
+
+def open_original(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> Weights:
+    """The weights of a file and the configuration that fits them.
+
+    Args:
+        file: as `read_original_file` returns it.
+        overrides: fields of `CLCAViTConfig` for what the file does not tell.
+
+    Raises:
+        ValueError: as `load_original_file`.
+    """
+    try:
+        config = _config_of_weights(file, overrides or {})
+    except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"the weights of `{file.path}` are not those of a ViT: {type(error).__name__}: {_first_line(error)}."
+        ) from error
+    return Weights(convert_original_state(file.state, config), config)
+
+
+def original_image_processor(file: OriginalFile, image_size: int) -> Any:
+    """The image processor of the original's evaluation: images are squashed to a square, whose centre is cropped."""
+    # mean and deviation of 0.5, or ImageNet's
+    statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
+    if statistics and file.options.get("dataset_name") == "cifar10":
+        logger.warning("%s was trained with statistics of its own data: mean and deviation 0.5 are a guess", file.path)
+    own_size = file.options.get("input_size") == image_size
+    # The later code evaluates at a size of its own.
+    resize_size = file.options.get("test_resize_size", file.options.get("resize_size")) if own_size else None
+    return make_image_processor(image_size, resize_size, image_mean=statistics, image_std=statistics)
 
 
 def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCAViTConfig:
@@ -325,12 +352,24 @@ def _changes(source: CLCAViTConfig, overrides: dict[str, Any]) -> dict[str, Any]
         changes = {"keep_rate": [1.0]} | changes
     elif "keep_rate" in changes:
         changes = {"keep_tokens": None} | changes
-    elif source.reduction in LEARNT_SLOTS and {"image_size", "patch_size"} & changes.keys():
-        slots = _learnt_slots(source, len(source.reduction_layers))  # weights: as many for any number of patches
-        changes |= {"keep_rate": [1.0], "keep_tokens": slots}
+    else:
+        changes |= kept_slots(source, changes)
     if changes.get("reduction", source.reduction) != source.reduction:
         changes = {"reduction_kwargs": None} | changes
     return changes
+
+
+def kept_slots(source: CLCAViTConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What else must change with a configuration whose method has its slots in the weights: there are as many for any number of
+    patches."""
+    resized = {"image_size", "patch_size"} & changes.keys()
+    if (
+        source.reduction not in LEARNT_SLOTS
+        or not resized
+        or {"keep_rate", "keep_tokens", "reduction"} & changes.keys()
+    ):
+        return {}
+    return {"keep_rate": [1.0], "keep_tokens": _learnt_slots(source, len(source.reduction_layers))}
 
 
 def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
-from clca.resample_clca import resample_weights
 
 from ..utils.text import listed
-from .state_dicts import common_dtype, fill_model
+from .config_options import changed_config
+from .state_dicts import Weights, common_dtype, fit_model, tensor_shapes
 from .timm_architectures import Architecture, find_architecture
 from .timm_keys import convert_timm_tensor, translate
 
@@ -145,21 +145,30 @@ def load_timm(
     found = read_source(source, architecture, revision)
     state = to_timm_names(found.state_dict)
     wanted = _wanted_config(state, found, config)
-    new_parts = [r"vit\.embeddings\.clr_.*", r"vit\.layers\.\d+\.(reduction|probe)\..*"]
-    if not _keeps_classifier(state, found.architecture, wanted):
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("head.")}
-        new_parts.append(r"classifier\..*")
-    if wanted.pooling != "map":
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("attn_pool.")}
-    elif not any(key.startswith("attn_pool.") for key in state):
-        new_parts.append(r"vit\.attention_pooling\..*")
-    weights = _to_our_names(state, wanted)
-    weights = resample_weights(weights, _saved_config(weights, found.architecture, wanted), wanted)
-    model = CLCAViTForImageClassification(wanted).eval()
-    if common_dtype(weights) == torch.float64:
-        model.double()
-    fill_model(model, weights, new_parts)
-    return model
+    weights = _our_weights(state, found)
+    dtype = torch.float64 if common_dtype(weights.state) == torch.float64 else torch.float32
+    return fit_model(weights, wanted, dtype=dtype).model
+
+
+def open_timm(
+    source: str | Path,
+    architecture: str | Architecture | None = None,
+    revision: str | None = None,
+    shapes_only: bool = False,
+) -> Weights:
+    """The weights of a source and the configuration that fits them, at the image size that the weights have.
+
+    Args:
+        source: file, folder or Hub repository, see `load_timm`.
+        architecture: its name, where there is no config.json.
+        revision: of the Hub repository.
+        shapes_only: do not read the weights: tensors are on the meta device.
+
+    Raises:
+        ValueError: as `load_timm`.
+    """
+    found = read_source(source, architecture, revision, shapes_only)
+    return _our_weights(to_timm_names(found.state_dict), found)
 
 
 def timm_image_processor(
@@ -209,8 +218,9 @@ def read_source(
     source: Mapping[str, torch.Tensor] | str | Path,
     architecture: str | Architecture | None = None,
     revision: str | None = None,
+    shapes_only: bool = False,
 ) -> TimmSource:
-    """Weights, architecture and class names of a source, see `load_timm`.
+    """Weights (or tensors of their shapes on the meta device), architecture and class names of a source, see `load_timm`.
 
     Raises:
         ValueError: no architecture, or an unknown one; nothing at the source; a file that cannot be read.
@@ -219,14 +229,14 @@ def read_source(
     if isinstance(source, Mapping) or Path(source).is_file():
         if known is None:
             raise ValueError("`architecture` must be given: weights alone do not tell it.")
-        return TimmSource(source if isinstance(source, Mapping) else _read_weights(Path(source)), known)
+        return TimmSource(source if isinstance(source, Mapping) else _read_weights(Path(source), shapes_only), known)
     labels = None
     if known is None:
         known, labels = _read_description(source, revision)
     for name in WEIGHT_FILES:
         file = _find_file(source, name, revision)
         if file is not None:
-            return TimmSource(_read_weights(file), known, labels)
+            return TimmSource(_read_weights(file, shapes_only), known, labels)
     raise ValueError(f"`source` {source} has no weights: neither {' nor '.join(WEIGHT_FILES)}.")
 
 
@@ -320,12 +330,12 @@ def _fields_of_model_args(args: Mapping[str, Any], own: Mapping[str, Any], sourc
     return found
 
 
-def _read_weights(file: Path) -> dict[str, Any]:
+def _read_weights(file: Path, shapes_only: bool = False) -> dict[str, Any]:
     """Tensors of a .safetensors file, or of a pickle that holds nothing but tensors."""
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+            return tensor_shapes(file) if shapes_only else load_file(file)
+        return torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{file} is no complete safetensors file: {error}.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
@@ -425,12 +435,10 @@ def _wanted_config(state: State, found: TimmSource, config: Mapping[str, Any]) -
     return CLCAViTConfig(**wanted)
 
 
-def _keeps_classifier(state: State, architecture: Architecture, wanted: CLCAViTConfig) -> bool:
-    if "head.weight" not in state or wanted.head != "linear":
-        return False
-    pooling = architecture.fields.get("pooling", "cls")
-    same_features = _timm_pooling(wanted.pooling) == _timm_pooling(pooling)
-    return same_features and state["head.weight"].shape[0] == wanted.num_labels
+def _our_weights(state: State, found: TimmSource) -> Weights:
+    own = _wanted_config(state, found, {})
+    weights = _to_our_names(state, own)
+    return Weights(weights, _saved_config(weights, found.architecture, own))
 
 
 def _to_our_names(state: State, wanted: CLCAViTConfig) -> State:
@@ -453,8 +461,6 @@ def _to_our_names(state: State, wanted: CLCAViTConfig) -> State:
 
 def _saved_config(weights: State, architecture: Architecture, wanted: CLCAViTConfig) -> CLCAViTConfig:
     """A configuration with the image and patch size that the weights themselves have."""
-    options = {name: getattr(wanted, name) for name in ("use_class_token", "num_register_tokens", "pooling")}
-    options["prefix_position_embeddings"] = wanted.prefix_position_embeddings
     projection = weights.get("vit.embeddings.patch_embeddings.projection.weight")
     positions = weights.get("vit.embeddings.position_embeddings")
     if projection is None or projection.dim() != 4 or positions is None or positions.dim() != 3:
@@ -464,8 +470,8 @@ def _saved_config(weights: State, architecture: Architecture, wanted: CLCAViTCon
     size, root = as_pair(architecture.image_size), math.isqrt(max(count, 0))
     for rows, columns in ((size[0] // patch[0], size[1] // patch[1]), (root, root), wanted.image_grid):
         if rows * columns == count > 0:
-            sizes = {"image_size": [rows * patch[0], columns * patch[1]], "patch_size": list(patch)}
-            return CLCAViTConfig(**options, **sizes)
+            sizes = {"image_size": (rows * patch[0], columns * patch[1]), "patch_size": patch}
+            return changed_config(wanted, {n: size[0] if size[0] == size[1] else size for n, size in sizes.items()})
     raise ValueError(
         f"`pos_embed` of the `source` has {positions.shape[1]} rows: with a prefix of {positions.shape[1] - count} they are "
         "neither the patches of this architecture nor of a square. Is it another architecture?"

@@ -23,11 +23,11 @@ from transformers.utils.hub import cached_file
 
 from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
-from clca.resample_clca import resample_weights
 
 from ..transforms.preprocessing import make_image_processor, read_image_processor, sizes_of
 from ..utils.text import listed
-from .state_dicts import common_dtype, fill_model
+from .config_options import changed_config
+from .state_dicts import Weights, common_dtype, fit_model
 
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,6 @@ _SIGLIP: Rules = (
 _OTHER_TASKS = (r"pooler\.dense\..*", r"embeddings\.mask_token", r"decoder\..*")
 _TEXT = (r"text_model\..*", r"(?:text|visual)_projection\..*", r"logit_(?:scale|bias)", r"embeddings\.position_ids")
 
-# Our weights that no source has.
-_NEW_PARTS = (
-    r"vit\.embeddings\.clr_(?:tokens|position_embeddings)",
-    r"vit\.layers\.\d+\.(?:reduction|probe)\..*",
-)
-
 
 class Family(NamedTuple):
     """How the models of one `model_type` become ours.
@@ -106,7 +100,8 @@ class Family(NamedTuple):
         prefix: of the backbone's weights in a class with a head.
         left_behind: regular expressions of weights that have no place in a classifier.
         merge_class_position: their CLS token has a position embedding and their registers have none.
-        linear: their classifier is linear on what ours reads; if not, it is left behind.
+        classifier_reads: the `pooling` whose features their classifier is linear on; None if we have no such features: then it
+            is left behind.
     """
 
     config: Callable[[PreTrainedConfig], dict[str, Any]]
@@ -115,7 +110,7 @@ class Family(NamedTuple):
     prefix: str
     left_behind: tuple[str, ...] = _OTHER_TASKS
     merge_class_position: bool = False
-    linear: bool = False
+    classifier_reads: str | None = None
 
 
 def _common(config: PreTrainedConfig) -> dict[str, Any]:
@@ -177,7 +172,9 @@ def _two_towers(towers: Family, *classes: str) -> Family:
 _CLIP_VISION = Family(
     _clip_config, _CLIP, ("CLIPVisionModel", "CLIPVisionModelWithProjection"), "vision_model.", _TEXT
 )
-_SIGLIP_VISION = Family(_siglip_config, _SIGLIP, ("SiglipVisionModel",), "vision_model.", _TEXT)
+_SIGLIP_VISION = Family(
+    _siglip_config, _SIGLIP, ("SiglipVisionModel",), "vision_model.", _TEXT, classifier_reads="normed_mean"
+)
 
 FAMILIES: dict[str, Family] = {
     "vit": Family(
@@ -185,7 +182,7 @@ FAMILIES: dict[str, Family] = {
         _VIT,
         ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"),
         "vit.",
-        linear=True,
+        classifier_reads="cls",
     ),
     "deit": Family(
         _deit_config,
@@ -198,7 +195,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "deit.",
         (*_OTHER_TASKS, r"distillation_classifier\..*"),
-        linear=True,
+        classifier_reads="cls",
     ),
     "dinov2": Family(_dinov2_config, _DINOV2, ("Dinov2Model", "Dinov2ForImageClassification"), "dinov2."),
     "dinov2_with_registers": Family(
@@ -213,7 +210,9 @@ FAMILIES: dict[str, Family] = {
     "siglip": _two_towers(_SIGLIP_VISION, "SiglipModel", "SiglipForImageClassification"),
     "siglip_vision_model": _SIGLIP_VISION,
     "vit_mae": Family(_vit_config, _VIT, ("ViTMAEModel", "ViTMAEForPreTraining"), "vit."),
-    "ijepa": Family(_ijepa_config, _VIT, ("IJepaModel", "IJepaForImageClassification"), "ijepa.", linear=True),
+    "ijepa": Family(
+        _ijepa_config, _VIT, ("IJepaModel", "IJepaForImageClassification"), "ijepa.", classifier_reads="normed_mean"
+    ),
 }
 
 
@@ -228,8 +227,9 @@ def load_transformers(
 
     What is new to the source starts as our model starts it: CLR tokens (as copies of CLS) and their positions, parameters
     of the reduction, and the classifier, unless a ViT's, DeiT's or I-JEPA's fits. Of a `DeiTForImageClassificationWithTeacher`, the
-    classifier on CLS is taken. DINOv2, CLIP and SigLIP classify other features than our heads read, so a classifier
-    of theirs is left behind with a warning. ViT-MAE's fixed position embeddings become parameters as others are.
+    classifier on CLS is taken. SigLIP's reads the mean of the normed tokens: `pooling` is "normed_mean" for it by default, and with
+    another it is left behind. DINOv2 and CLIP classify other features than our heads read, so a classifier of theirs is left behind
+    with a warning. ViT-MAE's fixed position embeddings become parameters as others are.
 
     Args:
         source: folder or Hub repository of the model, or a live model, which is not changed. Of a model of pictures and
@@ -246,30 +246,75 @@ def load_transformers(
             another shape, the first dozen by name, or what `CLCAViTConfig` refuses.
     """
     if isinstance(source, PreTrainedModel):
-        family = _family(source.config.model_type, type(source).__name__)
-        theirs, state_dict, class_name = source.config, source.state_dict(), type(source).__name__
+        theirs, family = source.config, _family(source.config.model_type, type(source).__name__)
+        opened = Opened(theirs, family, type(source).__name__)
+        state_dict, name = source.state_dict(), type(source).__name__
     else:
-        theirs, family = _read_config(source, revision)
-        state_dict, class_name = _read_weights(source, revision, theirs, family)
+        opened = open_transformers(source, revision)
+        state_dict, name = opened.read(source, revision), str(source)
+    weights = opened.convert(state_dict, name)
+    wanted = changed_config(weights.config, config)
+    opened.warn_of_classifiers(weights, wanted)
+    return fit_model(weights, wanted, dtype=dtype or common_dtype(weights.state)).model
 
-    state = convert_state(state_dict, family, str(source) if isinstance(source, str | Path) else class_name)
-    options = family.config(theirs)
-    as_saved = CLCAViTConfig(**options)
-    classifier_left = not family.linear and any(re.fullmatch(_CLASSIFIER[0][0], key) for key in state_dict)
-    wanted = CLCAViTConfig(**_with_classes(options, theirs, "classifier.weight" in state or classifier_left, config))
-    if family.merge_class_position:
-        state = _merge_class_position(state)
-    state = resample_weights(state, as_saved, wanted)
-    state, new_parts = _select(state, as_saved, wanted)
-    if classifier_left and wanted.num_labels == theirs.num_labels:
-        logger.warning("The classifier of %s reads other features than ours: a new one is to be trained.", class_name)
-    elif "classifier.weight" in state and "distillation_classifier.weight" in state_dict:
-        logger.warning("Of the two classifiers of %s, whose logits it averages, the one on CLS is taken.", class_name)
 
-    model = CLCAViTForImageClassification(wanted).eval()
-    model.to(dtype or common_dtype(state))
-    fill_model(model, state, new_parts)
-    return model
+class Opened(NamedTuple):
+    """A model of transformers before its weights are read: its configuration, its family, and the name of its class."""
+
+    theirs: PreTrainedConfig
+    family: Family
+    class_name: str
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it has a classifier."""
+        return "ForImageClassification" in self.class_name
+
+    def config(self) -> CLCAViTConfig:
+        """Our configuration of the model as it is, with the pooling that its classifier reads and its classes."""
+        options = self.family.config(self.theirs)
+        if self.classifies:
+            if self.family.classifier_reads is not None:
+                options["pooling"] = self.family.classifier_reads
+            options |= {"id2label": self.theirs.id2label, "label2id": self.theirs.label2id}
+            if self.theirs.problem_type is not None:
+                options["problem_type"] = self.theirs.problem_type
+        return CLCAViTConfig(**options)
+
+    def read(self, source: str | Path, revision: str | None, use_safetensors: bool | None = None) -> State:
+        """The weights of a folder or Hub repository under the names of the live class: transformers knows what its files have been
+        through."""
+        return _read_weights(source, revision, self, use_safetensors)
+
+    def convert(self, state_dict: Mapping[str, torch.Tensor], name: str) -> Weights:
+        """Weights under the names of the live class as those of our model."""
+        state = convert_state(state_dict, self.family, name)
+        if self.family.merge_class_position:
+            state = _merge_class_position(state)
+        return Weights(state, self.config())
+
+    def warn_of_classifiers(self, weights: Weights, wanted: CLCAViTConfig) -> None:
+        """Warn where a classifier that the caller may count on is not taken, or is one of two."""
+        same = wanted.pooling == weights.config.pooling and self.family.classifier_reads is not None
+        if self.classifies and not same and wanted.num_labels == self.theirs.num_labels:
+            logger.warning(
+                "The classifier of %s reads other features than ours: a new one is to be trained.", self.class_name
+            )
+        elif "WithTeacher" in self.class_name and wanted.num_labels == self.theirs.num_labels:
+            logger.warning(
+                "Of the two classifiers of %s, whose logits it averages, the one on CLS is taken.", self.class_name
+            )
+
+
+def open_transformers(source: str | Path, revision: str | None = None) -> Opened:
+    """The configuration of a folder or Hub repository, without running code that it may bring along.
+
+    Raises:
+        ValueError: no such model, or a `model_type` that is not in `FAMILIES`.
+    """
+    theirs, family = _read_config(source, revision)
+    named = (name for name in theirs.architectures or () if name in family.classes)
+    return Opened(theirs, family, next(named, family.classes[0]))
 
 
 def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: str = "the source") -> State:
@@ -278,8 +323,9 @@ def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: 
     Raises:
         ValueError: names that belong neither to the family nor to the parts it leaves behind; the first dozen are named.
     """
-    rules = (*family.rules, *_CLASSIFIER) if family.linear else family.rules
-    left_behind = family.left_behind if family.linear else (*family.left_behind, _CLASSIFIER[0][0])
+    linear = family.classifier_reads is not None
+    rules = (*family.rules, *_CLASSIFIER) if linear else family.rules
+    left_behind = family.left_behind if linear else (*family.left_behind, _CLASSIFIER[0][0])
     state, unexpected, left = {}, [], []
     for key, tensor in state_dict.items():
         theirs = key.removeprefix(family.prefix)
@@ -405,14 +451,16 @@ def _read_config(source: str | Path, revision: str | None) -> tuple[PreTrainedCo
         raise ValueError(f"`source` {source} has an invalid config.json: {_one_line(error)}") from error
 
 
-def _read_weights(
-    source: str | Path, revision: str | None, config: PreTrainedConfig, family: Family
-) -> tuple[State, str]:
-    """Weights under the names of the live class, and its name: transformers knows what its files have been through."""
-    class_name = next((name for name in config.architectures or () if name in family.classes), family.classes[0])
+def _read_weights(source: str | Path, revision: str | None, opened: Opened, use_safetensors: bool | None) -> State:
+    config, family, class_name = opened
     try:
         model, report = getattr(transformers, class_name).from_pretrained(
-            source, config=config, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
+            source,
+            config=config,
+            revision=revision,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=use_safetensors,
         )
     except pickle.UnpicklingError as error:  # torch's own message proposes to run what the file holds
         raise ValueError(
@@ -429,19 +477,7 @@ def _read_weights(
         problems.append(f"{key} has the shape {tuple(shape)}, not {tuple(expected)}")
     if problems:
         raise ValueError(f"weights of the `source` {source} do not fit its config.json: {listed(problems)}.")
-    return model.state_dict(), class_name
-
-
-def _with_classes(
-    options: dict[str, Any], theirs: PreTrainedConfig, classifies: bool, config: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments of `CLCAViTConfig`, the source's class names among them if it is a classifier with as many classes."""
-    if classifies and "id2label" not in config and config.get("num_labels", theirs.num_labels) == theirs.num_labels:
-        options = options | {"id2label": theirs.id2label, "label2id": theirs.label2id}
-        config = {name: value for name, value in config.items() if name != "num_labels"}
-        if theirs.problem_type is not None:
-            options["problem_type"] = theirs.problem_type
-    return options | config
+    return model.state_dict()
 
 
 def _merge_class_position(state: State) -> State:
@@ -449,21 +485,6 @@ def _merge_class_position(state: State) -> State:
     positions = state["vit.embeddings.position_embeddings"]
     cls_token = state["vit.embeddings.cls_token"] + positions[:, :1]
     return state | {"vit.embeddings.cls_token": cls_token, "vit.embeddings.position_embeddings": positions[:, 1:]}
-
-
-def _select(state: State, as_saved: CLCAViTConfig, wanted: CLCAViTConfig) -> tuple[State, tuple[str, ...]]:
-    """The weights that the wanted model has a use for, and the names of its parts that start anew."""
-    new_parts = _NEW_PARTS
-    same_features = wanted.head == "linear" and wanted.pooling == as_saved.pooling
-    weight = state.get("classifier.weight")
-    if weight is None or not same_features or weight.shape[0] != wanted.num_labels:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("classifier.")}
-        new_parts += (r"classifier\..*",)
-    if wanted.pooling != "map":
-        state = {key: tensor for key, tensor in state.items() if not key.startswith("vit.attention_pooling.")}
-    elif as_saved.pooling != "map":
-        new_parts += (r"vit\.attention_pooling\..*",)
-    return state, new_parts
 
 
 def _matches(key: str, patterns: Iterable[str], prefix: str = "") -> bool:

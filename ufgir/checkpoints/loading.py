@@ -1,23 +1,30 @@
-"""Load configurations and models from CLCA and stock ViT checkpoints. Missing, mismatched or truncated weights are reported."""
+"""One door for models of any source: CLCA checkpoints, ViTs of transformers and timm, files of the original code.
 
-import pickle
+`load` returns a model and `load_image_processor` what makes pixels of images for it. Commands and `run_ufgir.py` load in two
+steps, since they check or change the configuration before weights are read: `checkpoint_config` or `load_config`, then
+`load_model`, which refuses a model that is not trained, or `load_pretrained`, which trains it. What the kinds of sources are is
+told in `ufgir.checkpoints.sources`.
+"""
+
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
-from clca.budget_clca import Budget
-from clca.configuration_clca import check_config
-from clca.heads_clca import SwitchableBatchNorm
-from clca.reductions_clca import get_reduction
+from clca import CLCAViTConfig, CLCAViTForImageClassification
 
+from ..transforms.preprocessing import make_image_processor, sizes_of
 from ..utils.checksums import check_weights
 from ..utils.options import Requirement, check_options
-from ..utils.text import one_sentence
+from ..utils.text import listed, one_sentence
+from .sources import find_source
+from .state_dicts import NEW_PARTS
 
+
+logger = logging.getLogger(__name__)
 
 EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
 HEAD = ("classifier.",)  # what a look at the tokens does not need
@@ -31,54 +38,151 @@ class Loaded(NamedTuple):
     untrained: list[str]
 
 
-def checkpoint_config(checkpoint: str, values: Mapping[str, Any], revision: str | None = None) -> CLCAViTConfig:
-    """The configuration of a checkpoint with `values` in place of its own, checked.
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    architecture: str | None = None,
+    attn_implementation: str | None = None,
+    **config: Any,
+) -> CLCAViTForImageClassification:
+    """Load a model from any source, in evaluation mode, in float32. What the source lacks is named in a warning: it must be trained.
 
-    `CLCAViTConfig` lets counts of tokens give way to rates, and a method's options to another method. Several keep rates that it
-    was trained for give way, too: to counts, to a method that has one rate only, and to none.
+    Position embeddings and patch projection are resampled for another `image_size` or `patch_size`. CLR tokens start from CLS.
+    A classifier of another number of classes than `num_labels` is re-initialized.
 
     Args:
-        checkpoint: folder or Hub repository.
-        values: fields of the configuration.
+        source: folder or Hub repository of CLCA, of transformers (ViT, DeiT, DINOv2, DINOv2 with registers, CLIP, SigLIP, ViT-MAE,
+            I-JEPA) or of timm; timm's name of a pretraining; or a .pth file of the original code.
         revision: of the Hub repository.
+        architecture: timm's name of it, for a file or folder of weights without timm's config.json.
+        attn_implementation: as `from_pretrained` takes it.
+        config: fields of `CLCAViTConfig` in place of the source's, such as `image_size`, `num_labels`, `reduction`, `head`.
 
     Raises:
-        OSError: there is no such checkpoint, or its configuration cannot be read.
+        OSError: there is no such source, or the Hub cannot be reached.
+        ValueError: a source of another kind; weights that cannot be read, are missing or do not fit; or a value out of range.
+
+    Example:
+
+    ```python
+    model = load("facebook/dinov2-small", image_size=448, num_labels=80, reduction="evit", keep_rate=0.1)
+    ```
+    """
+    wanted = checkpoint_config(source, config, revision, architecture)
+    model, untrained = load_with_report(
+        source,
+        wanted,
+        revision,
+        architecture,
+        ignore_mismatched_sizes=bool({"num_labels", "id2label"} & set(config)),
+        attn_implementation=attn_implementation,
+    )
+    check_new(source, untrained)
+    if untrained:
+        logger.warning("%s is not trained for this network: it has no %s. Train it first.", source, some_of(untrained))
+    return model.eval()
+
+
+def load_image_processor(
+    source: str | Path,
+    image_size: int | None = None,
+    resize_size: int | None = None,
+    *,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    revision: str | None = None,
+    architecture: str | None = None,
+) -> Any:
+    """Load the image processor that belongs to a model of any source.
+
+    Args:
+        source: see `load`.
+        image_size: side of the model's input, pixels; by default the source's.
+        resize_size: side of the square before the centre crop, pixels; by default in the source's proportion to `image_size`.
+        image_mean, image_std: three numbers each, in place of the source's.
+        revision: of the Hub repository.
+        architecture: timm's name of it, see `load`.
+
+    Raises:
+        OSError: there is no such source, or a CLCA model without an image processor.
+        ValueError: a source of another kind, or a size out of range.
+    """
+    kind, found = find_source(source, revision, architecture)
+    saved = kind.image_processor(found, image_size)
+    if resize_size is image_mean is image_std is None:
+        return saved
+    side = image_size or sizes_of(saved)[1][0]
+    return make_image_processor(side, resize_size, image_mean or saved.image_mean, image_std or saved.image_std)
+
+
+def check_new(source: str | Path, untrained: Sequence[str]) -> None:
+    """Refuse a source without weights that every backbone has.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if lacking := [name for name in untrained if not any(re.fullmatch(part, name) for part in NEW_PARTS)]:
+        raise ValueError(f"weights of {source} do not fit the model: {listed([f'{n} is missing' for n in lacking])}.")
+
+
+def checkpoint_config(
+    checkpoint: str | Path, values: Mapping[str, Any], revision: str | None = None, architecture: str | None = None
+) -> CLCAViTConfig:
+    """The configuration of the model that a source makes, with `values` in place of its own, checked.
+
+    Args:
+        checkpoint: source, see `load`.
+        values: fields of the configuration.
+        revision: of the Hub repository.
+        architecture: timm's name of it, see `load`.
+
+    Raises:
+        OSError: there is no such source, or its configuration cannot be read.
         ValueError: a value is out of range.
     """
-    values = dict(values)
-    if values.get("keep_tokens") is not None or ("reduction" in values and has_one_rate(values["reduction"])):
-        values = {"train_keep_rates": None} | values
-    config = CLCAViTConfig.from_pretrained(checkpoint, revision=revision, **values)
-    check_config(config)
-    return config
+    kind, source = find_source(checkpoint, revision, architecture)
+    return kind.config(source, values)
 
 
 def load_model(
-    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, spare: Sequence[str] = (), **kwargs: Any
+    checkpoint: str | Path,
+    config: CLCAViTConfig,
+    revision: str | None = None,
+    spare: Sequence[str] = (),
+    **options: Any,
 ) -> Loaded:
-    """A model that is to be used as it is, in evaluation mode, in float32. What a checkpoint may lack is drawn with a fixed seed.
+    """A model that is to be used as it is, in evaluation mode, in float32. What a source may lack is drawn with a fixed seed.
 
     Args:
-        checkpoint: folder or Hub repository.
+        checkpoint: source, see `load`.
         config: of the model wanted.
         revision: of the Hub repository.
         spare: beginnings of the names of weights that may be lacking, because nothing is asked of them.
-        kwargs: more arguments of `from_pretrained`, such as `use_safetensors`.
+        options: `attn_implementation` and `use_safetensors` of `from_pretrained`.
 
     Raises:
         ValueError: weights that are lacking, cannot be read, or have other shapes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, untrained = load_with_report(checkpoint, config, revision, **kwargs)
-    if needed := [name for name in untrained if not name.startswith(tuple(spare))]:
-        of = f" of {config.reduction}" if any(".reduction." in name for name in needed) else ""
+        model, untrained = load_with_report(checkpoint, config, revision, **options)
+    check_trained(checkpoint, config, [name for name in untrained if not name.startswith(tuple(spare))])
+    return Loaded(model.eval(), untrained)
+
+
+def check_trained(checkpoint: str | Path, config: CLCAViTConfig, untrained: Sequence[str]) -> None:
+    """Refuse a model whose weights are random.
+
+    Raises:
+        ValueError: there are names in `untrained`.
+    """
+    if untrained:
+        of = f" of {config.reduction}" if any(".reduction." in name for name in untrained) else ""
         raise ValueError(
-            f"{checkpoint} is not trained for this network: it has no {some_of(needed)}{of}. They would be random: train it "
+            f"{checkpoint} is not trained for this network: it has no {some_of(untrained)}{of}. They would be random: train it "
             "first."
         )
-    return Loaded(model.eval(), untrained)
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -88,9 +192,9 @@ def some_of(names: Sequence[str]) -> str:
 
 
 def load_pretrained(
-    checkpoint: str, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
+    checkpoint: str | Path, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
 ) -> CLCAViTForImageClassification:
-    """The weights of a checkpoint in a model that is to be trained, see `load_with_report`; weights that are lacking start as the
+    """The weights of a source in a model that is to be trained, see `load_with_report`; weights that are lacking start as the
     model starts them.
 
     Raises:
@@ -106,100 +210,47 @@ def load_pretrained(
 
 
 def load_with_report(
-    checkpoint: str,
+    checkpoint: str | Path,
     config: CLCAViTConfig,
     revision: str | None = None,
+    architecture: str | None = None,
     *,
     ignore_mismatched_sizes: bool = False,
     advice: str = "load it with the options that it was trained with",
-    **kwargs: Any,
+    **options: Any,
 ) -> Loaded:
-    """The weights of a CLCA or stock ViT checkpoint in a model made from `config`, in float32.
+    """The weights of a source in a model made from `config`, in float32.
 
     Position embeddings and patch projection are resampled where `config` has another size, as `from_pretrained` does it; a token
-    that is new to the checkpoint starts as the model starts it. A CLA head that was trained for several keep rates serves a
-    `config` without `train_keep_rates` with its statistics at the rate of `config`.
+    that is new to the source starts as the model starts it.
 
     Args:
-        checkpoint: folder or Hub repository.
-        config: of the model wanted.
+        checkpoint: source, see `load`.
+        config: of the model wanted, made by `checkpoint_config`.
         revision: of the Hub repository.
+        architecture: timm's name of it, see `load`.
         ignore_mismatched_sizes: start weights of other shapes anew.
         advice: what to do about such weights, for the message.
-        kwargs: more arguments of `from_pretrained`, such as `attn_implementation`.
+        options: `attn_implementation` and `use_safetensors` of `from_pretrained`.
 
     Raises:
         ValueError: weights that cannot be read, are not as a training saved them, or have other shapes without
             `ignore_mismatched_sizes`.
     """
     check_weights(checkpoint)
-    options = {"revision": revision, "dtype": torch.float32, **kwargs}
-    saved = CLCAViTConfig.get_config_dict(checkpoint, revision=revision)[0]
-    try:
-        loaded = CLCAViTForImageClassification.from_pretrained(
-            checkpoint, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    kind, source = find_source(checkpoint, revision, architecture)
+    model, missing, mismatched = kind.load(source, config, **{n: v for n, v in options.items() if v is not None})
+    if mismatched and not ignore_mismatched_sizes:
+        name, there, here = mismatched[0]
+        saved = kind.config(source, {})
+        resized = (saved.image_grid, saved.patch_size) != (config.image_grid, config.patch_size)
+        if resized and all(".reduction." in name for name, *_ in mismatched):
+            advice = "because of another `image_size` or `patch_size`"
+        raise ValueError(
+            f"weights of {checkpoint} have other shapes than the model's, {advice}: {name} is {there} there and {here} here"
+            + (f", and {len(mismatched) - 1} more." if len(mismatched) > 1 else ".")
         )
-        model, info = cast("tuple[CLCAViTForImageClassification, dict[str, Any]]", loaded)  # with that information
-        untrained = set(info["missing_keys"])
-        if rates := None if config.train_keep_rates else saved.get("train_keep_rates"):
-            whole = CLCAViTForImageClassification.from_pretrained(checkpoint, **options).state_dict()
-            settled = at_one_rate(whole, rates, rate_of(config))
-            known = {name: settled[name] for name in untrained if name in settled}
-            model.load_state_dict(known, strict=False)
-            untrained -= known.keys()
-    except (RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        text = one_sentence(error).removesuffix("For details look at the above report!").strip()
-        raise ValueError(f"the weights of {checkpoint} cannot be read: {text}") from error
-    if odd := sorted(info["mismatched_keys"]):
-        if not ignore_mismatched_sizes:
-            name, there, here = odd[0]
-            resized = any(
-                saved.get(key, getattr(config, key)) != getattr(config, key) for key in ("image_size", "patch_size")
-            )
-            if resized and all(".reduction." in name for name, *_ in odd):
-                advice = "because of another `image_size` or `patch_size`"
-            raise ValueError(
-                f"weights of {checkpoint} have other shapes than the model's, {advice}: {name} is {tuple(there)} there and "
-                f"{tuple(here)} here" + (f", and {len(odd) - 1} more." if len(odd) > 1 else ".")
-            )
-        untrained |= {name for name, *_ in odd}
-    return Loaded(model, sorted(untrained))
-
-
-def has_one_rate(reduction: str | None) -> bool:
-    """Whether a method, or no method, may have no `train_keep_rates`: its trained models have one keep rate."""
-    if reduction is None:
-        return True
-    return get_reduction(reduction).fixed_rate.__func__ is not TokenReduction.fixed_rate.__func__
-
-
-def rate_of(config: CLCAViTConfig) -> float:
-    """The keep rate of all stages that comes closest to what a model keeps in the end: 1 without a reduction."""
-    if config.reduction is None:
-        return 1.0
-    if config.keep_tokens is None:
-        return Budget.of(config).mean_rate
-    return (config.keep_tokens[-1] / config.num_patches) ** (1 / len(config.reduction_layers))
-
-
-def at_one_rate(weights: Mapping[str, torch.Tensor], rates: Sequence[float], rate: float) -> dict[str, torch.Tensor]:
-    """Weights of a model with `train_keep_rates` as those of a model without: its batch norms have the statistics of a rate.
-
-    Args:
-        weights: a state dict.
-        rates: its `train_keep_rates`.
-        rate: in (0, 1]; 1 for a model without a reduction.
-    """
-    settled = {}
-    for name, value in weights.items():
-        place, _, kind = name.rpartition(".")
-        if kind not in ("rate_mean", "rate_var"):
-            settled[name] = value
-            continue
-        norm = SwitchableBatchNorm(value.shape[1], sorted(rates))
-        settled[f"{place}.running_{kind.removeprefix('rate_')}"] = norm.at(rate, value)
-        settled[f"{place}.num_batches_tracked"] = torch.tensor(0)
-    return settled
+    return Loaded(model, sorted({*missing, *(name for name, *_ in mismatched)}))
 
 
 def new_config(values: Mapping[str, Any]) -> CLCAViTConfig:
@@ -208,28 +259,24 @@ def new_config(values: Mapping[str, Any]) -> CLCAViTConfig:
     return CLCAViTConfig(**{"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, **values})
 
 
-def load_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
-    """The configuration of a checkpoint, or of ViT-B/16, with `values` in place of its own; checked. Values without effect are
+def load_config(model: str | None, values: dict[str, Any], revision: str | None = None) -> CLCAViTConfig:
+    """The configuration of a source, or of ViT-B/16, with `values` in place of its own; checked. Values without effect are
     named in a warning.
 
     Raises:
         ValueError: there is no such checkpoint, or a value is out of range.
     """
-    config = read_config(model, values)
+    config = read_config(model, values, revision)
     check_meaning(values, [config])
     return config
 
 
-def read_config(model: str | None, values: dict[str, Any]) -> CLCAViTConfig:
+def read_config(model: str | None, values: dict[str, Any], revision: str | None = None) -> CLCAViTConfig:
     """As `load_config`, without the warning: of several configurations, values may have an effect on others."""
     if model is None:
         return new_config({"num_labels": 1000, **values})
-    if not Path(model).is_dir() and Path(model).exists():
-        raise ValueError(f"`MODEL` must be a folder or a Hub repository, got the file {model}.")
-    if Path(model).is_dir() and not Path(model, "config.json").is_file():  # transformers would take its defaults
-        raise ValueError(f"there is no checkpoint in the folder {model}: it has no config.json.")
     try:
-        return checkpoint_config(model, values)
+        return checkpoint_config(model, values, revision)
     except OSError as error:
         if Path(model).is_dir():
             raise ValueError(f"the config.json of {model} cannot be read: {one_sentence(error)}") from error

@@ -17,6 +17,7 @@ from clca import CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
 from ..analysis.inputs import as_json, no_file
+from ..checkpoints.config_options import check_fields
 from ..checkpoints.loading import load_config, load_model, some_of
 from ..data.checks import DatasetError
 from ..data.labels import class_feature, is_multi_label
@@ -28,7 +29,7 @@ from ..evaluation.prediction import file_names
 from ..transforms.preprocessing import EvalTransform, make_image_processor, read_image_processor
 from ..utils.files import write_text_atomically
 from ..utils.provenance import PACKAGES, _version, describe_host, now
-from .common import check_fields, json_object
+from .common import json_object
 from .outputs import check_folder
 
 
@@ -168,8 +169,7 @@ def open_model(
             images that are no squares.
     """
     check_fields(changes or {}, "`changes`")
-    values = dict(changes or {}) | ({} if revision is None else {"revision": revision})
-    config = load_config(name, values)
+    config = load_config(name, dict(changes or {}), revision)
     height, width = as_pair(config.image_size)
     if height != width:
         raise ValueError(

@@ -2,8 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -14,7 +13,7 @@ from transformers import BaseImageProcessor
 from clca import CLCAViTConfig
 from clca.configuration_clca import as_pair
 
-from ..checkpoints.config_options import FIELDS, config_options, fields_of
+from ..checkpoints.config_options import config_options, fields_of
 from ..transforms.images import open_picture
 from ..transforms.preprocessing import read_image_processor
 from ..utils.text import one_sentence, shortened
@@ -77,23 +76,6 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
     return found
-
-
-def check_fields(changes: Mapping[str, Any], what: str) -> None:
-    """Refuse names that are no fields of a configuration: transformers would keep them, and nothing would read them.
-
-    Args:
-        changes: fields to change.
-        what: where they come from, for the message.
-
-    Raises:
-        ValueError: naming the first, and what may be meant.
-    """
-    for name in changes:
-        if name not in FIELDS:
-            close = get_close_matches(name, FIELDS, n=1)
-            hint = f" Did you mean `{close[0]}`?" if close else " See the fields of CLCAViTConfig."
-            raise ValueError(f"{what}: a configuration has no field `{name}`.{hint}")
 
 
 def config_values(args: argparse.Namespace) -> dict[str, Any]:

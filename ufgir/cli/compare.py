@@ -8,6 +8,7 @@ from typing import Any
 from ..analysis import figures as analysis_figures
 from ..analysis.comparison import FEATURES, WHAT, Comparison, check_comparison, check_images, compare_models
 from ..analysis.inputs import batches
+from ..checkpoints.config_options import check_fields
 from ..checkpoints.loading import HEAD
 from ..interpret.attention_maps import checked_layers
 from ..utils import plotting as figures
@@ -23,7 +24,7 @@ from .analysis_options import (
     open_model,
     provenance,
 )
-from .common import check_fields, json_object, require
+from .common import json_object, require
 from .outputs import told_first
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..checkpoints.convert import convert_pretrained
 from ..checkpoints.convert_original import REPORT, convert_file, convert_folder, read_class_names
+from ..checkpoints.sources import KINDS, WEIGHT_FILES, find_source
 from .common import add_network_options, add_reduction_options, config_values
 from .outputs import check_folder
 
@@ -30,23 +31,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[str, int]:
     """Writes one model folder, or one for each file that can be converted; status 1 if one cannot."""
     source, output, values = Path(args.source), Path(args.output), config_values(args)
-    weights_of_others = source.suffix in (".safetensors", ".bin") or (source / "config.json").exists()
     check_folder(output, whole=True)
-    original = args.architecture is None and source.exists() and not weights_of_others
-    if not source.exists() and args.source.startswith(("/", ".", "~")) | args.source.endswith("/"):
+    if not source.exists() and (args.source.startswith(("/", ".", "~")) or args.source.endswith(("/", *WEIGHT_FILES))):
         raise ValueError(f"there is no file or folder {args.source}.")
-    if not source.exists() and source.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        raise ValueError(f"there is no file or folder {source}.")
-    if not original:
+    folder_of_files = args.architecture is None and source.is_dir() and not (source / "config.json").exists()
+    if not folder_of_files and find_source(args.source, architecture=args.architecture)[0] is not KINDS["original"]:
         if args.class_names is not None:
             raise ValueError("`--class-names` is for checkpoints of the original code.")
         convert_pretrained(args.source, output, args.architecture, args.overwrite, **values)
         return f"wrote {output}", 0
-    options = {name: values.pop(name, None) for name in ("image_size", "num_attention_heads")}
-    options["overwrite"] = args.overwrite
-    if values:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
-        raise ValueError(f"{names}: a checkpoint of the original code tells this itself.")
+    options = {**values, "overwrite": args.overwrite}
     class_names = None if args.class_names is None else read_class_names(args.class_names)
     if source.is_dir():
         outcome = convert_folder(source, output, class_names, **options)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 
 from ..checkpoints.config_options import config_options, fields_of
-from ..checkpoints.loading import checkpoint_config, load_pretrained, new_config
+from ..checkpoints.loading import check_trained, checkpoint_config, load_with_report, new_config
 from ..data.labels import class_feature, is_multi_label, unify_labels
 from ..data.load import SYNTHETIC_LEAVES, load_ufgir_dataset
 from ..data.splits import random_subset
@@ -261,13 +261,16 @@ def make_model(options: Options, config: CLCAViTConfig, new_head: bool) -> nn.Mo
     if args.model_name_or_path is None:
         model = CLCAViTForImageClassification._from_config(config, **attention)
     else:
-        model = load_pretrained(
+        model, untrained = load_with_report(
             args.model_name_or_path,
             config,
             args.model_revision,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            advice="perhaps for another number of classes; `ignore_mismatched_sizes` starts those anew",
             **attention,
         )
+        if not options.training.do_train:
+            check_trained(args.model_name_or_path, config, untrained)
     if new_head:
         told = (args.model_name_or_path, options.data.dataset)
         logger.info("%s has other classes than %s: the head is re-initialized", *told)
