@@ -205,7 +205,7 @@ def test_the_command(tmp_path: Path, evit_file: Path, evit: Golden, capsys: pyte
     for argv, words in (
         (["nowhere.pth", *new], "there is no file or folder nowhere.pth"),
         ([str(empty), *new], "there is no .pth or .pt file"),
-        ([str(empty / "notes.txt"), *new], "notes.txt is a file: give"),
+        ([str(empty / "notes.txt"), *new], "got the file"),
         ([str(half), *new], "is not complete"),
         ([str(code), *new], "posix.system"),
         ([str(other), *new], "`num_classes`"),

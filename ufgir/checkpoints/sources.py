@@ -205,7 +205,7 @@ def find_source(
     if Path(path).is_file():
         if Path(path).suffix not in WEIGHT_FILES:
             raise ValueError(
-                f"{path} is a file: give a folder or Hub repository, or a file of weights ({', '.join(WEIGHT_FILES)})."
+                f"a model must be a folder, a Hub repository or a file of weights ({', '.join(WEIGHT_FILES)}), got the file {path}."
             )
         if Path(path).suffix == ".safetensors":
             raise ValueError(f"`architecture` must be given for {path}: weights alone do not tell it.")
