@@ -453,6 +453,7 @@ class CheckpointMixin:
     """
 
     _aside = False  # a checkpoint is being written
+    _resumed_from: Path | None = None
     # What checkpoints say of the training, for `check_settings`: options by name, and a digest of the training images.
     settings: Mapping[str, Any] | None = None
     images_digest: str | None = None
@@ -476,7 +477,8 @@ class CheckpointMixin:
         if self.args.should_save:
             remove(Path(self.args.output_dir) / INCOMPLETE)
         self.accelerator.wait_for_everyone()
-        flow = _Flow(self.callback_handler.callbacks, Path(checkpoint) if checkpoint else None)
+        self._resumed_from = Path(checkpoint) if checkpoint else None
+        flow = _Flow(self.callback_handler.callbacks, self._resumed_from)
         self.add_callback(flow)
         waiting = ending_signals(wait=True) if self.args.enable_jit_checkpoint else contextlib.nullcontext()
         try:
@@ -510,15 +512,26 @@ class CheckpointMixin:
             saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
             for name, value in saved.get("attributes", {}).items() if isinstance(saved, dict) else ():
                 setattr(callback, name, value)
-        state = self.state
-        if state.best_global_step and state.best_model_checkpoint is None:
-            moved = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            if moved.is_dir():
-                state.best_model_checkpoint = str(moved)
-            else:  # or else no later one could be called the best
-                logger.warning("the best checkpoint so far, %s, is gone: the best of those to come counts", moved.name)
-                state.best_metric = state.best_global_step = None
+        if self._resumed_from is not None:
+            self._find_best(self._resumed_from)
+            if self.args.should_save and self._resumed_from.resolve().parent == Path(self.args.output_dir).resolve():
+                # what a killed process did not come to; no later checkpoint may follow that would do it
+                rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         return position
+
+    def _find_best(self, checkpoint: Path) -> None:
+        """Find the best checkpoint so far where `output_dir` has been moved; forget the best metric if it is gone. (There is none
+        if the best evaluation was not one after which a checkpoint was saved.)"""
+        state = self.state
+        saved = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
+        if saved is None or state.best_model_checkpoint is not None:
+            return
+        moved = Path(self.args.output_dir) / Path(saved).name
+        if moved.is_dir():
+            state.best_model_checkpoint = str(moved)
+        else:  # or else no later one could be called the best
+            logger.warning("the best checkpoint so far, %s, is gone: the best of those to come counts", moved.name)
+            state.best_metric = state.best_global_step = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         stopped = any(

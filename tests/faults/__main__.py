@@ -1,0 +1,69 @@
+"""`make faults`: faults of many kinds, at random, and a table of what came of them.
+
+python -m tests.faults --minutes 60
+python -m tests.faults --tries 500 --minutes 600 --record faults.jsonl      goes on where it was stopped
+"""
+
+import argparse
+import importlib.util
+import logging
+import shutil
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from tests.faults import kills
+from tests.faults.results import Result
+from ufgir.utils.provenance import describe_host
+
+
+DATA = "tests.faults.data_faults"
+
+
+def table(results: list[Result]) -> str:
+    """The results in Markdown, with their sums."""
+    rows = [["kind", "tries", "survived", "lost"]]
+    rows += [[r.kind, str(r.tries), str(r.survived), str(r.lost)] for r in results if r.tries]
+    sums = [sum(getattr(r, name) for r in results) for name in ("tries", "survived", "lost")]
+    rows.append(["all", *map(str, sums)])
+    rows.insert(1, ["---", "---:", "---:", "---:"])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> int:
+    """Run what was asked for; 1 if anything was lost."""
+    parser = argparse.ArgumentParser(prog="make faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60, help="no try begins after them [%(default)s]")
+    parser.add_argument("--tries", type=int, default=500, help="kills, and as many data faults, at most [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random [%(default)s]")
+    parser.add_argument("--only", default="", help="kinds of kills with this in their name; `data`: data faults alone")
+    parser.add_argument("--record", type=Path, help="file with a line for each kill: what is in it is not done again")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # as forks must not share a pool of threads
+    logging.disable(logging.NOTSET)
+    results: list[Result] = []
+    data = args.only in ("", "data") and importlib.util.find_spec(DATA) is not None
+    work = Path(tempfile.mkdtemp(prefix="faults."))
+    if args.only != "data":
+        share = args.minutes * (0.75 if data else 1.0)
+        results += kills.run(share, args.tries, args.seed, work, args.record, args.only)
+    if data:
+        share = args.minutes * (0.25 if args.only == "" else 1.0)
+        results += importlib.import_module(DATA).run(share, args.tries, args.seed)
+    for result in results:
+        if result.lost:
+            sys.stdout.write(f"lost, {result.kind}: {result.notes}\n")
+    lost = sum(result.lost for result in results)
+    if lost:
+        sys.stdout.write(f"What is left of them is in {work}\n")
+    else:
+        shutil.rmtree(work)
+    sys.stdout.write(f"\n{table(results)}\n\n{describe_host()}; {date.today().isoformat()}; seed {args.seed}\n")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
