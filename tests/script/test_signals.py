@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
+from transformers import TrainingArguments
 
 from tests.script.helpers import recipe, run, weights
 from ufgir.runs.records import RECORD, read_run_records
@@ -149,9 +148,8 @@ def test_results_that_cannot_be_read_are_replaced(leaves: Path, tmp_path: Path, 
 
 def test_processes_that_do_not_know_of_each_other(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     """torchrun on a CPU without `use_cpu`: the cause is told, not that the folder is in use."""
-    for state in (AcceleratorState, PartialState):  # other tests have found a CPU
-        state._reset_state()
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in (("_setup_devices", torch.device("cpu")), ("world_size", 1)):  # as accelerate finds it there
+        monkeypatch.setattr(TrainingArguments, name, property(lambda _, value=value: value))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     said = ends(capsys, 2, recipe(tmp_path, leaves, tmp_path / "out", use_cpu=False))
