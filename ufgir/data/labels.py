@@ -58,7 +58,7 @@ def split_text(text: str, separator: str) -> list[str]:
 
 
 # Written as integers are: `01` and `1.0` are not, and longer numbers than these are names as well (of barcodes, say).
-_PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+_PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
 
 
 def is_plain_integer(text: str) -> bool:
@@ -68,7 +68,7 @@ def is_plain_integer(text: str) -> bool:
 
 def without_fraction(text: str) -> str:
     """`7.0` -> `7`, as tables with empty cells write integers; any other text as it is."""
-    return re.sub(r"\.0+$", "", text) if re.fullmatch(r"-?(?:0|[1-9][0-9]{0,17})\.0+", text) else text
+    return re.sub(r"\.0+$", "", text) if re.fullmatch(r"-?(?:0|[1-9][0-9]{0,18})\.0+", text) else text
 
 
 def as_lists(labels: Sequence[str], separator: str) -> list[list[str]] | list[list[int]]:

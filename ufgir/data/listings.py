@@ -102,17 +102,17 @@ def _has_labels(file: Path, columns: Mapping[str, str | None]) -> bool:
 
 
 def _header(file: Path) -> list[str]:
-    """The names of the columns of a listing; none where it cannot be read."""
-    try:
-        if file.suffix == ".parquet":
-            return _parquet_schema(file).names
-        if file.suffix == ".jsonl":
-            with open(file, encoding="utf-8-sig") as stream:
-                first = json.loads(next((line for line in stream if line.strip()), "{}"))
-            return list(first) if isinstance(first, dict) else []
+    """The names of the columns of a listing; DatasetError where it cannot be read."""
+    if file.suffix == ".parquet":
+        return _parquet_schema(file).names
+    if file.suffix != ".jsonl":
         return read_csv(file, rows=1)[0]
-    except (OSError, ValueError, RecursionError):
-        return []
+    try:
+        with open(file, encoding="utf-8-sig") as stream:
+            first = json.loads(next((line for line in stream if line.strip()), "{}"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{file} is not a JSON Lines file in UTF-8: {error}.") from error
+    return list(first) if isinstance(first, dict) else []
 
 
 def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path] = ()) -> None:
@@ -152,21 +152,23 @@ def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path
 
 def _looks_like_listing(path: Path, file: Path) -> tuple[str, str] | None:
     """The columns of files and of classes, if a table seems to have them."""
-    if file.suffix.lower() in (".jsonl", ".parquet"):
-        header, row = _header(file), {}
-    elif file.suffix.lower() in (".csv", ".tsv", ".txt"):
-        try:
+    rows: list[tuple[int, dict[str, str]]] = []
+    try:
+        if file.suffix.lower() in (".jsonl", ".parquet"):
+            header = _header(file)
+        elif file.suffix.lower() in (".csv", ".tsv", ".txt"):
             header, rows = read_csv(file, rows=1)
-        except (OSError, ValueError):
+        else:
             return None
+    except DatasetError:
+        return None
+    row = rows[0][1] if rows else {}
+    if file.suffix.lower() in (".csv", ".tsv", ".txt"):
         if len(header) == 1 and header[0].split()[1:]:  # columns between spaces
             header = header[0].split()
-        row = rows[0][1] if rows else {}
         first = [cell for cell in header if Path(cell).suffix.lower() in IMAGE_SUFFIXES]
         if first and len(header) > 1 and any((folder / first[0]).is_file() for folder in (path, *child_folders(path))):
             return f"{first[0]} in its first line, which should name the columns", header[header.index(first[0]) - 1]
-    else:
-        return None
     images = [name for name in header if Path(row.get(name, "")).suffix.lower() in IMAGE_SUFFIXES]
     images += [name for usual in PATH_COLUMNS for name in header if name.lower() == usual]
     labels = [
@@ -382,7 +384,8 @@ def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str
     Integers are what is written as such, or as `7.0` throughout: `007` is a name.
     """
     cells = [row.label for pairs in rows.values() for _, row in pairs]
-    padded = all(re.fullmatch(r"[0-9]+", cell) for cell in cells) and not all(map(is_plain_integer, cells))
+    zeros = [cell for cell in cells if re.fullmatch(r"0[0-9]+", cell)]
+    padded = bool(zeros) and all(re.fullmatch(r"[0-9]+", cell) for cell in cells)
     if column == "class_id" and not padded and not any(cell.startswith("[") for cell in cells):
         return {
             split: [_class_id(row.label, file, row.number) for file, row in pairs] for split, pairs in rows.items()
@@ -394,7 +397,7 @@ def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str
         logger.warning(
             "`%s`: labels such as %s are names, in the order of text; earlier versions read them as numbers, in the order of "
             "numbers",
-            *(column, next(cell for cell in cells if not is_plain_integer(cell))),
+            *(column, zeros[0]),
         )
     if all(cell.startswith("[") and cell.endswith("]") for cell in cells):
         parsed: dict[str, list[Any]] = {split: [] for split in rows}
@@ -510,7 +513,7 @@ def _by_folder(rows: dict[str, list[tuple[Path, _Row]]], path: Path) -> dict[str
     parts = [(split_of(row.file.split("/")[0]) if "/" in row.file else None) for _, row in moved[""]]
     if not any(parts):
         return {"train": moved[""]}
-    if outside := [row.file for part, (_, row) in zip(parts, moved[""], strict=True) if part is None]:
+    if outside := [row.file for part, (_, row) in zip(parts, rows[""], strict=True) if part is None]:
         raise DatasetError(
             f"{moved[''][0][0]}: some files lie in split folders, but others do not: {listed(outside)}."
         )

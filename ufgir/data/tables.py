@@ -38,15 +38,23 @@ def open_saved(source: Source) -> Opened:
     Raises:
         DatasetError: a file of it is missing or cannot be read.
     """
-    for file in sorted(source.path.glob("**/dataset_info.json")):
+    for file in sorted(source.path.glob("**/*.json")):
         try:
-            features = json.loads(file.read_text(encoding="utf-8")).get("features")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            about = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise DatasetError(f"{file} is not what `save_to_disk` writes: {error}.") from error
-        _check_class_numbers(features, file)
+        if file.name in ("dataset_dict.json", "dataset_info.json", "state.json") and not isinstance(about, dict):
+            raise DatasetError(f"{file} is not what `save_to_disk` writes: not a JSON object.")
+        if file.name == "dataset_info.json":
+            _check_class_numbers(about.get("features"), file)
     try:
         return Opened(datasets.load_from_disk(source.path), source.columns)
     except _UNREADABLE as error:
+        for file in sorted(source.path.glob("**/*.arrow")):
+            try:
+                pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+            except (pyarrow.ArrowException, OSError) as cause:
+                raise DatasetError(f"{file} cannot be read: {cause}.") from error
         raise DatasetError(
             f"{source.path} is not what `save_to_disk` writes, or a part of it is missing ({type(error).__name__}: {error})."
         ) from error
