@@ -240,7 +240,9 @@ def dangling_link(data: Data, generator: random.Random) -> Expect:
 def cut_off(data: Data, generator: random.Random) -> Expect:
     file = data.base / data.choose(generator)["file"]
     content = file.read_bytes()
-    file.write_bytes(content[: generator.randrange(len(content) - 24)])  # what follows are checksums and the end's mark
+    file.write_bytes(
+        content[: generator.randrange(len(content) - 24)]
+    )  # what follows are checksums and the end's mark
     return Expect((file.name,))
 
 
@@ -279,7 +281,9 @@ def a_pipe_as_image(data: Data, generator: random.Random) -> Expect:
 @fault(ABSENT, *LISTINGS)
 def names_that_cannot_be(data: Data, generator: random.Random) -> Expect:
     row = data.choose(generator)
-    row["file"] = generator.choice(["x" * 300 + ".png", "C:\\leaves\\1.png", "http://leaves.org/1.png", "~/1.png", "/"])
+    row["file"] = generator.choice(
+        ["x" * 300 + ".png", "C:\\leaves\\1.png", "http://leaves.org/1.png", "~/1.png", "/"]
+    )
     data.write()
     return Expect((row["file"],))
 
@@ -516,7 +520,9 @@ def cells_too_many_or_few(data: Data, generator: random.Random) -> Expect:
     file = data.table(generator.choice(list(SPLITS)))
     lines = file.read_text(encoding="utf-8").splitlines()
     number = generator.randrange(1, len(lines))
-    lines[number] = generator.choice([lines[number] + ",more", lines[number].split(",")[0], ",", "a, b.png," + "x" * 9])
+    lines[number] = generator.choice(
+        [lines[number] + ",more", lines[number].split(",")[0], ",", "a, b.png," + "x" * 9]
+    )
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Expect((f"row {number + 1}",))
 
@@ -642,7 +648,9 @@ CLUTTER = "what else lies in folders"
 @fault(CLUTTER, *FOLDERS)
 def left_by_systems(data: Data, generator: random.Random) -> Expect:
     image = generator.choice(data.images)
-    for name in generator.sample(["__MACOSX/Merlot/._1.png", ".DS_Store", "@eaDir/1.png", ".git/1.png", "Thumbs.db"], 3):
+    for name in generator.sample(
+        ["__MACOSX/Merlot/._1.png", ".DS_Store", "@eaDir/1.png", ".git/1.png", "Thumbs.db"], 3
+    ):
         file = generator.choice([data.root, image.parent]) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"left behind")
