@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 logger = logging.getLogger(__name__)
 
-POOLINGS = ("cls", "mean", "normed_mean", "map")
+POOLINGS = ("cls", "mean", "normed_mean", "map", "map_then_norm")
 MULTI_LABEL_LOSSES = ("bce", "asymmetric")
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
@@ -170,6 +170,8 @@ class CLCAViTConfig(ViTConfig):
         vqt_original_slicing (`bool`, defaults to `False`):
             Compute VQT as the original CLCA code does: queries join the tokens, and the first rows leave instead of them.
             Its published baseline was made so; without a reduction or cache only.
+        first_patch_as_cls (`bool`, defaults to `False`):
+            Without a CLS token, let the heads cla, ifa and vqt read the first patch instead, as the original CLCA code does.
         num_selected_features (`int`, *optional*):
             Features that `select_features` left to the H2T or VQT head.
         multi_label_loss (`str`, defaults to `"bce"`):
@@ -189,8 +191,9 @@ class CLCAViTConfig(ViTConfig):
         prefix_position_embeddings (`bool`, defaults to `True`): CLS, registers and CLR have position embeddings.
         use_class_token (`bool`, defaults to `True`): The sequence begins with a CLS token.
         pooling (`str`, defaults to `"cls"`):
-            What a linear head reads: `cls`, `mean`, `normed_mean` or `map`. The mean is of the other tokens, `mean` normalised
-            after it and `normed_mean` before it; `map` is attention pooling with a learned query.
+            What a linear head reads: `cls`, `mean`, `normed_mean`, `map` or `map_then_norm`. The mean is of the other tokens,
+            `mean` normalised after it and `normed_mean` before it; `map` is attention pooling with a learned query, after the
+            final norm, and `map_then_norm` before it.
         use_qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys.
         use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
         drop_path_rate (`float`, defaults to 0.0):
@@ -243,6 +246,7 @@ class CLCAViTConfig(ViTConfig):
     cla_multiplier: int = 2
     num_query_tokens: int = 5
     vqt_original_slicing: bool = False
+    first_patch_as_cls: bool = False
     num_selected_features: int | None = None
     multi_label_loss: str = "bce"
     label_smoothing: float | int = 0.0
@@ -332,6 +336,11 @@ class CLCAViTConfig(ViTConfig):
     def num_prefix_tokens(self) -> int:
         """Rows before the patches: CLS and registers."""
         return int(self.use_class_token) + self.num_register_tokens
+
+    @property
+    def pools_by_attention(self) -> bool:
+        """Whether a learned query pools the tokens."""
+        return self.pooling in ("map", "map_then_norm")
 
     @property
     def aggregation_layers(self) -> list[int]:
@@ -532,11 +541,17 @@ def _check_head(config: CLCAViTConfig) -> None:
 
 
 def _check_without_class_token(config: CLCAViTConfig) -> None:
+    head = HEADS[config.head]
+    if config.first_patch_as_cls and (config.use_class_token or not head.before_norm):
+        names = ", ".join(name for name, one in HEADS.items() if one.before_norm)
+        raise ValueError(
+            f"`first_patch_as_cls` is for the heads {names} without `use_class_token`; got `head`={config.head!r} and "
+            f"`use_class_token`={config.use_class_token}. Leave it out."
+        )
     if config.use_class_token:
         return
-    head = HEADS[config.head]
     for name, needs_cls in (
-        ("head", head.before_norm),
+        ("head", head.before_norm and not config.first_patch_as_cls),
         ("num_clr_tokens", config.num_clr_tokens > 0),
         ("pooling", config.pooling == "cls" and head.reads != "probes"),
     ):

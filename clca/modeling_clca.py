@@ -341,7 +341,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             for index in range(config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention_pooling = CLCAViTAttentionPooling(config) if config.pooling == "map" else None
+        self.attention_pooling = CLCAViTAttentionPooling(config) if config.pools_by_attention else None
         self.aggregation_layers = config.aggregation_layers if self.head.reads == "cls_tokens" else []
         self.hook_watch = HookWatch()
         self.freeze_unread()
@@ -461,6 +461,8 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         if self.config.pooling == "cls":
             return normalised[:, 0]
         visible = self.method.visible(state)
+        if self.attention_pooling is not None and self.config.pooling == "map_then_norm":
+            return self.layernorm(self.attention_pooling(hidden_states, visible))
         if self.attention_pooling is not None:
             return self.attention_pooling(normalised, visible)
         # All rows but the prefix: CLR and recalled rows too. `mean` is normalised after the mean, as timm mostly does.

@@ -642,15 +642,20 @@ def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights
     return torch.cat([identity[:, :head], body, identity[:, identity.shape[1] - tail :]], dim=1)
 
 
-def pairwise_distance(tokens: torch.Tensor) -> torch.Tensor:
+def pairwise_distance(tokens: torch.Tensor, chunk: int = 256) -> torch.Tensor:
     """Euclidean distances (B, n, n) between the rows of `tokens` (B, n, D), as one matrix product in one matrix; exactly
-    zero on the diagonal. Without gradients. (`torch.cdist` does not export to ONNX.)"""
+    symmetric, and exactly zero on the diagonal. Without gradients. (`torch.cdist` does not export to ONNX.)"""
     squares = tokens.square().sum(dim=-1)
     with full_precision(tokens):
         distances = torch.baddbmm(squares.unsqueeze(1), tokens, tokens.transpose(1, 2), alpha=-2)
     distances = distances.add_(squares.unsqueeze(2)).clamp_(min=0).sqrt_()
-    diagonal = torch.eye(distances.shape[1], dtype=torch.bool, device=distances.device)
-    return distances.masked_fill_(diagonal, 0)  # zeroing a view of the diagonal does not export to ONNX
+    # A product need not be symmetric to the last bit, which would break ties: what is above the diagonal is copied below it.
+    for start in range(0, distances.shape[1], chunk):  # a second square of this size would take as much again
+        here, after = slice(start, start + chunk), slice(start + chunk, None)
+        block = distances[:, here, here].triu(1)
+        distances[:, here, here] = block + block.transpose(1, 2)
+        distances[:, after, here] = distances[:, here, after].transpose(1, 2)
+    return distances
 
 
 def nearest_row(distances: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

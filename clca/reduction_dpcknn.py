@@ -58,9 +58,7 @@ class DPCKNNReduction(Regrouping):
     def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         _, labels = self.label(tokens, slots)
         scores = tokens.new_zeros(labels.shape) if self.score is None else self.score(tokens).squeeze(-1)
-        weights = at_least_float32(scores).exp()
-        total = weights.new_zeros(labels.shape[0], slots).scatter_add(1, labels, weights)
-        share = weights / (total.gather(1, labels) + 1e-6)  # (B, n)
+        share = shares_of_clusters(at_least_float32(scores), labels, slots)
         index = labels.unsqueeze(-1).expand_as(tokens)
         weighted = tokens * share.unsqueeze(-1).to(tokens.dtype)
         merged = tokens.new_zeros(tokens.shape[0], slots, tokens.shape[2]).scatter_add(1, index, weighted)
@@ -73,8 +71,9 @@ class DPCKNNReduction(Regrouping):
         batch, num_tokens, width = tokens.shape
         distance = pairwise_distance(tokens).div_(width**0.5)
         nearest = distance.topk(min(self.k_neighbors, num_tokens), dim=-1, largest=False).values
-        density = (-nearest.square().mean(dim=-1)).exp()
-        centres = (self.separation(distance, density) * density).topk(clusters, dim=1).indices
+        # Logarithms, whose order is the same: of tokens far from each other all densities would be zero.
+        density = -nearest.square().mean(dim=-1)
+        centres = (self.separation(distance, density).log() + density).topk(clusters, dim=1).indices
         labels = nearest_row(distance, centres)
         own = torch.arange(clusters, device=tokens.device).expand(batch, -1)
         return centres, labels.scatter(1, centres, own)
@@ -92,3 +91,13 @@ class DPCKNNReduction(Regrouping):
             denser = (theirs > mine) | ((theirs == mine) & (position < first))  # (B, i, j): j than i
             parts.append(torch.where(denser, distance[:, part], farthest).amin(dim=2))
         return torch.cat(parts, dim=1)
+
+
+def shares_of_clusters(scores: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
+    """What share (B, n) of its cluster each token is: exp(score) / (sum of those of its cluster + 1e-6), of `scores` (B, n) and
+    the cluster `labels` (B, n)."""
+    with torch.no_grad():  # a positive score could overflow: the largest of the cluster is subtracted from all
+        most = scores.new_zeros(scores.shape[0], clusters).scatter_reduce(1, labels, scores, "amax").gather(1, labels)
+    weights = (scores - most).exp()
+    total = weights.new_zeros(scores.shape[0], clusters).scatter_add(1, labels, weights).gather(1, labels)
+    return weights / (total + 1e-6 * (-most).exp())

@@ -1,10 +1,11 @@
 """K-medoids: keep the tokens at the centres of clusters (the baseline of https://huggingface.co/papers/2308.04657).
 
 The official code of that study is MIT. Differs from it: the equal-weight start is the row nearest to the mean instead of a
-random one; a stage in layer 0, which no attention precedes, weighs all tokens alike.
+random one, and the next ones are far from all of those chosen, not from one of them (unless `spread` is `original`); a stage in
+layer 0, which no attention precedes, weighs all tokens alike.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -23,16 +24,26 @@ class KMedoidsReduction(Regrouping):
     Args:
         cluster_iters: rounds of assignment and update.
         equal_weight: weigh all tokens alike, and start from rows far from each other.
+        spread: which row is farthest from those chosen at the start: by the distance to the `nearest` of them; `original`, to
+            the farthest, as the original CLCA code has it, which soon chooses rows again that it has chosen before. The
+            clusters of a row that is chosen twice are empty, and become token 0.
     """
 
     name = "kmedoids"
 
     def __init__(
-        self, config: "CLCAViTConfig", stage: int, *, cluster_iters: int = 3, equal_weight: bool = False
+        self,
+        config: "CLCAViTConfig",
+        stage: int,
+        *,
+        cluster_iters: int = 3,
+        equal_weight: bool = False,
+        spread: Literal["nearest", "original"] = "nearest",
     ) -> None:
         super().__init__(config, stage)
         self.cluster_iters = cluster_iters
         self.equal_weight = equal_weight
+        self.spreads_as_original = spread == "original"
 
     @classmethod
     def check(cls, config: "CLCAViTConfig") -> None:
@@ -91,14 +102,14 @@ class KMedoidsReduction(Regrouping):
         first = position.new_full((batch, clusters), num_tokens).scatter_reduce(1, labels, position, "amin")
         return first.where(first < num_tokens, 0)
 
-    @staticmethod
-    def spread(distance: torch.Tensor, tokens: torch.Tensor, clusters: int) -> torch.Tensor:
+    def spread(self, distance: torch.Tensor, tokens: torch.Tensor, clusters: int) -> torch.Tensor:
         """Rows (B, M) far from each other: the one nearest to the mean, then always the farthest from those chosen."""
         centre = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum(dim=2).argmin(dim=1, keepdim=True)
         chosen = [centre]
+        combine = torch.maximum if self.spreads_as_original else torch.minimum
         gap = gather_rows(distance, centre).squeeze(1)
         for _ in range(clusters - 1):
             farthest = gap.argmax(dim=1, keepdim=True)
             chosen.append(farthest)
-            gap = torch.minimum(gap, gather_rows(distance, farthest).squeeze(1))
+            gap = combine(gap, gather_rows(distance, farthest).squeeze(1))
         return torch.cat(chosen, dim=1)

@@ -81,6 +81,15 @@ OLD = {
     "timm_base_reg8_gap": ("vit_base_patch16_reg8_gap_256", 3),
     "timm_medium_reg4": ("vit_medium_patch16_reg4_256", 3),
 }
+# File -> arguments of timm 0.9.12's `VisionTransformer` beside those of TINY, for `load_original`. Made by naming them, too.
+ORIGINAL: dict[str, dict[str, Any]] = {
+    "original_map_then_norm": {"class_token": False, "global_pool": "map", "fc_norm": True},
+    "original_map": {"class_token": False, "global_pool": "map"},
+    "original_cls_fc_norm": {"fc_norm": True},
+    "original_gated_mlp": {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU},
+    "original_cut_off": {"img_size": 18},
+    "original_no_cls_cla": {"class_token": False, "global_pool": "avg", "depth": 5},
+}
 # File -> architecture, image size and patch size that its weights, for images of 16 and patches of 4 pixels, are loaded at.
 RESAMPLED = {
     "resample_larger": ("vit_base_patch16_224.augreg_in21k_ft_in1k", (32, 32), (4, 4)),
@@ -179,12 +188,51 @@ def dinov2_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
+def make_original(name: str, args: dict[str, Any]) -> None:
+    """A file of a network of the original code: `load_original` takes its state and its `dims`."""
+    model = timm.models.vision_transformer.VisionTransformer(**TINY | args, num_classes=3).double().eval()
+    head = None
+    if name.endswith("cla"):  # as the original code has it, on the first token after layers 3 and 4
+        head = torch.nn.Sequential(
+            torch.nn.BatchNorm1d(8),
+            torch.nn.Conv1d(8, 16, 2, stride=2, groups=8),
+            torch.nn.BatchNorm1d(16),
+            torch.nn.GELU(),
+            torch.nn.Conv1d(16, 3, 1),
+        )
+        model.ifa_head = torch.nn.Sequential(head.double().eval())
+    randomise({key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")})
+    if head is not None:
+        for norm in (head[0], head[2]):
+            norm.running_var.abs_()
+    size = args.get("img_size", 16)
+    pixels, first = torch.randn(2, 3, size, size), []
+    for layer in (3, 4) if head is not None else ():
+        model.blocks[layer].register_forward_hook(lambda module, inputs, output: first.append(output[:, 0]))
+    outputs = run(model, pixels)
+    if head is not None:
+        with torch.no_grad():
+            outputs["logits"] = head(torch.stack(first, dim=2)).squeeze(-1)
+    dims = TINY | {key: value for key, value in args.items() if key not in ("mlp_layer", "act_layer")}
+    tensors = {f"state.{key}": tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    tensors |= {key: tensor.contiguous().clone() for key, tensor in outputs.items()}
+    save_file(
+        tensors,
+        FOLDER / f"{name}.safetensors",
+        metadata={"config": json.dumps({"dims": dims, "timm": timm.__version__})},
+    )
+
+
 def main() -> None:
     """Make all files, or of the old ones those that are named."""
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
     if old := sys.argv[1:]:
         for name in old:
+            if name in ORIGINAL:
+                make_original(name, ORIGINAL[name])
+                continue
             model = make(*OLD[name])
             save(name, OLD[name][0], model.state_dict(), run(model, torch.randn(2, 3, 16, 16)))
         return

@@ -203,6 +203,7 @@ def _card(file: OriginalFile, model: CLCAViTForImageClassification, title: str) 
         "classes": config.num_labels,
         "epochs of the training, as set": options.get("epochs"),
         "seed": options.get("seed"),
+        "weights": "`model_ema`: averaged over the training, which scored best" if file.averaged else None,
     }
     rows |= {f"{name}, as reported by the file": f"{value:g}" for name, value in file.reported.items()}
     body = _BODY.format(

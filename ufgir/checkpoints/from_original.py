@@ -31,7 +31,7 @@ from clca.resample_clca import resample_weights
 
 from ..transforms.preprocessing import make_image_processor
 from ..utils.text import shortened
-from .original_keys import _PROBING_METHODS, convert_original_state, original_config
+from .original_keys import _PROBING_METHODS, convert_original_state, mlp_layer_of, original_config
 from .state_dicts import Weights, common_dtype, fill_model
 from .timm_architectures import Architecture, find_architecture
 
@@ -72,6 +72,7 @@ class OriginalFile(NamedTuple):
     method: str  # "vit" for no reduction
     architecture: Architecture
     reported: dict[str, float]  # accuracy and epoch, as the file has them
+    averaged: bool = False  # the weights are those of `model_ema`, which the file says were the best
 
 
 def load_original_file(path: str | os.PathLike, **overrides: Any) -> CLCAViTForImageClassification:
@@ -101,17 +102,20 @@ def read_original_file(path: str | os.PathLike) -> OriginalFile:
     if not isinstance(payload, Mapping):
         raise ValueError(f"`{path}` holds {type(payload).__name__}, not a dictionary with `model`.")
     from_name = _options_of_file_name(path)
+    averaged = False
     if "model" in payload:
-        state = payload["model"]
         options = {k: v for source in ("config", "args") for k, v in _options(payload, source, path).items()}
         if not any(source in payload for source in ("config", "args")):
             options = from_name
         options.setdefault("model", options.get("model_name", from_name.get("model")))
+        averaged = _averaged_were_best(payload, options, path)
+        state = payload["model_ema" if averaged else "model"]
     else:
         state, options, payload = payload, from_name, {}
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(
-            f"`{path}` has no weights: neither `model` in it nor the file itself is a dictionary of tensors."
+            f"`{path}` has no weights: neither `{'model_ema' if averaged else 'model'}` in it nor the file itself is a "
+            "dictionary of tensors."
         )
     if not isinstance(options.get("model"), str):
         raise ValueError(
@@ -127,7 +131,22 @@ def read_original_file(path: str | os.PathLike) -> OriginalFile:
         method=method,
         architecture=architecture,
         reported={k: float(payload[k]) for k in _REPORTED if _is_number(payload.get(k))},
+        averaged=averaged,
     )
+
+
+def _averaged_were_best(payload: Mapping[str, Any], options: Mapping[str, Any], path: Path) -> bool:
+    """Whether a file says that the averaged weights scored best and holds them; either way it is logged what is loaded."""
+    if not _from_text(payload.get("ema_best", options.get("ema_best"))):
+        return False
+    if "model_ema" in payload:
+        logger.warning("%s: `ema_best` is set, so the averaged weights in `model_ema` are loaded, not `model`", path)
+        return True
+    logger.warning(
+        "%s: `ema_best` is set, but the averaged weights that scored best are not in the file: those in `model` are loaded",
+        path,
+    )
+    return False
 
 
 def _unpickle(path: Path) -> Any:
@@ -145,7 +164,9 @@ def _unpickle(path: Path) -> Any:
             if foreign := _foreign_globals(path, error):
                 raise ValueError(
                     f"`{path}` asks for {', '.join(foreign)}, which is not executed: only tensors, plain values and "
-                    "argparse.Namespace are read, since anything else in a pickle can run code."
+                    "argparse.Namespace are read, since anything else in a pickle can run code. If you trust the file, load it "
+                    "with `torch.load(..., weights_only=False)` yourself and save a dictionary of its `model` and, as `args`, "
+                    "the plain values of its options."
                 ) from error
             raise ValueError(
                 f"`{path}` is not a checkpoint that torch can read, or only a part of one "
@@ -301,9 +322,13 @@ def original_image_processor(file: OriginalFile, image_size: int) -> Any:
     statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
     if statistics and file.options.get("dataset_name") == "cifar10":
         logger.warning("%s was trained with statistics of its own data: mean and deviation 0.5 are a guess", file.path)
-    own_size = file.options.get("input_size") == image_size
-    # The later code evaluates at a size of its own.
-    resize_size = file.options.get("test_resize_size", file.options.get("resize_size")) if own_size else None
+    input_size, resize_size = file.options.get("input_size"), None
+    patch_size = file.state["patch_embed.proj.weight"].shape[-1]
+    if input_size is not None and input_size - input_size % patch_size == image_size:
+        # The later code evaluates at a size of its own.
+        resize_size = file.options.get("test_resize_size", file.options.get("resize_size"))
+        if resize_size is None:
+            resize_size = int(input_size / 0.875)  # of the whole, where the last pixels make no patch
     return make_image_processor(image_size, resize_size, image_mean=statistics, image_std=statistics)
 
 
@@ -315,7 +340,7 @@ def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCA
     num_labels = _num_labels(file.state)
     _agree(file, "num_classes", options.get("num_classes"), num_labels, "the weights of the head")
     spec = {"method": file.method, "options": options, "dims": dims, "num_labels": num_labels}
-    exact = {"intermediate_size": file.state["blocks.0.mlp.fc1.weight"].shape[0]}
+    exact = {"intermediate_size": file.state["blocks.0.mlp.fc2.weight"].shape[1]}
     if "quickgelu" in file.architecture.name:
         exact["hidden_act"] = "quick_gelu"
     slots = _slots(file)
@@ -375,28 +400,29 @@ def kept_slots(source: CLCAViTConfig, changes: Mapping[str, Any]) -> dict[str, A
 def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor arguments of the original's ViT."""
     state = file.state
-    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight"):
+    blocks = (f"blocks.0.{name}.weight" for name in ("attn.proj", "mlp.fc1", "mlp.fc2"))
+    for key in ("patch_embed.proj.weight", "pos_embed", *blocks):
         if key not in state:
             raise ValueError(f"`{file.path}` does not hold the weights of a ViT: `{key}` is missing.")
     width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-    hidden, inner = (state[f"blocks.0.mlp.{key}"].shape for key in ("fc1.weight", "fc2.weight"))
-    if hidden[0] != inner[1]:
-        raise ValueError(f"`{file.path}` has gated MLPs, which are not read from this kind of file.")
     has_cls = "cls_token" in state
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     grid, no_embed_class = _grid(file, has_cls + registers)
-    _agree(file, "input_size", file.options.get("input_size"), grid * patch_size, "the position embeddings")
+    image_size = file.options.get("input_size", grid * patch_size)
+    if image_size // patch_size != grid:
+        _agree(file, "input_size", image_size, grid * patch_size, "the position embeddings")
     depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
     has_scale = "blocks.0.ls1.gamma" in state  # where it starts matters to new models only
     pool = "map" if "attn_pool.latent" in state else "token" if has_cls and "fc_norm.weight" not in state else "avg"
     return {
-        "img_size": grid * patch_size,
+        "img_size": image_size,
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
         "depth": depth,
         "num_heads": _num_heads(file, width, overrides),
-        "mlp_ratio": hidden[0] / width,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "mlp_layer": mlp_layer_of(state),
         "layer_norm_eps": file.architecture.fields["layer_norm_eps"],
         "class_token": has_cls,
         "global_pool": pool,
@@ -553,13 +579,16 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
 
     Args:
         state_dict: tensors under the original's keys (timm's, and `clr`, `ifa_head.*` and those of the methods).
-        spec: what the model is, see `original_config`. `num_labels` may be left out: the head tells it.
+        spec: what the model is, see `original_config`. `num_labels` and the `mlp_layer` of `dims` may be left out: the weights
+            tell them.
 
     Raises:
         ValueError: keys that do not belong, are missing, or have another shape than the configuration says.
     """
     if "num_labels" not in spec:
         spec = {**spec, "num_labels": _labels_of_spec(state_dict, spec)}
+    if "mlp_layer" not in spec["dims"]:
+        spec = {**spec, "dims": {**spec["dims"], "mlp_layer": mlp_layer_of(state_dict)}}
     config = original_config(spec)
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)

@@ -309,7 +309,7 @@ def _described(data: Mapping[str, Any], source: str | Path) -> tuple[Architectur
 
 
 def _timm_pooling(pooling: str) -> str:
-    return {"cls": "token", "mean": "avg", "normed_mean": "avg", "map": "map"}[pooling]
+    return {"cls": "token", "mean": "avg", "normed_mean": "avg", "map": "map", "map_then_norm": "map"}[pooling]
 
 
 def _fields_of_model_args(args: Mapping[str, Any], own: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
@@ -340,7 +340,8 @@ def _read_weights(file: Path, shapes_only: bool = False) -> dict[str, Any]:
         raise ValueError(f"{file} is no complete safetensors file: {error}.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
-            f"{file} cannot be read as weights alone: it is damaged, or a pickle with other things than tensors in it."
+            f"{file} cannot be read as weights alone: it is damaged, or a pickle with other things than tensors in it. If you "
+            "trust it, load it yourself and save its tensors with `safetensors.torch.save_file`."
         ) from error
 
 
@@ -420,6 +421,8 @@ def _wanted_config(state: State, found: TimmSource, config: Mapping[str, Any]) -
     own = dict(found.architecture.fields)
     if own.get("pooling") in ("mean", "normed_mean"):  # the name of the final norm tells where it stands
         own["pooling"] = "mean" if "fc_norm.weight" in state else "normed_mean"
+    elif own.get("pooling") == "map" and "fc_norm.weight" in state:
+        own["pooling"] = "map_then_norm"
     wanted = own | config
     if wanted.get("num_labels") is None and "id2label" not in wanted:
         num_labels = state["head.weight"].shape[0] if "head.weight" in state else 0

@@ -43,8 +43,10 @@ _DIMS = frozenset(
         "global_pool",
         "fc_norm",
         "layer_norm_eps",
+        "mlp_layer",
     ]
 )
+GATED_MLP = "SwiGLUPacked"  # timm's name of the `mlp_layer` of the DINOv2 giants
 
 # Options of the original's command line that a model depends on.
 _OPTIONS = frozenset(
@@ -136,15 +138,16 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
     if options.get("ifa_head") and head == "linear":
         head = "cla" if options.get("ifa_dws_conv_groups", 2) > 0 else "ifa"
     has_cls = dims.get("class_token", True)
+    gated = dims.get("mlp_layer") == GATED_MLP
     if method in _PROBING_METHODS and (ignored := [name for name in ("clc", "ifa_head") if options.get(name)]):
         logger.warning("%s of %s: the original ignores it, so it is left out.", " and ".join(ignored), method)
     return CLCAViTConfig(
-        image_size=dims.get("img_size", 224),
+        image_size=_image_size(dims),
         patch_size=dims.get("patch_size", 16),
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=dims.get("num_heads", 12),
-        intermediate_size=int(width * dims.get("mlp_ratio", 4.0)),
+        intermediate_size=int(width * dims.get("mlp_ratio", 4.0)) // (2 if gated else 1),
         layer_norm_eps=dims.get("layer_norm_eps", 1e-6),
         qkv_bias=dims.get("qkv_bias", True),
         num_labels=spec["num_labels"],
@@ -164,13 +167,15 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         num_query_tokens=options.get("num_query_tokens", 5),
         group_lasso_weight=options.get("lasso_loss_weight", 0.0),
         vqt_original_slicing=head == "vqt",
+        first_patch_as_cls=HEADS[head].before_norm and not has_cls,
         layerscale_value=dims.get("init_values") or None,  # zero means none there
         pre_norm=dims.get("pre_norm", False),
         num_register_tokens=dims.get("reg_tokens", 0),
         prefix_position_embeddings=not dims.get("no_embed_class", False),
         use_class_token=has_cls,
-        pooling=_pooling(dims),
+        pooling=_pooling(dims, method),
         use_qk_norm=dims.get("qk_norm", False),
+        use_swiglu_ffn=gated,
     )
 
 
@@ -184,6 +189,8 @@ def _check_spec(method: str, options: Mapping[str, Any], dims: Mapping[str, Any]
         close = [] if name in _OPTIONS else get_close_matches(name, _OPTIONS, n=1, cutoff=0.85)
         if close:  # an option of training, of which there are many, is none of a model's business
             raise ValueError(f"`options` holds {name!r}, which is no option of a model: did you mean {close[0]!r}?")
+    if dims.get("mlp_layer") not in (None, "Mlp", GATED_MLP):
+        raise ValueError(f"`mlp_layer` must be Mlp or {GATED_MLP}, got {dims['mlp_layer']!r}.")
     required = {"reduction_loc", "keep_rate"} if method not in ("vit", *_PROBING_METHODS) else set()
     missing = sorted(name for name in required if name not in options)
     if missing:
@@ -193,14 +200,46 @@ def _check_spec(method: str, options: Mapping[str, Any], dims: Mapping[str, Any]
             raise ValueError(f"`{name}`={options[name]} of the original has no counterpart here; only {only} has.")
 
 
-def _pooling(dims: Mapping[str, Any]) -> str:
-    """Our `pooling` for `global_pool` and `fc_norm`: the norm comes after a mean, unless `fc_norm` is False."""
+def _image_size(dims: Mapping[str, Any]) -> int | list[int]:
+    """Our `image_size` for `img_size`: what its whole patches cover. The original accepts any size, and its patch projection
+    cuts off the rest."""
+    size, patch = as_pair(dims.get("img_size", 224)), as_pair(dims.get("patch_size", 16))
+    height, width = (side - side % step for side, step in zip(size, patch, strict=True))
+    if (height, width) != tuple(size):
+        logger.warning(
+            "`img_size` %s is no multiple of `patch_size` %s: the original cuts off the last rows and columns of pixels, and "
+            "`image_size` is what is left, %s x %s. Cut images to that, or pass `interpolate_pos_encoding=True` to the model, "
+            "which then takes those of the full size, too.",
+            dims.get("img_size", 224),
+            dims.get("patch_size", 16),
+            height,
+            width,
+        )
+    return height if height == width else [height, width]
+
+
+def mlp_layer_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    """The `mlp_layer` of weights under the original's keys, by their shapes: that of gated MLPs, or None for the usual ones."""
+    inner, outer = (state_dict.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if inner is None or outer is None or inner.dim() != 2 or outer.dim() != 2:
+        return None  # what is wrong with them is said where they are filled in
+    return GATED_MLP if inner.shape[0] == 2 * outer.shape[1] else None
+
+
+def _pooling(dims: Mapping[str, Any], method: str) -> str:
+    """Our `pooling` for `global_pool` and `fc_norm`: with `fc_norm`, by default that of a mean, the norm comes after it."""
     pooling = dims.get("global_pool", "token")
     if pooling not in ("token", "avg", "map"):
         raise ValueError(f"`global_pool` must be token, avg or map, got {pooling!r}.")
+    fc_norm = dims.get("fc_norm")
+    norm_is_last = pooling == "avg" if fc_norm is None else bool(fc_norm)
+    if method in _PROBING_METHODS and not norm_is_last:
+        return "cls"  # these do not pool
+    if pooling == "token":
+        return "cls"
     if pooling == "avg":
-        return "normed_mean" if dims.get("fc_norm") is False else "mean"
-    return "cls" if pooling == "token" else "map"
+        return "mean" if norm_is_last else "normed_mean"
+    return "map_then_norm" if norm_is_last else "map"
 
 
 def _budget(reduction: str | None, options: Mapping[str, Any], dims: Mapping[str, Any]) -> dict[str, list]:
@@ -256,6 +295,8 @@ def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls
         "dyvit": {name: name for name in ("ratio_weight", "cls_distill_weight", "token_distill_weight")},
     }.get(reduction, {})
     kwargs = {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+    if reduction == "kmedoids" and options.get("equal_weight"):
+        kwargs["spread"] = "original"
     if reduction == "heuristic":
         kwargs["contiguous"] = not options.get("not_contiguous", False)
     if reduction == "dyvit" and len(options["keep_rate"]) > 1:
@@ -273,7 +314,7 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
     """
     converted, unexpected = {}, []
     for key, tensor in state_dict.items():
-        if (tensors := convert_timm_tensor(key, tensor)) is not None:
+        if (tensors := convert_timm_tensor(key, tensor, config.use_swiglu_ffn)) is not None:
             converted |= tensors
         elif key == "pos_embed":
             num_clr = config.num_clr_tokens * config.prefix_position_embeddings
