@@ -81,14 +81,14 @@ OLD = {
     "timm_base_reg8_gap": ("vit_base_patch16_reg8_gap_256", 3),
     "timm_medium_reg4": ("vit_medium_patch16_reg4_256", 3),
 }
-# File -> arguments of timm 0.9.12's `VisionTransformer` beside those of TINY, for `load_original`. Made by naming them, too.
+# File -> arguments of timm 0.9.12's `VisionTransformer` beside those of TINY, for `load_original`. Made by naming them: `make_timm_goldens.py original/map`.
 ORIGINAL: dict[str, dict[str, Any]] = {
-    "original_map_then_norm": {"class_token": False, "global_pool": "map", "fc_norm": True},
-    "original_map": {"class_token": False, "global_pool": "map"},
-    "original_cls_fc_norm": {"fc_norm": True},
-    "original_gated_mlp": {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU},
-    "original_cut_off": {"img_size": 18},
-    "original_no_cls_cla": {"class_token": False, "global_pool": "avg", "depth": 5},
+    "original/map_then_norm": {"class_token": False, "global_pool": "map", "fc_norm": True},
+    "original/map": {"class_token": False, "global_pool": "map"},
+    "original/cls_fc_norm": {"fc_norm": True},
+    "original/gated_mlp": {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU},
+    "original/cut_off": {"img_size": 18},
+    "original/no_cls_cla": {"class_token": False, "global_pool": "avg", "depth": 5},
 }
 # File -> architecture, image size and patch size that its weights, for images of 16 and patches of 4 pixels, are loaded at.
 RESAMPLED = {

@@ -19,7 +19,7 @@ from ufgir.checkpoints.original_keys import original_config
 from ufgir.transforms.preprocessing import read_image_processor
 
 
-FOLDER = Path(__file__).parents[1] / "goldens_timm"
+FOLDER = Path(__file__).parents[1] / "goldens_timm" / "original"
 LINEAR = ["map_then_norm", "map", "cls_fc_norm", "gated_mlp"]
 MADE = {"map_then_norm": {"pooling": "map_then_norm"}, "map": {"pooling": "map"}, "cls_fc_norm": {"pooling": "cls"}}
 MADE["gated_mlp"] = {"use_swiglu_ffn": True, "intermediate_size": 8}
@@ -29,7 +29,7 @@ class Backbone:
     """A file, as arguments of `load_original` and as the contents of a checkpoint."""
 
     def __init__(self, name: str) -> None:
-        with safe_open(FOLDER / f"original_{name}.safetensors", "pt") as file:
+        with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
             self.dims: dict[str, Any] = json.loads(file.metadata()["config"])["dims"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
