@@ -151,7 +151,7 @@ class CLCAImageProcessor(ViTImageProcessorPil):
 
     @staticmethod
     def open_image(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-        """Open an image file as upright 8-bit RGB: what to give a pipeline, which would cut off 16 bits and transparency."""
+        """Open an image file as upright 8-bit RGB: what to give a pipeline, which loses 16 bits and alpha channels."""
         return open_image(source)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from PIL import Image
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
@@ -193,11 +194,18 @@ def test_code_in_the_card_runs(tmp_path, config):
     model_dir = tmp_path / "model"
     CLCAViTForImageClassification(config).save_pretrained(model_dir)
     make_image_processor(16).save_pretrained(model_dir)
-    code = re.search(r"```python\n(.*?)```", card(model_dir, config).text, re.DOTALL).group(1)
-    code += (
-        "from PIL import Image\n"
-        "answer = classify(Image.new('RGB', (30, 20)), top_k=2)\n"
+    Image.effect_noise((30, 20), 90).convert("RGB").save(tmp_path / "leaf.png")
+    text = card(model_dir, config, image_processor=make_image_processor(16)).text
+    load, without_trust = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = load + (
+        "trusted = image_processor(image_processor.open_image('leaf.png'), return_tensors='pt').pixel_values\n"
+        "answer = classify('leaf.png', top_k=2)\n"
         "assert len(answer) == 2 and 'clca' not in __import__('sys').modules, answer\n"
+    )
+    code += without_trust + (
+        "pixels = image_processor(image, return_tensors='pt').pixel_values\n"
+        "assert type(image_processor).__module__.startswith('transformers.')\n"
+        "assert (pixels - trusted).abs().max() < 1e-5\n"
     )
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     run = subprocess.run(

@@ -12,7 +12,7 @@ from clca import CLCAViTConfig
 from ..utils.files import new_folder, write_text_atomically
 from ..utils.text import listed
 from .loading import check_new, checkpoint_config, load_with_report
-from .model_card import describe_model, on_the_hub
+from .model_card import describe_model, describe_preprocessing, on_the_hub
 from .sources import KINDS, find_source, timm_architecture
 
 
@@ -69,6 +69,7 @@ def convert_pretrained(
         parameters=f"{model.num_parameters():,}",
         source=architecture or base_model or Path(source).name,
         untrained=_UNTRAINED.format(names=listed([f"`{name}`" for name in untrained])) if untrained else "",
+        preprocessing=describe_preprocessing(processor, f"path/to/{output.name}"),
     )
     trained = {name: tensor for name, tensor in model.state_dict().items() if name not in untrained}
     with new_folder(output) as folder:
@@ -89,9 +90,9 @@ The weights are those of `{source}`, converted by `ufgir convert`.{untrained}
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained("path/to/{title}", trust_remote_code=True)
-image_processor = AutoImageProcessor.from_pretrained("path/to/{title}")
+image_processor = AutoImageProcessor.from_pretrained("path/to/{title}", trust_remote_code=True)
 ```
-"""
+{preprocessing}"""
 
 _UNTRAINED = """ What that model does not have is not trained yet and not in the file: {names}."""
 

@@ -18,7 +18,7 @@ from ..utils.files import new_folder, write_text_atomically
 from ..utils.text import one_sentence
 from .convert import MARKER, is_made_of
 from .from_original import OriginalFile, build, original_image_processor, read_original_file
-from .model_card import describe_model
+from .model_card import describe_model, describe_preprocessing
 
 
 logger = logging.getLogger(__name__)
@@ -90,8 +90,9 @@ def convert_file(
         model.config.label2id = {name: index for index, name in enumerate(class_names)}
     with new_folder(output) as folder:
         model.save_pretrained(folder)
-        original_image_processor(file, model.config.image_size).save_pretrained(folder)
-        write_text_atomically(folder / "README.md", _card(file, model, output.name))
+        processor = original_image_processor(file, model.config.image_size)
+        processor.save_pretrained(folder)
+        write_text_atomically(folder / "README.md", _card(file, model, processor, output.name))
         write_text_atomically(folder / MARKER, json.dumps(made_of, indent=2) + "\n")
     return True
 
@@ -187,7 +188,7 @@ def _fingerprint(path: Path, most: int = 1 << 16) -> str:
         return hashlib.sha256(head + file.read(most)).hexdigest()
 
 
-def _card(file: OriginalFile, model: CLCAViTForImageClassification, title: str) -> str:
+def _card(file: OriginalFile, model: CLCAViTForImageClassification, processor: Any, title: str) -> str:
     """README.md of a converted model."""
     config, options = model.config, file.options
     tags = ["clca", "token-reduction", "fine-grained", "vision"] + ([config.reduction] if config.reduction else [])
@@ -211,6 +212,7 @@ def _card(file: OriginalFile, model: CLCAViTForImageClassification, title: str) 
         model=describe_model(config),
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None),
         parameters=f"{model.num_parameters():,}",
+        preprocessing=describe_preprocessing(processor, "FOLDER"),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False))
 
@@ -241,9 +243,9 @@ The code of the model comes with it, hence `trust_remote_code=True`. FOLDER is t
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 model = AutoModelForImageClassification.from_pretrained("FOLDER", trust_remote_code=True)
-image_processor = AutoImageProcessor.from_pretrained("FOLDER")
+image_processor = AutoImageProcessor.from_pretrained("FOLDER", trust_remote_code=True)
 
 classify = pipeline("image-classification", model="FOLDER", trust_remote_code=True)
-# classify("picture.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
+# classify("leaf.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
 ```
-"""
+{preprocessing}"""

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..transforms.preprocessing import sizes_of
 from ..utils.files import write_text_atomically
 from ..utils.metric_names import METRIC_NAMES, measured
 
@@ -51,6 +52,35 @@ def describe_model(config: Any) -> str:
     return "".join(text)
 
 
+def describe_preprocessing(image_processor: Any, name: str, revision: str | None = None) -> str:
+    """A section on what becomes of an image, and how clients do the same that run no code of the model's folder.
+
+    Args:
+        image_processor: the `CLCAImageProcessor` that is saved with the model.
+        name: folder or Hub repository, as the code of the card calls it.
+        revision: branch, tag or commit of the repository, if it is not main.
+    """
+    before, after = sizes_of(image_processor)
+    told: dict[str, Any] = {}
+    if before is None:  # given by its shortest edge
+        share = image_processor.crop_pct or 1
+        edge = round(image_processor.size["shortest_edge"] / share)
+        steps = f"resized to a shortest edge of {edge} pixels"
+        told["size"] = {"shortest_edge": edge}
+    else:
+        steps = f"resized to {before[0]} x {before[1]} pixels, whatever its shape"
+        told["size"] = dict(zip(("height", "width"), before, strict=True))
+    if before != after and after is not None:
+        steps += f", and cut to its centre of {after[0]} x {after[1]} pixels"
+        told |= {"crop_size": dict(zip(("height", "width"), after, strict=True)), "do_center_crop": True}
+    return _PREPROCESSING.format(
+        steps=steps,
+        name=name,
+        revision=f', revision="{revision}"' if revision else "",
+        told="".join(f",\n    {key}={value}" for key, value in told.items()),
+    )
+
+
 def write_model_card(
     output_dir: str | os.PathLike,
     *,
@@ -70,6 +100,7 @@ def write_model_card(
     dataset_revision: str | None = None,
     revision: str | None = None,
     license: str | None = None,
+    image_processor: Any = None,
 ) -> Path:
     """Write README.md into `output_dir`, atomically, and return its path.
 
@@ -93,6 +124,7 @@ def write_model_card(
         revision: branch, tag or commit of `model_id` that holds this model, if it is not main.
         license: of the weights, as the Hub abbreviates it. By default MIT, as this code, for a model trained from scratch; one
             that started from another's weights inherits their terms, so that it is called `unknown`.
+        image_processor: the `CLCAImageProcessor` that is saved with the model, if one is.
     """
     output_dir = Path(output_dir)
     name = model_id or str(output_dir)
@@ -149,6 +181,7 @@ def write_model_card(
         metrics=_metrics_table(metrics),
         name=name,
         revision=f', revision="{revision}"' if revision else "",
+        preprocessing=describe_preprocessing(image_processor, name, revision) if image_processor is not None else "",
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
     return write_text_atomically(output_dir / "README.md", str(card))
@@ -213,9 +246,33 @@ The code of the model comes with it, hence `trust_remote_code=True`.
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 model = AutoModelForImageClassification.from_pretrained("{name}"{revision}, trust_remote_code=True)
-image_processor = AutoImageProcessor.from_pretrained("{name}"{revision})
+image_processor = AutoImageProcessor.from_pretrained("{name}"{revision}, trust_remote_code=True)
 
 classify = pipeline("image-classification", model="{name}"{revision}, trust_remote_code=True)
-# classify("picture.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
+# classify("leaf.png", top_k=5) -> [{{"label": ..., "score": ...}}, ...]
+```
+{preprocessing}"""
+
+_PREPROCESSING = """
+## Preprocessing
+
+An image is turned upright as its EXIF orientation says, laid over white where it is transparent, scaled to 8 bits a channel,
+{steps}. Loaded with `trust_remote_code=True`, `image_processor` does all of that, as in training. A pipeline converts an image
+before `image_processor` sees it, and loses an alpha channel and 16 bits: give such images as
+`classify(image_processor.open_image("leaf.png"))`. With transformers 5.10 to 5.17 `AutoImageProcessor` needs torchvision;
+where it is not installed, use `classify.image_processor`.
+
+Without `trust_remote_code=True`, transformers loads its own `ViTImageProcessor`, which resizes to the input size without the
+crop and does not turn images. The demo model of CLCA then gets 91.5 % of its 200 test images right instead of 97.5 %. Two lines
+put that right, except for images of 16 bits:
+
+```python
+from PIL import Image, ImageOps
+from transformers import ViTImageProcessor
+
+image_processor = ViTImageProcessor.from_pretrained(
+    "{name}"{revision}{told}
+)
+image = ImageOps.exif_transpose(Image.open("leaf.png"))
 ```
 """

@@ -85,6 +85,7 @@ def write_card(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
         num_parameters=run.trainer.model.num_parameters(),
         model_id=getattr(run.trainer, "hub_model_id", None) or args.hub_model_id,
         base_model=options.model.model_name_or_path,
+        image_processor=run.image_processor,
     )
 
 
