@@ -124,7 +124,7 @@ class TestBeforeTheWork:
         """Nothing is loaded or measured."""
         for module, name in (
             (benchmark, "_cases"),
-            (benchmark, "_growth"),
+            (benchmark, "_scaling"),
             (profile, "load_config"),
             (export, "load_config"),
             (predict, "find_images"),
@@ -142,9 +142,11 @@ class TestBeforeTheWork:
         assert "`--trace` must be a file" in refused(capsys, *LAYERS, "--trace", tmp_path / "t.json")
         (tmp_path / "figures").write_text("a file where the figures go")
         page = tmp_path / "page.md"
-        page.write_text("<!-- table: growth -->\n<!-- end: growth -->\n<!-- table: layers -->\n<!-- end: layers -->\n")
+        page.write_text(
+            "<!-- table: scaling -->\n<!-- end: scaling -->\n<!-- table: layers -->\n<!-- end: layers -->\n"
+        )
         assert "`--into` must be a folder, got the file" in refused(capsys, *LAYERS, "--into", page)
-        assert "figures" in refused(capsys, "benchmark", "--growth", "--into", page)
+        assert "figures" in refused(capsys, "benchmark", "--scaling", "--into", page)
 
     def test_of_predictions_and_exports(self, capsys, tmp_path, models, picture):
         for command, name, argv in (

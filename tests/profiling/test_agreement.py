@@ -74,7 +74,7 @@ def test_it_is_that_of_the_checkpoint_with_the_method(folders, stock):
     base = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
     layers = (1, 2, 3)
     cases = [Case(AT, "evit", "base", rate, layers=layers) for rate in (0.4, 1.0)]
-    benchmark = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, pictures=pictures)
+    benchmark = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, images=pictures)
     report = benchmark.run(cases)
     assert [r.error for r in report.results] == [None] * 3 and report.results[0].agreement is None
     options = {"reduction": "evit", "reduction_layers": list(layers), "keep_rate": 0.4}
@@ -142,7 +142,7 @@ class TestCommand:
             ("WHOLE --images IMAGES --variants CLCA", "`--variants` but base are trained"),
             ("WHOLE --methods training-free evit", "give it alone"),
             ("--quick --target-gmacs 1", "goes with a table of combinations"),
-            ("--growth --images IMAGES", "goes with a table of combinations"),
+            ("--scaling --images IMAGES", "goes with a table of combinations"),
             ("WHOLE --images NOWHERE", "do not exist"),
         ],
     )
@@ -155,5 +155,5 @@ def test_the_figure(tmp_path, folders):
     """A mark for each model, and a line for the dense one."""
     base = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
     cases = [Case(AT, "topk", "base", 0.5, layers=layers) for layers in ((1, 2, 3), (0, 1, 2, 3))]
-    report = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, pictures=pictures).run(cases)
+    report = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, images=pictures).run(cases)
     assert tmp_path / "x_agreement.png" in draw(report, tmp_path, "x")

@@ -38,7 +38,7 @@ class TestInputPipeline:
         found = input_pipeline.measure_pipeline(str(leaves), [32], [0, 1], count=4, batch_size=2, repetitions=1)
         assert len(found.stages) == 5 * 3 and set(found.loaders) == {(32, 0), (32, 1)}
         assert all(speed > 0 for speed in (*found.stages.values(), *found.loaders.values()))
-        assert found.crossing["pixel_values"] == "float32 (3, 32, 32)" and not found.pictures_cross
+        assert found.crossing["pixel_values"] == "float32 (3, 32, 32)" and not found.images_cross
         assert found.crossing_bytes == 3 * 32 * 32 * 4 + 8
         assert any("no picture is pickled" in text for text in input_pipeline.remarks(found))
         facts = {"command": "c", "host": "h", "date": "d", "versions": {}}

@@ -97,7 +97,7 @@ def test_parts_add_up_and_have_the_tokens_of_the_forward_pass(method, dense):
     assert all(0 < part.macs_executed <= part.macs for part in layers)
     schedule = token_schedule(model.config)
     assert [part.tokens_in for part in layers] == schedule.before[:-1]
-    assert [part.tokens_out + part.recalled for part in layers] == schedule.before[1:]
+    assert [part.tokens_out + part.retrieved for part in layers] == schedule.before[1:]
     if method != "ats":  # which keeps at most that many
         with torch.no_grad():
             counts = model(torch.zeros(1, 3, 32, 32), output_hidden_states=True).token_counts
@@ -165,7 +165,7 @@ class TestCommand:
     def test_layers(self, capsys, tmp_path):
         assert cli.main([*ARGV, "--layers", "--output", str(tmp_path / "new")]) == 0
         text = capsys.readouterr().out
-        assert "tokens in  tokens out  recalled" in text  # what it said without --layers is still there
+        assert "tokens in  tokens out  retrieved" in text  # what it said without --layers is still there
         (line,) = [line for line in text.splitlines() if line.startswith("layer 1 ")]
         assert line.split()[2:5] == ["18", "10", "+2"]
         assert {f.name for f in (tmp_path / "new").iterdir()} == {f"layers.{s}" for s in ("csv", "md", "json", "png")}
@@ -202,7 +202,7 @@ class TestCommand:
             (["--layers", "--repetitions", "3"], "`--repetitions` is about `--time` and `--trace`"),
             (["--layers", "--time", "--batch-size", "0"], "`--batch-size` must be at least 1, got 0"),
             (["--trace", "trace.txt"], "`--trace` must end in .json or .json.gz"),
-            (["--layers", "--into", "no.md"], "there is no file no.md"),
+            (["--layers", "--into", "no.md"], "`--into`: no.md"),
             (["--paper", "--layers"], "--paper"),
         ],
     )

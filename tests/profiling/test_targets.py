@@ -85,9 +85,9 @@ def test_targets_out_of_reach_are_refused(share):
     dense = count_macs(on_meta(dense_config(config))) / GIGA
     with pytest.raises(ValueError, match="`target_gmacs`") as caught:
         keep_rate_for(config, target)
-    told = str(caught.value)
-    assert f"{target:g}" in told and f"{dense:.3f} in the dense" in told and "evit" in told
-    assert f"from {cost(config, 1 / STEPS) / GIGA:.3f} to" in told
+    message = str(caught.value)
+    assert f"{target:g}" in message and f"{dense:.3f} without" in message and "evit" in message
+    assert f"from {cost(config, 1 / STEPS) / GIGA:.3f} to" in message
 
 
 def test_the_dense_cost_is_keep_rate_one():
@@ -114,7 +114,7 @@ def test_what_the_configuration_keeps_is_not_read():
 
 
 def test_no_reduction_has_no_rate():
-    with pytest.raises(ValueError, match="`target_gmacs` 1 needs a `reduction`"):
+    with pytest.raises(ValueError, match="`target_gmacs` 1 .*`reduction`"):
         keep_rate_for(tiny_config(), 1.0)
 
 
@@ -132,7 +132,7 @@ def test_targets_of_another_rate_go():
 
 @pytest.mark.parametrize("name", ["keep_rate", "keep_tokens"])
 def test_a_target_beside_a_rate_is_refused(name):
-    with pytest.raises(ValueError, match=f"--it sets the keep rate.*`{name}`"):
+    with pytest.raises(ValueError, match=f"--it .*`{name}`"):
         check_target({name: [1]}, 1.0, "--it")
     check_target({name: [1]}, None, "--it")
     check_target({name: None}, 1.0, "--it")
@@ -214,8 +214,8 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("argv", "words"),
         [
-            ("--reduction evit --keep-rate 0.5 --target-gmacs 1", "`keep_rate` contradicts it"),
-            ("--target-gmacs 1", "needs a `reduction`"),
+            ("--reduction evit --keep-rate 0.5 --target-gmacs 1", "`keep_rate`"),
+            ("--target-gmacs 1", "`reduction`"),
             ("--methods all --layers", "`--layers` does not go with"),
             ("--methods all --reduction evit", "`--reduction` does not go with"),
             ("--methods all --keep-rate 0.5 0.25", "must be one number"),

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from ufgir.profiling import benchmark, timing
-from ufgir.profiling.timing import OtherLoad, Quartiles, Race, TensorMemory, peak_growth, quartiles, steady
+from ufgir.profiling.timing import (
+    InterleavedTiming,
+    OtherLoad,
+    Quartiles,
+    TensorMemory,
+    peak_memory_increase,
+    quartiles,
+    steady,
+)
 
 
 CPU = torch.device("cpu")
@@ -22,22 +30,22 @@ class TestTiming:
 
     def test_every_round_times_each_once_in_changing_order(self):
         calls = []
-        race = Race({name: lambda name=name: calls.append(name) for name in "abcd"}, CPU)
-        race.go(20)
+        timed = InterleavedTiming({name: lambda name=name: calls.append(name) for name in "abcd"}, CPU)
+        timed.run(20)
         rounds = ["".join(calls[i : i + 4]) for i in range(0, 80, 4)]
         assert all(sorted(r) == list("abcd") for r in rounds)
         assert len(set(rounds)) > 5
-        assert all(len(seconds) == 20 for seconds in race.seconds.values())
+        assert all(len(seconds) == 20 for seconds in timed.seconds.values())
         again = []
-        Race({name: lambda name=name: again.append(name) for name in "abcd"}, CPU).go(20)
+        InterleavedTiming({name: lambda name=name: again.append(name) for name in "abcd"}, CPU).run(20)
         assert again == calls  # the order is that of the seed
 
     def test_what_fails_leaves_and_the_others_go_on(self):
-        race = Race({"bad": lambda: 1 / 0, "good": lambda: None}, CPU)
-        race.warm_up()
-        race.go(2)
-        assert isinstance(race.failures["bad"], ZeroDivisionError) and race.seconds["bad"] == []
-        assert len(race.seconds["good"]) == 2
+        timed = InterleavedTiming({"bad": lambda: 1 / 0, "good": lambda: None}, CPU)
+        timed.warm_up()
+        timed.run(2)
+        assert isinstance(timed.failures["bad"], ZeroDivisionError) and timed.seconds["bad"] == []
+        assert len(timed.seconds["good"]) == 2
 
     def test_what_fails_leaves_no_tensors_behind(self):
         """On a GPU the others would miss the memory."""
@@ -48,10 +56,10 @@ class TestTiming:
             alive.append(weakref.ref(large))
             raise RuntimeError("out of memory")
 
-        race = Race({"bad": bad, "good": lambda: None}, CPU)
-        race.warm_up(after=lambda: None)
+        timed = InterleavedTiming({"bad": bad, "good": lambda: None}, CPU)
+        timed.warm_up(after=lambda: None)
         assert len(alive) == 1 and alive[0]() is None
-        assert str(race.failures["bad"]) == "out of memory"
+        assert str(timed.failures["bad"]) == "out of memory"
 
     def test_a_gpu_finishes_a_call_before_the_next(self, monkeypatch):
         order = []
@@ -61,9 +69,9 @@ class TestTiming:
 
     def test_quick_calls_are_repeated_within_one_timing(self, monkeypatch):
         monkeypatch.setattr(timing, "time_call", lambda run, device, calls: run() / calls)
-        race = Race({"short": lambda: 0.003, "long": lambda: 1.0}, CPU)
-        race.warm_up()
-        assert race.calls == {"short": 7, "long": 1}  # 20 ms are enough
+        timed = InterleavedTiming({"short": lambda: 0.003, "long": lambda: 1.0}, CPU)
+        timed.warm_up()
+        assert timed.calls == {"short": 7, "long": 1}  # 20 ms are enough
 
     def test_interrupted_rounds_are_kept(self):
         calls = []
@@ -73,10 +81,10 @@ class TestTiming:
             if len(calls) == 3:
                 raise KeyboardInterrupt
 
-        race = Race({"a": run}, CPU)
+        timed = InterleavedTiming({"a": run}, CPU)
         with pytest.raises(KeyboardInterrupt):
-            race.go(5)
-        assert len(race.seconds["a"]) == 2
+            timed.run(5)
+        assert len(timed.seconds["a"]) == 2
 
     def test_steady(self):
         threads = torch.get_num_threads()
@@ -123,4 +131,4 @@ class TestMemory:
         assert all(p.grad is None for p in model.parameters())
 
     def test_growth_of_a_run(self):
-        assert peak_growth(lambda: torch.zeros(10) + 1, CPU) == 80
+        assert peak_memory_increase(lambda: torch.zeros(10) + 1, CPU) == 80

@@ -39,7 +39,7 @@ NOT_RUN = {
     r"ufgir (analyze|compare|correlate|embed) ": "takes a minute with the demo model; tests/analysis",
     r"ufgir (sweep|results) ": "needs hours of training; tests/runs",
     r"ufgir visualize outputs/demo": "makes a figure of the gallery; tests/visualization",
-    r"ufgir predict outputs/mine folder/of/pictures": "is run by the README, with another folder",
+    r"ufgir predict outputs/mine folder/of/images": "is run by the README, with another folder",
     r"(torchrun|accelerate launch) ": "needs several GPUs or machines; tests/training/test_distributed.py",
     r"python run_ufgir\.py recipes/(paper/|study)": "takes hours; test_recipes.py has a miniature",
     r"python run_ufgir\.py recipes/demo\.yaml --reduction none .*--num_train_epochs 15": "is run by the guide to training, shorter",

@@ -38,7 +38,7 @@ from ..checkpoints.keep_rates import at_one_rate, has_one_rate, rate_of
 from ..checkpoints.loading import load_config, load_model
 from ..data.synthetic_leaves import SyntheticLeavesConfig
 from ..profiling.macs import count_macs, dense_config, macs_in_advance, on_meta
-from ..profiling.timing import Quartiles, Race, quartiles, steady
+from ..profiling.timing import InterleavedTiming, Quartiles, quartiles, steady
 from ..transforms.images import to_rgb
 from ..transforms.preprocessing import read_image_processor
 from ..utils.text import one_sentence
@@ -605,18 +605,18 @@ class Viewer:
         } | {setting: self.model(name, setting) for setting in settings}
         pixels = self.view(name, leaf).pixels
         with torch.no_grad(), steady():
-            race = Race({key: partial(model, pixels) for key, model in models.items()}, pixels.device)
-            race.warm_up()
+            timing = InterleavedTiming({key: partial(model, pixels) for key, model in models.items()}, pixels.device)
+            timing.warm_up()
             start = time.perf_counter()
             for number in range(MOST_ROUNDS):
                 if number >= FEWEST_ROUNDS and time.perf_counter() - start > TIMING_SECONDS:
                     break
-                race.go(1)
-        for error in race.failures.values():
+                timing.run(1)
+        for error in timing.failures.values():
             raise error
         if len(self._times) >= LATENCIES:
             self._times.clear()
-        self._times[name, frozenset(settings)] = {key: quartiles(values) for key, values in race.seconds.items()}
+        self._times[name, frozenset(settings)] = {key: quartiles(values) for key, values in timing.seconds.items()}
 
 
 def frame_patch(picture: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> None:

@@ -14,7 +14,7 @@ from clca import REDUCTIONS, CLCAViTConfig
 
 from ..checkpoints.config_options import layer
 from ..checkpoints.loading import read_config
-from ..profiling.agreement import Pictures, cases_at_cost, places
+from ..profiling.agreement import Images, cases_at_cost, places
 from ..profiling.benchmark import Benchmark
 from ..profiling.benchmark_cases import (
     BACKENDS,
@@ -31,7 +31,7 @@ from ..profiling.benchmark_cases import (
 )
 from ..profiling.benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
 from ..profiling.macs import dense_config
-from ..profiling.scaling import DEPTHS, SIZES, Growth, draw_growth, growth_markdown, growth_tables, write_growth
+from ..profiling.scaling import DEPTHS, SIZES, Scaling, draw_scaling, scaling_markdown, scaling_tables, write_scaling
 from ..profiling.targets import changed, training_free_options
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
@@ -46,12 +46,12 @@ PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
     "variants": (str, ["CLCA"], f"{', '.join(VARIANTS)}, in any case"),
     "keep_rates": (float, [0.1], "shares of tokens kept, in (0, 1]"),
     "image_sizes": (int, [224], "sides of the images, pixels"),
-    "batch_sizes": (int, [4], "images in a batch; --growth: 1"),
+    "batch_sizes": (int, [4], "images in a batch; --scaling: 1"),
     "dtypes": (str, ["float32"], f"{', '.join(DTYPES)}; in training of autocast"),
     "backends": (str, ["eager"], "eager, compiled (torch.compile; CUDA graphs on a GPU), onnx (ONNX Runtime)"),
     "modes": (str, ["inference"], "inference, training (forward, backward and AdamW)"),
 }
-GROWTH: dict[str, tuple[Callable[[str], Any], Any, str]] = {
+SCALING: dict[str, tuple[Callable[[str], Any], Any, str]] = {
     "depths": (int, list(DEPTHS), "numbers of layers"),
     "limit": (float, 180.0, "seconds; a point that should take longer to measure is only counted"),
 }
@@ -78,14 +78,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--quick", action="store_true", help="everything a little, within three minutes: `--preset quick`"
     )
-    one.add_argument("--growth", action="store_true", help="how time and memory grow with image size and depth")
+    one.add_argument("--scaling", action="store_true", help="how time and memory grow with image size and depth")
     one.add_argument(
         "--input-pipeline",
         metavar="DATASET",
         help="reading and transforming the images of synthetic_leaves, a folder or a dataset on the Hub",
     )
     _add(parser.add_argument_group("combinations; each takes one or more values"), PLAN)
-    _add(parser.add_argument_group("--growth, which takes image sizes and the first of the other options"), GROWTH)
+    _add(parser.add_argument_group("--scaling, which takes image sizes and the first of the other options"), SCALING)
     _add(parser.add_argument_group("--input-pipeline, likewise"), PIPELINE)
 
     free = parser.add_argument_group("methods off the shelf: on a trained MODEL, without any training")
@@ -129,7 +129,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--into",
         metavar="FILE",
-        help="fill the place of the preset, growth or input-pipeline in a document; figures go to `figures` beside it",
+        help="fill the place of the preset, scaling or input-pipeline in a document; figures go to `figures` beside it",
     )
 
 
@@ -161,9 +161,9 @@ class Outcome(NamedTuple):
 def run(args: argparse.Namespace) -> tuple[str, int]:
     """The tables, and the exit status."""
     args.preset = "quick" if args.quick else args.preset
-    name = args.preset or ("growth" if args.growth else "input-pipeline" if args.input_pipeline else None)
+    name = args.preset or ("scaling" if args.scaling else "input-pipeline" if args.input_pipeline else None)
     _check(args, name)
-    measure = {"growth": _growth, "input-pipeline": _pipeline}.get(name, _cases)
+    measure = {"scaling": _scaling, "input-pipeline": _pipeline}.get(name, _cases)
     outcome = measure(args)
     said = [outcome.text]
     with told_first(said):
@@ -187,10 +187,10 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     """What can be wrong is said before anything is measured."""
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(_unknown("preset", args.preset, PRESETS))
-    given = [option for option in (*PLAN, *GROWTH, *PIPELINE) if getattr(args, option) is not None]
+    given = [option for option in (*PLAN, *SCALING, *PIPELINE) if getattr(args, option) is not None]
     allowed = set(PLAN)
-    if name == "growth":
-        allowed |= set(GROWTH)
+    if name == "scaling":
+        allowed |= set(SCALING)
     elif name == "input-pipeline":
         allowed |= set(PIPELINE)
     elif args.preset is not None:
@@ -225,7 +225,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     if args.into is not None:
         if name is None:
             raise ValueError(
-                "`--into` needs `--preset`, `--growth` or `--input-pipeline`: other tables have no place."
+                "`--into` needs `--preset`, `--scaling` or `--input-pipeline`: other tables have no place."
             )
         check_place(Path(args.into), name)
         check_document(args.into)
@@ -295,7 +295,7 @@ def _device(name: str | None) -> torch.device:
 def _plan(args: argparse.Namespace, option: str) -> Any:
     """The value of an option, or its default."""
     value = getattr(args, option)
-    return (PLAN | GROWTH | PIPELINE)[option][1] if value is None else value
+    return (PLAN | SCALING | PIPELINE)[option][1] if value is None else value
 
 
 def _network(args: argparse.Namespace, size: str = "base") -> CLCAViTConfig:
@@ -378,7 +378,7 @@ def _free_cases(
     return cases, notes
 
 
-def _pictures(args: argparse.Namespace, config: CLCAViTConfig) -> Pictures | None:
+def _images(args: argparse.Namespace, config: CLCAViTConfig) -> Images | None:
     """Batches of the pictures at any size, as the model takes them."""
     if args.images is None:
         return None
@@ -435,7 +435,7 @@ def _cases(args: argparse.Namespace) -> Outcome:
             seed=args.seed,
             time_limit=preset.time_limit if preset else None,
             progress=progress,
-            pictures=_pictures(args, config),
+            images=_images(args, config),
         )
         report = benchmark.run(cases)
     report.notes[:0] = notes
@@ -465,18 +465,18 @@ def _first_case(args: argparse.Namespace, size: int) -> Case:
     return Case(Setting(size, *first), method, _plan(args, "variants")[0], rate)
 
 
-def _growth(args: argparse.Namespace) -> Outcome:
+def _scaling(args: argparse.Namespace) -> Outcome:
     """Time and memory over image size and depth."""
     if args.model is not None:
-        raise ValueError("`--growth` changes size and depth, so that a MODEL's weights have no place: leave it out.")
+        raise ValueError("`--scaling` changes size and depth, so that a MODEL's weights have no place: leave it out.")
     if (args.modes or ["inference"])[0] != "inference" or (args.backends or ["eager"])[0] != "eager":
-        raise ValueError("`--growth` measures eager inference, and the memory of training beside it.")
+        raise ValueError("`--scaling` measures eager inference, and the memory of training beside it.")
     config = _network(args)
     args.batch_sizes = args.batch_sizes or [1]
     sizes = args.image_sizes or list(SIZES)
     _check_sizes(sizes, config)
     with _progress() as progress:
-        growth = Growth(
+        scaling = Scaling(
             config,
             _first_case(args, sizes[0]),
             _device(args.device),
@@ -486,15 +486,15 @@ def _growth(args: argparse.Namespace) -> Outcome:
             limit=_plan(args, "limit"),
             progress=progress,
         )
-        growth.run(sizes, _plan(args, "depths"))
+        scaling.run(sizes, _plan(args, "depths"))
     facts = provenance()
-    parts = [*map(align, growth_tables(growth)), *growth.remarks()]
+    parts = [*map(align, scaling_tables(scaling)), *scaling.remarks()]
     return Outcome(
         "\n\n".join(parts),
-        growth_markdown(growth, facts),
-        lambda folder, prefix: [draw_growth(growth.points, folder / f"{prefix}.png")] if growth.points else [],
-        lambda folder: write_growth(folder, growth, facts),
-        _status(growth.report.interrupted),
+        scaling_markdown(scaling, facts),
+        lambda folder, prefix: [draw_scaling(scaling.points, folder / f"{prefix}.png")] if scaling.points else [],
+        lambda folder: write_scaling(folder, scaling, facts),
+        _status(scaling.report.interrupted),
     )
 
 

@@ -280,10 +280,10 @@ def token_table(config: CLCAViTConfig) -> str:
     """Tokens that enter each layer, that leave it, and that the cache appends, CLS and all included."""
     schedule = token_schedule(config)
     recovery = recovery_layers(config)
-    rows = [["layer", "tokens in", "tokens out", "recalled"]]
+    rows = [["layer", "tokens in", "tokens out", "retrieved"]]
     for index, (before, after) in enumerate(zip(schedule.before, schedule.after, strict=False)):
-        recalled = schedule.before[index + 1] - after if index in recovery else 0
-        rows.append([str(index), str(before), str(after), f"+{recalled}" if recalled else ""])
+        retrieved = schedule.before[index + 1] - after if index in recovery else 0
+        rows.append([str(index), str(before), str(after), f"+{retrieved}" if retrieved else ""])
     rows.append(["final norm", str(schedule.before[-1]), "", ""])
     return align(rows)
 

@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, time and memory, layer by layer, beside the dense ViT, with growing images, and of the input pipeline."""
+"""Cost of a model: multiply-adds, time and memory, per layer, compared with the dense ViT, and of the input pipeline."""
 
 from .. import _moved
 from .macs import count_macs, dense_config

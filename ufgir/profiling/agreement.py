@@ -1,4 +1,4 @@
-"""How much of what a trained ViT says is left when its tokens are reduced without any training."""
+"""Measure how well a trained ViT whose tokens are reduced without training agrees with the dense ViT."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
@@ -14,15 +14,15 @@ from .benchmark_cases import Case, Setting, quarters
 from .targets import changed, keep_rate_for
 
 
-Pictures = Callable[[int], Iterable[torch.Tensor]]  # side in pixels -> batches (B, C, H, W)
+Images = Callable[[int], Iterable[torch.Tensor]]  # side in pixels -> batches (B, C, H, W)
 
 
 class Agreement(NamedTuple):
-    """What a model says of some images, beside what the dense one says of them.
+    """Agreement of a model with the dense model on some images.
 
     Attributes:
-        top1: share of images with the same first class; None where there is no trained classifier.
-        cosine: mean cosine between the logits or, without a classifier, the features that it would read.
+        top1: share of images with the same predicted class; None without a trained classifier.
+        cosine: mean cosine similarity of the logits, or of the features that a classifier would read.
     """
 
     top1: float | None
@@ -31,19 +31,19 @@ class Agreement(NamedTuple):
 
 @torch.inference_mode()
 def answers(model: nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Logits (N, K) of all images, or pooled features (N, D) of a model without classes, in float32 on the CPU."""
+    """Return the logits (N, K) of all images, or pooled features (N, D) of a model without classes, in float32 on the CPU."""
     weight = next(model.parameters())
     return torch.cat([model(batch.to(weight.device, weight.dtype)).logits.float().cpu() for batch in batches])
 
 
 def agreement(ours: torch.Tensor, dense: torch.Tensor, has_classes: bool) -> Agreement:
-    """Compare `answers` (N, K)."""
+    """Compare two outputs of `answers`, each (N, K)."""
     same = (ours.argmax(dim=1) == dense.argmax(dim=1)).double().mean().item() if has_classes else None
     return Agreement(same, torch.cosine_similarity(ours.double(), dense.double(), dim=1).mean().item())
 
 
 def places(config: CLCAViTConfig) -> list[list[int]]:
-    """Where methods are compared: at three stages, and in every layer."""
+    """Return the layers in which methods are compared: three stages, and every layer."""
     depth = config.num_hidden_layers
     return [quarters(depth), list(range(depth))]
 
@@ -55,15 +55,17 @@ def cases_at_cost(
     target_gmacs: float,
     settings: Sequence[Setting],
 ) -> tuple[list[Case], list[str]]:
-    """Cases of as nearly the same cost as can be, each with the largest keep rate that costs no more; and why others are left
-    out.
+    """Find for each method and list of layers the largest keep rate within a cost.
 
     Args:
         config: the network.
-        methods: name -> its options.
-        layers: lists of layers to reduce in.
-        target_gmacs: what an image may cost, see `keep_rate_for`.
-        settings: of the cases.
+        methods: name -> options of the method.
+        layers: lists of layers that reduce.
+        target_gmacs: cost per image, see `keep_rate_for`.
+        settings: settings of the cases.
+
+    Returns:
+        The cases, and a sentence for each one that is left out.
     """
     cases, notes = [], []
     for size in dict.fromkeys(setting.image_size for setting in settings):

@@ -1,10 +1,10 @@
-"""Speed and memory of models beside transformers' own dense ViT of the same shape: what `ufgir benchmark` measures.
+"""Measure speed and memory of models next to transformers' dense ViT of the same shape, for `ufgir benchmark`.
 
-The dense model (`ViTForImageClassification`, sdpa) and all cases of a setting run in one process, in turn. Weights are shared:
-random ones, drawn wider than for training, so that attention prefers some patches as trained attention does (in a narrow
-distribution all patches get nearly the same, and ATS keeps other numbers of tokens than it does in use); or those of a
-checkpoint. Images are random. In inference, dtypes below float32 mean weights and images in that type; in training, float32
-weights under autocast, with a scaled loss for float16, as Trainer does.
+The dense model (`ViTForImageClassification` with sdpa) and all cases of a setting run in one process, with interleaved timing. They share
+weights: those of a checkpoint, or random ones. Random weights have a larger std than for training, so that attention prefers some patches as it
+does after training; with the usual std attention is almost uniform, and ATS keeps an unrealistic number of tokens. Images are random. In
+inference, dtypes below float32 apply to weights and images; in training, weights are float32 under autocast, with a scaled loss for float16, as in
+Trainer.
 """
 
 import contextlib
@@ -25,39 +25,40 @@ from transformers import ViTConfig, ViTForImageClassification
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..utils.text import one_sentence, shortened
-from .agreement import Agreement, Pictures, agreement, answers
+from .agreement import Agreement, Images, agreement, answers
 from .benchmark_cases import Case, Setting, by_setting, case_config
 from .macs import count_macs, dense_config
-from .timing import OtherLoad, Quartiles, Race, Run, peak_growth, quartiles, steady, synchronize
+from .timing import InterleavedTiming, OtherLoad, Quartiles, Run, peak_memory_increase, quartiles, steady, synchronize
 
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = {"inference": 16, "training": 4}  # cases in memory beside the dense model; more are timed in several races
-ATTENTIVE = 1.5  # deviation of the random weights times the root of the width; of logits of attention it is the square
-BUSY = 0.1  # of the cores: more taken by others is worth a warning
-WIDE = 0.1  # distance of the quartiles over the median, likewise
-NO_CLASSIFIER = (
-    "MODEL has no trained classifier: cosines are of the pooled features that one would read, and no classes agree."
-)
+AT_ONCE = {
+    "inference": 16,
+    "training": 4,
+}  # cases in memory together with the dense model; more are timed in several groups
+ATTENTIVE = 1.5  # std of the random weights times the square root of the width; attention logits have its square
+BUSY = 0.1  # share of the cores used by other processes above which a warning appears
+WIDE = 0.1  # relative distance of the quartiles above which a warning appears
+NO_CLASSIFIER = "MODEL has no trained classifier, so cosines compare the pooled features and classes are not compared."
 
 
 @dataclass
 class Result:
-    """What was measured of a case, or of the dense model of its setting.
+    """Measurements of a case, or of the dense model of its setting.
 
     Attributes:
-        setting, case: None as the case means the dense model.
-        name: what it is.
-        dense: the dense model that it was timed in turn with; None for that itself.
-        seconds: of a batch, one for each round.
-        macs, macs_executed: multiply-adds of one image, as the paper counts and as they run; see `count_macs`.
-        parameters: of the model.
-        setup_seconds: compiling, or exporting and loading, and the first call; None for eager.
-        activation_memory: bytes by which the memory of tensors grows at most; in training while gradients are in place, so
-            that it is what the peak has beside weights, gradients and the optimizer's state.
-        peak_memory: bytes at most, weights and the optimizer's state included. Neither is measured but in eager.
-        agreement: with what the dense model says of the pictures, where there are some.
+        setting, case: `case` is None for the dense model.
+        name: name in tables.
+        dense: result of the dense model that was timed in turn with this one; None for the dense model.
+        seconds: seconds per batch, one value per round.
+        macs, macs_executed: multiply-adds per image, as the paper counts them and as executed; see `count_macs`.
+        parameters: number of parameters.
+        setup_seconds: time to compile, or to export and load, with the first call; None for eager.
+        activation_memory: largest increase of tensor memory in bytes. In training, gradients are allocated before, so this is the peak without
+            weights, gradients and optimizer state.
+        peak_memory: largest memory in bytes, including weights and optimizer state. Both are measured for eager only.
+        agreement: agreement with the dense model on images, if any were given.
         error: why there are no numbers.
     """
 
@@ -77,7 +78,7 @@ class Result:
 
     @property
     def time(self) -> Quartiles | None:
-        """Seconds of a batch."""
+        """Return median and quartiles of the seconds per batch."""
         return quartiles(self.seconds) if self.seconds else None
 
     @property
@@ -86,34 +87,34 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        """Median time of the dense model over that of this one."""
+        """Return the median time of the dense model divided by that of this one."""
         if self.dense is None or not self.time or not self.dense.time:
             return None
         return self.dense.time.median / self.time.median
 
     @property
     def macs_ratio(self) -> float | None:
-        """Multiply-adds of the dense model over those of this one, as the paper counts."""
+        """Return the multiply-adds of the dense model divided by those of this one, as the paper counts them."""
         return self.dense.macs / self.macs if self.dense and self.dense.macs and self.macs else None
 
     @property
     def possible(self) -> float | None:
-        """The same, as executed: the speed-up there would be if only multiply-adds took time."""
+        """Return the ratio of executed multiply-adds: the speed-up if only they took time."""
         executed = self.dense and self.dense.macs_executed
         return executed / self.macs_executed if executed and self.macs_executed else None
 
     @property
     def realised(self) -> float | None:
-        """Share of the possible speed-up that is there."""
+        """Return the measured share of the possible speed-up."""
         return self.speedup / self.possible if self.speedup and self.possible else None
 
     def memory_ratio(self, kind: str) -> float | None:
-        """`activation_memory` or `peak_memory` over that of the dense model."""
+        """Return `activation_memory` or `peak_memory`, divided by that of the dense model."""
         theirs, ours = self.dense and getattr(self.dense, kind), getattr(self, kind)
         return ours / theirs if theirs and ours is not None else None
 
     def measured(self, measure: str) -> float | None:
-        """The value that a goal is about."""
+        """Return the value that a goal refers to."""
         if measure in ("activations", "peak"):
             return self.memory_ratio({"activations": "activation_memory", "peak": "peak_memory"}[measure])
         return getattr(self, measure)
@@ -121,12 +122,12 @@ class Result:
 
 @dataclass
 class Report:
-    """Results in the order of the cases, the dense model first in each setting, and how they came about.
+    """Results in the order of the cases, the dense model first in each setting.
 
     Attributes:
-        other_cores: cores that other processes kept busy meanwhile, None if unknown.
-        interrupted, over_time: whether something is missing because the user, or the time limit, ended it.
-        notes: what else is to be said, a sentence each.
+        other_cores: cores that other processes used on average; None if unknown.
+        interrupted, over_time: whether results are missing because of Ctrl-C or the time limit.
+        notes: further remarks, one sentence each.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -141,39 +142,39 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the numbers doubtful, a sentence each."""
+        """Return one sentence for each reason to doubt the numbers."""
         found = list(self.notes)
         cores = torch.multiprocessing.cpu_count()
         if self.other_cores is not None and self.other_cores > BUSY * cores:
             found.append(
-                f"The machine was busy: other processes used {self.other_cores:.1f} of its {cores} cores meanwhile. Ratios of "
-                "times may be off, times are."
+                f"The machine was busy: other processes used {self.other_cores:.1f} of its {cores} cores. Times are "
+                "wrong, and their ratios may be."
             )
         wide = [r for r in self.results if r.time and r.time.spread > WIDE]
         if wide:
             worst = max(wide, key=lambda r: r.time.spread)
             found.append(
-                f"{len(wide)} of {len(self.results)} times spread by more than {WIDE:.0%} between their quartiles, most of all "
-                f"{worst.name} ({worst.setting}): {worst.time.spread:.0%}. Repeat on a quiet machine."
+                f"{len(wide)} of {len(self.results)} times have quartiles more than {WIDE:.0%} apart, the largest distance for "
+                f"{worst.name} ({worst.setting}): {worst.time.spread:.0%}. Repeat on an idle machine."
             )
         if self.interrupted or self.over_time:
-            found.append("Partial: the benchmark was ended before all was measured.")
+            found.append("Partial: the benchmark ended before everything was measured.")
         return found
 
 
 class Benchmark:
-    """Measures cases.
+    """Measure cases.
 
     Args:
-        base: the network without reduction, see `case_config`.
-        device: where.
-        checkpoint: whose weights to use, a folder or Hub repository; None for random ones.
-        threads: of torch and ONNX Runtime on a CPU; None for torch's default.
+        base: configuration without reduction, see `case_config`.
+        device: device to measure on.
+        checkpoint: folder or Hub repository with the weights to use; None for random weights.
+        threads: threads of torch and ONNX Runtime on a CPU; None for torch's default.
         repetitions: timings of each case.
-        seed: of weights, images and the order within rounds.
-        time_limit: seconds after which nothing is begun any more.
-        pictures: to compare what models say with what the dense one says, eager and in inference only.
-        progress: something like a `tqdm` bar: `total`, `update()`, `set_description_str(text)`.
+        seed: seed of weights, images and the order within rounds.
+        time_limit: seconds after which no further measurement starts.
+        images: images on which agreement with the dense model is measured, in eager inference only.
+        progress: an object like a `tqdm` bar: `total`, `update()`, `set_description_str(text)`.
     """
 
     def __init__(
@@ -186,7 +187,7 @@ class Benchmark:
         seed: int = 0,
         time_limit: float | None = None,
         progress: Any = None,
-        pictures: Pictures | None = None,
+        images: Images | None = None,
     ) -> None:
         self.base = dense_config(base)
         if checkpoint is None:
@@ -198,32 +199,32 @@ class Benchmark:
         self.seed = seed
         self.time_limit = math.inf if time_limit is None else time_limit
         self.progress = progress
-        self.pictures = pictures
+        self.images = images
         self.deadline = math.inf
         self._macs: dict[Any, tuple[int, int]] = {}
-        self._weights: tuple[int, dict[str, torch.Tensor]] = (0, {})  # of one image size
-        self._answers: dict[tuple[int, str], torch.Tensor] = {}  # of the dense model, by image size and dtype
+        self._weights: tuple[int, dict[str, torch.Tensor]] = (0, {})  # image size, and its weights
+        self._answers: dict[tuple[int, str], torch.Tensor] = {}  # outputs of the dense model by image size and dtype
         self._agreements: dict[Any, Agreement] = {}
 
     def run(self, cases: Sequence[Case]) -> Report:
-        """Measure all; what fails is told in its result. Ctrl-C ends it, with what there is by then."""
+        """Measure all cases. A failure is recorded in the result of its case. Ctrl-C stops and keeps what was measured."""
         report = Report(device=str(self.device), repetitions=self.repetitions)
         load, start = OtherLoad(), time.monotonic()
         self.deadline = start + self.time_limit
-        races = [
+        groups = [
             (setting, group[i : i + AT_ONCE[setting.mode]])
             for setting, group in by_setting(cases).items()
             for i in range(0, len(group), AT_ONCE[setting.mode])
         ]
         if self.progress is not None:
-            self.progress.total = sum(len(group) + 1 for _, group in races) * (self.repetitions + 1)
+            self.progress.total = sum(len(group) + 1 for _, group in groups) * (self.repetitions + 1)
         with steady(self.threads) as report.threads:
             try:
-                for setting, group in races:
-                    self._race(setting, group, report)
+                for setting, group in groups:
+                    self._time_group(setting, group, report)
             except KeyboardInterrupt:
                 report.interrupted = True
-        if self.pictures is not None and self.base.num_labels == 0:
+        if self.images is not None and self.base.num_labels == 0:
             report.notes.append(NO_CLASSIFIER)
         report.seconds = time.monotonic() - start
         report.other_cores = load.cores(report.seconds)
@@ -235,8 +236,8 @@ class Benchmark:
             if text:
                 self.progress.set_description_str(text)
 
-    def _race(self, setting: Setting, cases: Sequence[Case], report: Report) -> None:
-        """All of one setting, or a part of them, beside the dense model."""
+    def _time_group(self, setting: Setting, cases: Sequence[Case], report: Report) -> None:
+        """Time a group of cases of one setting together with the dense model."""
         dense = Result(setting, None, "dense")
         results = [dense, *(Result(setting, case, str(case), dense) for case in cases)]
         report.results += results
@@ -244,27 +245,27 @@ class Benchmark:
         with contextlib.ExitStack() as stack:
             for index, result in enumerate(results):
                 if time.monotonic() > self.deadline:
-                    result.error = f"not begun: the time limit of {self.time_limit:g} s was over"
+                    result.error = f"not started: the time limit of {self.time_limit:g} s had passed"
                     report.over_time = True
                     continue
                 self._step(f"{result.name} ({setting}): setting up")
                 try:
                     runs[str(index)] = stack.enter_context(self._ready(result))
-                except Exception as error:  # whatever is wrong with it, the others go on
+                except Exception as error:  # one failing case must not stop the others
                     result.error = _reason(error)
             self._step(str(setting))
-            race = Race(runs, self.device, self.seed)
-            for index, seconds in race.seconds.items():
-                results[int(index)].seconds = seconds  # the race fills the list: an interrupted one is of use, too
+            timing = InterleavedTiming(runs, self.device, self.seed)
+            for index, seconds in timing.seconds.items():
+                results[int(index)].seconds = seconds  # the same list, so that an interrupted run keeps its times
             try:
-                race.warm_up(after=self._step)
+                timing.warm_up(after=self._step)
                 for round_index in range(self.repetitions):
                     if round_index and time.monotonic() > self.deadline:
                         report.over_time = True
                         break
-                    race.go(1, after=self._step)
+                    timing.run(1, after=self._step)
             finally:
-                for index, error in race.failures.items():
+                for index, error in timing.failures.items():
                     results[int(index)].error = _reason(error)
                     results[int(index)].seconds = []
         if setting.backend == "compiled":
@@ -275,13 +276,13 @@ class Benchmark:
 
     @contextlib.contextmanager
     def _ready(self, result: Result) -> Iterator[Run]:
-        """What is to be timed, set up, with all but the times in its result."""
+        """Set up the function to time, and fill in all of the result except the times."""
         setting = result.setting
         _check_setting(setting, self.device)
         model = self._model(result)
         result.parameters = sum(p.numel() for p in model.parameters())
         result.macs, result.macs_executed = self._count(model, result)
-        if self.pictures is not None and (setting.backend, setting.mode) == ("eager", "inference"):
+        if self.images is not None and (setting.backend, setting.mode) == ("eager", "inference"):
             result.agreement = self._agree(model, result)
         generator = torch.Generator().manual_seed(self.seed)
         shape = (setting.batch_size, model.config.num_channels, *[setting.image_size] * 2)
@@ -297,7 +298,7 @@ class Benchmark:
             yield run
 
     def _model(self, result: Result) -> nn.Module:
-        """A model with the shared weights, in the setting's mode, on the device."""
+        """Create a model with the shared weights, in the mode of the setting, on the device."""
         setting = result.setting
         if self._weights[0] != setting.image_size:
             self._weights = (setting.image_size, self._draw_weights(setting))
@@ -326,24 +327,24 @@ class Benchmark:
         from ..checkpoints.loading import HEAD, load_with_report, some_of  # here, as it takes seconds to import
 
         model, untrained = load_with_report(self.checkpoint, config, ignore_mismatched_sizes=True)
-        if self.pictures is not None:
+        if self.images is not None:
             if lacking := [name for name in untrained if not name.startswith(HEAD)]:
-                raise ValueError(f"{self.checkpoint} has no {some_of(lacking)}: what it would say is random.")
+                raise ValueError(f"{self.checkpoint} has no {some_of(lacking)}: its predictions would be random.")
             if untrained:
                 self.base.num_labels = 0
         return model.state_dict()
 
     def _agree(self, model: nn.Module, result: Result) -> Agreement | None:
-        """With the dense model, whose answers are kept; None for that itself."""
-        assert self.pictures is not None
+        """Return the agreement with the dense model, or None for the dense model itself."""
+        assert self.images is not None
         size, dtype = result.setting.image_size, result.setting.dtype
         if result.case is None:
             if (size, dtype) not in self._answers:
-                self._answers[size, dtype] = answers(model, self.pictures(size))
+                self._answers[size, dtype] = answers(model, self.images(size))
             return None
         key = result.case._replace(setting=Setting(size, dtype=dtype), goals=())
         if (size, dtype) in self._answers and key not in self._agreements:
-            ours = answers(model, self.pictures(size))
+            ours = answers(model, self.images(size))
             self._agreements[key] = agreement(ours, self._answers[size, dtype], self.base.num_labels > 0)
         return self._agreements.get(key)
 
@@ -387,16 +388,16 @@ def _check_setting(setting: Setting, device: torch.device) -> None:
 
 
 def _compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, one graph without breaks, as a CUDA graph on a GPU; cases do not share their compiled code."""
+    """Compile a function as one graph without breaks, on a GPU as a CUDA graph. Cases do not share compiled code."""
     options = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
     if device.type != "cuda":
         return torch.compile(function, **options)
-    # What cannot be a CUDA graph is an error, not a line in a log beside numbers of something else.
+    # Raise an error if a CUDA graph is not possible, instead of measuring something else with a log message.
     graphs = {**torch._inductor.list_mode_options("reduce-overhead"), "triton.cudagraph_or_error": True}
     compiled = torch.compile(function, options=graphs, **options)
 
     def run(*args: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call are not needed any more
+        torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call are no longer needed
         return compiled(*args)
 
     return run
@@ -406,7 +407,7 @@ def _compiled(function: Callable, device: torch.device) -> Callable:
 def _torch_run(
     model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, result: Result
 ) -> Iterator[Run]:
-    """Logits of a batch."""
+    """Compute the logits of a batch with torch."""
     pixels = pixels.to(next(model.parameters()).dtype)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -419,7 +420,7 @@ def _torch_run(
             function(pixels)
 
     if setting.backend == "eager":
-        result.activation_memory = peak_growth(run, device)
+        result.activation_memory = peak_memory_increase(run, device)
         result.peak_memory = result.activation_memory + _size(model)
     yield run
 
@@ -428,7 +429,7 @@ def _torch_run(
 def _onnx_run(
     model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, result: Result
 ) -> Iterator[Run]:
-    """Logits of a batch, of the exported model in ONNX Runtime."""
+    """Compute the logits of a batch with ONNX Runtime from the exported model."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -443,7 +444,7 @@ def _onnx_run(
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    if provider not in session.get_providers():  # whose libraries did not load
+    if provider not in session.get_providers():  # its libraries did not load
         raise ValueError(f"this ONNX Runtime cannot start its {provider}")
     binding = session.io_binding()  # images and logits stay where they are
     images = onnxruntime.OrtValue.ortvalue_from_numpy(pixels.cpu().numpy(), device.type, device.index or 0)
@@ -456,7 +457,7 @@ def _onnx_run(
 def _training_run(
     model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, result: Result
 ) -> Iterator[Run]:
-    """Forward, backward and AdamW. The learning rate is so small that the weights, and with them ATS' choice, stay."""
+    """Run forward, backward and AdamW. The learning rate is tiny, so that the weights and the tokens that ATS keeps do not change."""
     labels = torch.arange(setting.batch_size, device=device) % model.config.num_labels
     dtype = getattr(torch, setting.dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.05, fused=True)
@@ -479,17 +480,17 @@ def _training_run(
 
     if setting.backend == "eager":
         result.activation_memory = activation_memory(model, gradients, device)
-        run()  # now there is a state of the optimizer
+        run()  # creates the optimizer state
         kept = _size(model) + sum(_bytes(v) for state in optimizer.state.values() for v in state.values())
-        result.peak_memory = kept + peak_growth(run, device)
+        result.peak_memory = kept + peak_memory_increase(run, device)
     yield run
 
 
 def activation_memory(model: nn.Module, gradients: Run, device: torch.device) -> int:
-    """Bytes by which memory grows at most in forward and backward, `gradients`, while gradients to add to are in place."""
+    """Return by how many bytes memory grows at most in forward and backward (`gradients`), with gradients already allocated."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    grown = peak_growth(gradients, device)
+    grown = peak_memory_increase(gradients, device)
     model.zero_grad(set_to_none=True)
     return grown
 
@@ -499,7 +500,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _size(model: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
+    """Return the bytes of parameters and buffers."""
     return sum(map(_bytes, (*model.parameters(), *model.buffers())))
 
 

@@ -1,4 +1,4 @@
-"""What `ufgir benchmark` may compare: cases, what they have in common with the dense model, and goals for some of them."""
+"""Cases that `ufgir benchmark` compares, their settings, and goals for some of them."""
 
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -13,7 +13,7 @@ MODES = ("inference", "training")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CACHE = {"cross_layer_cache": True, "num_clr_tokens": 1}
-# Name -> what it adds to a configuration.
+# Name -> fields that it adds to a configuration.
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "CLC": _CACHE,
@@ -28,7 +28,7 @@ MODEL_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12
 
 
 class Setting(NamedTuple):
-    """What a case has in common with the dense model that it is compared with. Cases of one setting are timed in turn."""
+    """What a case shares with the dense model it is compared with. Cases of one setting are timed in turn."""
 
     image_size: int  # pixels
     batch_size: int = 1
@@ -41,8 +41,8 @@ class Setting(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A bound for a measured value: `speedup` over dense, `realised` share of the ratio of GMACs, `activations` and `peak`
-    memory as shares of dense; the first two at least, the last two at most."""
+    """A bound for a measured value: `speedup` over the dense model and `realised` share of the GMAC ratio (at least), `activations` and
+    `peak` memory as shares of the dense model (at most)."""
 
     measure: str
     value: float
@@ -52,7 +52,7 @@ class Goal(NamedTuple):
         return self.measure in ("activations", "peak")
 
     def met(self, value: float) -> bool:
-        """Whether a measured value is good enough."""
+        """Return whether a measured value meets the goal."""
         return value <= self.value if self.at_most else value >= self.value
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Goal(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One model to be measured."""
+    """One model to measure."""
 
     setting: Setting
     method: str | None  # of token reduction
@@ -85,14 +85,14 @@ class Case(NamedTuple):
 
 
 def case_config(base: CLCAViTConfig, case: Case) -> CLCAViTConfig:
-    """The configuration of a case.
+    """Return the configuration of a case.
 
     Args:
-        base: the network without reduction; its `reduction_layers` are those of the case.
-        case: a method whose token counts depend on the image is padded to its bound where the backend needs static shapes.
+        base: configuration without reduction; its `reduction_layers` apply to the case.
+        case: the case. A method whose token counts depend on the image is padded to its bound if the backend needs static shapes.
 
     Raises:
-        ValueError: what `CLCAViTConfig` refuses.
+        ValueError: if `CLCAViTConfig` refuses the configuration.
     """
     values = base.to_dict() | {"image_size": case.setting.image_size} | VARIANTS[case.variant]
     if case.layers is not None:
@@ -106,7 +106,7 @@ def case_config(base: CLCAViTConfig, case: Case) -> CLCAViTConfig:
 
 
 def quarters(num_layers: int) -> list[int]:
-    """Reduction layers at a quarter, half and three quarters of the depth: 3, 6, 9 of 12."""
+    """Return reduction layers at a quarter, half and three quarters of the depth, for example 3, 6, 9 of 12."""
     return sorted({num_layers * i // 4 for i in (1, 2, 3)})
 
 
@@ -116,7 +116,7 @@ def cross(
     keep_rates: Iterable[float],
     settings: Iterable[Setting],
 ) -> list[Case]:
-    """Every combination; a model without reduction has no keep rate, so it comes once."""
+    """Return every combination; a model without reduction has no keep rate and appears once."""
     cases = []
     for setting, method, variant, rate in product(settings, methods, variants, keep_rates):
         cases.append(Case(setting, method, variant, rate if method else 1.0))
@@ -124,7 +124,7 @@ def cross(
 
 
 def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
-    """The cases that are compared with the same dense model."""
+    """Group the cases by setting, that is by the dense model they are compared with."""
     groups: dict[Setting, list[Case]] = {}
     for case in cases:
         groups.setdefault(case.setting, []).append(case)
@@ -132,16 +132,16 @@ def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
 
 
 class Preset(NamedTuple):
-    """Cases for one table, and how they are measured.
+    """Cases of one table, and how they are measured.
 
     Attributes:
-        title: of the table.
-        cases: with the goals for ViT-B/16.
+        title: title of the table.
+        cases: the cases, with goals for ViT-B/16.
         device: cpu or cuda.
-        threads: of torch on a CPU; None for its default.
+        threads: threads of torch on a CPU; None for the default.
         repetitions: timings of each case.
-        model_size: of `MODEL_SIZES`.
-        time_limit: seconds after which no more is begun.
+        model_size: a key of `MODEL_SIZES`.
+        time_limit: seconds after which no further measurement starts.
     """
 
     title: str
@@ -160,7 +160,7 @@ def _at_least(speedup: float) -> tuple[Goal, ...]:
 def _cpu448() -> Preset:
     at = Setting(448, 4)
     own = {"evit": _at_least(3.0), "topk": _at_least(3.2), "ats": _at_least(3.1)}
-    own["heuristic"] = _at_least(0.97)  # it hides patches and removes none
+    own["heuristic"] = _at_least(0.97)  # hides patches but removes none
     others = (Goal("realised", 0.95),)
     cases = [Case(at, None, "base", goals=_at_least(1.05)), Case(at, None, "CLCA", goals=_at_least(1.0))]
     cases += [Case(at, method, "CLCA", 0.1, own.get(method, others)) for method in sorted(REDUCTIONS)]
@@ -214,7 +214,7 @@ def _quick() -> Preset:
     cases += cross(["evit"], ["CLCA"], [0.25], [Setting(224, 4, mode="training")])
     cases += cross(["evit"], ["CLCA"], [0.25], [Setting(224, 1, backend=b) for b in ("onnx", "compiled")])
     cases = list(dict.fromkeys(cases))
-    title = "ViT-Ti/16, 224 px, float32: a look at everything, too short for exact numbers"
+    title = "ViT-Ti/16, 224 px, float32: an overview, too short for exact numbers"
     return Preset(title, cases, "auto", None, repetitions=5, model_size="tiny", time_limit=110.0)
 
 

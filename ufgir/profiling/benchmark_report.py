@@ -1,4 +1,4 @@
-"""What `ufgir benchmark` measured, as tables, files and figures."""
+"""Tables, files and figures of `ufgir benchmark`."""
 
 import json
 import os
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "numpy", "datasets", "pillow")
 MEGA = 1e6
-COLUMNS = 3  # panels beside each other
+COLUMNS = 3  # panels per row
 TextTable = list[list[str]]
 
 
 def provenance() -> dict[str, Any]:
-    """Command, date, machine and versions: what a table of numbers needs beside them."""
+    """Return command, date, machine and versions."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -44,7 +44,7 @@ def provenance() -> dict[str, Any]:
 
 
 def origin(facts: Mapping[str, Any], threads: int | None = None) -> str:
-    """Where numbers come from, in one line under their table."""
+    """Describe the provenance of numbers in one line."""
     versions = [f"{name} {facts['versions'].get(name, '?')}" for name in ("torch", "transformers")]
     parts = [f"`{facts['command']}`", facts["host"], f"{threads} thread{'s'[: threads > 1]}" if threads else ""]
     parts += [", ".join(versions), facts["date"][:10]]
@@ -56,23 +56,23 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _time(time: Quartiles) -> str:
-    """Milliseconds, and the quartiles around them."""
+    """Format the median in milliseconds with its quartiles."""
     quartiles = [1e3 * seconds for seconds in time]
     digits = 0 if quartiles[0] >= 1000 else 1 if quartiles[0] >= 10 else 3
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*quartiles, d=digits)
 
 
 def _goals(result: Result) -> str:
-    """Each goal, and whether it is met."""
-    told = []
+    """List each goal and whether it is met."""
+    lines = []
     for goal in result.case.goals if result.case else ():
         value = result.measured(goal.measure)
-        told.append(f"{goal}: {'not measured' if value is None else 'met' if goal.met(value) else 'missed'}")
-    return ", ".join(told)
+        lines.append(f"{goal}: {'not measured' if value is None else 'met' if goal.met(value) else 'missed'}")
+    return ", ".join(lines)
 
 
 def setting_table(results: Sequence[Result]) -> TextTable:
-    """The results of one setting as cells, columns without any content left out."""
+    """Return the results of one setting as a table of strings without empty columns."""
     head = ["model", "ms [quartiles]", "images/s", "speed-up", "GMACs", "executed", "ratio", "possible", "realised"]
     head += ["same top-1", "cosine"]
     head += ["activations, MB", "of dense", "peak, MB", "of dense", "set-up, s", "goal"]
@@ -109,19 +109,19 @@ def _share(value: float | None) -> str:
 
 
 def _agreement(result: Result) -> list[str]:
-    """Of classes, and the cosine of logits or features."""
+    """Format the agreement of classes, and the cosine similarity of logits or features."""
     if result.agreement is None:
         return ["", ""]
     return [_share(result.agreement.top1), f"{result.agreement.cosine:.4f}"]
 
 
 def tables(report: Report) -> list[tuple[Setting, TextTable]]:
-    """A table for each setting."""
+    """Return one table per setting."""
     return [(setting, setting_table(results)) for setting, results in by_setting(report.results).items()]
 
 
 def by_setting(results: Sequence[Result]) -> dict[Setting, list[Result]]:
-    """The results of each setting."""
+    """Group the results by setting."""
     groups: dict[Setting, list[Result]] = {}
     for result in results:
         groups.setdefault(result.setting, []).append(result)
@@ -129,21 +129,21 @@ def by_setting(results: Sequence[Result]) -> dict[Setting, list[Result]]:
 
 
 def markdown_table(rows: TextTable) -> str:
-    """Cells as a Markdown table, the first column to the left and the others to the right."""
+    """Format a table as Markdown, the first column left-aligned and the others right-aligned."""
     lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def markdown(report: Report, facts: Mapping[str, Any]) -> str:
-    """All tables, warnings and where the numbers come from."""
+    """Return all tables, warnings and the provenance as Markdown."""
     parts = [f"**{setting}**\n\n{markdown_table(rows)}" for setting, rows in tables(report)]
     parts += [f"> {warning}" for warning in report.warnings]
-    rounds = f"Medians of {report.repetitions} rounds, each a batch of each model in turn"
+    rounds = f"Medians of {report.repetitions} rounds, each round times one batch of every model"
     return "\n\n".join([*parts, f"{rounds}. {origin(facts, report.threads)}."])
 
 
 def csv_rows(report: Report) -> list[dict[str, Any]]:
-    """One row for each result. Units: seconds of a batch, multiply-adds of an image, bytes."""
+    """Return one row per result. Units: seconds per batch, multiply-adds per image, bytes."""
     rows = []
     for r in report.results:
         time = r.time
@@ -183,7 +183,7 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
 
 
 def record(report: Report, facts: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, with every single timing, for programs."""
+    """Return everything, including every timing, for the JSON file."""
     single = [r.seconds for r in report.results]
     results = [row | {"seconds": seconds} for row, seconds in zip(csv_rows(report), single, strict=True)]
     about = {name: value for name, value in vars(report).items() if name != "results"}
@@ -200,7 +200,7 @@ def record(report: Report, facts: Mapping[str, Any], network: Mapping[str, Any])
 
 
 def write_report(folder: Path, report: Report, facts: Mapping[str, Any], network: Mapping[str, Any]) -> list[Path]:
-    """benchmark.csv, benchmark.md, benchmark.json and the figures, each whole or not at all; the files that were written."""
+    """Write benchmark.csv, benchmark.md, benchmark.json and the figures, each atomically; return the files written."""
     record_text = json.dumps(record(report, facts, network), indent=1, ensure_ascii=False, default=str)
     return [
         write_csv(folder / "benchmark.csv", csv_rows(report)),
@@ -211,8 +211,8 @@ def write_report(folder: Path, report: Report, facts: Mapping[str, Any], network
 
 
 def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
-    """PREFIX_throughput.png; if there are several sizes of batches, PREFIX_latency.png; and if models were compared by what they
-    say, PREFIX_agreement.png; those that were drawn."""
+    """Draw PREFIX_throughput.png; with several batch sizes PREFIX_latency.png; with measured agreement PREFIX_agreement.png. Return the files
+    written."""
     drawn = []
     with style():
         panels = throughput_panels(report)
@@ -230,13 +230,13 @@ def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
 
 
 def throughput_panels(report: Report) -> dict[str, list[Result]]:
-    """Title -> results of one setting, where there is more than the dense model to show."""
+    """Return title -> results of each setting with more than the dense model."""
     groups = by_setting([r for r in report.results if r.time])
     return {str(setting): group for setting, group in groups.items() if len(group) > 1}
 
 
 def latency_panels(report: Report) -> dict[str, list[Result]]:
-    """Title -> results of settings that differ in the size of the batch only."""
+    """Return title -> results of settings that differ only in batch size."""
     panels: dict[str, list[Result]] = {}
     for result in report.results:
         if result.time:
@@ -261,8 +261,10 @@ def _draw_panels(panels: Mapping[str, list[Result]], draw_one: Any, path: Path) 
 
 
 def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Result]]]:
-    """Name of a line -> how it looks, and its results: a method with a variant. Methods tell themselves apart by colour, or
-    variants where there is one method in several; models without cache and aggregation are hollow."""
+    """Return name -> style and results of each line: one method with one variant.
+
+    Colors distinguish methods, or variants if there is only one method. Models without cache and aggregation have hollow markers.
+    """
     variants = {r.case.variant for r in results if r.case}
     one_method = len({r.case.method for r in results if r.case}) == 1 < len(variants)
     lines: dict[str, tuple[dict[str, Any], list[Result]]] = {}
@@ -278,7 +280,7 @@ def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Re
 
 
 def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> None:
-    """Images a second over executed GMACs; the grey line is what multiply-adds alone would allow."""
+    """Draw images per second over executed GMACs; the gray line shows the speed if only multiply-adds took time."""
     dense = next((r for r in results if r.case is None), None)
     for look, line in _lines(results).values():
         line = sorted(line, key=lambda r: r.macs_executed)
@@ -289,12 +291,12 @@ def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> Non
         ideal = [dense.images_per_second * dense.macs_executed / macs for macs in work]
         axes.plot([macs / 1e9 for macs in work], ideal, color="#808080", linewidth=1, label="as the GMACs")
         axes.plot(dense.macs_executed / 1e9, dense.images_per_second, "k+", markersize=9, label=dense.name)
-    label(axes, "GMACs of an image, as executed", "images/s", title, legend=False)
+    label(axes, "executed GMACs per image", "images/s", title, legend=False)
 
 
 def _draw_agreement(axes: "Axes", title: str, results: Sequence[Result]) -> None:
-    """What is left of the dense model's answers over milliseconds of a batch, a mark with its name for each model. Those that
-    reduce in the most layers are hollow, if others do in fewer."""
+    """Draw agreement with the dense model over milliseconds per batch, one named marker per model. If models differ in the number of
+    reduction layers, those with most have hollow markers."""
     compared = [r for r in results if r.case and r.agreement]
     has_classes = all(r.agreement.top1 is not None for r in compared)
     stages = sorted({len(r.case.layers or ()) for r in compared})
@@ -311,18 +313,18 @@ def _draw_agreement(axes: "Axes", title: str, results: Sequence[Result]) -> None
     for dense in (r for r in results if r.case is None):
         axes.axvline(1e3 * dense.time.median, color="#808080", linewidth=1, label=dense.name)
     what = "images with the dense model's class, %" if has_classes else "cosine with the dense model's feature"
-    label(axes, "ms of a batch", what, title, legend=False)
+    label(axes, "ms per batch", what, title, legend=False)
 
 
 def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:
-    """Milliseconds of a batch over its size."""
-    from matplotlib.ticker import LogLocator  # installed, if there are axes
+    """Draw milliseconds per batch over batch size."""
+    from matplotlib.ticker import LogLocator  # optional; axes exist only where it is installed
 
     rates = sorted({r.case.keep_rate for r in results if r.case and r.case.method})
     lines = []
     reduced = [r for r in results if r.case and r.case.method]
     for index, rate in enumerate(rates):
-        alpha = 1 - 0.6 * index / len(rates)  # the more is kept, the paler
+        alpha = 1 - 0.6 * index / len(rates)  # paler for higher keep rates
         for name, (look, line) in _lines([r for r in reduced if r.case.keep_rate == rate]).items():
             lines.append((look | {"label": f"{name}, {rate:g}", "alpha": alpha}, line))
     lines += list(_lines([r for r in results if r.case and not r.case.method]).values())
@@ -337,39 +339,39 @@ def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sizes, list(map(str, sizes)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more would be written over each other
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more labels would overlap
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(True, axis="y", which="minor", alpha=0.5)
-    label(axes, "images in a batch", "ms of a batch", title, legend=False)
+    label(axes, "batch size", "ms per batch", title, legend=False)
 
 
 def markers(name: str) -> tuple[str, str]:
-    """The two comments in a document between which a table of this name stands."""
+    """Return the two comments in a document between which a table is inserted."""
     return f"<!-- table: {name} -->", f"<!-- end: {name} -->"
 
 
 def check_place(document: Path, name: str) -> None:
-    """Whether a document has a place for a table; to be called before anything is measured.
+    """Check that a document has a place for a table, before anything is measured.
 
     Raises:
-        ValueError: there is no such file, or it lacks the markers, or has them twice.
+        ValueError: if the file does not exist, or does not have both markers exactly once.
     """
     if not document.is_file():
-        raise ValueError(f"`--into`: there is no file {document}.")
+        raise ValueError(f"`--into`: {document} does not exist.")
     begin, end = markers(name)
     text = document.read_text(encoding="utf-8")
     if not (text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)):
-        raise ValueError(f"`--into`: {document} must have {begin} and, after it, {end}, once each.")
+        raise ValueError(f"`--into`: {document} must contain {begin} followed by {end}, each exactly once.")
 
 
 def fill_in(document: Path, name: str, content: str, figures: Sequence[Path] = ()) -> None:
-    """Put a table between its markers, in place of what is there; the rest of the document stays.
+    """Replace the table between two markers of a document.
 
     Args:
         document: a Markdown file, see `check_place`.
-        name: of the table.
+        name: name of the table.
         content: Markdown.
-        figures: pictures to be shown below.
+        figures: figures to show below the table.
 
     Raises:
         ValueError: see `check_place`.

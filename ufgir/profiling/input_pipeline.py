@@ -1,7 +1,7 @@
-"""How many images a second reach the model: reading, decoding, transforming, and handing over between processes.
+"""Measure how many images per second the input pipeline delivers: reading, decoding, transforming, and transfer between processes.
 
-`ufgir benchmark --input-pipeline DATASET` measures it apart from the model and says which of the two holds the other up. Files
-are read again and again and come from the system's cache: a slow disk or network comes on top.
+`ufgir benchmark --input-pipeline DATASET` measures it without the model and reports which of the two is the bottleneck. Files are read
+repeatedly and come from the cache of the system, so a slow disk or network adds to these times.
 """
 
 import io
@@ -30,7 +30,7 @@ from ..transforms.preprocessing import EvalTransform, TrainTransform, make_image
 from ..utils.files import write_csv, write_text_atomically
 from .benchmark import Report
 from .benchmark_report import TextTable, markdown_table, origin
-from .timing import OtherLoad, Race, quartiles, steady
+from .timing import InterleavedTiming, OtherLoad, quartiles, steady
 
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,18 @@ AS_STORED = "as stored"
 
 @dataclass
 class Pipeline:
-    """Speeds of the input pipeline, images a second.
+    """Speeds of the input pipeline in images per second.
 
     Attributes:
-        source, count: the data set, and how many of its images were used.
-        pixels: mean width and height of the images, pixels.
-        stages: (format, what is done, image size or None) -> on one core.
-        loaders: (image size, workers) -> through a DataLoader, training transform, images as stored.
-        models: image size -> (name, images a second in inference), where measured.
-        crossing: what a worker hands over for one image: name -> (dtype, shape), and its bytes.
-        pictures_cross: whether PIL images are pickled between processes.
-        device: of the models.
-        cores: of this machine.
+        source, count: the data set, and the number of images used.
+        pixels: mean width and height of the images.
+        stages: (format, operation, image size or None) -> speed on one core.
+        loaders: (image size, workers) -> speed of a DataLoader with the training transform and images as stored.
+        models: image size -> (name, speed in inference), if measured.
+        crossing: what a worker transfers per image: name -> dtype and shape; `crossing_bytes` is its size.
+        images_cross: whether PIL images are pickled between processes.
+        device: device of the models.
+        cores: cores of this machine.
     """
 
     source: str
@@ -64,14 +64,14 @@ class Pipeline:
     models: dict[int, tuple[str, float]] = field(default_factory=dict)
     crossing: dict[str, str] = field(default_factory=dict)
     crossing_bytes: int = 0
-    pictures_cross: bool = False
+    images_cross: bool = False
     device: str = "cpu"
     cores: int = 1
     other_cores: float | None = None
     interrupted: bool = False
 
     def add_models(self, report: Report) -> None:
-        """Speeds of models, one for each image size."""
+        """Add the speeds of models, one per image size."""
         self.device = report.device
         self.interrupted |= report.interrupted
         for result in report.results:
@@ -80,11 +80,10 @@ class Pipeline:
 
 
 def sample(source: str, count: int, image_size: int, seed: int = 0) -> datasets.Dataset:
-    """`count` random images of the first split of a data set; synthetic_leaves are drawn larger than `image_size`, as photos
-    would be.
+    """Return `count` random images of the first split of a data set. `synthetic_leaves` are drawn larger than `image_size`, like photos.
 
     Raises:
-        ValueError: `count` is below 2, or what `load_ufgir_dataset` refuses.
+        ValueError: if `count` is below 2, or if `load_ufgir_dataset` refuses the data set.
     """
     if count < 2:
         raise ValueError(f"`--count` must be at least 2 images, got {count}.")
@@ -93,17 +92,17 @@ def sample(source: str, count: int, image_size: int, seed: int = 0) -> datasets.
         options = {"images_per_class": [math.ceil(count / 10), 0, 0], "image_size": int(image_size / 0.875)}
     data = load_ufgir_dataset(source, verify=False, validation_fraction=0.0, **options)
     images = random_subset(next(iter(data.values())), count, seed).select_columns(["image"])
-    return images.add_column("label", [0] * len(images))  # classes cost nothing, whatever their kind
+    return images.add_column("label", [0] * len(images))  # labels do not affect the speed
 
 
 def as_formats(images: datasets.Dataset, folder: Path) -> dict[str, datasets.Dataset]:
-    """Name of a format -> the same images in it: as they are, as PNG and JPEG files, and in parquet shards."""
+    """Return format name -> the same images: as stored, as PNG and JPEG files, and in parquet shards."""
     options = {"png": {}, "jpeg": {"quality": JPEG_QUALITY}}
     encoded: dict[str, list[bytes]] = {suffix: [] for suffix in options}
-    for picture in images["image"]:  # one at a time: photos may be large
+    for image in images["image"]:  # one by one, because photos may be large
         for suffix in options:
             buffer = io.BytesIO()
-            picture.save(buffer, format=suffix, **options[suffix])
+            image.save(buffer, format=suffix, **options[suffix])
             encoded[suffix].append(buffer.getvalue())
     found = {AS_STORED: images}
     for suffix, contents in encoded.items():
@@ -128,7 +127,7 @@ def _images(values: list[Any]) -> datasets.Dataset:
 
 
 def transforms(image_size: int) -> dict[str, Any]:
-    """What is done to a decoded image in evaluation and in training, with the defaults of run_ufgir.py."""
+    """Return the evaluation and training transforms with the defaults of run_ufgir.py."""
     processor = make_image_processor(image_size)
     return {"evaluation transform": EvalTransform(processor), "training transform": TrainTransform(processor)}
 
@@ -136,7 +135,7 @@ def transforms(image_size: int) -> dict[str, Any]:
 def measure_stages(
     formats: Mapping[str, datasets.Dataset], sizes: Sequence[int], repetitions: int = 3
 ) -> dict[tuple[str, str, int | None], float]:
-    """Images a second on one core, decoding alone and with each transform; see `Pipeline.stages`."""
+    """Measure images per second on one core, for decoding alone and with each transform; see `Pipeline.stages`."""
     runs: dict[Any, Any] = {}
     for name, data in formats.items():
         runs[name, "decode", None] = lambda data=data: _consume(data[i]["image"].size for i in range(len(data)))
@@ -145,13 +144,13 @@ def measure_stages(
                 samples = TransformedImages(data, transform)
                 runs[name, f"decode + {what}", size] = lambda s=samples: _consume(s[i] for i in range(len(s)))
     count = len(next(iter(formats.values())))
-    race = Race(runs, torch.device("cpu"))
+    timing = InterleavedTiming(runs, torch.device("cpu"))
     with steady(1):
-        race.warm_up(1)
-        race.go(repetitions)
-    for error in race.failures.values():
+        timing.warm_up(1)
+        timing.run(repetitions)
+    for error in timing.failures.values():
         raise error
-    return {key: count / quartiles(seconds).median for key, seconds in race.seconds.items()}
+    return {key: count / quartiles(seconds).median for key, seconds in timing.seconds.items()}
 
 
 def _consume(items: Iterator[Any]) -> None:
@@ -160,7 +159,7 @@ def _consume(items: Iterator[Any]) -> None:
 
 
 def measure_loader(data: datasets.Dataset, image_size: int, workers: int, batch_size: int) -> float:
-    """Images a second out of a DataLoader as Trainer makes it, training transform, in its second epoch."""
+    """Measure images per second of a DataLoader as Trainer creates it, with the training transform, in its second epoch."""
     samples = TransformedImages(data, transforms(image_size)["training transform"])
     loader = DataLoader(
         samples,
@@ -176,17 +175,17 @@ def measure_loader(data: datasets.Dataset, image_size: int, workers: int, batch_
 
 
 def crossing(data: datasets.Dataset, image_size: int) -> tuple[dict[str, str], int, bool]:
-    """What goes from a worker to the training process for one image: name -> dtype and shape; its bytes; and whether there
-    are pictures among it, which would be pickled."""
+    """Return what a worker transfers to the training process for one image: name -> dtype and shape; the number of bytes; and whether it
+    contains PIL images, which would be pickled."""
     batch = default_data_collator([TransformedImages(data, transforms(image_size)["training transform"])[0]])
-    told, size = {}, 0
+    shapes, size = {}, 0
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
-            told[name] = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape[1:])}"
+            shapes[name] = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape[1:])}"
             size += value.numel() * value.element_size()
         else:
-            told[name] = type(value).__name__
-    return told, size, any(isinstance(leaf, Image.Image) for leaf in tree_leaves(dict(batch)))
+            shapes[name] = type(value).__name__
+    return shapes, size, any(isinstance(leaf, Image.Image) for leaf in tree_leaves(dict(batch)))
 
 
 def measure_pipeline(
@@ -198,16 +197,16 @@ def measure_pipeline(
     repetitions: int = 3,
     seed: int = 0,
 ) -> Pipeline:
-    """All but the models. Ctrl-C ends it with what there is by then.
+    """Measure everything except the models. Ctrl-C stops and keeps what was measured.
 
     Args:
-        source: what `load_ufgir_dataset` takes.
-        sizes: of images that models take, pixels.
-        workers: numbers of processes of the DataLoader; 0 is the training process itself.
-        count: images used.
-        batch_size: of the DataLoader.
+        source: data set, as for `load_ufgir_dataset`.
+        sizes: image sizes of the models, pixels.
+        workers: numbers of DataLoader processes; 0 is the training process itself.
+        count: number of images.
+        batch_size: batch size of the DataLoader.
         repetitions: timings of each stage.
-        seed: of the choice of images.
+        seed: seed of the choice of images.
 
     Raises:
         ValueError: see `sample`.
@@ -217,7 +216,7 @@ def measure_pipeline(
     found = Pipeline(source, len(images), tuple(shapes.mean(axis=0)), cores=torch.multiprocessing.cpu_count())
     load, start = OtherLoad(), time.monotonic()
     try:
-        found.crossing, found.crossing_bytes, found.pictures_cross = crossing(images, max(sizes))
+        found.crossing, found.crossing_bytes, found.images_cross = crossing(images, max(sizes))
         with tempfile.TemporaryDirectory() as folder:
             found.stages = measure_stages(as_formats(images, Path(folder)), sizes, repetitions)
         for size in sizes:
@@ -280,7 +279,7 @@ def remarks(found: Pipeline) -> list[str]:
     """What else is to be said, a sentence each; the bottleneck comes first."""
     told = [verdict(found, size) for size in found.models]
     parts = ", ".join(f"{name} ({what})" for name, what in found.crossing.items())
-    if found.pictures_cross:
+    if found.images_cross:
         told.append(f"A worker hands over {parts}: pictures are pickled between processes, which is slow.")
     elif parts:
         told.append(

@@ -1,7 +1,7 @@
-"""Where a model's parameters, multiply-adds and time are: `ufgir profile --layers`.
+"""Parameters, multiply-adds and time per part of a model, for `ufgir profile --layers`.
 
-The parts are the embeddings, each layer (with the reduction in it), the final norm and the head. What is in none of them, the
-recalls of the cache and the pooling most of all, is the rest. All parts add up to the model.
+The parts are the embeddings, each layer with its reduction, the final norm and the head. Everything else, mainly retrieval from the cache and
+pooling, is the rest. All parts add up to the model.
 """
 
 import contextlib
@@ -33,21 +33,20 @@ TextTable = list[list[str]]
 
 
 class Part(NamedTuple):
-    """One part of a model, and the same part of the dense one.
+    """One part of a model, and the same part of the dense model.
 
     Attributes:
-        name: embeddings, layer 0, ..., final norm, head, or the rest.
-        tokens_in, tokens_out, recalled: rows of one image; at most that many where they depend on the image. None where there
-            are no tokens.
-        dense_tokens: rows that enter this part of the dense model.
-        parameters, macs, macs_executed, dense_macs: multiply-adds of one image, see `count_macs`.
-        seconds, dense_seconds: of a batch, medians; None if not measured.
+        name: embeddings, layer 0, ..., final norm, head, or rest.
+        tokens_in, tokens_out, retrieved: tokens of one image; upper bounds if they depend on the image; None for parts without tokens.
+        dense_tokens: tokens that enter this part of the dense model.
+        parameters, macs, macs_executed, dense_macs: multiply-adds per image, see `count_macs`.
+        seconds, dense_seconds: median seconds per batch; None if not measured.
     """
 
     name: str
     tokens_in: int | None
     tokens_out: int | None
-    recalled: int
+    retrieved: int
     dense_tokens: int | None
     parameters: int
     macs: int
@@ -58,13 +57,13 @@ class Part(NamedTuple):
 
 
 def parts_of(model: CLCAViTForImageClassification | ViTForImageClassification) -> dict[str, nn.Module]:
-    """The parts of a CLCA model or of transformers' ViT, by name, in the order in which they run."""
+    """Return the parts of a CLCA model or of transformers' ViT by name, in the order in which they run."""
     layers = {f"layer {index}": layer for index, layer in enumerate(model.vit.layers)}
     return {"embeddings": model.vit.embeddings, **layers, "final norm": model.vit.layernorm, "head": model.classifier}
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Parameters of each part and of the rest."""
+    """Count the parameters of each part and of the rest."""
     return _with_rest(
         {name: sum(p.numel() for p in part.parameters()) for name, part in parts_of(model).items()},
         sum(p.numel() for p in model.parameters()),
@@ -72,14 +71,14 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 
 def macs_by_part(model: nn.Module, **kwargs: Any) -> dict[str, int]:
-    """What `count_macs` gives, for each part and the rest.
+    """Return `count_macs` for each part and the rest.
 
     Args:
         model: a CLCA model or transformers' ViT.
-        kwargs: more arguments of `count_macs`.
+        kwargs: further arguments of `count_macs`.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    with FlopCounterMode(display=False) as counter:  # sees what the counter inside sees, and in which module
+    with FlopCounterMode(display=False) as counter:  # counts the same operations, by module
         total = count_macs(model, **kwargs)
     root = type(model).__name__
     counts = {
@@ -99,13 +98,13 @@ def profile_layers(
     config: CLCAViTConfig,
     seconds: tuple[dict[str, float], dict[str, float]] | None = None,
 ) -> list[Part]:
-    """The parts of a model beside those of the dense one.
+    """Return the parts of a model next to those of the dense model.
 
     Args:
-        model: with a method whose token counts depend on the image it must hold numbers, else it may be on the meta device.
+        model: may be on the meta device, unless its token counts depend on the image.
         dense: the dense model of the same depth.
-        config: of `model`.
-        seconds: see `time_parts`; nothing if not measured.
+        config: configuration of `model`.
+        seconds: see `time_parts`; None if not measured.
     """
     schedule, recovery = token_schedule(config), recovery_layers(config)
     last = config.num_hidden_layers
@@ -116,28 +115,31 @@ def profile_layers(
     for name in parameters:
         kind, _, number = name.partition(" ")
         index = int(number) if kind == "layer" else None
-        rows = {"embeddings": (None, schedule.before[0]), "final norm": (schedule.before[last], schedule.before[last])}
-        before, after = rows.get(name, (None, None))
-        recalled = 0
+        tokens = {
+            "embeddings": (None, schedule.before[0]),
+            "final norm": (schedule.before[last], schedule.before[last]),
+        }
+        before, after = tokens.get(name, (None, None))
+        retrieved = 0
         if index is not None:
             before, after = schedule.before[index], schedule.after[index]
-            recalled = schedule.before[index + 1] - after if index in recovery else 0
+            retrieved = schedule.before[index + 1] - after if index in recovery else 0
         times = (None, None) if seconds is None else tuple(times[name] for times in seconds)
         counts = parameters[name], macs[name], executed[name], dense_macs[name]
         theirs = None if before is None else dense_tokens
-        parts.append(Part(name, before, after, recalled, theirs, *counts, *times))
+        parts.append(Part(name, before, after, retrieved, theirs, *counts, *times))
     return parts
 
 
 def _blind(hook: Callable) -> Callable:
-    """Mark a hook as one that reads no rows: a model leaves out nothing that somebody may look at, and would be measured as
-    another one."""
-    hook.reads_no_rows = True  # ty: ignore[missing-attribute]  # hooks are functions, which have what one gives them
+    """Mark a hook as one that does not read tokens. Otherwise the model computes everything that the hook might read, and another model is
+    measured."""
+    hook.reads_no_rows = True  # ty: ignore[missing-attribute]  # functions accept attributes
     return hook
 
 
 class _Clock:
-    """Hooks that say when each part of a model begins and ends."""
+    """Hooks that record when each part of a model begins and ends."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
@@ -148,7 +150,7 @@ class _Clock:
             self.handles.append(part.register_forward_hook(_blind(lambda *_: self._end())))
 
     def mark(self) -> Any:
-        """Now, on the device's own clock."""
+        """Record the current time on the clock of the device."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -156,7 +158,7 @@ class _Clock:
         return event
 
     def between(self, start: Any, end: Any) -> float:
-        """Seconds."""
+        """Return the seconds between two marks."""
         return end - start if self.device.type != "cuda" else start.elapsed_time(end) / 1e3
 
     def _begin(self, name: str) -> None:
@@ -178,17 +180,17 @@ def time_parts(
     repetitions: int = 9,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Median seconds of each part, and of the rest, of several models that run in turn.
+    """Measure the median seconds of each part, and of the rest, of several models with interleaved timing.
 
-    The rest is the median of what the whole forward pass takes beyond its parts. On a GPU, parts whose kernels are shorter than
-    their launch show the launch.
+    The rest is the median of the time of the whole forward pass minus its parts. On a GPU, parts whose kernels are shorter than their launch show
+    the time of the launch.
 
     Args:
-        models: on the device of `pixels`, in evaluation mode.
+        models: models in evaluation mode on the device of `pixels`.
         pixels: (B, C, height, width).
-        threads: of torch on a CPU; None for its default.
-        repetitions: rounds; two more warm up.
-        seed: of the order within rounds.
+        threads: threads of torch on a CPU; None for the default.
+        repetitions: rounds, after two rounds of warm-up.
+        seed: seed of the order within rounds.
     """
     device = pixels.device
     clocks = [_Clock(model, device) for model in models]
@@ -216,11 +218,10 @@ def time_parts(
 
 
 def write_trace(model: nn.Module, pixels: torch.Tensor, path: Path) -> Path:
-    """A Chrome trace of one forward pass, with the parts by name, to be looked at in https://ui.perfetto.dev; whole or not at
-    all.
+    """Write a Chrome trace of one forward pass, with the parts by name, atomically. View it in https://ui.perfetto.dev.
 
     Raises:
-        ValueError: `path` ends in neither .json nor .json.gz.
+        ValueError: if `path` ends in neither .json nor .json.gz.
     """
     check_trace(path)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -239,14 +240,14 @@ def write_trace(model: nn.Module, pixels: torch.Tensor, path: Path) -> Path:
 
 
 def check_trace(path: Path) -> None:
-    """ValueError if a trace cannot have this name."""
+    """Raise a ValueError if a trace cannot have this file name."""
     if not path.name.endswith((".json", ".json.gz")):
         raise ValueError(f"`--trace` must end in .json or .json.gz, got {path}.")
 
 
 @contextlib.contextmanager
 def _named_parts(model: nn.Module) -> Iterator[None]:
-    """Inside, the profiler sees the parts by name."""
+    """Show the parts by name in the profiler inside this context."""
     open_ranges, handles = [], []
 
     def begin(name: str) -> None:
@@ -264,16 +265,16 @@ def _named_parts(model: nn.Module) -> Iterator[None]:
 
 
 def layer_table(parts: Sequence[Part]) -> TextTable:
-    """The parts as cells, the sum last; executed GMACs only where they differ, times only if measured."""
+    """Return the parts and their sum as a table of strings; executed GMACs only if they differ, times only if measured."""
     timed = parts[0].seconds is not None
     differ = any(part.macs != part.macs_executed for part in parts)
-    head = ["part", "tokens in", "out", "recalled", "parameters", "GMACs", *["executed"] * differ, "dense", "share"]
+    head = ["part", "tokens in", "out", "retrieved", "parameters", "GMACs", *["executed"] * differ, "dense", "share"]
     rows = [head + (["ms", "dense", "share"] if timed else [])]
     total = _sum(parts)
     for part in (*parts, total):
         macs = [part.macs, *[part.macs_executed] * differ, part.dense_macs]
         row = [part.name, *("" if n is None else str(n) for n in (part.tokens_in, part.tokens_out))]
-        row += [f"+{part.recalled}" if part.recalled else "", f"{part.parameters:,}"]
+        row += [f"+{part.retrieved}" if part.retrieved else "", f"{part.parameters:,}"]
         row += [*(f"{n / 1e9:.3f}" for n in macs), _ratio(part.macs, part.dense_macs)]
         if timed:
             row += [f"{1e3 * part.seconds:.2f}", f"{1e3 * part.dense_seconds:.2f}"]
@@ -296,17 +297,17 @@ def _ratio(ours: float, theirs: float) -> str:
 
 
 def layer_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """A row for each part, for a CSV file."""
+    """Return one CSV row per part."""
     return [part._asdict() for part in parts]
 
 
 def draw_layers(parts: Sequence[Part], path: Path, title: str = "") -> Path:
-    """Tokens, GMACs and, if measured, time of each part: bars, with those of the dense model as outlines."""
+    """Draw tokens, GMACs and, if measured, time of each part as bars, with those of the dense model as outlines."""
     shown = [part for part in parts if part.name != REST]
     names = [part.name for part in shown]
     timed = shown[0].seconds is not None
-    panels = [("tokens", "tokens_in", "dense_tokens", 1.0), ("GMACs of an image", "macs", "dense_macs", 1e-9)]
-    panels += [("ms of a batch", "seconds", "dense_seconds", 1e3)] * timed
+    panels = [("tokens", "tokens_in", "dense_tokens", 1.0), ("GMACs per image", "macs", "dense_macs", 1e-9)]
+    panels += [("ms per batch", "seconds", "dense_seconds", 1e3)] * timed
     with style():
         figure, axes = new_figure(len(panels), 1, sharex=True)
         figure.set_size_inches(6.5, 2.2 * len(panels))
@@ -326,14 +327,14 @@ def draw_layers(parts: Sequence[Part], path: Path, title: str = "") -> Path:
 def write_layers(
     folder: Path, parts: Sequence[Part], facts: Mapping[str, Any], title: str, content: str
 ) -> list[Path]:
-    """layers.csv, layers.md, layers.json and layers.png; the files that were written.
+    """Write layers.csv, layers.md, layers.json and layers.png; return the files written.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         parts: see `profile_layers`.
-        facts: where the numbers come from, see `provenance`.
-        title: of the picture.
-        content: of the Markdown file.
+        facts: provenance of the numbers, see `provenance`.
+        title: title of the figure.
+        content: content of the Markdown file.
     """
     record = {**facts, "title": title, "parts": layer_rows(parts)}
     return [

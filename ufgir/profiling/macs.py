@@ -14,7 +14,7 @@ from clca.reductions_clca import get_reduction
 
 
 def dense_config(config: CLCAViTConfig) -> CLCAViTConfig:
-    """The same network without reduction, cache and aggregation: what costs are compared with."""
+    """Return the same network without reduction, cache and aggregation, the reference for costs."""
     dense = {"reduction": None, "reduction_kwargs": None, "keep_rate": [1.0], "keep_tokens": None}
     dense |= {"train_keep_rates": None}
     dense |= {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}
@@ -23,7 +23,7 @@ def dense_config(config: CLCAViTConfig) -> CLCAViTConfig:
 
 
 def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:
-    """A model of shapes without numbers: made at once, whatever its size."""
+    """Create a model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return CLCAViTForImageClassification(config)
 
@@ -31,31 +31,30 @@ def on_meta(config: CLCAViTConfig) -> CLCAViTForImageClassification:
 def count_macs(
     model: PreTrainedModel, image_size: int | tuple[int, int] | None = None, as_executed: bool = False
 ) -> int:
-    """Multiply-adds of the forward pass of one image, as the paper reports them ("FLOPs" in its tables): projections,
-    convolutions and attention products; norms, activations, softmax and indexing are free.
+    """Count the multiply-adds of the forward pass for one image, as the paper does ("FLOPs" in its tables).
 
-    The model runs once, in evaluation mode, on a blank image, on the meta device: shapes are computed, numbers are not.
-    A method whose token counts depend on the image (ATS, unless padded) is run for real: its figure is that of a blank image.
+    Projections, convolutions and attention products count; norms, activations, softmax and indexing do not. The model runs once in evaluation
+    mode on the meta device. A method whose token counts depend on the image (ATS without padding) runs with real numbers on a blank image.
 
     Args:
         model: a CLCA model or any other image model of transformers.
-        image_size: pixels, one number or (height, width); the model's own by default.
-        as_executed: count what really runs. By default a CLCA model is counted as the paper does it, with the queries,
-            projections and last layer of rows that nobody reads, which it leaves out.
+        image_size: pixels, one number or (height, width); default: that of the model.
+        as_executed: count only what runs. By default a CLCA model is counted as in the paper, including queries, projections and parts of the
+            last layer that it skips because their results are unused.
 
     Returns:
-        Multiply-adds (not FLOPs, which count two for each).
+        The number of multiply-adds (half the number of FLOPs).
 
     Raises:
-        ValueError: no `image_size`, and none in the model's configuration.
+        ValueError: if neither `image_size` nor the configuration gives an image size.
     """
     own_size = getattr(model.config, "image_size", None)
     if image_size is None and own_size is None:
-        raise ValueError("`image_size` must be given: the configuration of this model names none.")
+        raise ValueError("`image_size` is required, because the configuration of this model has none.")
     size = as_pair(own_size if image_size is None else image_size)
     resized = own_size is not None and size != as_pair(own_size)
-    clone = copy.deepcopy(model).eval().requires_grad_(False)  # the counter follows gradients, and trips over VQT's
-    # The counter knows matrix products on every device, fused attention on some.
+    clone = copy.deepcopy(model).eval().requires_grad_(False)  # VQT's gradients break the counter
+    # The counter supports matrix products on every device, but fused attention only on some.
     if own_size is not None:
         clone.set_attn_implementation("eager")
     for module in clone.modules():
@@ -72,24 +71,24 @@ def count_macs(
 
 
 def macs_in_advance(config: CLCAViTConfig) -> int | None:
-    """`count_macs` of a model of this configuration; None where token counts, and so multiply-adds, differ by image."""
+    """Return `count_macs` for a configuration, or None if token counts and therefore multiply-adds differ by image."""
     return count_macs(on_meta(config)) if get_reduction(config.reduction).is_static(config) else None
 
 
 def cost_in_words(macs: int | None, dense_macs: int) -> str:
-    """What an image costs beside the dense model, in a few words.
+    """Describe the cost of an image compared with the dense model in a few words.
 
     Args:
-        macs: multiply-adds of one image, None where they differ by image.
-        dense_macs: those of the dense model.
+        macs: multiply-adds per image; None if they differ by image.
+        dense_macs: multiply-adds of the dense model.
     """
     if macs is None:
         return f"GMACs differ by image ({dense_macs / 1e9:.3f} dense)"
-    return f"{macs / 1e9:.3f} GMACs an image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"
+    return f"{macs / 1e9:.3f} GMACs per image ({100 * macs / dense_macs:.1f} % of {dense_macs / 1e9:.3f} dense)"
 
 
 def describe(config: CLCAViTConfig) -> str:
-    """What the network is, in two lines."""
+    """Describe the network in two lines."""
     first = (
         f"ViT: {config.num_hidden_layers} layers, width {config.hidden_size}, image {_by(config.image_size)} px, "
         f"patch {_by(config.patch_size)} px, {config.num_labels} classes"

@@ -1,6 +1,6 @@
-"""What there is to know about methods of token reduction before one is chosen, asked of their classes and of small models.
+"""Collect facts about methods of token reduction that help to choose one.
 
-Nothing here is written down by hand: a method that is registered has a row like all others.
+All facts come from the classes and from small models, so a registered method appears without further work.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from .targets import (
 )
 
 
-# Where a method acts -> the places, see `clca.reduction_base`, that it overrides.
+# Position in the layer -> the hooks of `TokenReduction` that a method overrides there.
 PLACES = {
     "before the layer": ("before_layer",),
     "in attention": ("choose_rows",),
@@ -34,26 +34,26 @@ PLACES = {
 }
 SMALL = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 32, "num_labels": 2, "initializer_range": 0.5}
-RATE = 0.75  # of what is tried: few enough tokens go that all methods can do as they are told
+RATE = 0.75  # high enough that every method can keep exactly this share
 
 
 class Facts(NamedTuple):
-    """About a method in a network.
+    """Facts about a method in a network.
 
     Attributes:
-        name: of the method.
-        does: what becomes of tokens.
-        place: where in a layer.
-        training: whether a trained ViT needs more training before it can be used with the method, in words.
-        parameters: that the method brings.
+        name: name of the method.
+        does: what happens to tokens.
+        place: position in the layer.
+        training: whether a trained ViT needs training with the method before use, in words.
+        parameters: number of parameters that the method adds.
         share: what the keep rate is a share of.
-        same_for_all: whether every image keeps as many tokens, in words.
-        exports: whether a model becomes a file of ONNX or torch.export, in words.
+        same_for_all: whether every image keeps the same number of tokens, in words.
+        exports: whether ONNX and torch.export support it, in words.
         rate_later: whether a trained model can be used at another keep rate.
-        keep_rate: in the network, of every stage.
-        tokens: that the final norm sees, the most if they differ by image.
-        macs: multiply-adds of an image, the most if they differ by image.
-        dense_macs: of the network without reduction.
+        keep_rate: keep rate of every stage.
+        tokens: tokens at the final norm; the upper bound if they differ by image.
+        macs: multiply-adds per image; the upper bound if they differ by image.
+        dense_macs: multiply-adds without reduction.
     """
 
     name: str
@@ -74,16 +74,16 @@ class Facts(NamedTuple):
 def facts_about(
     config: CLCAViTConfig, method: str, keep_rate: float | None, target_gmacs: float | None = None
 ) -> Facts:
-    """Look at a method.
+    """Collect the facts about a method.
 
     Args:
-        config: the network; its own reduction is not read, its `reduction_layers` are.
-        method: name.
-        keep_rate: of all stages; None with a `target_gmacs`.
-        target_gmacs: to find the keep rate by, see `keep_rate_for`.
+        config: the network. Only its `reduction_layers` are used of its reduction.
+        method: name of the method.
+        keep_rate: keep rate of all stages; None with `target_gmacs`.
+        target_gmacs: cost that determines the keep rate, see `keep_rate_for`.
 
     Raises:
-        ValueError: the network cannot have the method, or not at this rate or cost.
+        ValueError: if the network cannot use the method, or not at this rate or cost.
     """
     cls = get_reduction(method)
     dense = dense_config(config)
@@ -115,15 +115,15 @@ def facts_about(
 
 
 def _with_options(options: dict | None, good: str, bad: str) -> str:
-    """`good`, `good` with options, or `bad`."""
+    """Return `good`, `good` with the options, or `bad` if there are no options."""
     if options is None:
         return bad
-    told = ", ".join(f"{name}={value}" for name, value in options.items())
-    return f"{good} with {told}" if told else good
+    words = ", ".join(f"{name}={value}" for name, value in options.items())
+    return f"{good} with {words}" if words else good
 
 
 def place_of(cls: type[TokenReduction]) -> str:
-    """Where in a layer a class acts."""
+    """Return the position in a layer at which a method acts."""
     own = [n for n, hooks in PLACES.items() if any(_overrides(cls, hook) for hook in hooks)]
     return " and ".join(own) or "elsewhere"
 
@@ -133,25 +133,25 @@ def _overrides(cls: type[TokenReduction], hook: str) -> bool:
 
 
 def share_of(config: CLCAViTConfig) -> str:
-    """What a keep rate is a share of: how the tokens after the second stage follow from those before it.
+    """Return what the keep rate is a share of, from how token counts after the second stage depend on those before it.
 
     Args:
-        config: with a `reduction` in two layers or more.
+        config: a configuration with a `reduction` in at least two layers.
     """
     method = get_reduction(config.reduction)
     state = initial_state(config, config.image_grid)
-    fewer, more = config.num_patches, 2 * config.num_patches  # rows that might enter
-    counts = [method.count(config, 1, rows, state) for rows in (fewer, more)]
+    fewer, more = config.num_patches, 2 * config.num_patches  # numbers of tokens that might enter
+    counts = [method.count(config, 1, tokens, state) for tokens in (fewer, more)]
     if counts == [fewer, more]:
         return "attended patches"
     slope = (counts[1] - counts[0]) / (more - fewer)
-    if math.isclose(slope, 0, abs_tol=0.05) or math.isclose(slope, 1, abs_tol=0.05):  # as many stay, or go
+    if math.isclose(slope, 0, abs_tol=0.05) or math.isclose(slope, 1, abs_tol=0.05):  # a constant number stays or goes
         return "the image's patches"
     return "the current tokens"
 
 
 def what_it_does(config: CLCAViTConfig) -> str:
-    """What becomes of tokens, by what a random model reports of its stages."""
+    """Return what happens to tokens, from the assignments of a random model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CLCAViTForImageClassification(config).eval()
@@ -163,11 +163,11 @@ def what_it_does(config: CLCAViTConfig) -> str:
 
 
 def _kind(assignment: torch.Tensor) -> str:
-    """Of an assignment (M, N)."""
+    """Classify an assignment (M, N)."""
     if assignment.shape[0] == assignment.shape[1]:
         return "hides"
     made = assignment != 0
-    several = made.sum(dim=1) > 1  # new rows that are made of more than one
+    several = made.sum(dim=1) > 1  # new tokens that are made of more than one
     if not several.any():
         return "drops"
     if several.sum() == 1 and several[-1]:
@@ -193,7 +193,7 @@ HEAD += ["in the end", "GMACs", "of dense"]
 
 
 def facts_table(facts: Sequence[Facts]) -> list[list[str]]:
-    """One row a method."""
+    """Return one table row per method."""
     rows = [HEAD]
     for one in facts:
         most = "" if one.same_for_all == "yes" else "<= "

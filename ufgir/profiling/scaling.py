@@ -1,6 +1,6 @@
-"""How the cost of a model grows with the image and with the depth, beside the dense one: `ufgir benchmark --growth`.
+"""Measure how cost scales with image size and depth, compared with the dense model: `ufgir benchmark --scaling`.
 
-Multiply-adds are counted at every point. Time and memory are measured where that is expected to take no longer than a limit.
+Multiply-adds are counted at every point. Time and memory are measured only where that is expected to take less than a time limit.
 """
 
 import json
@@ -28,21 +28,20 @@ logger = logging.getLogger(__name__)
 
 SIZES = (224, 320, 448, 576, 672, 784, 896, 1024)  # pixels
 DEPTHS = (6, 12, 18, 24)  # layers
-DEPTH_SIZE = 448  # pixels of the images while the depth grows
-TRAINING_BATCH = 2  # images, at least: the BatchNorm of the CLA head takes no single one
-TRAINING_PASSES = 8  # a forward and a backward pass with books kept of its tensors, in forward passes
+DEPTH_SIZE = 448  # pixels, for the points of the depth axis
+TRAINING_BATCH = 2  # smallest number of images: the BatchNorm of the CLA head needs two
+TRAINING_PASSES = 8  # time of a forward and backward pass with counted tensors, in forward passes
 AXES = {"image size": "image side, pixels", "depth": "layers"}
 
 
 class Point(NamedTuple):
-    """Costs at one image size or depth.
+    """Cost at one image size or depth.
 
     Attributes:
         axis: a key of `AXES`.
         value: pixels or layers.
-        dense, case: what was counted and measured of each in inference.
-        dense_training, case_training: bytes of activations in training, of `TRAINING_BATCH` images at least; None where not
-            measured.
+        dense, case: results in inference of the dense and the reduced model.
+        dense_training, case_training: bytes of activations in training, for at least `TRAINING_BATCH` images; None if not measured.
         skipped: why time and memory were not measured.
     """
 
@@ -55,14 +54,14 @@ class Point(NamedTuple):
     skipped: str | None = None
 
 
-class Growth:
-    """Measures the points.
+class Scaling:
+    """Measure the cost at several image sizes and depths.
 
     Args:
-        base: the network without reduction.
+        base: configuration without reduction.
         case: method, variant, keep rate and setting of the reduced model; image size and depth are replaced.
         device, threads, repetitions, seed, progress: see `Benchmark`.
-        limit: seconds that measuring one point may be expected to take.
+        limit: a point is measured only if that is expected to take at most this many seconds.
     """
 
     def __init__(
@@ -81,13 +80,13 @@ class Growth:
         self.device = device
         self.options = {"threads": threads, "repetitions": repetitions, "seed": seed, "progress": progress}
         self.limit = limit
-        self.pace: float | None = None  # seconds for a multiply-add, at the last point
-        self.bytes_a_token: float | None = None  # of activations of the dense model in training, of a layer
+        self.pace: float | None = None  # seconds per multiply-add at the last point
+        self.bytes_a_token: float | None = None  # activations of one layer of the dense model in training
         self.points: list[Point] = []
         self.report = Report(device=str(device), repetitions=repetitions)
 
     def run(self, sizes: Sequence[int] = SIZES, depths: Sequence[int] = DEPTHS) -> None:
-        """Fill `points` and `report`; after Ctrl-C with what there is by then."""
+        """Measure all points into `points` and `report`. Ctrl-C stops and keeps what was measured."""
         places = [("image size", size, self.base.num_hidden_layers) for size in sorted(sizes)]
         places += [("depth", depth, depth) for depth in sorted(depths)]
         try:
@@ -100,11 +99,11 @@ class Growth:
             self.report.interrupted = True
 
     def remarks(self) -> list[str]:
-        """What makes the numbers doubtful or incomplete, a sentence each."""
+        """Return one sentence for each reason to doubt the numbers or for missing numbers."""
         skipped = [f"{p.value} ({AXES[p.axis]}): {p.skipped}" for p in self.points if p.skipped]
-        told = [f"Counted but not measured: {'; '.join(skipped)}."] if skipped else []
+        sentences = [f"Counted but not measured: {'; '.join(skipped)}."] if skipped else []
         failed = [f"{r.name}, {r.setting}: {r.error}" for r in self.report.results if r.error]
-        return [*told, *failed, *self.report.warnings]
+        return [*sentences, *failed, *self.report.warnings]
 
     def _point(self, axis: str, value: int, size: int, depth: int) -> Point:
         base = self.base
@@ -138,7 +137,7 @@ class Growth:
         return Point(axis, value, dense, reduced, *training)
 
     def _gather(self, part: Report) -> None:
-        """Add a part to the report."""
+        """Add the report of one point to the whole report."""
         whole = self.report
         seconds = whole.seconds + part.seconds
         loads = [(r.other_cores, r.seconds) for r in (whole, part) if r.other_cores is not None]
@@ -148,7 +147,7 @@ class Growth:
         whole.interrupted |= part.interrupted
 
     def _too_much(self, macs: int, work: int) -> str | None:
-        """Why a point is not measured, None if it is."""
+        """Return why a point is not measured, or None."""
         if self.pace is not None:
             expected = self.pace * macs * (self.options["repetitions"] + 3 + TRAINING_PASSES)
             if expected > self.limit:
@@ -160,7 +159,7 @@ class Growth:
         return None
 
     def _training(self, make: Callable[[], nn.Module], setting: Setting) -> int | None:
-        """Bytes of activations of a forward and backward pass."""
+        """Return the bytes of activations in a forward and backward pass, or None if it failed."""
         torch.manual_seed(self.options["seed"])
         model = make().to(self.device).train()
         batch = max(setting.batch_size, TRAINING_BATCH)
@@ -172,7 +171,7 @@ class Growth:
 
         try:
             return activation_memory(model, gradients, self.device)
-        except RuntimeError as error:  # out of memory, most of all
+        except RuntimeError as error:  # usually out of memory
             logger.warning("training at %d px failed: %s", setting.image_size, error)
             return None
 
@@ -183,15 +182,15 @@ def _count(config: CLCAViTConfig) -> int:
 
 
 def _available_memory() -> int | None:
-    """Bytes of memory that are free, where the system tells."""
+    """Return the bytes of free memory, or None if unknown."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
 
 
-def growth_table(points: Sequence[Point], axis: str) -> TextTable:
-    """The points of one axis as cells."""
+def scaling_table(points: Sequence[Point], axis: str) -> TextTable:
+    """Return the points of one axis as a table of strings."""
     points = [p for p in points if p.axis == axis]
     name = points[0].case.name
     head = [
@@ -218,39 +217,39 @@ def growth_table(points: Sequence[Point], axis: str) -> TextTable:
     return rows
 
 
-def growth_tables(growth: Growth) -> list[TextTable]:
-    """A table for each axis that has points."""
-    return [growth_table(growth.points, axis) for axis in AXES if any(p.axis == axis for p in growth.points)]
+def scaling_tables(scaling: Scaling) -> list[TextTable]:
+    """Return one table for each axis that has points."""
+    return [scaling_table(scaling.points, axis) for axis in AXES if any(p.axis == axis for p in scaling.points)]
 
 
-def growth_markdown(growth: Growth, facts: Mapping[str, Any]) -> str:
-    """Both tables, warnings and where the numbers come from."""
-    parts = [markdown_table(rows) for rows in growth_tables(growth)]
-    parts += [f"> {remark}" for remark in growth.remarks()]
-    setting = growth.case.setting
+def scaling_markdown(scaling: Scaling, facts: Mapping[str, Any]) -> str:
+    """Return the tables, remarks and provenance as Markdown."""
+    parts = [markdown_table(rows) for rows in scaling_tables(scaling)]
+    parts += [f"> {remark}" for remark in scaling.remarks()]
+    setting = scaling.case.setting
     about = (
-        f"Inference: {setting.dtype}, batch {setting.batch_size}, medians of {growth.report.repetitions} interleaved rounds. "
+        f"Inference: {setting.dtype}, batch {setting.batch_size}, medians of {scaling.report.repetitions} interleaved rounds. "
         f"Training: activations of a forward and backward pass, float32, batch {max(setting.batch_size, TRAINING_BATCH)}."
     )
-    return "\n\n".join([*parts, f"{about} {origin(facts, growth.report.threads)}."])
+    return "\n\n".join([*parts, f"{about} {origin(facts, scaling.report.threads)}."])
 
 
-def write_growth(folder: Path, growth: Growth, facts: Mapping[str, Any]) -> list[Path]:
-    """growth.csv, growth.md, growth.json and growth.png; the files that were written."""
-    if not growth.points:
+def write_scaling(folder: Path, scaling: Scaling, facts: Mapping[str, Any]) -> list[Path]:
+    """Write scaling.csv, scaling.md, scaling.json and scaling.png; return the files written."""
+    if not scaling.points:
         return []
-    rows = growth_rows(growth.points)
-    record = {**facts, "threads": growth.report.threads, "remarks": growth.remarks(), "points": rows}
+    rows = scaling_rows(scaling.points)
+    record = {**facts, "threads": scaling.report.threads, "remarks": scaling.remarks(), "points": rows}
     return [
-        write_csv(folder / "growth.csv", rows),
-        write_text_atomically(folder / "growth.md", growth_markdown(growth, facts) + "\n"),
-        write_text_atomically(folder / "growth.json", json.dumps(record, indent=1, default=str) + "\n"),
-        draw_growth(growth.points, folder / "growth.png"),
+        write_csv(folder / "scaling.csv", rows),
+        write_text_atomically(folder / "scaling.md", scaling_markdown(scaling, facts) + "\n"),
+        write_text_atomically(folder / "scaling.json", json.dumps(record, indent=1, default=str) + "\n"),
+        draw_scaling(scaling.points, folder / "scaling.png"),
     ]
 
 
-def growth_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """A row for each model of each point, for a CSV file. Units: multiply-adds of an image, seconds of a batch, bytes."""
+def scaling_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Return one CSV row per model and point. Units: multiply-adds per image, seconds per batch, bytes."""
     rows = []
     for p in points:
         for result, training in ((p.dense, p.dense_training), (p.case, p.case_training)):
@@ -273,8 +272,8 @@ def growth_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_growth(points: Sequence[Point], path: Path) -> Path:
-    """Multiply-adds, time and memory, one above the other, over image size and depth beside each other."""
+def draw_scaling(points: Sequence[Point], path: Path) -> Path:
+    """Draw multiply-adds, time and memory (rows) over image size and depth (columns)."""
     axes_there = [axis for axis in AXES if any(p.axis == axis for p in points)]
     with style():
         figure, grid = new_figure(3, len(axes_there), squeeze=False)
@@ -292,7 +291,7 @@ def draw_growth(points: Sequence[Point], path: Path) -> Path:
                 for axes, numbers in zip(grid[:, column], lines, strict=True):
                     known = [(p.value, n) for p, n in zip(here, numbers, strict=True) if n is not None]
                     axes.plot(*(zip(*known, strict=True) if known else ([], [])), **look)
-            names = ("GMACs of an image", "seconds, inference", "GB of activations, training")
+            names = ("GMACs per image", "seconds, inference", "GB of activations, training")
             for axes, name in zip(grid[:, column], names, strict=True):
                 axes.set_ylim(bottom=0)
                 axes.set_xticks([p.value for p in here])

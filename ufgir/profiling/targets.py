@@ -1,4 +1,4 @@
-"""The keep rate at which a network costs what an image may cost, and what the classes of methods say about training and cost."""
+"""Find the keep rate for a given cost, and the options with which a method needs no training or has static shapes."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,29 +13,30 @@ from clca.reductions_clca import get_reduction
 from .macs import count_macs, dense_config, on_meta
 
 
-STEPS = 10**6  # keep rates are looked for in steps of one over this
-NEAR = 1000  # steps from where the rate is supposed to be to where it is looked for first
-DIGITS = range(2, 7)  # of the rate: as few as keep the same tokens
+STEPS = 10**6  # resolution of the search: keep rates are multiples of 1 / STEPS
+NEAR = 1000  # first step width around the estimated rate
+DIGITS = range(2, 7)  # numbers of decimals to try
 GIGA = 1e9
 
 
 def changed(config: CLCAViTConfig, **values: Any) -> CLCAViTConfig:
-    """A configuration with other values of some fields, checked."""
+    """Return the configuration with some fields replaced, validated."""
     return CLCAViTConfig.from_dict(config.to_dict() | values)
 
 
 def at_rate(config: CLCAViTConfig, keep_rate: float) -> CLCAViTConfig:
-    """A configuration with one keep rate for all stages, in place of its own rates or counts."""
+    """Return the configuration with one keep rate for all stages instead of its own rates or counts."""
     return changed(config, keep_rate=[keep_rate], keep_tokens=None)
 
 
 def options_with(config: CLCAViTConfig, holds: Callable[[CLCAViTConfig], bool]) -> dict[str, Any] | None:
-    """Options of the configuration's method for which something holds: those that it has, if it holds for them, or those with
-    one switch of the method turned over. None if it holds for none of these.
+    """Return options of the configuration's method for which a condition holds.
+
+    Its own options are tried first, then those with one boolean option inverted. None if the condition holds for none of them.
 
     Args:
-        config: with a `reduction`.
-        holds: asked of the configuration, and of those that differ from it in one switch.
+        config: a configuration with a `reduction`.
+        holds: the condition on a configuration.
     """
     own = config.reduction_kwargs or {}
     if holds(config):
@@ -46,7 +47,7 @@ def options_with(config: CLCAViTConfig, holds: Callable[[CLCAViTConfig], bool]) 
             options = own | {name: not own.get(name, default)}
             try:
                 other = changed(config, reduction_kwargs=options)
-            except ValueError:  # the switch does not go with the rest
+            except ValueError:  # incompatible with the other options
                 continue
             if holds(other):
                 return options
@@ -54,36 +55,35 @@ def options_with(config: CLCAViTConfig, holds: Callable[[CLCAViTConfig], bool]) 
 
 
 def own_parameters(config: CLCAViTConfig) -> int:
-    """Parameters that the method itself brings into the network, in all its stages."""
+    """Count the parameters that the method adds to the network, in all stages."""
     with torch.random.fork_rng(devices=[]):
         named = on_meta(config).named_parameters()
     return sum(parameter.numel() for name, parameter in named if ".reduction." in name)
 
 
 def training_free_options(config: CLCAViTConfig) -> dict[str, Any] | None:
-    """Options with which the configuration's method brings no parameters, so that the weights of a trained ViT are all it
-    needs; None if it always brings some.
+    """Return options with which the method has no parameters, so that the weights of a trained ViT suffice; None if there are none.
 
     Args:
-        config: with a `reduction`.
+        config: a configuration with a `reduction`.
     """
     return options_with(config, lambda other: own_parameters(other) == 0)
 
 
 def static_options(config: CLCAViTConfig) -> dict[str, Any] | None:
-    """Options with which the configuration's method keeps as many tokens of every image; None if there are none.
+    """Return options with which the method keeps the same number of tokens for every image; None if there are none.
 
     Args:
-        config: with a `reduction`.
+        config: a configuration with a `reduction`.
     """
     return options_with(config, lambda other: get_reduction(other.reduction).is_static(other))
 
 
 def bounded(config: CLCAViTConfig) -> CLCAViTConfig:
-    """The configuration, or the one that counts the most that a method whose token counts differ by image may cost.
+    """Return the configuration, or for a method whose token counts differ by image, one padded to the upper bound.
 
     Raises:
-        ValueError: the method has no option for it.
+        ValueError: if the method has no option for it.
     """
     options = static_options(config)
     if options is None:
@@ -94,21 +94,21 @@ def bounded(config: CLCAViTConfig) -> CLCAViTConfig:
 
 
 def keep_rate_for(config: CLCAViTConfig, target_gmacs: float) -> float:
-    """The largest keep rate, the same for all stages, at which an image costs at most `target_gmacs`.
+    """Return the largest keep rate, the same for all stages, at which an image costs at most `target_gmacs`.
 
-    Multiply-adds are counted as the paper counts them (`count_macs`), at the image size of the configuration. Of ATS, whose
-    token counts differ by image, it is the most that an image may cost. Counts of tokens are whole numbers, so that the cost
-    is a little below the target, by a token or so in each stage. The search takes one to three seconds for a ViT-B/16.
+    Multiply-adds are counted as in the paper (`count_macs`), at the image size of the configuration. For ATS, whose token counts differ by
+    image, the upper bound counts. Since token counts are integers, the cost is slightly below the target. The search takes one to three seconds
+    for a ViT-B/16.
 
     Args:
-        config: of the network, with a `reduction`. Its own `keep_rate` and `keep_tokens` are not read.
-        target_gmacs: multiply-adds of one image, in units of 10^9.
+        config: a configuration with a `reduction`. Its `keep_rate` and `keep_tokens` are ignored.
+        target_gmacs: multiply-adds per image, in units of 10^9.
 
     Returns:
-        The keep rate, with as few decimals, from two to six, as keep the same numbers of tokens.
+        The keep rate, rounded to between two and six decimals such that the token counts do not change.
 
     Raises:
-        ValueError: no keep rate has this cost, or there is no `reduction`.
+        ValueError: if no keep rate has this cost, or if there is no `reduction`.
 
     Example:
 
@@ -116,9 +116,7 @@ def keep_rate_for(config: CLCAViTConfig, target_gmacs: float) -> float:
         config.keep_rate = [keep_rate_for(config, target_gmacs=9.0)]
     """
     if config.reduction is None:
-        raise ValueError(
-            f"`target_gmacs` {target_gmacs:g} needs a `reduction`: without one there is no keep rate to find."
-        )
+        raise ValueError(f"`target_gmacs` {target_gmacs:g} requires a `reduction`, which is None.")
     search = _Search(bounded(at_rate(config, 1.0)), target_gmacs * GIGA)
     with torch.random.fork_rng(devices=[]):
         found = search.largest()
@@ -133,28 +131,28 @@ def keep_rate_for(config: CLCAViTConfig, target_gmacs: float) -> float:
 
 
 def check_target(values: Mapping[str, Any], target_gmacs: float | None, option: str) -> None:
-    """Refuse a target beside keep rates or counts.
+    """Refuse a target cost together with keep rates or token counts.
 
     Args:
         values: fields of a configuration that were given.
         target_gmacs: None if it was not given.
-        option: what the target is called, for the message.
+        option: name of the target option, for the message.
 
     Raises:
-        ValueError: naming both.
+        ValueError: if both are given.
     """
     for name in ("keep_rate", "keep_tokens"):
         if target_gmacs is not None and values.get(name) is not None:
-            raise ValueError(f"{option} sets the keep rate, so that `{name}` contradicts it: give one of them.")
+            raise ValueError(f"{option} and `{name}` both set the keep rate. Pass only one of them.")
 
 
 def spend(config: CLCAViTConfig, target_gmacs: float, keep_options: bool = False) -> float:
-    """Give a configuration the keep rate for a cost, see `keep_rate_for`, in place of its own rates or counts; the rate.
+    """Set the keep rate of a configuration to the one for a cost (see `keep_rate_for`), and return it.
 
     Args:
-        config: is changed.
-        target_gmacs: what an image may cost.
-        keep_options: keep the method's options all; else those go that belong to other keep rates.
+        config: changed in place.
+        target_gmacs: cost per image.
+        keep_options: keep all options of the method; by default those that belong to other keep rates are removed.
     """
     rate = keep_rate_for(config, target_gmacs)
     config.keep_rate, config.keep_tokens = [rate], None
@@ -165,10 +163,9 @@ def spend(config: CLCAViTConfig, target_gmacs: float, keep_options: bool = False
 
 
 class _Search:
-    """For the largest keep rate, in steps of 1 / STEPS, whose cost does not exceed a target.
+    """Search for the largest keep rate, in steps of 1 / STEPS, whose cost does not exceed a target.
 
-    Costs are counted for as few rates as need be: the work of the layers, which follows from the schedule of tokens alone, says
-    where to look.
+    The cost is counted for few rates only; an estimate from the token schedule narrows the range first.
     """
 
     def __init__(self, config: CLCAViTConfig, target: float) -> None:
@@ -176,21 +173,21 @@ class _Search:
         self._costs: dict[tuple[int, ...], int] = {}
 
     def tokens(self, step: int) -> tuple[int, ...]:
-        """Tokens that enter each layer, and that leave it."""
+        """Return the tokens that enter each layer, followed by those that leave it."""
         schedule = token_schedule(at_rate(self.config, step / STEPS))
         return (*schedule.before, *schedule.after)
 
     def cost(self, step: int) -> int:
-        """Multiply-adds of an image."""
+        """Return the multiply-adds per image."""
         counts = self.tokens(step)
         if counts not in self._costs:
-            with warnings.catch_warnings():  # at the least rates SiT has no slots: torch has nothing to initialize
+            with warnings.catch_warnings():  # at the lowest rates SiT has no slots
                 warnings.filterwarnings("ignore", "Initializing zero-element tensors")
                 self._costs[counts] = count_macs(on_meta(at_rate(self.config, step / STEPS)))
         return self._costs[counts]
 
     def work(self, step: int) -> float:
-        """About as the cost: projections, MLP and attention of the layers."""
+        """Estimate the cost from the projections, MLP and attention of the layers."""
         width, inside = self.config.hidden_size, self.config.intermediate_size
         counts, layers = self.tokens(step), self.config.num_hidden_layers
         before, after = counts[:layers], counts[layers + 1 :]
@@ -199,7 +196,7 @@ class _Search:
         )
 
     def largest(self) -> int:
-        """The step; 0 if there is none, or if even a keep rate of 1 costs less."""
+        """Return the step; 0 if there is none, or if even a keep rate of 1 costs less."""
         if self.cost(STEPS) <= self.target:
             return STEPS if self.cost(STEPS) == self.target else 0
         guess = STEPS
@@ -216,7 +213,7 @@ class _Search:
 
 
 def _last(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The last number before `high` for which something holds, by bisection: it holds for `low`, and not for `high`."""
+    """Return by bisection the last number before `high` for which a condition holds; it holds for `low` and not for `high`."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
@@ -230,6 +227,6 @@ def _out_of_reach(search: _Search, target: float) -> str:
     layers = ", ".join(map(str, config.reduction_layers))
     reach = f"from {least / GIGA:.3f} to {most / GIGA:.3f}" if least < most else f"always {most / GIGA:.3f}"
     return (
-        f"`target_gmacs` {target:g} is out of reach of `reduction`={config.reduction!r} in the layers {layers}: an image "
-        f"costs {reach} GMACs, and {dense / GIGA:.3f} in the dense network."
+        f"`target_gmacs` {target:g} cannot be reached by `reduction`={config.reduction!r} in layers {layers}: an image "
+        f"costs {reach} GMACs, {dense / GIGA:.3f} without reduction."
     )

@@ -1,7 +1,7 @@
-"""Time and memory of things that are to be compared.
+"""Interleaved timing and memory measurement.
 
-Machines change their pace: other processes come and go, clocks fall as chips get warm. What is compared is therefore timed in
-turn, A B C C A B ..., in one process, each round in another order, and told by medians and quartiles.
+The speed of a machine changes: other processes come and go, and clock rates fall as chips get warm. Functions that are to be compared are
+therefore timed in turn in one process, in a new order each round, and summarized by medians and quartiles.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 
 Run = Callable[[], Any]
-SHORTEST = 0.02  # seconds: what takes less is called several times in a row for one timing
+SHORTEST = 0.02  # seconds; shorter calls are timed several at a time
 
 
 class Quartiles(NamedTuple):
-    """Median of some timings, and the two values between which half of them lie."""
+    """Median of some timings, and the lower and upper quartile."""
 
     median: float
     lower: float
@@ -34,12 +34,12 @@ class Quartiles(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles as a share of the median."""
+        """Return the distance between the quartiles, divided by the median."""
         return (self.upper - self.lower) / self.median if self.median else 0.0
 
 
 def quartiles(values: list[float]) -> Quartiles:
-    """Of at least one value."""
+    """Return the quartiles of a non-empty list."""
     lower, upper = (
         statistics.quantiles(values, n=4, method="inclusive")[i] if values[1:] else values[0] for i in (0, 2)
     )
@@ -48,7 +48,7 @@ def quartiles(values: list[float]) -> Quartiles:
 
 @contextlib.contextmanager
 def steady(threads: int | None = None) -> Iterator[int]:
-    """Inside, no garbage is collected and torch computes with `threads` threads (as many as it has by default)."""
+    """Turn off garbage collection and set the number of torch's threads (default: unchanged) inside this context."""
     before, collected = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(threads or before)
     gc.collect()
@@ -62,14 +62,14 @@ def steady(threads: int | None = None) -> Iterator[int]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_call(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Seconds of one call, the mean of `calls` in a row. A GPU has finished the work of a call before the next is made: else
-    the host would already be at the next, and what is measured would not be how long one takes."""
+    """Return the seconds of one call, averaged over `calls` calls in a row. On a GPU, every call has finished before the next begins;
+    otherwise launches would overlap."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -78,17 +78,17 @@ def time_call(run: Run, device: torch.device, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-class Race:
-    """Things to be timed in turn.
+class InterleavedTiming:
+    """Time several functions in turn.
 
     Args:
-        runs: name -> what is timed.
-        device: where it computes.
-        seed: of the order within each round.
+        runs: name -> function to time.
+        device: device on which the functions compute.
+        seed: seed of the order within each round.
 
     Attributes:
-        seconds: name -> seconds of one call, one for each round so far; of use also after an interruption.
-        failures: name -> the error of a run that failed; it is out of the race, the others go on.
+        seconds: name -> seconds of one call, one value per round; also valid after an interruption.
+        failures: name -> error of a function that failed; it is not called again.
     """
 
     def __init__(self, runs: Mapping[Any, Run], device: torch.device, seed: int = 0) -> None:
@@ -102,8 +102,8 @@ class Race:
     def _try(self, name: Any) -> float | None:
         try:
             return time_call(self.runs[name], self.device, self.calls[name])
-        except Exception as error:  # whatever it is, it must not end the others
-            # Neither must what it has left in memory, which a traceback keeps alive with every frame.
+        except Exception as error:  # one failure must not stop the other functions
+            # Drop the traceback: its frames would keep the memory of the failed call alive.
             self.failures[name] = error.with_traceback(None)
             error.__context__ = error.__cause__ = None
             del self.runs[name]
@@ -112,7 +112,7 @@ class Race:
         return None
 
     def warm_up(self, rounds: int = 2, after: Run | None = None) -> None:
-        """Call each `rounds` times; what turns out to be quick is called several times for one timing from now on."""
+        """Call each function `rounds` times, and choose how often quick functions are called for one timing."""
         for name in list(self.runs):
             for _ in range(rounds):
                 seconds = self._try(name) if name in self.runs else None
@@ -121,12 +121,12 @@ class Race:
             if after:
                 after()
 
-    def go(self, rounds: int, after: Run | None = None) -> None:
-        """Time each once in every round.
+    def run(self, rounds: int, after: Run | None = None) -> None:
+        """Time each function once per round.
 
         Args:
-            rounds: how often.
-            after: called after each timing, e.g. to show progress.
+            rounds: number of rounds.
+            after: called after each timing, for example to show progress.
         """
         for _ in range(rounds):
             names = list(self.runs)
@@ -139,14 +139,14 @@ class Race:
 
 
 class OtherLoad:
-    """What the rest of the machine does meanwhile, where the system tells (Linux)."""
+    """Measure the load of other processes (Linux only)."""
 
     def __init__(self) -> None:
         self.start = self._now()
 
     @staticmethod
     def _now() -> tuple[float, float] | None:
-        """Seconds that all cores were busy, or taken away by a hypervisor, and those of this process."""
+        """Return the seconds that all cores were busy, or used by other virtual machines, and the seconds of this process."""
         try:
             fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
             user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
@@ -157,10 +157,10 @@ class OtherLoad:
         return busy, own.user + own.system + own.children_user + own.children_system
 
     def cores(self, seconds: float) -> float | None:
-        """How many cores others kept busy, on average over the last `seconds`; None where it cannot be told.
+        """Return how many cores other processes used on average over the last `seconds`; None if unknown.
 
         Args:
-            seconds: since this object was made.
+            seconds: seconds since this object was created.
         """
         end = self._now()
         if end is None or self.start is None or seconds <= 0:
@@ -170,12 +170,12 @@ class OtherLoad:
 
 
 class TensorMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still alive, as the allocator of a GPU does.
+    """Count the bytes of all tensors that are created inside this context and still alive, as the allocator of a GPU does.
 
-    What was there before is not counted; nor is what a kernel takes and gives back by itself.
+    Existing tensors and memory that a kernel allocates and frees internally are not counted.
 
     Attributes:
-        now, peak: bytes, at this moment and at most.
+        now, peak: current and largest number of bytes.
     """
 
     def __init__(self) -> None:
@@ -203,10 +203,12 @@ class TensorMemory(TorchDispatchMode):
         self.now -= self._sizes.pop(storage)
 
 
-def peak_growth(run: Run, device: torch.device) -> int:
-    """Bytes by which the memory of tensors grows at most while `run` runs: by torch's allocator on a GPU, counted tensor by
-    tensor on a CPU, whose allocator keeps no books. Compiled code on a CPU hides its tensors. On a GPU `run` runs twice, as
-    libraries take workspaces at their first call."""
+def peak_memory_increase(run: Run, device: torch.device) -> int:
+    """Return by how many bytes the memory of tensors grows at most while `run` runs.
+
+    On a GPU, torch's allocator counts, and `run` runs twice because libraries allocate workspaces in their first call. On a CPU, tensors are
+    counted one by one; tensors inside compiled code are not seen.
+    """
     if device.type != "cuda":
         with TensorMemory() as memory:
             run()
