@@ -1,4 +1,4 @@
-"""`ufgir benchmark`: speed and memory beside transformers' dense ViT, and of the input pipeline."""
+"""`ufgir benchmark`: measure speed and memory next to transformers' dense ViT, and the input pipeline."""
 
 import argparse
 import difflib
@@ -46,7 +46,7 @@ PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
     "variants": (str, ["CLCA"], f"{', '.join(VARIANTS)}, in any case"),
     "keep_rates": (float, [0.1], "shares of tokens kept, in (0, 1]"),
     "image_sizes": (int, [224], "sides of the images, pixels"),
-    "batch_sizes": (int, [4], "images in a batch; --scaling: 1"),
+    "batch_sizes": (int, [4], "batch sizes; --scaling: 1"),
     "dtypes": (str, ["float32"], f"{', '.join(DTYPES)}; in training of autocast"),
     "backends": (str, ["eager"], "eager, compiled (torch.compile; CUDA graphs on a GPU), onnx (ONNX Runtime)"),
     "modes": (str, ["inference"], "inference, training (forward, backward and AdamW)"),
@@ -76,9 +76,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--preset", metavar="NAME", help=f"a table of docs/performance-tables.md, with goals: {', '.join(PRESETS)}"
     )
     one.add_argument(
-        "--quick", action="store_true", help="everything a little, within three minutes: `--preset quick`"
+        "--quick", action="store_true", help="measure a little of everything within three minutes: `--preset quick`"
     )
-    one.add_argument("--scaling", action="store_true", help="how time and memory grow with image size and depth")
+    one.add_argument(
+        "--scaling", action="store_true", help="measure how time and memory scale with image size and depth"
+    )
+    one.add_argument("--growth", action="store_true", dest="scaling", help=argparse.SUPPRESS)  # its name in 0.1.0
     one.add_argument(
         "--input-pipeline",
         metavar="DATASET",
@@ -86,7 +89,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     _add(parser.add_argument_group("combinations; each takes one or more values"), PLAN)
     _add(parser.add_argument_group("--scaling, which takes image sizes and the first of the other options"), SCALING)
-    _add(parser.add_argument_group("--input-pipeline, likewise"), PIPELINE)
+    _add(parser.add_argument_group("--input-pipeline, which takes the same options"), PIPELINE)
 
     free = parser.add_argument_group("methods off the shelf: on a trained MODEL, without any training")
     free.add_argument(
@@ -99,10 +102,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--images",
         nargs="+",
         metavar="PATH",
-        help="pictures or folders of them: do models say of these what the dense one says? [not asked]",
+        help="images or folders of images on which to compare predictions with the dense model [none]",
     )
 
-    network = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
+    network = parser.add_argument_group("network (default: that of the checkpoint, or ViT-B/16)")
     network.add_argument("--model-size", choices=MODEL_SIZES, help="width, layers and heads [base; --quick: tiny]")
     for name in ("hidden-size", "num-hidden-layers", "num-attention-heads", "intermediate-size"):
         network.add_argument(f"--{name}", type=int, metavar="N")
@@ -129,7 +132,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--into",
         metavar="FILE",
-        help="fill the place of the preset, scaling or input-pipeline in a document; figures go to `figures` beside it",
+        help="insert the table of the preset, scaling or input-pipeline into a document; figures go to `figures` next to it",
     )
 
 
@@ -170,7 +173,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
         if args.output is not None:
             said.append("\n".join(f"wrote {file}" for file in outcome.write(Path(args.output))))
         if args.into is not None and outcome.status:
-            said.append(f"{args.into} stays as it is: what is incomplete has no place in it.")
+            said.append(f"{args.into} was not changed, because the results are incomplete.")
         elif args.into is not None:
             document = Path(args.into)
             figures = outcome.draw(document.parent / "figures", f"benchmark_{name}")
@@ -184,7 +187,7 @@ def _status(interrupted: bool, measured: bool = True) -> int:
 
 
 def _check(args: argparse.Namespace, name: str | None) -> None:
-    """What can be wrong is said before anything is measured."""
+    """Check all arguments before anything is measured."""
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(_unknown("preset", args.preset, PRESETS))
     given = [option for option in (*PLAN, *SCALING, *PIPELINE) if getattr(args, option) is not None]
@@ -237,7 +240,7 @@ REDUCES = Requirement(("--keep-rates",), "a method in `--methods`", lambda args:
 
 
 def _named(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """The known name that `value` means, whatever the case of its letters."""
+    """Return the known name that equals `value` in any case of its letters."""
     for name in known:
         if name.lower() == value.lower():
             return name
@@ -379,7 +382,7 @@ def _free_cases(
 
 
 def _images(args: argparse.Namespace, config: CLCAViTConfig) -> Images | None:
-    """Batches of the pictures at any size, as the model takes them."""
+    """Return a function that yields batches of the images at a size, preprocessed for the model."""
     if args.images is None:
         return None
     from ..data.load import load_images  # here, as it takes seconds
@@ -468,9 +471,9 @@ def _first_case(args: argparse.Namespace, size: int) -> Case:
 def _scaling(args: argparse.Namespace) -> Outcome:
     """Time and memory over image size and depth."""
     if args.model is not None:
-        raise ValueError("`--scaling` changes size and depth, so that a MODEL's weights have no place: leave it out.")
+        raise ValueError("`--scaling` changes size and depth, so it does not accept a MODEL.")
     if (args.modes or ["inference"])[0] != "inference" or (args.backends or ["eager"])[0] != "eager":
-        raise ValueError("`--scaling` measures eager inference, and the memory of training beside it.")
+        raise ValueError("`--scaling` measures eager inference and the memory of training only.")
     config = _network(args)
     args.batch_sizes = args.batch_sizes or [1]
     sizes = args.image_sizes or list(SIZES)
@@ -499,7 +502,7 @@ def _scaling(args: argparse.Namespace) -> Outcome:
 
 
 def _pipeline(args: argparse.Namespace) -> Outcome:
-    """The input pipeline, and the model beside it."""
+    """Measure the input pipeline, and the speed of the model for comparison."""
     import datasets  # here, as it takes seconds
 
     from ..profiling import input_pipeline as pipeline
