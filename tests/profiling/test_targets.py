@@ -114,7 +114,7 @@ def test_what_the_configuration_keeps_is_not_read():
 
 
 def test_no_reduction_has_no_rate():
-    with pytest.raises(ValueError, match="`target_gmacs` 1 .*`reduction`"):
+    with pytest.raises(ValueError, match=r"`target_gmacs` 1 .*`reduction`"):
         keep_rate_for(tiny_config(), 1.0)
 
 

@@ -29,9 +29,9 @@ def test_the_keep_rate_follows_and_is_recorded(leaves, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keep_rate": 0.5}, "`target_gmacs` sets the keep rate, so that `keep_rate` contradicts it"),
-        ({"keep_rate": None, "keep_tokens": 3}, "`keep_tokens` contradicts it"),
-        ({"keep_rate": None, "reduction": "none"}, "needs a `reduction`"),
+        ({"keep_rate": 0.5}, "`target_gmacs`.*`keep_rate`"),
+        ({"keep_rate": None, "keep_tokens": 3}, "`keep_tokens`"),
+        ({"keep_rate": None, "reduction": "none"}, "`reduction`"),
         ({"keep_rate": None, "target_gmacs": 5}, "`target_gmacs` 5 "),
     ],
     ids=str,
