@@ -1,3 +1,8 @@
 """The CLCA ViT models, importable from the top level."""
 
-from clca.modeling_clca import CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel  # noqa: F401
+from clca.modeling_clca import (  # noqa: F401
+    CLCAViTBackbone,
+    CLCAViTForImageClassification,
+    CLCAViTModel,
+    CLCAViTPreTrainedModel,
+)

@@ -3,29 +3,32 @@
 Importing this package registers the model with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_clca import CLCAViTConfig, __version__
 from .fast_paths_clca import set_fast_paths
 from .image_processing_clca import CLCAImageProcessor
-from .modeling_clca import CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
+from .modeling_clca import CLCAViTBackbone, CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
 from .reduction_base import TokenReduction
 from .reductions_clca import REDUCTIONS, register_reduction, token_schedule
 
 
 AutoConfig.register("clca_vit", CLCAViTConfig, exist_ok=True)
 AutoModel.register(CLCAViTConfig, CLCAViTModel, exist_ok=True)
+AutoBackbone.register(CLCAViTConfig, CLCAViTBackbone, exist_ok=True)
 AutoModelForImageClassification.register(CLCAViTConfig, CLCAViTForImageClassification, exist_ok=True)
 
 # What save_pretrained and push_to_hub write into a model's folder: this code, and where to find the classes in it.
 CLCAViTConfig.register_for_auto_class()
 CLCAImageProcessor.register_for_auto_class("AutoImageProcessor")
+CLCAViTBackbone.register_for_auto_class("AutoBackbone")
 CLCAViTModel.register_for_auto_class("AutoModel")
 CLCAViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
     "REDUCTIONS",
     "CLCAImageProcessor",
+    "CLCAViTBackbone",
     "CLCAViTConfig",
     "CLCAViTForImageClassification",
     "CLCAViTModel",

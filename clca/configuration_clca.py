@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.models.vit.configuration_vit import ViTConfig
 
 from .budget_clca import Budget, as_pair, check_rates
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 logger = logging.getLogger(__name__)
 
 POOLINGS = ("cls", "mean", "normed_mean", "map", "map_then_norm")
+FEATURE_FILLS = ("last", "nearest", "zero")
 MULTI_LABEL_LOSSES = ("bce", "asymmetric")
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
@@ -105,6 +107,16 @@ _LEGACY_KEYS = frozenset(
 )
 
 
+# Fields that only backbones use, by the names that files and callers know them by, and their defaults. Files of other models
+# hold none of them.
+_BACKBONE_KEYS: dict[str, Any] = {
+    "out_features": None,
+    "out_indices": None,
+    "feature_fill": "last",
+    "apply_layernorm": True,
+}
+
+
 _Config = TypeVar("_Config", bound=ViTConfig)
 
 
@@ -118,7 +130,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
         except StrictDataclassError as error:
             expected = {f.name: f.type for f in fields(self)}[name]
             expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
-            raise ValueError(f"`{name}` must be {expected}, got {value!r}.") from error
+            raise ValueError(f"`{name.removeprefix('_')}` must be {expected}, got {value!r}.") from error
 
     cls.__setattr__ = __setattr__  # ty: ignore[invalid-assignment]  # which is no longer the method of the class
     return cls
@@ -126,8 +138,8 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
 
 @_with_value_errors
 @strict
-class CLCAViTConfig(ViTConfig):
-    r"""Configuration of `CLCAViTModel` and `CLCAViTForImageClassification`.
+class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
+    r"""Configuration of `CLCAViTModel`, `CLCAViTForImageClassification` and `CLCAViTBackbone`.
 
     Args (and the other fields of `ViTConfig`):
         image_size (`int`, defaults to 224): Side of the input, in pixels.
@@ -198,6 +210,14 @@ class CLCAViTConfig(ViTConfig):
         use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
         drop_path_rate (`float`, defaults to 0.0):
             Probability of stochastic depth in the last layer; it grows linearly from 0 in the first.
+        out_features (`list[str]`, *optional*):
+            Stages whose feature maps `CLCAViTBackbone` returns: of `stem` (the embeddings) and `stage1`, `stage2` and so on (after
+            the first layer, the second), in this order. By default the last one.
+        out_indices (`list[int]`, *optional*): The same by number: 0 for `stem`, 1 for `stage1`. Negative ones count from the end.
+        feature_fill (`str`, defaults to `"last"`):
+            What a feature map has at a patch that no token holds: what the patch had in the last layer in which a token held it
+            (`last`), what the nearest patch has that a token holds (`nearest`), or zeros (`zero`).
+        apply_layernorm (`bool`, defaults to `True`): Feature maps are of tokens after the final norm.
         clca_version (`str`): Version of this code that made the config.
 
     Raises:
@@ -262,17 +282,26 @@ class CLCAViTConfig(ViTConfig):
     use_swiglu_ffn: bool = False
     drop_path_rate: float | int = 0.0
 
+    # None is the last stage of as many layers as there are when it is read. See `out_features` and `out_indices`.
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    feature_fill: str = "last"
+    apply_layernorm: bool = True
+
     clca_version: str = __version__
 
     if TYPE_CHECKING:  # an argument of every configuration, though transformers keeps no field of it
         num_labels: int = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
+        features, indices = (kwargs.pop(name, None) for name in ("out_features", "out_indices"))
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYS)
         if unknown:
-            raise ValueError(_unknown_names(unknown, [f.name for f in fields(self)]))
+            raise ValueError(_unknown_names(unknown, [f.name.removeprefix("_") for f in fields(self)]))
         if (kwargs.get("num_labels") or 0) < 0:
             raise ValueError(f"`num_labels` must be at least 0, got {kwargs['num_labels']}.")
+        if features is not None or indices is not None:
+            self.set_output_features_output_indices(features, indices)
         super().__post_init__(**kwargs)
         check_config(self)
 
@@ -315,11 +344,50 @@ class CLCAViTConfig(ViTConfig):
         if "reduction_layers" in kwargs:
             depth = kwargs.get("num_hidden_layers", config_dict.get("num_hidden_layers", cls.num_hidden_layers))
             kwargs["reduction_layers"] = listed_layers(kwargs["reduction_layers"], depth)
-        known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS
+        known = {f.name for f in fields(cls)} | _TRANSFORMERS_KEYS | set(_BACKBONE_KEYS)
         unknown = sorted(set(config_dict) - known - _LEGACY_KEYS)
         if unknown:
             logger.warning("Ignored unknown keys of the configuration file: %s.", ", ".join(unknown))
         return super().from_dict({k: v for k, v in config_dict.items() if k in known}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values by name. Those that only backbones use are left out where they are the defaults."""
+        contents = super().to_dict()
+        for name, default in _BACKBONE_KEYS.items():
+            if contents.get(name) == default:
+                contents.pop(name, None)
+        return contents
+
+    def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None) -> None:
+        """Choose the stages of a backbone, see transformers' `BackboneConfigMixin`. None for both is the last stage, of however
+        many layers there are."""
+        if out_features is None and out_indices is None:
+            self._out_features = self._out_indices = None
+        else:
+            super().set_output_features_output_indices(out_features, out_indices)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of what a backbone can return, in their order: `stem` for the embeddings, `stage1` after the first layer."""
+        return ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages that a backbone returns."""
+        return self.stage_names[-1:] if self._out_features is None else self._out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str] | None) -> None:
+        self.set_output_features_output_indices(names, None)
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Numbers of the stages that a backbone returns."""
+        return [self.num_hidden_layers] if self._out_indices is None else self._out_indices
+
+    @out_indices.setter
+    def out_indices(self, indices: list[int] | tuple[int, ...] | None) -> None:
+        self.set_output_features_output_indices(None, None if indices is None else list(indices))
 
     @property
     def image_grid(self) -> tuple[int, int]:
@@ -391,6 +459,7 @@ def check_config(config: CLCAViTConfig) -> None:
             setattr(config, name, list(getattr(config, name)))
     _check_choices(config)
     _check_sizes(config)
+    config.verify_out_features_out_indices()
     _check_reduction(config)
     if config.train_keep_rates is not None:
         _check_train_keep_rates(config, config.train_keep_rates)
@@ -400,7 +469,12 @@ def check_config(config: CLCAViTConfig) -> None:
 
 
 def _check_choices(config: CLCAViTConfig) -> None:
-    for name, choices in (("head", HEADS), ("pooling", POOLINGS), ("multi_label_loss", MULTI_LABEL_LOSSES)):
+    for name, choices in (
+        ("head", HEADS),
+        ("pooling", POOLINGS),
+        ("multi_label_loss", MULTI_LABEL_LOSSES),
+        ("feature_fill", FEATURE_FILLS),
+    ):
         value = getattr(config, name)
         if value not in choices:
             raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -318,7 +318,12 @@ class CLCAViTDropPath(nn.Module):
 
 
 class CLCAViTLayer(GradientCheckpointingLayer):
-    """One transformer layer. If it holds a stage, tokens are reduced before it, in its attention, or before its MLP."""
+    """One transformer layer. If it holds a stage, tokens are reduced before it, in its attention, or before its MLP.
+
+    Attributes:
+        tokens: a module through which the tokens (B, M, D) leave the layer, unchanged: the place for hooks, whose output is a
+            tensor.
+    """
 
     def __init__(self, config: CLCAViTConfig, index: int) -> None:
         super().__init__()
@@ -339,6 +344,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if config.layerscale_value:
             self.layer_scale1, self.layer_scale2 = CLCAViTLayerScale(config), CLCAViTLayerScale(config)
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
+        # The layer itself returns a tuple, which tools of interpretability cannot take: they hook into this.
+        self.tokens = nn.Identity()
         # A probe of all tokens needs them before they are merged. (What is drawn per token, as dropout is, must be drawn
         # before, too.)
         self.can_merge_early = (
@@ -346,6 +353,13 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         )
 
     def forward(
+        self, hidden_states: torch.Tensor, state: TokenState, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, TokenState]:
+        """Tokens (B, N, D) through the layer, to (B, M, D). Arguments are those of `transform`."""
+        hidden_states, state = self.transform(hidden_states, state, *args, **kwargs)
+        return self.tokens(hidden_states), state
+
+    def transform(
         self,
         hidden_states: torch.Tensor,
         state: TokenState,
@@ -355,7 +369,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         hidden_keys: int = 0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, TokenState]:
-        """Tokens (B, N, D) through the layer, to (B, M, D).
+        """Compute what leaves the layer.
 
         Args:
             hidden_states: the tokens.
@@ -439,14 +453,14 @@ class CLCAViTSlicingLayer(CLCAViTLayer):
     """A layer with VQT as the original CLCA code computes it: the queries are appended and stay, while as many rows at the
     front lend nobody their keys and values, are read as the queries' features, and leave."""
 
-    def forward(
+    def transform(
         self, hidden_states: torch.Tensor, state: TokenState, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, TokenState]:
         assert self.probe is not None  # the configuration refuses this layer without queries
         queries = self.probe()
         count = queries.shape[1]
         rows = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
-        rows, state = super().forward(rows, state, *args, hidden_keys=count, **kwargs)
+        rows, state = super().transform(rows, state, *args, hidden_keys=count, **kwargs)
         return rows[:, count:], state.with_report(probe=rows[:, :count])
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:

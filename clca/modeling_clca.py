@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, Self, Unpack, cast
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTModel, ViTPreTrainedModel
 from transformers.utils import logging
@@ -30,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .budget_clca import Budget
 from .cache_clca import CrossLayerCache, mean_rows, recovery_layers
 from .configuration_clca import CLCAViTConfig, check_config, without_targets
+from .dense_clca import feature_maps
 from .fast_paths_clca import fast_paths_enabled
 from .heads_clca import HEADS, NetworkEnds, SelectedLinear, best_features, head_weight, heads_reading
 from .hooks_clca import HookWatch
@@ -64,7 +66,8 @@ def _register_conversions() -> None:
         WeightRenaming("distillation_token", "register_tokens"),
         WeightRenaming(r"^deit\.", "vit."),  # of a file with a classifier, whose backbone is loaded alone
     ]
-    register_checkpoint_conversion_mapping("CLCAViTModel", [*backbone, *resample_conversions()], overwrite=True)
+    for name in ("CLCAViTModel", "CLCAViTBackbone"):
+        register_checkpoint_conversion_mapping(name, [*backbone, *resample_conversions()], overwrite=True)
     register_checkpoint_conversion_mapping(
         "CLCAViTForImageClassification",
         [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
@@ -156,6 +159,18 @@ class CLCAViTImageClassifierOutput(TokenCounts, ImageClassifierOutput):
     reports: dict[str, tuple[torch.Tensor, ...]] | None = None
 
 
+@dataclass
+class CLCAViTBackboneOutput(TokenCounts, BackboneOutput):
+    """Output of `CLCAViTBackbone`: hidden states, attentions and `token_counts` as in `CLCAViTModelOutput`, and
+
+    Args:
+        feature_maps: (B, D, rows, columns) per stage of `config.out_features`, over the grid of patches.
+        auxiliary_loss: in training, what the method adds to the loss, DynamicViT's keep ratio for example.
+    """
+
+    auxiliary_loss: torch.Tensor | None = None
+
+
 def _warn_of_lost_terms(names: list[str]) -> None:
     """Say once that a training step has no labels, so that nobody may be adding these terms to its loss."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -163,6 +178,15 @@ def _warn_of_lost_terms(names: list[str]) -> None:
             f"The model trains without `labels`, so that its output has no `loss`: {', '.join(names)} would be lost. Add "
             "`auxiliary_loss` of the output to your own loss. With `label_smoothing_factor` Trainer keeps the labels to itself: "
             "set it to 0 and use `label_smoothing` of the model's configuration."
+        )
+
+
+def _warn_of_unread_terms(names: list[str]) -> None:
+    """Say once that the model around a backbone does not know of these terms."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"The backbone trains, and its method adds {', '.join(names)} to the loss, which models of transformers do not read. "
+            "Add `auxiliary_loss` of the backbone's output to the loss, from a forward hook on the backbone for example."
         )
 
 
@@ -234,7 +258,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
         """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
-        write key names that Trainer cannot resume from. Both classes are announced, so that either Auto class loads it."""
+        write key names that Trainer cannot resume from. All classes are announced, so that each Auto class loads it."""
         for name, part in (
             ("reduction", get_reduction(self.config.reduction)),
             ("head", HEADS[self.config.head]),
@@ -246,7 +270,11 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
                     getattr(self.config, name),
                 )
         if self._auto_class is not None:
-            classes = {"AutoModel": CLCAViTModel, "AutoModelForImageClassification": CLCAViTForImageClassification}
+            classes = {
+                "AutoBackbone": CLCAViTBackbone,
+                "AutoModel": CLCAViTModel,
+                "AutoModelForImageClassification": CLCAViTForImageClassification,
+            }
             auto_map = {auto: f"modeling_clca.{cls.__name__}" for auto, cls in classes.items()}
             self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
@@ -476,6 +504,124 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         return (mean if before else self.layernorm(mean)).squeeze(1)
 
 
+class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
+    """A CLCA ViT that returns feature maps over the patches of an image, for the segmentation and detection models of
+    transformers. Tokens that were dropped or merged are put back on the grid, see `dense_clca.feature_maps`. Which stages are
+    returned, `config.out_features` or `config.out_indices` say; what is read of none of them is frozen.
+
+    Args:
+        config: as of `CLCAViTModel`.
+
+    Raises:
+        ValueError: what `CLCAViTConfig` refuses.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from clca import CLCAViTBackbone, CLCAViTConfig
+    >>> config = CLCAViTConfig(
+    ...     image_size=64, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
+    ...     reduction="evit", reduction_layers=[1, 2], keep_rate=0.5, out_indices=[2, 4],
+    ... )
+    >>> output = CLCAViTBackbone(config).eval()(torch.zeros(2, 3, 64, 96))
+    >>> [tuple(feature_map.shape) for feature_map in output.feature_maps], output.token_counts
+    ([(2, 32, 8, 12), (2, 32, 8, 12)], (97, 97, 50, 27, 27))
+
+    ```
+    """
+
+    def __init__(self, config: CLCAViTConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages that are returned."""
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, names: list[str] | None) -> None:
+        self.config.out_features = names
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Numbers of the stages that are returned."""
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, indices: list[int] | tuple[int, ...] | None) -> None:
+        self.config.out_indices = indices
+
+    def freeze_unread(self) -> None:
+        """Freeze the parameters that no feature map depends on."""
+        config = self.config
+        unread: list[nn.Module | None] = [
+            *self.layers[max(self._hidden_indices()) :],
+            *(layer.probe for layer in self.layers),
+            self.attention_pooling,
+            None if config.apply_layernorm else self.layernorm,
+        ]
+        for module in unread:
+            if module is not None:
+                module.requires_grad_(False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = True,
+        keep_rate: float | Sequence[float] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CLCAViTBackboneOutput:
+        """Compute the feature maps of `pixel_values` (B, C, height, width).
+
+        Args:
+            pixel_values: normalised images.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
+            keep_rate: for this forward, instead of the configuration's: one rate for all stages or one per stage.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention kernel.
+
+        Raises:
+            ValueError: as `CLCAViTModel.forward`, and for a method that reports no assignments.
+        """
+        hidden_states_wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        budget = checked_budget(self.config, keep_rate)
+        outputs = CLCAViTModel.forward(
+            self,
+            pixel_values,
+            interpolate_pos_encoding,
+            output_assignments=True,
+            budget=budget,
+            output_hidden_states=True,
+            return_dict=True,
+            **kwargs,
+        )
+        norm = self.layernorm if self.config.apply_layernorm else None
+        grid = self.embeddings.grid(pixel_values)
+        indices = self._hidden_indices()
+        maps = feature_maps(outputs.hidden_states, outputs.assignments, self.config, grid, indices, norm)
+        auxiliary = {}
+        if self.training and self.method.adds_to_loss:
+            inputs = LossInputs(outputs.reports or {}, None, outputs.last_hidden_state, budget)
+            auxiliary = self.method.loss_terms(self.config, inputs)
+            if auxiliary:
+                _warn_of_unread_terms(list(auxiliary))
+        output = CLCAViTBackboneOutput(
+            feature_maps=maps,
+            hidden_states=outputs.hidden_states if hidden_states_wanted else None,
+            attentions=outputs.attentions,
+            auxiliary_loss=cast("torch.Tensor", sum(auxiliary.values())) if auxiliary else None,
+        )
+        output.token_counts = outputs.token_counts
+        return output
+
+    def _hidden_indices(self) -> list[int]:
+        """Numbers of the hidden states that are returned, from 0."""
+        count = self.config.num_hidden_layers + 1
+        return [index % count for index in self.config.out_indices]
+
+
 class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassification):
     """A CLCA ViT with a classifier: linear on pooled features, or an aggregation over the CLS tokens of several layers.
 
@@ -619,4 +765,10 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         return best
 
 
-__all__ = ["CLCAViTForImageClassification", "CLCAViTModel", "CLCAViTPreTrainedModel", "eager_attention_forward"]
+__all__ = [
+    "CLCAViTBackbone",
+    "CLCAViTForImageClassification",
+    "CLCAViTModel",
+    "CLCAViTPreTrainedModel",
+    "eager_attention_forward",
+]

@@ -98,7 +98,7 @@ class LossInputs(NamedTuple):
     """What a method may build its loss from."""
 
     reports: dict[str, tuple[torch.Tensor, ...]]  # what the stages reported, by name
-    logits: torch.Tensor  # (B, K)
+    logits: torch.Tensor | None  # (B, K); None in a backbone, which has no classifier
     tokens: torch.Tensor  # (B, N, D), after the final norm
     budget: Budget  # of this forward
     teacher_logits: torch.Tensor | None = None  # (B, K)

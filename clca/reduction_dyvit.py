@@ -94,7 +94,7 @@ class DyViTReduction(ScoredPruning):
                 for stage, count in enumerate(counts)
             ]
         terms = {"keep_ratio": cls.option(config, "ratio_weight") * keep_ratio_loss(decisions, targets)}
-        if inputs.teacher_logits is not None:
+        if inputs.teacher_logits is not None and inputs.logits is not None:
             weight = cls.option(config, "cls_distill_weight")
             terms["cls_distillation"] = weight * kl_divergence(inputs.logits, inputs.teacher_logits)
         if inputs.teacher_tokens is not None:
@@ -161,8 +161,10 @@ class DyViTReduction(ScoredPruning):
         soft = (scores + self.draw_gumbel(scores)).softmax(dim=-1)[..., 0]
         hard = (soft >= 0.5).to(soft.dtype)
         decision = (hard - soft.detach() + soft).to(decision.dtype) * decision
-        state = state.with_tracks(decision=nn.functional.pad(decision, (1, 0), value=1.0))
-        state = state.with_assignment(lambda: identity_assignment(hidden_states))
+        policy = nn.functional.pad(decision, (1, 0), value=1.0)
+        state = state.with_tracks(decision=policy)
+        # Tokens decided against hold nothing from now on, as if they were dropped.
+        state = state.with_assignment(lambda: identity_assignment(hidden_states) * policy.unsqueeze(-1))
         return hidden_states, state.with_report(decision=decision)
 
     def predict(self, tokens: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:

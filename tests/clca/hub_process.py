@@ -170,11 +170,17 @@ def load_main() -> dict[str, object]:
 
 
 def auto_classes() -> dict[str, object]:
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoBackbone, AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(MODEL, trust_remote_code=True)
     backbone = AutoModel.from_pretrained(MODEL, trust_remote_code=True)
-    return {"config": type(config).__name__, "backbone": type(backbone).__name__, "keep_rate": config.keep_rate}
+    dense = AutoBackbone.from_pretrained(MODEL, trust_remote_code=True, out_indices=[2])
+    return {
+        "config": type(config).__name__,
+        "backbone": type(backbone).__name__,
+        "dense": [type(dense).__name__, dense.out_features],
+        "keep_rate": config.keep_rate,
+    }
 
 
 def refuse_unknown_code() -> dict[str, object]:

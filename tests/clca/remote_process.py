@@ -9,6 +9,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 
 class NoPackage:
@@ -25,8 +26,15 @@ blocker = NoPackage()
 sys.meta_path.insert(0, blocker)
 
 import torch  # noqa: E402
+from huggingface_hub import HfApi  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    pipeline,
+)
 
 
 folder, repository = Path(sys.argv[1]), sys.argv[2]
@@ -72,6 +80,19 @@ def load_backbone() -> dict[str, object]:
     with torch.no_grad():
         logits["backbone"] = backbone(pixels).last_hidden_state
     return {"class": type(backbone).__name__}
+
+
+def load_feature_maps() -> dict[str, object]:
+    """AutoBackbone takes a backbone with feature maps out of a saved classifier. It asks the Hub about its argument, even about a
+    folder, which the Hub refuses: here the answer is yes."""
+    with mock.patch.object(HfApi, "repo_exists", return_value=True):
+        backbone = AutoBackbone.from_pretrained(folder / "one", trust_remote_code=True, out_indices=[2, 5]).eval()
+    with torch.no_grad():
+        logits["maps"] = torch.stack(backbone(pixels).feature_maps)
+    backbone.save_pretrained(folder / "backbone")
+    config = AutoConfig.from_pretrained(folder / "backbone", trust_remote_code=True)
+    again = AutoBackbone.from_config(config, trust_remote_code=True)
+    return {"class": type(backbone).__name__, "again": type(again).__name__, "out_features": again.out_features}
 
 
 def load_second() -> dict[str, object]:
@@ -144,6 +165,7 @@ for step in (
     load_first,
     auto_classes,
     load_backbone,
+    load_feature_maps,
     load_second,
     save_again,
     overrides,

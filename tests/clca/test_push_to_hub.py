@@ -115,8 +115,13 @@ def test_load_by_name(hub: Hub) -> None:
 
 
 def test_auto_classes(hub: Hub) -> None:
-    """Configuration and backbone load by name as well."""
-    expected = {"config": "CLCAViTConfig", "backbone": "CLCAViTModel", "keep_rate": [1.0]}
+    """Configuration and backbones load by name as well."""
+    expected = {
+        "config": "CLCAViTConfig",
+        "backbone": "CLCAViTModel",
+        "dense": ["CLCAViTBackbone", ["stage2"]],
+        "keep_rate": [1.0],
+    }
     assert hub.visitor.step("auto_classes") == expected
 
 

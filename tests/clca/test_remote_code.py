@@ -15,7 +15,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from clca import REDUCTIONS, CLCAViTForImageClassification
+from clca import REDUCTIONS, CLCAViTBackbone, CLCAViTForImageClassification
 from clca.resample_clca import resample_position_embeddings
 from tests.clca.shared import CODE, NAMES, PACKAGE, logits_of
 from tests.helpers import images, tiny_model
@@ -105,6 +105,15 @@ def test_remote_backbone(remote: Remote) -> None:
     with torch.no_grad():
         expected = remote.models["one"].vit(images().float()).last_hidden_state
     assert torch.equal(remote.logits["backbone"], expected)
+
+
+def test_remote_feature_maps(remote: Remote) -> None:
+    """AutoBackbone takes them out of a saved classifier, and its folder announces itself."""
+    found = {"class": "CLCAViTBackbone", "again": "CLCAViTBackbone", "out_features": ["stage2", "stage5"]}
+    assert remote.step("load_feature_maps") == found
+    model = CLCAViTBackbone.from_pretrained(remote.folder / "one", out_indices=[2, 5]).eval()
+    with torch.no_grad():
+        assert torch.equal(remote.logits["maps"], torch.stack(model(images().float()).feature_maps))
 
 
 def test_two_remote_models_with_different_code(remote: Remote) -> None:

@@ -62,7 +62,8 @@ def test_the_help_is_made_of_the_records():
     configure(parser)
     helps = {action.dest: action.help for action in parser._actions}
     assert helps["layers"] == (
-        "attention, similarity: counted from 0 [attention: all, similarity: after the final norm]"
+        "attention, similarity, gradcam: counted from 0 [attention: all, similarity: after the final norm, gradcam: the last "
+        "but one]"
     )
     assert helps["colours"] == "merge: a group's mean colour, or distinct ones [mean]"
     assert all(f"{name}: {kind.help}." in helps["what"] for name, kind in KINDS.items())

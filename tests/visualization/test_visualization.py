@@ -165,6 +165,7 @@ def test_every_kind_of_every_model(case, kind) -> None:
         "attention": 5,
         "rollout": 4,
         "similarity": 1 + config.use_class_token,
+        "gradcam": 1,
     }.get(kind)
     view = make_view(model, processor(), noise())
     if KINDS[kind].unmet(config) is not None:

@@ -139,7 +139,7 @@ def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) 
     ("argv", "option", "takers"),
     [
         ("--token 3", "`--token`", "trace"),
-        ("--what rollout --layers 3", "`--layers`", "attention or similarity"),
+        ("--what rollout --layers 3", "`--layers`", "attention or similarity or gradcam"),
         ("--methods topk", "`--methods`", "grid"),
         ("--what grid --of kept --methods topk --to cls", "`--to`", "similarity"),
     ],

@@ -30,6 +30,7 @@ from ..interpret.attention_maps import (
     on_grid,
     rollout_of_patches,
 )
+from ..interpret.class_maps import class_activation_maps
 from ..interpret.feature_maps import feature_similarity
 from ..interpret.patterns import cluster_maps, stage_layers
 from ..interpret.tracing import trace_patches
@@ -277,6 +278,30 @@ def similarity_columns(
     return columns
 
 
+def gradcam_columns(view: View, target: int | None = None, layers: Sequence[int] | None = None) -> list[Column]:
+    """Grad-CAM: patches whose features raise the logit of a class. Patches that no token holds are dark.
+
+    Args:
+        view: model and images.
+        target: the class; by default what the model predicts for each image.
+        layers: 0-based, whose outputs are weighted; by default the last but one.
+
+    Raises:
+        ValueError: a class or a layer that does not exist.
+    """
+    maps = class_activation_maps(view.model, view.pixels, target, layers, view.interpolate).float().cpu()
+    names = ["last but one layer"] if layers is None else [f"layer {layer}" for layer in layers]
+    columns = []
+    for index, name in enumerate(names):
+        cells = []
+        for picture, heat in zip(view.pictures, maps[:, index], strict=True):
+            largest = float(heat.max())
+            scaled = on_grid(heat / max(largest, 1e-12), view.grid)
+            cells.append(Cell(heated(picture, scaled), f"largest {largest:.2g}"))
+        columns.append(Column(name, cells, "Grad-CAM: 0 to the largest of each picture"))
+    return columns
+
+
 # The options and the list of kinds
 
 
@@ -382,6 +407,17 @@ KINDS: dict[str, Kind] = {
         options={
             "layers": _LAYERS._replace(default="after the final norm"),
             "to": Option("to what", "both, without CLS the mean", nargs="+", choices=("mean", "cls")),
+        },
+    ),
+    "gradcam": Kind(
+        title="Class activation maps",
+        help="Grad-CAM of a class",
+        caption="Grad-CAM ([Selvaraju et al. 2017](https://huggingface.co/papers/1610.02391)): which patches raise the logit of a "
+        "class.",
+        function=gradcam_columns,
+        options={
+            "layers": _LAYERS._replace(default="the last but one"),
+            "target": Option("class, from 0", "what the model predicts", type=int, metavar="CLASS"),
         },
     ),
 }
