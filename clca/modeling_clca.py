@@ -181,6 +181,15 @@ def _warn_of_lost_terms(names: list[str]) -> None:
         )
 
 
+def _selected(hidden_states: tuple[torch.Tensor, ...], which: bool | int | Sequence[int] | None) -> Any:
+    """Hidden states as `output_hidden_states` asks for them: all, none, or some, by number, with None for the others."""
+    if isinstance(which, bool) or which is None:
+        return hidden_states if which else None
+    count = len(hidden_states)
+    chosen = {index % count for index in ([which] if isinstance(which, int) else which) if -count <= index < count}
+    return tuple(state if index in chosen else None for index, state in enumerate(hidden_states))
+
+
 def _warn_of_unread_terms(names: list[str]) -> None:
     """Say once that the model around a backbone does not know of these terms."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -556,14 +565,14 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
     def freeze_unread(self) -> None:
         """Freeze the parameters that no feature map depends on."""
         config = self.config
-        unread: list[nn.Module | None] = [
+        unread = [
             *self.layers[max(self._hidden_indices()) :],
             *(layer.probe for layer in self.layers),
             self.attention_pooling,
             None if config.apply_layernorm else self.layernorm,
         ]
         for module in unread:
-            if module is not None:
+            if isinstance(module, nn.Module):
                 module.requires_grad_(False)
 
     @can_return_tuple
@@ -585,7 +594,7 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
         Raises:
             ValueError: as `CLCAViTModel.forward`, and for a method that reports no assignments.
         """
-        hidden_states_wanted = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        recorded = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         budget = checked_budget(self.config, keep_rate)
         outputs = CLCAViTModel.forward(
             self,
@@ -598,7 +607,7 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
             **kwargs,
         )
         norm = self.layernorm if self.config.apply_layernorm else None
-        grid = self.embeddings.grid(pixel_values)
+        grid = self.embeddings.grid(cast("torch.Tensor", pixel_values))
         indices = self._hidden_indices()
         maps = feature_maps(outputs.hidden_states, outputs.assignments, self.config, grid, indices, norm)
         auxiliary = {}
@@ -608,8 +617,8 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
             if auxiliary:
                 _warn_of_unread_terms(list(auxiliary))
         output = CLCAViTBackboneOutput(
-            feature_maps=maps,
-            hidden_states=outputs.hidden_states if hidden_states_wanted else None,
+            feature_maps=cast("Any", maps),  # which transformers declares as a tuple of one
+            hidden_states=_selected(outputs.hidden_states, recorded),
             attentions=outputs.attentions,
             auxiliary_loss=cast("torch.Tensor", sum(auxiliary.values())) if auxiliary else None,
         )

@@ -1,6 +1,6 @@
-"""`CLCAViTModel` and `CLCAViTForImageClassification` under transformers' common tests of models, configurations and
-pipelines: without a reduction, and with four methods that drop, fuse and merge tokens, with the cross-layer cache and the
-aggregation head.
+"""`CLCAViTModel`, `CLCAViTForImageClassification` and `CLCAViTBackbone` under transformers' common tests of models, configurations,
+pipelines and backbones: without a reduction, and with methods that drop, fuse and merge tokens, with the cross-layer cache and
+the aggregation head.
 """
 
 import tempfile
@@ -14,15 +14,17 @@ from transformers import ViTImageProcessorPil, set_seed
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 from transformers_tests import test_pipeline_mixin
+from transformers_tests.test_backbone_common import BackboneTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_pipeline_mixin import PipelineTesterMixin
 
-from clca import CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
+from clca import CLCAViTBackbone, CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
 
 
 # The tests know by these tables which class takes which labels.
 modeling_auto.MODEL_MAPPING_NAMES["clca_vit"] = "CLCAViTModel"
+modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["clca_vit"] = "CLCAViTBackbone"
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["clca_vit"] = "CLCAViTForImageClassification"
 
 for task, name in {
@@ -70,7 +72,7 @@ class CLCAViTModelTester:
 class CommonTests(ModelTesterMixin, PipelineTesterMixin):
     """What every configuration goes through."""
 
-    all_model_classes = (CLCAViTModel, CLCAViTForImageClassification)
+    all_model_classes = (CLCAViTModel, CLCAViTForImageClassification, CLCAViTBackbone)
     pipeline_model_mapping: ClassVar = {
         "image-classification": CLCAViTForImageClassification,
         "image-feature-extraction": CLCAViTModel,
@@ -230,3 +232,31 @@ class DPCKNNTest(CommonTests, unittest.TestCase):
     options = CLCA | {"reduction": "dpcknn"}
     token_counts = (18, 10, 8, 8)
     attended_first = 10
+
+
+class BackboneCommonTests(BackboneTesterMixin):
+    """Feature maps."""
+
+    all_model_classes = (CLCAViTBackbone,)
+    config_class = CLCAViTConfig
+    options: ClassVar[dict[str, Any]] = {}
+
+    def setUp(self) -> None:
+        set_seed(0)
+        self.model_tester = CLCAViTModelTester(self, **self.options)
+
+
+class NoReductionBackboneTest(BackboneCommonTests, unittest.TestCase):
+    """Of a ViT."""
+
+
+class EViTBackboneTest(BackboneCommonTests, unittest.TestCase):
+    """Of a model that drops and fuses tokens."""
+
+    options = CLCA | {"reduction": "evit"}
+
+
+class ToMeBackboneTest(BackboneCommonTests, unittest.TestCase):
+    """Of a model that merges tokens."""
+
+    options = CLCA | {"reduction": "tome"}

@@ -1,5 +1,6 @@
 """`CLCAViTBackbone`: feature maps over the patches, what fills them, its configuration, and models of transformers that hold it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoModelForImageClassification,
+    DetrConfig,
+    DetrForObjectDetection,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTConfig,
@@ -20,6 +25,9 @@ from clca import CLCAViTBackbone, CLCAViTConfig, CLCAViTForImageClassification, 
 from clca.dense_clca import nearest_held
 from tests.helpers import CASES, METHODS, TINY, Case, images, table, tiny_config, tiny_model
 from ufgir.interpret.tracing import trace_patches, unmerge
+
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def backbone(config: CLCAViTConfig) -> CLCAViTBackbone:
@@ -261,3 +269,35 @@ def test_auto_classes_know_every_task(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).auto_map["AutoBackbone"] == "modeling_clca.CLCAViTBackbone"
     assert (tmp_path / "dense_clca.py").is_file()
     assert type(AutoModelForImageClassification.from_pretrained(tmp_path)) is CLCAViTForImageClassification
+
+
+@pytest.mark.parametrize("task", ["detr", "maskformer"])
+def test_other_heads_take_a_backbone(task: str) -> None:
+    """Detection and segmentation, whose gradients reach all that the backbone trains."""
+    backbone_config = tiny_config(reduction="evit", keep_rate=0.5, cross_layer_cache=True, out_indices=[2, 3, 4, 5])
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    counts = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    if task == "detr":
+        detr = DetrConfig(backbone_config=backbone_config, num_queries=4, num_labels=3, **sizes, **counts)
+        model: Any = DetrForObjectDetection(detr)
+        scores = model(images(2, 64, 48).float()).logits
+    else:
+        decoder = DetrConfig(num_queries=4, **sizes, **counts)
+        options = {"fpn_feature_size": 32, "mask_feature_size": 32, "num_labels": 3}
+        model = MaskFormerForInstanceSegmentation(
+            MaskFormerConfig(backbone_config=backbone_config, decoder_config=decoder, **options)
+        )
+        scores = model(images(2, 64, 48).float()).class_queries_logits
+    assert scores.shape == (2, 4, 4)
+    scores.square().sum().backward()
+    (held,) = [module for module in model.modules() if isinstance(module, CLCAViTBackbone)]
+    assert not [name for name, p in held.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_the_code_of_the_guide() -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (DOCS / "dense-features.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    assert blocks
+    exec("\n".join(blocks), {})

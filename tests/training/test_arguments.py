@@ -14,7 +14,11 @@ from ufgir.training.arguments import ModelArguments, Options
 from ufgir.training.setup import make_config
 
 
-OWN = [name for name in CLCAViTConfig.__annotations__ if name in {field.name for field in fields(CLCAViTConfig)}]
+OWN = [
+    name.removeprefix("_")
+    for name in CLCAViTConfig.__annotations__
+    if name in {field.name for field in fields(CLCAViTConfig)}
+]
 
 
 def test_every_field_of_our_own_is_an_option_or_is_set_by_code():

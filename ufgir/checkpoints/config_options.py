@@ -20,13 +20,17 @@ from clca.heads_clca import HEADS
 
 FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 _CLASSES = ("id2label", "label2id", "problem_type")
-# Fields that the code sets, and none that a model is trained with; and label smoothing, which `run_ufgir.py` does to the labels.
+# Fields that the code sets, and none that a model is trained with; label smoothing, which `run_ufgir.py` does to the labels; and
+# what only backbones of dense predictions use.
 NOT_OPTIONS = (
     "vqt_original_slicing",
-    "first_patch_as_cls",
     "label_smoothing",
     "num_selected_features",
     "clca_version",
+    "out_features",
+    "out_indices",
+    "feature_fill",
+    "apply_layernorm",
 )
 # Defaults of a new model that differ from those of `ViTConfig`, in words; see `ufgir.checkpoints.loading.new_config`.
 OF_NEW_MODELS = {"layer_norm_eps": "1e-6", "intermediate_size": "4 x hidden_size"}

@@ -55,7 +55,7 @@ class PatchGrid:
     from ufgir.interpret import LogitsOnly, PatchGrid
 
     with PatchGrid(model) as grid, GradCAM(LogitsOnly(model), [model.vit.layers[-2].tokens], reshape_transform=grid) as cam:
-        heat = cam(pixel_values)  # (B, height, width)
+        heat = cam(pixel_values, None)  # (B, height, width)
     ```
     """
 
