@@ -20,7 +20,7 @@ CLCA_FLOORS = (
     ),
     ("heads_clca", "reductions_clca"),
     ("configuration_clca",),
-    ("layers_clca",),
+    ("dense_clca", "layers_clca"),
     ("modeling_clca",),
     ("__init__",),
 )

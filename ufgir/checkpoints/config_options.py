@@ -24,6 +24,7 @@ _CLASSES = ("id2label", "label2id", "problem_type")
 # what only backbones of dense predictions use.
 NOT_OPTIONS = (
     "vqt_original_slicing",
+    "first_patch_as_cls",
     "label_smoothing",
     "num_selected_features",
     "clca_version",
