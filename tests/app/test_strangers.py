@@ -105,6 +105,8 @@ def test_models_of_strangers_may_not_fill_the_machine(tmp_path, monkeypatch, cha
         {"image_size": [20_000, 20_000]},
         {"size": 20_000},
         {"size": {"height": 20_000, "width": 20_000}},
+        {"size": 96, "crop_pct": 0.001},  # resized to 96,000 pixels a side before the crop
+        {"size": 96, "crop_pct": [0.9, 0.0]},
         {"size": {"shortest_edge": 700}},  # of an image that is 20 times as long as wide
         {"image_processor": {"crop_size": {"height": 10**9, "width": 1}}},
     ],
@@ -120,7 +122,7 @@ def test_sizes_that_a_file_states_are_checked_before_anything_is_made(checkpoint
     hub_of(tmp_path, monkeypatch)
     if of_model:
         monkeypatch.setattr(app_model, "load_config", None)
-    monkeypatch.setattr(app_model, "AutoImageProcessor", None)
+    monkeypatch.setattr(app_model, "read_image_processor", None)
     with pytest.raises(ValueError, match=r"you/leaves is too large .* 50,000 classes, 8 million pixels"):
         load_checkpoint("you/leaves", trusted=False)
 

@@ -336,9 +336,13 @@ def _check_values(name: str, file: Path) -> None:
 
 
 def _sizes(values: Mapping[str, Any]) -> Iterator[Any]:
-    """The sizes that an image processor states, also one inside another object."""
+    """The sizes that an image processor states, also one inside another object; `size` as it is before the crop to a share."""
+    stated = values.get("crop_pct")
+    shares = [s for s in (stated if isinstance(stated, list) else [stated]) if isinstance(s, (int, float))]
     for key, value in values.items():
-        if key in ("size", "crop_size", "pad_size"):
+        if key == "size" and shares:
+            yield [_area(value) / max(min(shares) ** 2, 1e-300), 1]
+        elif key in ("size", "crop_size", "pad_size"):
             yield value
         elif isinstance(value, Mapping):
             yield from _sizes(value)
