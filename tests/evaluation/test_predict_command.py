@@ -65,6 +65,36 @@ def test_command_names_broken_pictures(
     assert (tmp_path / "p.jsonl").read_text() == ""
 
 
+def test_command_names_what_it_leaves_out(
+    saved: Path, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In the summary and beside the table; photos that are not predicted make the status 1, other files do not."""
+    folder, output = tmp_path / "in", tmp_path / "out" / "p.csv"
+    folder.mkdir()
+    content = (leaves / "a" / "leaf0.png").read_bytes()
+    for name in ("leaf.png", "leaf", "leaf.NEF", "notes.txt", ".hidden.txt"):
+        (folder / name).write_bytes(b"words" if name.endswith(".txt") else content)
+    (folder / "gone.jpg").symlink_to("nowhere")
+    assert command(saved, folder, "--output", output) == 1
+    text = capsys.readouterr().out
+    found = json.loads((output.parent / "p.provenance.json").read_text())
+    assert found["images"] == found["predicted"] == 2 and found["broken"] == []
+    assert {Path(name).name for name in found["no_images"]} == {"leaf.NEF", "notes.txt"}
+    assert {Path(name).name for name in found["unusable"]} == {"gone.jpg"}
+    assert (
+        all(name in text for name in ("leaf.NEF", "notes.txt", "gone.jpg", "2 files", "1 .NEF"))
+        and "hidden" not in text
+    )
+    for name in ("leaf.NEF", "gone.jpg"):
+        (folder / name).unlink()
+    assert command(saved, folder, "--output", output) == 0
+    assert "notes.txt" in capsys.readouterr().out
+    (tmp_path / "q.provenance.json").mkdir()
+    with pytest.raises(SystemExit):
+        command(saved, folder, "--output", tmp_path / "q.csv")
+    assert "q.provenance.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [

@@ -74,7 +74,10 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     except KeyboardInterrupt:
         return "interrupted: the same command, given again, goes on where it stopped", 130
     rate = f"{result.predicted / result.seconds:.1f} images a second"
-    write_text_atomically(record, json.dumps(_provenance(args, found, result), indent=1, ensure_ascii=False) + "\n")
+    if PartialState().is_main_process:
+        write_text_atomically(
+            record, json.dumps(_provenance(args, found, result), indent=1, ensure_ascii=False) + "\n"
+        )
     lines = [f"wrote {result.path}: {result.images} images of {len(images)}, {rate}"]
     if result.broken:
         lines += [f"{len(result.broken)} could not be read:", *(f"  {name}" for name in result.broken)]
