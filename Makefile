@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+MINUTES ?= 60
+FAULTS_ARGS ?=
 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.base
@@ -11,7 +13,7 @@ LEAVES := outputs/demo_leaves/test/*/00000.png
 TORCHAO := $(VENV)/torchao
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo test hf-tests style quality docs notebooks clean
+.PHONY: help browser demo test faults hf-tests style quality docs notebooks clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
@@ -29,6 +31,9 @@ test: quality $(TORCHAO) browser  ## check style and types, then run the tests: 
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
 	@$(INSTALL) parameterized
 	HF_HUB_OFFLINE=1 $(BIN)/python -m hf_tests $(PYTEST_ARGS)
+
+faults: $(READY)  ## kill trainings and spoil data at random for MINUTES=60, and print a table: FAULTS_ARGS="--seed 1 --record faults.jsonl"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --minutes $(MINUTES) $(FAULTS_ARGS)
 
 docs: $(READY)  ## build the documentation site: docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

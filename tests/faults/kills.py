@@ -29,6 +29,7 @@ from transformers import modeling_utils
 import run_ufgir
 from tests.faults.results import Result
 from ufgir.cli import entry
+from ufgir.cli import predict as predict_command  # noqa: F401 (`entry` would import it in every fork)
 from ufgir.evaluation import prediction
 from ufgir.runs.queue import RunQueue
 from ufgir.runs.sweep import Grid
@@ -183,7 +184,6 @@ def make_kinds(work: Path) -> list[Kind]:
 
     def member(folder: Path) -> None:
         queue = RunQueue(Grid(Path(sweep), ["seed=5,6"]), folder / "out", ["run"])
-        shutil.copyfile(sweep, queue.recipe) if queue.recipe.parent.is_dir() else None
         queue.output.mkdir(exist_ok=True)
         shutil.copyfile(sweep, queue.recipe)
         run = next(iter(queue.runs.values()))
@@ -352,7 +352,7 @@ def what_is_left(folder: Path) -> dict[str, Any]:
     return {str(f.relative_to(folder)): _content(f) for f in sorted(folder.rglob("*")) if not f.is_dir()}
 
 
-_TIMES = ("runtime", "per_second", "flos", "train_loss", "train_runtime")
+_TIMES = ("runtime", "preparation_time", "per_second", "flos", "train_loss", "train_runtime")
 
 
 def _content(file: Path) -> Any:

@@ -27,9 +27,11 @@ from tests.training.resuming import (
     train,
     weights,
 )
+from ufgir.checkpoints.loading import load_pretrained
 from ufgir.training import checkpointing, ema
 from ufgir.training.checkpointing import (
     INCOMPLETE,
+    CheckpointError,
     check_fits,
     checkpoint_folders,
     find_checkpoint,
@@ -298,6 +300,87 @@ def test_a_list_names_every_file(whole: Path) -> None:
         sizes = json.loads((folder / FILE_LIST).read_text())["files"]
         assert sizes == {f.name: f.stat().st_size for f in folder.iterdir() if f.name != FILE_LIST}
         assert {"model.safetensors", "ema.safetensors", "optimizer.pt", "trainer_state.json"} <= set(sizes)
+
+
+@pytest.mark.parametrize("position", [0.0, 0.5, 1.0])
+def test_a_flipped_bit_is_found_in_every_file(whole: Path, tmp_path: Path, position: float) -> None:
+    """At its beginning, middle and end: sizes stay, and checksums do not."""
+    folder = shutil.copytree(whole / "checkpoint-3", tmp_path / "checkpoint-3")
+    assert what_is_missing(folder, read=True) is None
+    for file in sorted(f for f in folder.iterdir() if f.name != FILE_LIST):
+        content = file.read_bytes()
+        at = int(position * (len(content) - 1))
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert file.name in (what_is_missing(folder, read=True) or "")
+        file.write_bytes(content)
+    assert last_complete_checkpoint(tmp_path) == folder
+
+
+def test_damage_is_told_before_anything_is_loaded(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At resume, of the best checkpoint at the end, and of a checkpoint that is evaluated. A list of an earlier version has no
+    checksums: such a checkpoint is resumed."""
+    for step in (3, 6):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    damaged = tmp_path / "checkpoint-6" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3" and "checksum" in caplog.text
+    with pytest.raises(ValueError, match=r"model\.safetensors .* checksum"):
+        find_checkpoint(arguments(tmp_path, str(damaged.parent)))
+    with pytest.raises(ValueError, match=r"model\.safetensors .* checksum"):
+        load_pretrained(str(damaged.parent), CLCAViTConfig.from_pretrained(damaged.parent))
+    trainer = make_trainer(tmp_path)
+    trainer.state.best_model_checkpoint = str(damaged.parent)
+    with pytest.raises(CheckpointError, match=r"best .*model\.safetensors .* checksum"):
+        trainer._load_best_model()
+
+    listed = damaged.parent / FILE_LIST
+    listed.write_text(json.dumps({"files": json.loads(listed.read_text())["files"]}))
+    assert last_complete_checkpoint(tmp_path) == damaged.parent
+
+
+@pytest.mark.parametrize("changes", [{"newer_key": 1}, {"global_step": "three"}, {"log_history": 5}, {"epoch": "two"}])
+def test_states_that_trainer_would_stumble_over(plain: Path, changes: dict[str, Any]) -> None:
+    (plain / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"global_step": 2} | changes))
+    assert next(iter(changes)) in what_is_missing(plain / "checkpoint-2")
+    assert last_complete_checkpoint(plain) == plain / "checkpoint-1"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_folders_where_files_belong(plain: Path, name: str) -> None:
+    (plain / "checkpoint-2" / name).unlink()
+    (plain / "checkpoint-2" / name).mkdir()
+    assert name in what_is_missing(plain / "checkpoint-2")
+
+
+def test_a_best_evaluation_without_a_checkpoint(tmp_path: Path) -> None:
+    """Evaluations are more frequent than checkpoints: resumed, the best metric is the one before, not the best of those since."""
+    plan: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 2,
+        "metric_for_best_model": "score",
+    }
+    scores = [0.1, 0.2, 0.9, 0.3, 0.5, 0.4]
+    ends = []
+    for checkpoint in (None, tmp_path / "checkpoint-4"):
+        trainer = make_trainer(tmp_path, max_steps=6, load_best_model_at_end=True, save_total_limit=None, **plan)
+        values = iter(scores[4:] if checkpoint else scores)
+        trainer.compute_metrics = lambda prediction, values=values: {"score": next(values)}
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        ends.append((trainer.state.best_metric, trainer.state.best_global_step, trainer.state.best_model_checkpoint))
+    assert ends[0] == ends[1] and ends[0][:2] == (0.9, 3)
+
+
+def test_checkpoints_in_excess_go_at_resume(whole: Path, tmp_path: Path) -> None:
+    """A kill came before they went, and no later checkpoint follows."""
+    for step in (3, 6, 9, 12):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    train(tmp_path, save_total_limit=1)
+    assert [f.name for f in checkpoint_folders(tmp_path)] == ["checkpoint-12"]
 
 
 def test_another_batch_is_told(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
