@@ -10,9 +10,11 @@ from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTForImageClassification
 from tests.helpers import CACHES, METHODS, TINY, build, images, slow_unless, tiny_config
+from tests.limits import small_files
 from ufgir import export
 from ufgir.cli import entry as cli
 from ufgir.export import TENSORRT_OPERATORS, export_model
+from ufgir.utils.files import DiskFull
 
 
 SHORT = TINY | {"num_hidden_layers": 3, "reduction_layers": [1]}  # an export takes seconds, most of them per layer
@@ -75,6 +77,18 @@ def test_the_model_stays_as_it_was(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export_model(model, tmp_path / "model.pt2")
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_full_disk(tmp_path, suffix):
+    """One sentence that names the file; torch itself would end the process, with a trace of C++."""
+    path = tmp_path / f"model{suffix}"
+    path.write_text("of an earlier model")
+    with small_files(20_000), pytest.raises(DiskFull) as refused:
+        export_model(small_model("evit"), path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name] and path.read_text() == "of an earlier model"
 
 
 def test_a_wrong_file_is_not_written(tmp_path, monkeypatch):

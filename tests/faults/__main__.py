@@ -17,10 +17,12 @@ import torch
 
 from tests.faults import kills
 from tests.faults.results import Result
+from ufgir.profiling.benchmark_report import check_place, fill_in
 from ufgir.utils.provenance import describe_host
 
 
 DATA = "tests.faults.data_faults"
+TABLE = "faults"  # in the document of `--into`
 
 
 def table(results: list[Result]) -> str:
@@ -40,8 +42,11 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=500, help="kills, and as many data faults, at most [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random [%(default)s]")
     parser.add_argument("--only", default="", help="kinds of kills with this in their name; `data`: data faults alone")
+    parser.add_argument("--into", type=Path, help="page whose table is written again, such as docs/reliability.md")
     parser.add_argument("--record", type=Path, help="file with a line for each kill: what is in it is not done again")
     args = parser.parse_args()
+    if args.into is not None:
+        check_place(args.into, TABLE)
     torch.set_num_threads(1)  # as forks must not share a pool of threads
     logging.disable(logging.NOTSET)
     results: list[Result] = []
@@ -61,7 +66,10 @@ def main() -> int:
         sys.stdout.write(f"What is left of them is in {work}\n")
     else:
         shutil.rmtree(work)
-    sys.stdout.write(f"\n{table(results)}\n\n{describe_host()}; {date.today().isoformat()}; seed {args.seed}\n")
+    text = f"{table(results)}\n\n{describe_host()}; {date.today().isoformat()}; seed {args.seed}."
+    sys.stdout.write(f"\n{text}\n")
+    if args.into is not None:
+        fill_in(args.into, TABLE, text)
     return 1 if lost else 0
 
 

@@ -184,7 +184,7 @@ def make_kinds(work: Path) -> list[Kind]:
 
     def member(folder: Path) -> None:
         queue = RunQueue(Grid(Path(sweep), ["seed=5,6"]), folder / "out", ["run"])
-        queue.output.mkdir(exist_ok=True)
+        queue._write()
         shutil.copyfile(sweep, queue.recipe)
         run = next(iter(queue.runs.values()))
         if queue.how(run) != "finished":

@@ -27,6 +27,7 @@ RUN = {"beginning": ("README.md", "docs/start.md"), "training": ("docs/training.
 NOT_RUN = {
     r"make ": "takes minutes or starts these tests; test_docs.py builds the site, test_notebooks.py runs the notebooks",
     r"python -m pytest ": "starts these tests",
+    r"python -m tests\.faults ": "takes an hour or more; tests/faults/test_kills.py",
     r"pip install ": "installs packages; test_packaging.py builds and installs a wheel",
     r"python train\.py ": "belongs to the original code",
     r"cp ": "copies an image",

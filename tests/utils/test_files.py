@@ -3,10 +3,8 @@
 import errno
 import multiprocessing
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.limits import small_files
 from ufgir.utils import files
 from ufgir.utils.files import (
     DiskFull,
@@ -58,16 +57,6 @@ def status(action: Callable[[], None]) -> int:
     process.start()
     process.join(60)
     return process.exitcode
-
-
-@contextmanager
-def small_files(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("write", WRITERS)

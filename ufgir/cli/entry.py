@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..utils.signals import Ended, ending_signals
+from ..utils.signals import Ended, ending_signals, raised_signal
 
 
 # name of the subcommand -> what it does. The module of the name, `-` being `_`, is imported only when it is called.
@@ -36,6 +36,9 @@ COMMANDS = {
     "sweep": "run a recipe with every combination of some options, as a queue that can be interrupted",
     "visualize": "draw what a model keeps, merges and attends to, also side by side",
 }
+
+
+INTERRUPTED = 130  # of commands that say themselves how to go on
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_signals("ufgir"):  # also of the imports, which take seconds
             text, status = _run(argv)
+            if status == INTERRUPTED and (number := raised_signal()) is not None:
+                status = 128 + number  # of a command that has put things in order by itself
     except KeyboardInterrupt as error:
         ended = Ended.of(error)
         text, status = str(ended), ended.status

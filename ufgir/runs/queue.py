@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..training.checkpointing import last_complete_checkpoint
-from ..utils.files import remove_leftovers, write_text_atomically
+from ..utils.files import is_leftover, remove_leftovers, whole_file, write_text_atomically
 from ..utils.provenance import now
 from ..utils.signals import ending_signals
 from ..utils.text import differences
@@ -109,7 +109,7 @@ class RunQueue:
             raise ValueError(f"`--output` {self.output} is a file: choose a folder")
         old = read_manifest(self.output)
         if old is None:
-            if self.output.is_dir() and {p.name for p in self.output.iterdir()} - {LOCK}:
+            if self.output.is_dir() and {p.name for p in self.output.iterdir() if not is_leftover(p)} - {LOCK}:
                 raise ValueError(f"`--output` {self.output} holds something that is no sweep: choose another folder")
             old = {"runs": {}}
         elif old["recipe"] != self.grid.settings:
@@ -158,8 +158,10 @@ class RunQueue:
         with _lock(self.output / LOCK) as lock, ending_signals(again=True):
             remove_leftovers(self.output)
             self.manifest = self._read()  # another sweep may have changed it until now
+            self._write()  # first of all: without it, the folder would be taken for something else
             if not self.recipe.exists():
-                shutil.copyfile(self.grid.recipe, self.recipe)
+                with whole_file(self.recipe) as file:
+                    shutil.copyfile(self.grid.recipe, file)
             (self.output / LOGS).mkdir(exist_ok=True)
             waiting = deque(
                 run for run in self.runs.values() if self.manifest["runs"][run.name]["status"] == "waiting"
@@ -227,6 +229,9 @@ class RunQueue:
 
     def _note(self, name: str, **values: Any) -> None:
         self.manifest["runs"][name] |= values
+        self._write()
+
+    def _write(self) -> None:
         text = json.dumps(self.manifest, indent=2, ensure_ascii=False)
         write_text_atomically(self.output / MANIFEST, text + "\n")
 

@@ -116,6 +116,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a name is one of those that this module gives to what is being written."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Remove what killed processes have left of files and folders that they were writing into `folder`.
 
