@@ -11,9 +11,13 @@ BASE := $(VENV)/.base
 READY := $(VENV)/.ready
 LEAVES := outputs/demo_leaves/test/*/00000.png
 TORCHAO := $(VENV)/torchao
+ROWS ?=
+CLIENTS ?=
+EXAMPLES ?=
+UV := .compat/uv/bin/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo test faults hf-tests style quality docs notebooks clean
+.PHONY: help browser demo test faults hf-tests compat clients style quality docs notebooks clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
@@ -35,6 +39,12 @@ hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches
 faults: $(READY)  ## kill trainings and spoil data at random for MINUTES=60, and print a table: FAULTS_ARGS="--seed 1 --record faults.jsonl"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --minutes $(MINUTES) $(FAULTS_ARGS)
 
+compat: $(UV)  ## test with old and new versions of what the package needs, one environment after the other: ROWS="python3.12-newest gpu-image"
+	$(PYTHON) -m tests.compat $(UV) $(ROWS)
+
+clients: $(UV)  ## run programs of others on our models, each in an environment of its own: CLIENTS="captum onnx_runtime", EXAMPLES=folder of transformers' example scripts
+	EXAMPLES="$(EXAMPLES)" $(PYTHON) -m tests.clients $(UV) $(CLIENTS)
+
 docs: $(READY)  ## build the documentation site: docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 
@@ -52,7 +62,7 @@ style: $(READY)  ## repair what of the style can be repaired, and write the tabl
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/_extensions/method_table.py
 
 clean:  ## delete caches and builds; the environment and outputs stay
-	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests .compat
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The tests of the web page need a Chromium. Where Debian's can be had it is, elsewhere they are skipped and say so.
@@ -65,6 +75,11 @@ browser:
 $(TORCHAO): $(READY)
 	@rm -rf $@
 	$(INSTALL) --no-deps --target $@ torchao
+
+# uv makes environments in seconds, with hard links into its cache: .compat/cache, or UV_CACHE_DIR on the same disk.
+$(UV):
+	@$(PYTHON) -m venv .compat/uv
+	@.compat/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
 # An environment is complete if its file is newer than all that says what belongs into it: $(BASE) has the package alone, which
 # is all that the demo needs, $(READY) the tools of development as well.

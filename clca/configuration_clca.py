@@ -15,9 +15,45 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.models.vit.configuration_vit import ViTConfig
 
+
+from .versions_clca import check_transformers  # noqa: F401  # isort: skip
 from .budget_clca import Budget, as_pair, check_rates
 from .heads_clca import HEADS, VQTProbe, heads_reading
 from .reductions_clca import checked_budget, get_reduction
+
+
+if TYPE_CHECKING:
+    # transformers below 5.10 copies, of a model in a local folder, only the files that this one names. It names them all, so
+    # that `versions_clca` is imported there and says which version is needed.
+    from .attention_clca import AttentionContext  # noqa: F401
+    from .cache_clca import CrossLayerCache  # noqa: F401
+    from .fast_paths_clca import set_fast_paths  # noqa: F401
+    from .gelu_clca import activate  # noqa: F401
+    from .hooks_clca import HookWatch  # noqa: F401
+    from .layers_clca import CLCAViTAttentionPooling  # noqa: F401
+    from .linear_clca import linear  # noqa: F401
+    from .loss_clca import classification_loss  # noqa: F401
+    from .reduction_atc import ATCReduction  # noqa: F401
+    from .reduction_ats import ATSReduction  # noqa: F401
+    from .reduction_base import TokenReduction  # noqa: F401
+    from .reduction_dmaws import DMAWSReduction  # noqa: F401
+    from .reduction_dpcknn import DPCKNNReduction  # noqa: F401
+    from .reduction_dyvit import DyViTReduction  # noqa: F401
+    from .reduction_edar import EDARReduction  # noqa: F401
+    from .reduction_evit import EViTReduction  # noqa: F401
+    from .reduction_glsf import GLSFReduction  # noqa: F401
+    from .reduction_heuristic import HeuristicReduction  # noqa: F401
+    from .reduction_kmedoids import KMedoidsReduction  # noqa: F401
+    from .reduction_maws import MAWSReduction  # noqa: F401
+    from .reduction_mctf import MCTFReduction  # noqa: F401
+    from .reduction_nfedar import NFEDARReduction  # noqa: F401
+    from .reduction_patchmerger import PatchMergerReduction  # noqa: F401
+    from .reduction_pitome import PiToMeReduction  # noqa: F401
+    from .reduction_sinkhorn import SinkhornReduction  # noqa: F401
+    from .reduction_sit import SiTReduction  # noqa: F401
+    from .reduction_tofu import ToFuReduction  # noqa: F401
+    from .reduction_tome import ToMeReduction  # noqa: F401
+    from .reduction_topk import TopKReduction  # noqa: F401
 
 
 __version__ = "0.1.0"

@@ -65,14 +65,14 @@ def _register_conversions() -> None:
         *get_checkpoint_conversion_mapping("ViTModel"),
         WeightRenaming("distillation_token", "register_tokens"),
         WeightRenaming(r"^deit\.", "vit."),  # of a file with a classifier, whose backbone is loaded alone
+        *resample_conversions(),
     ]
     for name in ("CLCAViTModel", "CLCAViTBackbone"):
-        register_checkpoint_conversion_mapping(name, [*backbone, *resample_conversions()], overwrite=True)
-    register_checkpoint_conversion_mapping(
-        "CLCAViTForImageClassification",
-        [WeightRenaming(r"^deit\.", "vit."), WeightRenaming(r"^cls_classifier\.", "classifier.")],
-        overwrite=True,
-    )
+        register_checkpoint_conversion_mapping(name, backbone, overwrite=True)
+    # The classifier has those of its backbone, too: to a checkpoint of a backbone alone, whose keys lack `vit.`, transformers
+    # below 5.16 does not apply what is registered for a part of the model.
+    classifier = [WeightRenaming(r"^cls_classifier\.", "classifier."), *backbone]
+    register_checkpoint_conversion_mapping("CLCAViTForImageClassification", classifier, overwrite=True)
 
 
 _register_conversions()
@@ -309,7 +309,21 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     def _activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        self._check_checkpointing(activation_checkpointing_kwargs)
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    if not hasattr(
+        PreTrainedModel, "activation_checkpointing_enable"
+    ):  # transformers below 5.23 has the older name alone
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict | None = None, *args: Any, **kwargs: Any
+        ) -> None:
+            self._check_checkpointing(gradient_checkpointing_kwargs)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
+
+    def _check_checkpointing(self, options: dict | None) -> None:
+        reentrant = (options or {}).get("use_reentrant", False)
         culprits = (
             {"reduction": self.config.reduction} if get_reduction(self.config.reduction).differentiable_tracks else {}
         )
@@ -320,7 +334,6 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
                 f"`use_reentrant`=True would lose gradients of {names}: reentrant checkpointing sees the hidden states "
                 "only. Use `use_reentrant`=False, the default."
             )
-        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -463,7 +463,7 @@ class ScoredPruning(TokenReduction):
         weights = self.weigh(scores)
         if not self.normalize_weights:
             return weights
-        least, most = weights.aminmax(dim=1, keepdim=True)
+        least, most = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
         return (weights - least) / torch.where(most > least, most - least, 1.0)  # all alike: 0, not 0 / 0
 
     def weigh(self, scores: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, TokenReduction
 
@@ -144,6 +145,17 @@ def images(count: int = 3, height: int = 32, width: int = 32, seed: int = 1) -> 
     """Random images (count, 3, height, width), float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, height, width, generator=generator, dtype=torch.float64)
+
+
+# The name of the option in the installed transformers: 5.23 changed it.
+CHECKPOINTING = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n)
+)
+
+
+def checkpoint_activations(model: torch.nn.Module, options: dict[str, Any] | None = None) -> None:
+    """Turn activation checkpointing on."""
+    getattr(model, f"{CHECKPOINTING}_enable")(options)
 
 
 def labels(count: int = 3) -> torch.Tensor:

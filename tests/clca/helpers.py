@@ -5,7 +5,7 @@ import copy
 import torch
 
 from clca import CLCAViTForImageClassification
-from tests.helpers import images, labels
+from tests.helpers import checkpoint_activations, images, labels
 
 
 # Methods for which the schedule is an upper bound.
@@ -34,7 +34,7 @@ def loss_and_gradients(
 
 def check_activation_checkpointing(model: CLCAViTForImageClassification, reentrant: bool) -> None:
     expected_loss, expected = loss_and_gradients(copy.deepcopy(model))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, {"use_reentrant": reentrant})
     assert all(layer.gradient_checkpointing for layer in model.vit.layers)
     loss, gradients = loss_and_gradients(model)
     assert (loss - expected_loss).abs() <= 1e-12

@@ -10,7 +10,7 @@ from torch import nn
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.heads_clca import SwitchableBatchNorm
-from tests.helpers import images, labels, tiny_config, tiny_model
+from tests.helpers import checkpoint_activations, images, labels, tiny_config, tiny_model
 from ufgir.profiling.macs import count_macs, dense_config
 from ufgir.training.keep_rates import draw_keep_rate
 
@@ -284,7 +284,7 @@ def test_checkpointing_recomputes_at_the_same_rate(head: str) -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, {"use_reentrant": False})
         model.zero_grad()
         model(images(4), labels=labels(4), keep_rate=0.25).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -11,7 +11,7 @@ from torch import nn
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification, heads_clca
 from clca.heads_clca import HEADS, AggregationHead, Head, LayerTrace, NetworkEnds, Probe
-from tests.helpers import images, labels, tiny_model
+from tests.helpers import checkpoint_activations, images, labels, tiny_model
 
 
 class MeanHead(AggregationHead):
@@ -135,7 +135,7 @@ def test_a_probing_head_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(model.select_features(0.5)) == model.config.num_selected_features == 3 * 16 // 2
     assert model(images()).logits.shape == (3, 3)
     with pytest.raises(ValueError, match="`use_reentrant`"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model, {"use_reentrant": True})
     with pytest.raises(ValueError, match="`pooling`"):
         tiny_model(head="own", pooling="mean")
 

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 # From the lowest to the highest. A file imports from floors below its own; files of one floor do not know each other.
 CLCA_FLOORS = (
-    ("attention_clca", "budget_clca", "fast_paths_clca", "hooks_clca", "image_processing_clca", "loss_clca"),
+    (
+        "attention_clca",
+        "budget_clca",
+        "fast_paths_clca",
+        "hooks_clca",
+        "image_processing_clca",
+        "loss_clca",
+        "versions_clca",
+    ),
     ("gelu_clca", "linear_clca", "reduction_base", "resample_clca"),
     (
         "cache_clca",

@@ -16,7 +16,7 @@ from clca import CLCAViTForImageClassification, set_fast_paths, token_schedule
 from clca.attention_clca import AttentionContext
 from clca.layers_clca import CLCAViTAttention
 from clca.reduction_base import ScoredPruning
-from tests.helpers import images, labels, tiny_config, tiny_model
+from tests.helpers import checkpoint_activations, images, labels, tiny_config, tiny_model
 from ufgir.checkpoints.original_keys import original_config
 from ufgir.profiling.macs import count_macs
 
@@ -269,7 +269,7 @@ def test_fused_with_and_without_shortcuts(options: dict[str, Any], cache: dict[s
         trained = copy.deepcopy(model).train()
         trained.vit.skip_unread_rows = skip
         if recompute:
-            trained.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(trained, {"use_reentrant": False})
         torch.manual_seed(0)
         loss = trained(images(), labels=labels()).loss
         loss.backward()

@@ -22,6 +22,7 @@ from tests.helpers import (
     METHODS,
     TOKENS,
     Case,
+    checkpoint_activations,
     images,
     labels,
     slow_unless,
@@ -313,7 +314,7 @@ def test_reentrant_checkpointing_is_refused_where_it_loses_gradients(option: str
     model = tiny_model(**{option: value})
     for part in (model, model.vit):
         with pytest.raises(ValueError, match="`use_reentrant`"):
-            part.activation_checkpointing_enable({"use_reentrant": True})
+            checkpoint_activations(part, {"use_reentrant": True})
     assert not any(layer.gradient_checkpointing for layer in model.vit.layers)
 
 

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
@@ -165,6 +164,8 @@ def test_in_place_functions_come_back_after_a_trace() -> None:
 @pytest.mark.parametrize("name", slow_unless(lambda name: name in ("evit", "tome"), METHODS), ids=str)
 def test_exported_to_onnx(name: str | None, tmp_path: Path) -> None:
     """`torch.onnx.export` of the bare model; the graph has one output, the logits."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     options = VARIANTS[str(name)] | STATIC.get(str(name), {})
     model, pixels = tiny_model(**options).float(), images(2).float()
     torch.onnx.export(model, (pixels,), tmp_path / "model.onnx", input_names=["pixel_values"], verbose=False)

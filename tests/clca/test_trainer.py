@@ -13,7 +13,7 @@ from transformers import (
 
 from clca import CLCAViTForImageClassification
 from tests.clca.shared import CODE, logits_of, on_disk
-from tests.helpers import METHODS, Case, images, labels, tiny_config
+from tests.helpers import CHECKPOINTING, METHODS, Case, images, labels, tiny_config
 
 
 WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.h5")
@@ -160,7 +160,7 @@ def test_trainer_with_every_method(method: str | None, tmp_path: Path) -> None:
     evaluations.clear()
     torch.manual_seed(0)
     model = CLCAViTForImageClassification(Case(method, "clca", "cls").config())
-    run = trainer(tmp_path, model, max_steps=2, save_strategy="no", activation_checkpointing=True)
+    run = trainer(tmp_path, model, max_steps=2, save_strategy="no", **{CHECKPOINTING: True})
     result = run.train()
     assert 0 < result.training_loss < 20
     assert run.predict(Pictures()).predictions.shape == (24, 3)

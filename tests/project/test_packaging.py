@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification, __version__
@@ -136,16 +137,39 @@ def test_extras(setup_cfg):
         assert set(lines(extras["dev"])) > set(lines(extras[name]))
 
 
-def test_lower_bounds_are_the_tested_versions(setup_cfg):
-    """The requirements and the dev extra, which holds all but quantization."""
+def test_versions_of_development_lie_in_the_ranges(setup_cfg):
+    """Those of the requirements and of the dev extra, which holds all but quantization. Extras start at them: no older ones were tried."""
     pinned = dict(line.split("==") for line in lines((ROOT / "constraints.txt").read_text(encoding="utf-8")))
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     assert pinned["torch"] == "2.13.0" and not any("+" in version for version in pinned.values())
-    required = lines(setup_cfg["options"]["install_requires"]) + lines(setup_cfg["options.extras_require"]["dev"])
-    for requirement in required:
-        name, bound = re.match(r"([\w-]+)[>=]=([\d.]+)", requirement).groups()
+    for text in lines(setup_cfg["options"]["install_requires"]):
+        required = Requirement(text)
+        assert {bound.operator for bound in required.specifier} == {">=", "<"}, text
+        assert pinned[required.name] in required.specifier, text
+    for text in lines(setup_cfg["options.extras_require"]["dev"]):
+        name, bound = re.match(r"([\w-]+)[>=]=([\d.]+)", text).groups()
         if name != "setuptools":
-            assert f"{pinned[name]}.".startswith(f"{bound}."), requirement
+            assert f"{pinned[name]}.".startswith(f"{bound}."), text
+
+
+def test_rows_of_the_compatibility_page_lie_in_the_ranges(setup_cfg):
+    """What was tested, and passed; `oldest` rows have the lower bounds."""
+    bounds = {
+        required.name: required for required in map(Requirement, lines(setup_cfg["options"]["install_requires"]))
+    }
+    table = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").split("<!-- compat: begin -->")[1]
+    heads, _, *rows = [
+        [c.strip(" `") for c in r.strip("|").split("|")] for r in table.split("<!--")[0].split("\n") if r
+    ]
+    tested = [row for row in (dict(zip(heads, row, strict=True)) for row in rows) if row["passed"].isdigit()]
+    for row in tested:
+        assert int(row["passed"]) > 200 and row["failed"] == "0", row
+        for name in set(row) & set(bounds):
+            version = row[name].partition("+")[0]
+            assert version in bounds[name].specifier, (row["row"], name)
+            (lowest,) = (spec.version for spec in bounds[name].specifier if spec.operator == ">=")
+            if row["row"].endswith("-oldest"):
+                assert f"{version}.".startswith(f"{lowest}."), (row["row"], name)
 
 
 def test_every_module_is_packaged(setup_cfg):

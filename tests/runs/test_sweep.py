@@ -332,6 +332,13 @@ def test_two_sweeps_on_one_folder_refuse_each_other(queue, tmp_path):
     assert not other.failed
 
 
+def test_a_system_without_locks_that_runs_inherit_is_refused(queue, monkeypatch):
+    """Windows."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(ValueError, match="`ufgir sweep` needs Linux or macOS"):
+        queue("seed=1").work(CPU)
+
+
 def test_a_folder_of_something_else_is_refused(queue, recipe, tmp_path):
     study = tmp_path / "study"
     queue("seed=1").work(CPU)

@@ -32,7 +32,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 import run_ufgir
 from clca import CLCAViTConfig, CLCAViTForImageClassification
-from tests.helpers import CACHES, TINY, VARIANTS, images, labels, tiny_model, variant_model
+from tests.helpers import CACHES, TINY, VARIANTS, checkpoint_activations, images, labels, tiny_model, variant_model
 from ufgir.data.streams import StreamedImages, to_stream
 from ufgir.data.transformed import TransformedImages
 from ufgir.evaluation import prediction
@@ -234,7 +234,7 @@ def test_loaded_checkpoints(checkpointing: bool, tmp_path: Path) -> None:
                 args.ddp_find_unused_parameters, args.save_strategy, args.report_to = False, "no", []
                 args.disable_tqdm = True
                 if checkpointing:
-                    model.activation_checkpointing_enable()
+                    checkpoint_activations(model)
                 trainer = Trainer(model, args, train_dataset=data)
                 trainer.train()
                 assert trainer.state.global_step == 4 and args.world_size == 2

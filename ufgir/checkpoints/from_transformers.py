@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 Rules = tuple[tuple[str, str], ...]
 State = dict[str, torch.Tensor]
 
-# Regular expression of a name of theirs, without the prefix of the backbone -> our name. `{}` in ours: the rows of queries,
-# keys and values, which theirs fuses, go to one name each.
+# Regular expression of a name of theirs, without the prefix of the backbone -> our name. `{q|k|v}` in ours: equal parts of the
+# rows of their tensor go to one name each.
 _CLASSIFIER: Rules = ((r"classifier\.(weight|bias)", r"classifier.\1"),)
 _VIT: Rules = (
     (r"embeddings\.(cls_token|position_embeddings)", r"vit.embeddings.\1"),
@@ -61,6 +61,17 @@ _DINOV2: Rules = (
         r"encoder\.layer\.(\d+)\.(attention\.[qkvo]_proj|mlp\.fc[12]|mlp\.(?:gate|up|down)_proj)\.(weight|bias)",
         r"vit.layers.\1.\2.\3",
     ),
+    # as transformers below 5.18 names them
+    *(
+        (
+            rf"encoder\.layer\.(\d+)\.attention\.attention\.{theirs}\.(weight|bias)",
+            rf"vit.layers.\1.attention.{ours}_proj.\2",
+        )
+        for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"))
+    ),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"vit.layers.\1.attention.o_proj.\2"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_in\.(weight|bias)", r"vit.layers.\1.mlp.{gate|up}_proj.\2"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.(weight|bias)", r"vit.layers.\1.mlp.down_proj.\2"),
     (r"encoder\.layer\.(\d+)\.(layer_scale[12]\.lambda1)", r"vit.layers.\1.\2"),
     (r"layernorm\.(weight|bias)", r"vit.layernorm.\1"),
 )
@@ -79,7 +90,7 @@ _CLIP: Rules = (
 _SIGLIP: Rules = (
     *_CLIP,
     (r"head\.probe", "vit.attention_pooling.query"),
-    (r"head\.attention\.in_proj_(weight|bias)", r"vit.attention_pooling.{}_proj.\1"),
+    (r"head\.attention\.in_proj_(weight|bias)", r"vit.attention_pooling.{q|k|v}_proj.\1"),
     (r"head\.attention\.out_proj\.(weight|bias)", r"vit.attention_pooling.o_proj.\1"),
     (r"head\.layernorm\.(weight|bias)", r"vit.attention_pooling.layernorm.\1"),
     (r"head\.mlp\.(fc[12])\.(weight|bias)", r"vit.attention_pooling.mlp.\1.\2"),
@@ -159,7 +170,7 @@ def _clip_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _siglip_config(config: PreTrainedConfig) -> dict[str, Any]:
-    pooling = "map" if config.vision_use_head else "mean"
+    pooling = "map" if getattr(config, "vision_use_head", True) else "mean"  # older transformers has no such field
     dropout = {"attention_probs_dropout_prob": config.attention_dropout or 0.0}
     return _vit_config(config) | dropout | {"use_class_token": False, "pooling": pooling}
 
@@ -332,9 +343,10 @@ def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: 
         ours = next((match.expand(to) for rule, to in rules if (match := re.fullmatch(rule, theirs))), None)
         if ours is None:
             (left if _matches(theirs, left_behind) else unexpected).append(key)
-        elif "{}" in ours:
-            parts = zip("qkv", tensor.chunk(3, dim=0), strict=True)
-            state |= {ours.format(part): chunk for part, chunk in parts}
+        elif "{" in ours:
+            before, parts, after = re.split(r"[{}]", ours)
+            names = [f"{before}{part}{after}" for part in parts.split("|")]
+            state |= dict(zip(names, tensor.chunk(len(names), dim=0), strict=True))
         elif ours.startswith("vit.embeddings.") and ours.endswith(("cls_token", "position_embeddings")):
             state[ours] = tensor.reshape(1, -1, tensor.shape[-1])  # CLIP's and SigLIP's lack leading dimensions
         else:

@@ -300,7 +300,12 @@ def _exit(status: int) -> str:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[int]:
     """The file, locked for this process and those it hands the descriptor to; ValueError if it is locked already."""
-    import fcntl  # not on Windows
+    try:
+        import fcntl  # not on Windows
+    except ImportError as error:
+        raise ValueError(
+            "`ufgir sweep` needs Linux or macOS, since its runs inherit a lock. Here, start each run with run_ufgir.py."
+        ) from error
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

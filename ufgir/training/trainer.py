@@ -137,9 +137,9 @@ class UFGIRTrainer(
         with self._keeping_last_batch():
             return super().get_test_dataloader(*args, **kwargs)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Also make the branch that `hub_revision` names: an upload to one that is missing fails."""
-        super().init_hf_repo(token, private)
+        super().init_hf_repo(token, *args, **kwargs)
         if self.args.hub_revision is not None and self.is_world_process_zero():
             token = token if token is not None else self.args.hub_token
             hf_api().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)

@@ -1,0 +1,140 @@
+"""Run programs of others on our models: `make clients`, or `python -m tests.clients UV [CLIENT ...]`.
+
+Each client is a file here, run in an environment of its own with the newest torch, a torchvision that fits, and the newest
+transformers that the client admits. Its last line goes into docs/compatibility.md.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.compat.__main__ import requirements
+from tests.compat.environments import (
+    DOCUMENT,
+    ROOT,
+    WORK,
+    CannotRunError,
+    environment,
+    machine,
+    minutes,
+    today,
+    update_table,
+)
+
+
+PYTHON = "3.12"
+
+
+class Client(NamedTuple):
+    """A program of others.
+
+    Args:
+        name: as people call it.
+        since: the release of ours with which it works; "-" if it does not.
+        package: whose version is shown, transformers by default.
+        requirements: to install besides; by default the package.
+        upstream: why it fails, where that is not for us to mend.
+        needs: a variable of the environment without which it is skipped.
+    """
+
+    name: str
+    since: str
+    package: str = "transformers"
+    requirements: tuple[str, ...] = ()
+    upstream: str = ""
+    needs: str = ""
+
+
+CLIENTS = {
+    "pipelines": Client("`pipeline`, both tasks", "0.2.0"),
+    "auto_model": Client("`AutoModel` from remote code", "0.1.0"),
+    "safetensors_load": Client("weights by safetensors alone", "0.1.0", "safetensors"),
+    "trainer": Client("plain `Trainer`", "0.1.0"),
+    "accelerate_loop": Client("a loop with accelerate", "0.1.0", "accelerate"),
+    "examples": Client("transformers' two example scripts", "0.2.0", needs="EXAMPLES"),
+    "data_parallel": Client("`nn.DataParallel`", "0.2.0", "torch"),
+    "fsdp2": Client("FSDP2, `fully_shard`", "0.1.0", "torch"),
+    "deepspeed_zero2": Client("DeepSpeed ZeRO-2 on a CPU", "0.1.0", "deepspeed"),
+    "lightning_fit": Client("Lightning", "0.1.0", "lightning", ("lightning==2.6.*",)),
+    "peft_adapters": Client("peft, `get_peft_model` and merge", "0.1.0", "peft"),
+    "jit_trace": Client("`torch.jit.trace`", "0.2.0", "torch"),
+    "onnx_runtime": Client("ONNX Runtime", "0.2.0", "onnxruntime", ("onnx", "onnxruntime", "onnxscript")),
+    "openvino": Client("OpenVINO", "0.2.0", "openvino"),
+    "torchao_int8": Client("torchao, int8 weights", "0.1.0", "torchao"),
+    "bitsandbytes_int8": Client("bitsandbytes, 8 bit", "0.1.0", "bitsandbytes"),
+    "captum": Client("captum", "0.2.0", "captum"),
+    "grad_cam": Client("pytorch-grad-cam", "0.2.0", "grad-cam"),
+    "optimum_onnx": Client(
+        "optimum-onnx", "-", "optimum-onnx", ("optimum-onnx[onnxruntime]==0.1.0",), "it asks for an older transformers"
+    ),
+    "optimum_intel": Client(
+        "optimum-intel",
+        "-",
+        "optimum-intel",
+        ("optimum-intel==2.2.0", "openvino"),
+        "it asks for an older transformers",
+    ),
+    "evaluator": Client("`evaluate.evaluator`", "-", "evaluate", upstream="it imports what transformers 5 removed"),
+    "auto_peft": Client("peft, `AutoPeftModel`", "-", "peft", upstream="it takes base classes of a fixed list"),
+}
+COLUMNS = ("client", "what", "version", "transformers", "torch", "works since", "result", "date")
+
+
+def run_client(uv: Path, key: str) -> tuple[list[str], bool]:
+    """The cells of a row, and whether the client did what is expected of it."""
+    client = CLIENTS[key]
+    if client.needs and not os.environ.get(client.needs):
+        raise CannotRunError(f"`{client.needs}` is not set: name the folder, see tests/clients/{key}.py")
+    own = client.requirements or (() if client.package in ("torch", "transformers") else (client.package,))
+    with environment(uv, PYTHON) as env:
+        torch = ("torch", "torchvision", "pytest>=9,<10")
+        try:
+            env.install(*torch, *requirements(), *own)
+        except CannotRunError as error:
+            if not client.upstream:
+                raise
+            # Packages that ask for versions which exclude ours are put beside them, to see whether they work all the same.
+            env.install(*torch, *requirements())
+            env.install("--no-deps", *own, "optimum")
+            print(f"{key}: installed against its own requirements ({error})", flush=True)
+        versions = env.versions(client.package, "transformers", "torch")
+        log = WORK / f"client-{key}.log"
+        status = env.run("-m", f"tests.clients.{key}", log=log, timeout=1800)
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = " ".join(lines[-1].split())[:200] if lines else f"status {status}"
+    works = status == 0
+    result = (
+        f"works: {said}" if works else f"fails: {client.upstream}: {said}" if client.upstream else f"**fails**: {said}"
+    )
+    shown = [versions.get(name, "-") for name in (client.package, "transformers", "torch")]
+    return [client.name, *shown, client.since, result, today()], works != bool(client.upstream)
+
+
+def main(arguments: list[str]) -> int | str:
+    """Run; the exit status is 1 if a client that should work fails, or one that fails upstream works."""
+    uv, chosen = Path(arguments[0]).absolute(), arguments[1:] or list(CLIENTS)
+    unknown = [name for name in chosen if name not in CLIENTS]
+    if unknown:
+        return f"CLIENTS: {', '.join(unknown)} is unknown; there are {', '.join(CLIENTS)}"
+    WORK.mkdir(exist_ok=True)
+    unexpected = []
+    for key in chosen:
+        begun = time.monotonic()
+        try:
+            cells, expected = run_client(uv, key)
+        except CannotRunError as error:
+            client = CLIENTS[key]
+            cells, expected = [client.name, "-", "-", "-", client.since, f"not run: {error}", today()], True
+        print(f"{key}: {cells[1]}, {cells[-2]} ({minutes(begun)})", flush=True)
+        unexpected += [] if expected else [key]
+        update_table("clients", COLUMNS, {key: cells}, list(CLIENTS))
+    print(f"{DOCUMENT.relative_to(ROOT)}: rows written, measured on {machine()}")
+    if unexpected:
+        print(f"not as expected: {', '.join(unexpected)}")
+    return int(bool(unexpected))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""peft: get_peft_model, a training step, merge_and_unload."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.clients.common import difference, logits_of, main, model, pixels
+
+
+def check(folder: Path) -> str:
+    adapted = get_peft_model(model(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]))
+    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
+    before = logits_of(adapted.eval(), pixels())
+    for _ in range(2):
+        adapted.train()(pixel_values=pixels(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = logits_of(adapted.eval(), pixels())
+    assert not torch.equal(before, expected)
+    merged = adapted.merge_and_unload()
+    told = difference(logits_of(merged, pixels()), expected, 1e-4)
+    merged.save_pretrained(folder)
+    difference(logits_of(type(merged).from_pretrained(folder).eval(), pixels()), logits_of(merged, pixels()), 0)
+    return f"get_peft_model (LoRA) trains; merged, {told}"
+
+
+if __name__ == "__main__":
+    main(check)

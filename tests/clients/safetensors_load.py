@@ -1,0 +1,22 @@
+"""Weights read with safetensors alone, into a model made from the configuration."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from tests.clients.common import difference, logits_of, main, pixels, save
+
+
+def check(folder: Path) -> str:
+    model = save(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    empty = AutoModelForImageClassification.from_config(config, trust_remote_code=True)
+    empty.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return (
+        f"load_state_dict(strict=True), {difference(logits_of(empty.eval(), pixels()), logits_of(model, pixels()), 0)}"
+    )
+
+
+if __name__ == "__main__":
+    main(check)
