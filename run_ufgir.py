@@ -56,7 +56,7 @@ from ufgir.training.checkpointing import (
 )
 from ufgir.training.distributed import is_lost_process
 from ufgir.training.optimization import set_precision
-from ufgir.training.option_checks import OF_CLASSES, REQUIREMENTS, evaluated_data
+from ufgir.training.option_checks import OF_CLASSES, REQUIREMENTS, check_smoothing, evaluated_data
 from ufgir.training.setup import (
     Run,
     class_names_of,
@@ -150,6 +150,7 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
     options.augmentation.check(args)
     config = make_config(options.model)
     check_meaning({name: value for name, value in vars(options.model).items() if name in given}, [config])
+    check_smoothing(options, config)
 
     # a trained model's classes; the data's may be fewer, and in another order
     known = class_names_of(config) if options.model.model_name_or_path else None

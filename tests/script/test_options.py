@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 
 from clca import CLCAViTConfig
 from run_ufgir import GROUPS
+from tests.helpers import tiny_model
 from tests.script.helpers import CLASSES, mistake, parse, recipe, run
 from ufgir.data.load import load_ufgir_dataset
 from ufgir.runs.records import is_finished, read_run_records
 from ufgir.runs.tables import run_rows
+from ufgir.training.option_checks import check_smoothing
 from ufgir.training.trainer import UFGIRTrainer
 from ufgir.utils import locks as locking
 from ufgir.utils.arguments import RecipeParser
@@ -277,6 +280,28 @@ def test_contradictions_are_refused(leaves, tmp_path, capsys, argv, words):
     said = mistake(capsys, recipe(tmp_path, leaves, tmp_path / "out"), *argv)
     assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_smoothed_once(leaves, tmp_path, capsys):
+    """By the option or by the loss of the checkpoint, not by both; its 0 contradicts nothing, nor does an evaluation."""
+    model = tmp_path / "model"
+    tiny_model(label_smoothing=0.1).float().save_pretrained(model)
+    options = SimpleNamespace(
+        augmentation=SimpleNamespace(label_smoothing=0.2),
+        training=SimpleNamespace(do_train=True),
+        model=SimpleNamespace(model_name_or_path=str(model)),
+    )
+    config = CLCAViTConfig.from_pretrained(model)
+    with pytest.raises(ValueError, match=r"`label_smoothing` must be 0, got 0\.2.* 0\.1"):
+        check_smoothing(options, config)
+    argv = ["--dataset", str(leaves), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "out")]
+    argv += ["--do_train", "--use_cpu", "true", "--label_smoothing"]
+    assert "`label_smoothing` must be 0, got 0.2" in mistake(capsys, *argv, "0.2")
+    check_smoothing(options, CLCAViTConfig())
+    options.training.do_train = False
+    check_smoothing(options, config)
+    options.training.do_train, options.augmentation.label_smoothing = True, 0.0
+    check_smoothing(options, config)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import CASES, images, labels, tiny_model
+from tests.helpers import CACHES, CASES, images, labels, tiny_model
 from tests.training.optimizing import SIT, trains
 from ufgir.training.freezing import NEW_PARTS, freeze, part_names
 
@@ -44,6 +44,28 @@ def test_parts(parts: list[str], unfreeze: list[str], expected: set[str]) -> Non
     freeze(model, parts, unfreeze)
     new = ("classifier.", "embeddings.clr_", *(() if "reductions" in parts else (".reduction.",)))
     assert trains(model) == {name for name in wanted if any(part in name for part in (*new, *expected))}
+
+
+@pytest.mark.parametrize("as_original", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "unfreeze", "positions_train"),
+    [
+        (["backbone"], [], False),
+        (["position_embeddings"], [], False),
+        (["backbone"], ["position_embeddings"], True),
+        (["backbone"], ["clr_tokens"], False),
+        (["attention"], [], True),
+    ],
+)
+def test_positions_of_clr(parts: list[str], unfreeze: list[str], positions_train: bool, as_original: bool) -> None:
+    """In the original they are rows of the one table of positions, and frozen with it; CLR itself trains."""
+    model = tiny_model(**CACHES["clca"])
+    freeze(model, parts, unfreeze, as_original=as_original)
+    own = {name.removeprefix("vit.") for name in trains(model)}
+    assert "embeddings.clr_tokens" in own
+    assert ("embeddings.clr_position_embeddings" in own) == (positions_train or not as_original)
+    if parts != ["attention"]:
+        assert ("embeddings.position_embeddings" in own) == positions_train
 
 
 def test_nothing_frozen_starts_to_train() -> None:

@@ -106,6 +106,15 @@ def test_held_backbone(schedule: str, tmp_path: Path) -> None:
         torch.testing.assert_close(probe.record.weights[5][name], run.record.weights[5][name])
 
 
+@pytest.mark.parametrize("groups", ["default", "original"])
+def test_frozen_as_in_the_original(groups: str, tmp_path: Path) -> None:
+    """A frozen backbone holds CLR's position embeddings with `parameter_groups` original, not by default; CLR trains."""
+    run = trainer(tmp_path, OptimizationArguments(freeze=["backbone"], parameter_groups=groups))
+    embeddings = {own_name(name) for name in trains(run.model) if "embeddings." in name}
+    positions = {"embeddings.clr_position_embeddings"} if groups == "default" else set()
+    assert embeddings == {"embeddings.clr_tokens"} | positions
+
+
 def test_held_as_in_the_original(tmp_path: Path) -> None:
     """Position and patch embeddings train from the beginning, CLR is held, and the moments of all gather (K10, K13)."""
     run = trainer(tmp_path, OptimizationArguments(freeze_epochs=2, parameter_groups="original"))

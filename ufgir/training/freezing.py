@@ -15,7 +15,7 @@ PARTS = {
     "query_tokens": r"layers\.\d+\.probe\..+",
     "cls_token": r"embeddings\.cls_token",
     "register_tokens": r"embeddings\.register_tokens",
-    "position_embeddings": r"embeddings\.position_embeddings",
+    "position_embeddings": r"embeddings\.(clr_)?position_embeddings",  # those of CLR are new, but in the original
     "patch_embeddings": r"embeddings\.patch_embeddings\..+",
     "attention": r"layers\.\d+\.attention\..+",
     "mlp": r"layers\.\d+\.mlp\..+",
@@ -69,7 +69,9 @@ def check_parts(option: str, parts: Iterable[str]) -> None:
             raise ValueError(f"`{option}` must name {', '.join(known)} or layers.<number>, got {part}{hint}")
 
 
-def freeze(model: nn.Module, parts: Iterable[str], unfreeze: Iterable[str] = ()) -> list[str]:
+def freeze(
+    model: nn.Module, parts: Iterable[str], unfreeze: Iterable[str] = (), *, as_original: bool = False
+) -> list[str]:
     """Let parts of a model keep their weights: no gradients, no steps, no weight decay.
 
     What is new to a pretrained ViT (the head, CLR tokens, parameters of reductions, VQT's queries, peft's adapters) trains
@@ -79,6 +81,8 @@ def freeze(model: nn.Module, parts: Iterable[str], unfreeze: Iterable[str] = ())
         model: is changed in place; peft's and other wrappers may be around it.
         parts: keys of `PARTS`, `layers.<number>`, or `backbone` for all that is not new, which is a linear probe.
         unfreeze: the same names; their parameters stay as they are.
+        as_original: position embeddings of CLR belong to the others, and to `backbone`, as in the original CLCA code, where all
+            are one tensor. By default they are new, with CLR.
 
     Returns:
         names of the parameters that were frozen.
@@ -86,7 +90,7 @@ def freeze(model: nn.Module, parts: Iterable[str], unfreeze: Iterable[str] = ())
     Raises:
         ValueError: a part that is unknown or that the model does not have, or nothing would be left to train.
     """
-    frozen = _members(model, "freeze", parts) - _members(model, "unfreeze", unfreeze)
+    frozen = _members(model, "freeze", parts, as_original) - _members(model, "unfreeze", unfreeze, as_original)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if frozen and not parameters.keys() - frozen:
         raise ValueError(f"`freeze` {' '.join(parts)} leaves nothing to train: name less, or `unfreeze` a part")
@@ -108,10 +112,12 @@ def hold_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def _members(model: nn.Module, option: str, parts: Iterable[str]) -> set[str]:
+def _members(model: nn.Module, option: str, parts: Iterable[str], as_original: bool) -> set[str]:
     """Names of the parameters in `parts`."""
     check_parts(option, parts)
     by_part, members = part_names(model), set()
+    if as_original:
+        by_part |= {name: "backbone" for name in by_part if own_name(name) == "embeddings.clr_position_embeddings"}
     for part in parts:
         if part in NEW_PARTS:
             found = {name for name, own in by_part.items() if own == part}

@@ -315,7 +315,12 @@ class OptimizationMixin:
         super().__init__(*args, **kwargs)
         self.optimization.check(self.args)
         if self.optimization.freeze:
-            frozen = freeze(self.model, self.optimization.freeze, self.optimization.unfreeze)
+            frozen = freeze(
+                self.model,
+                self.optimization.freeze,
+                self.optimization.unfreeze,
+                as_original=self.optimization.parameter_groups == "original",
+            )
             logger.info("Frozen: %d tensors of %d", len(frozen), sum(1 for _ in self.model.parameters()))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from clca import TokenReduction
+from clca import CLCAViTConfig, TokenReduction
 from clca.reductions_clca import get_reduction
 
 from ..data.load import SYNTHETIC_LEAVES
@@ -81,6 +81,20 @@ def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: 
         raise ValueError(
             f"`metric_for_best_model` must be one of {', '.join(names)}, which these data and options give, got "
             f"{training.metric_for_best_model}"
+        )
+
+
+def check_smoothing(options: Any, config: CLCAViTConfig) -> None:
+    """Check that labels are smoothed once: by the option, or in the loss of a checkpoint whose configuration says so.
+
+    Raises:
+        ValueError: by both.
+    """
+    smoothing = options.augmentation.label_smoothing
+    if options.training.do_train and smoothing and config.label_smoothing:
+        raise ValueError(
+            f"`label_smoothing` must be 0, got {smoothing}: the loss of {options.model.model_name_or_path} smooths its labels by "
+            f"{config.label_smoothing} itself. Leave the option out, or set `label_smoothing` in its config.json to 0."
         )
 
 
