@@ -101,6 +101,8 @@ class CLCAViTPatchEmbeddings(nn.Module):
                 f"`pixel_values` must have the shape (batch, {self.num_channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
             )
+        if pixel_values.shape[0] == 0:  # attention kernels and BatchNorms fail at such a batch, each in its own way
+            raise ValueError("`pixel_values` must hold at least one image, got a batch of none. Skip empty batches.")
         size = tuple(pixel_values.shape[-2:])
         if not any_size and size != self.image_size:
             raise ValueError(
