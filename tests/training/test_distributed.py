@@ -28,6 +28,10 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import run_ufgir
@@ -348,7 +352,78 @@ def test_it_is_told_that_batches_are_normalised_apart(
     assert not caplog.text
 
 
-# FSDP and DeepSpeed, which need GPUs: what is refused before they start
+# FSDP and DeepSpeed: torch's `fully_shard`, which the former is made of, runs on CPUs, and so does ZeRO
+
+
+SHARDED = [
+    "evit",
+    "dpcknn",
+    "sit",
+    "dyvit",
+    "tome",
+    "vqt",
+    "map",
+    "scaled",
+]  # stages, probes and pooling with parameters
+
+
+@pytest.mark.slow
+def test_fully_sharded(tmp_path: Path) -> None:
+    """Weights, gradients and optimizer in two pieces: three steps as one process with the whole batch, and a gathered state
+    dict that `from_pretrained` loads."""
+
+    def model_of(variant: str) -> CLCAViTForImageClassification:
+        options = VARIANTS[variant] | (
+            {"head": "ifa"} if VARIANTS[variant].get("head") == "cla" else {}
+        )  # no BatchNorm
+        if variant == "dyvit":
+            options |= {
+                "reduction_kwargs": {"ratio_weight": 0.0}
+            }  # a mean of squares over the batch is not a mean of means
+        return tiny_model(**options).train(variant != "dyvit")  # whose draws are those of a process
+
+    def train(model: nn.Module, pixels: torch.Tensor, targets: torch.Tensor) -> list[float]:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(3):
+            loss = model(pixels, labels=targets).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    pixels, targets = images(4), torch.tensor([0, 1, 2, 0])
+
+    def run(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
+        for variant in SHARDED:
+            model = model_of(variant)
+            for layer in model.vit.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            half = slice(2 * rank, 2 * rank + 2)
+            losses = train(model, pixels[half], targets[half])
+            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            (tmp_path / f"{variant}{rank}.json").write_text(json.dumps(losses))
+            if rank == 0:
+                model_of(variant).save_pretrained(tmp_path / variant, state_dict=state)
+            torch.distributed.barrier()
+
+    in_two_processes(run, tmp_path)
+    for variant in SHARDED:
+        expected = model_of(variant)
+        losses = train(expected, pixels, targets)
+        halves = [json.loads((tmp_path / f"{variant}{rank}.json").read_text()) for rank in (0, 1)]
+        assert np.mean(halves, axis=0).tolist() == pytest.approx(losses, abs=1e-6), variant
+        loaded = CLCAViTForImageClassification.from_pretrained(tmp_path / variant, dtype=torch.float64)
+        for name, tensor in expected.state_dict().items():
+            assert (loaded.state_dict()[name] - tensor).abs().max() <= 1e-6, (variant, name)
+
+
+# What is refused before they start
 
 
 def test_no_prediction_from_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
