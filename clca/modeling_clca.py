@@ -10,7 +10,7 @@ import contextlib
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple, Self, Unpack, cast
@@ -199,6 +199,26 @@ def _warn_of_unread_terms(names: list[str]) -> None:
         )
 
 
+def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse weights that are infinite or no number: every answer would be the same.
+
+    Args:
+        weights: a state dict. Tensors that are not in memory are passed over.
+        source: what the weights are called in the error.
+
+    Raises:
+        ValueError: naming the first few.
+    """
+    floats = {
+        n: t for n, t in weights.items() if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.is_meta
+    }
+    # a sum is finite where all is, and is faster to test; of large numbers it may overflow
+    found = [n for n, t in floats.items() if not t.sum(dtype=torch.float64).isfinite() and not t.isfinite().all()]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(f"{source} are not finite: {', '.join(found[:3])}{more}.")
+
+
 class Shortcuts(NamedTuple):
     """What a forward leaves out, since nobody reads it."""
 
@@ -231,7 +251,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         for that.
 
         Raises:
-            ValueError: position embeddings that do not fit the checkpoint's own configuration.
+            ValueError: position embeddings that do not fit the checkpoint's own configuration, or weights that are not finite.
             RuntimeError: other weights of another shape, a classifier of another number of classes for example, without
                 `ignore_mismatched_sizes`.
         """
@@ -245,6 +265,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         with resampling(pretrained_model_name_or_path, saved):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_finite(model.state_dict(), f"Weights of {pretrained_model_name_or_path}")
         model.freeze_unread()  # transformers makes new parameters of what it loads, and all of them train
         return loaded
 

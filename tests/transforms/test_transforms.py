@@ -76,7 +76,7 @@ def test_eval_transform_is_the_saved_and_reloaded_processor(tmp_path):
     image = picture("RGB")
     expected = reloaded(image, return_tensors="pt").pixel_values[0]
     assert torch.equal(EvalTransform(processor)(image), expected)
-    again = make_image_processor(24, checkpoint=str(tmp_path))  # its numbers survive, although 30 is not 24 / 0.875
+    again = make_image_processor(24, saved=processor)  # its numbers survive, although 30 is not 24 / 0.875
     ignored = ("resample", "auto_map")
     assert {k: v for k, v in again.to_dict().items() if k not in ignored} == {
         k: v for k, v in processor.to_dict().items() if k not in ignored

@@ -35,12 +35,11 @@ from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from clca.budget_clca import Budget, as_pair
 
 from ..checkpoints.keep_rates import at_one_rate, has_one_rate, rate_of
-from ..checkpoints.loading import load_config, load_model
+from ..checkpoints.loading import load_config, load_image_processor, load_model
 from ..data.synthetic_leaves import SyntheticLeavesConfig
 from ..profiling.macs import count_macs, dense_config, macs_in_advance, on_meta
 from ..profiling.timing import InterleavedTiming, Quartiles, quartiles, steady
 from ..transforms.images import to_rgb
-from ..transforms.preprocessing import read_image_processor
 from ..utils.text import one_sentence
 from ..visualization.kinds import KINDS, input_columns, make_view
 from ..visualization.records import Draw, Need, View
@@ -421,8 +420,10 @@ def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
     source = name if trusted else _fetch(name)
     config = load_config(source, {})
     try:
-        image_processor = read_image_processor(source)
-    except (OSError, ValueError) as error:
+        image_processor = load_image_processor(source)
+    except ValueError as error:
+        raise ValueError(str(error).replace(source, name)) from error
+    except OSError as error:
         raise ValueError(f"{name} has no image processor (preprocessor_config.json).") from error
     try:
         model = load_model(source, config, use_safetensors=None if trusted else True).model

@@ -19,7 +19,6 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils.hub import cached_file
 
 from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
@@ -382,21 +381,8 @@ def load_transformers_processor(
         raise ValueError(f"`image_size` must be a positive integer or two of them, got {image_size}.")
     height, width = sides
     try:
-        try:
-            saved = read_image_processor(source, revision)
-        except ValueError:  # old files name classes that are gone; what they hold is ViT's
-            saved = CLCAImageProcessor.from_pretrained(source, revision=revision)
-        statistics = [*saved.image_mean, *saved.image_std]
-        if len(statistics) != 6 or not all(isinstance(value, int | float) for value in statistics):
-            raise ValueError(f"mean and deviation must be three numbers each, got {statistics}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        file = cached_file(
-            source, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-        if file is not None:
-            raise ValueError(
-                f"`source` {source} has an invalid preprocessor_config.json: {_one_line(error)}"
-            ) from error
+        saved = read_image_processor(source, revision)
+    except OSError:
         logger.warning("%s has no image processor: ImageNet's mean and deviation are used", source)
         saved = make_image_processor(max(height, width))
     resized, target = sizes_of(saved)

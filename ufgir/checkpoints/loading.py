@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
+from clca.budget_clca import as_pair
 
 from ..transforms.preprocessing import make_image_processor, sizes_of
 from ..utils.checksums import check_weights
 from ..utils.options import Requirement, check_options
 from ..utils.text import listed, one_sentence
-from .sources import find_source
+from .checks import LARGEST_RESIZE, WEIGHTS, check_header, in_one_sentence, read_header
+from .sources import Source, find_source
 from .state_dicts import NEW_PARTS
 
 
@@ -109,11 +112,23 @@ def load_image_processor(
         ValueError: a source of another kind, or a size out of range.
     """
     kind, found = find_source(source, revision, architecture)
-    saved = kind.image_processor(found, image_size)
+    with in_one_sentence(f"the image processor of {source}"):
+        saved = kind.image_processor(found, image_size)
+        _check_size(saved, image_size or kind.config(found, {}).image_size, source)
     if resize_size is image_mean is image_std is None:
         return saved
     side = image_size or sizes_of(saved)[1][0]
     return make_image_processor(side, resize_size, image_mean or saved.image_mean, image_std or saved.image_std)
+
+
+def _check_size(image_processor: Any, image_size: Any, source: str | Path) -> None:
+    before, _ = sizes_of(image_processor)
+    most = LARGEST_RESIZE * max(as_pair(image_size))
+    if max(before or dict(image_processor.size).values()) > most:
+        raise ValueError(
+            f"`size` of the image processor of {source} must be at most {most} pixels for a model whose `image_size` is "
+            f"{image_size}, got {before or dict(image_processor.size)}."
+        )
 
 
 def check_new(source: str | Path, untrained: Sequence[str]) -> None:
@@ -142,7 +157,9 @@ def checkpoint_config(
         ValueError: a value is out of range.
     """
     kind, source = find_source(checkpoint, revision, architecture)
-    return kind.config(source, values)
+    _check_weights(source)
+    with in_one_sentence(f"the configuration of {checkpoint}"):
+        return kind.config(source, values)
 
 
 def load_model(
@@ -239,7 +256,9 @@ def load_with_report(
     """
     check_weights(checkpoint)
     kind, source = find_source(checkpoint, revision, architecture)
-    model, missing, mismatched = kind.load(source, config, **{n: v for n, v in options.items() if v is not None})
+    _check_weights(source)
+    with in_one_sentence(f"the weights of {checkpoint}"):
+        model, missing, mismatched = kind.load(source, config, **{n: v for n, v in options.items() if v is not None})
     if mismatched and not ignore_mismatched_sizes:
         name, there, here = mismatched[0]
         saved = kind.config(source, {})
@@ -251,6 +270,21 @@ def load_with_report(
             + (f", and {len(mismatched) - 1} more." if len(mismatched) > 1 else ".")
         )
     return Loaded(model, sorted({*missing, *(name for name, *_ in mismatched)}))
+
+
+def _check_weights(source: Source) -> None:
+    """Compare config.json with the headers of the weights, where both are on this machine."""
+    if not source.contents or "architecture" in source.contents:
+        return  # timm's sizes are read from the weights themselves
+    folder = source.path
+    if not Path(folder).is_dir():
+        cached = try_to_load_from_cache(source.path, WEIGHTS, revision=source.revision)
+        if not isinstance(cached, str):
+            return
+        folder = str(Path(cached).parent)
+    header = read_header(folder)
+    if header is not None:
+        check_header(source.contents, header, source.path)
 
 
 def new_config(values: Mapping[str, Any]) -> CLCAViTConfig:

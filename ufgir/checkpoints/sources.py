@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from clca import CLCAViTConfig
+from clca import CLCAImageProcessor, CLCAViTConfig
 from clca.configuration_clca import as_pair
 
 from ..transforms.preprocessing import make_image_processor, read_image_processor, sizes_of
 from ..utils.text import one_sentence
+from .checks import check_contents, in_one_sentence
 from .config_options import changed_config
 from .from_clca import MODEL_TYPES, clca_config, load_clca
 from .from_original import kept_slots, open_original, original_image_processor, read_original_file
@@ -104,7 +105,13 @@ def _load_transformers(
 
 
 def _transformers_processor(source: Source, image_size: int | tuple[int, int] | None) -> Any:
-    return load_transformers_processor(source.path, image_size, revision=source.revision)
+    """Squashed to a square, as everywhere here, where the source keeps the aspect ratio."""
+    found = load_transformers_processor(source.path, image_size, revision=source.revision)
+    edge = dict(found.size).get("shortest_edge")
+    if edge is None:
+        return found
+    square = {"size": {"height": edge, "width": edge}, "crop_size": None, "do_center_crop": None}
+    return CLCAImageProcessor.from_dict(found.to_dict() | square)
 
 
 # timm
@@ -213,6 +220,7 @@ def find_source(
     if not Path(path).exists() and (path in ARCHITECTURES or path in _NETWORKS):
         path = f"timm/{find_architecture(path).name}"
     source = Source(path, revision, None, _contents(path, revision))
+    check_contents(source.contents, f"the {CONFIG} of {path}")
     for kind in KINDS.values():
         if kind.recognizes(source):
             return kind, source
@@ -228,14 +236,14 @@ _NETWORKS = {name.partition(".")[0] for name in ARCHITECTURES}
 def _contents(path: str, revision: str | None) -> dict[str, Any]:
     """What config.json holds."""
     if not Path(path).is_dir():
-        contents, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        return contents
+        with in_one_sentence(f"the {CONFIG} of {path}"):
+            return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
     file = Path(path, CONFIG)
     if not file.is_file():  # transformers would take its defaults
         raise ValueError(f"there is no checkpoint in the folder {path}: it has no {CONFIG}.")
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the {CONFIG} of {path} cannot be read: {one_sentence(error)}") from error
     if not isinstance(contents, dict):
         raise ValueError(

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.heads_clca import HEADS
+from clca.modeling_clca import check_finite
 from clca.resample_clca import resample_weights
 
 from ..utils.text import listed
@@ -123,8 +124,11 @@ def fill_model(
             problems.append(f"{key} is unexpected")
         elif tensor.shape != own[key].shape:
             problems.append(f"{key} has the shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}")
+        elif own[key].is_floating_point() and not tensor.is_floating_point():
+            problems.append(f"{key} holds {tensor.dtype}, not floating-point numbers")
     if problems:
         raise ValueError(f"{source} do not fit the model: {listed(problems)}.")
+    check_finite(weights, source)
     if new:
         logger.info("New, not from the source: %s.", ", ".join(new))
     model.load_state_dict(weights, strict=False)

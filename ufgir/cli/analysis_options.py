@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import platform
 import shlex
@@ -18,7 +19,7 @@ from clca.configuration_clca import as_pair
 
 from ..analysis.inputs import as_json, no_file
 from ..checkpoints.config_options import check_fields
-from ..checkpoints.loading import load_config, load_model, some_of
+from ..checkpoints.loading import load_config, load_image_processor, load_model, some_of
 from ..data.checks import DatasetError
 from ..data.labels import class_feature, is_multi_label
 from ..data.load import load_ufgir_dataset
@@ -26,11 +27,14 @@ from ..data.splits import random_subset
 from ..data.streams import StreamedImages
 from ..data.transformed import TransformedImages
 from ..evaluation.prediction import file_names
-from ..transforms.preprocessing import EvalTransform, make_image_processor, read_image_processor
+from ..transforms.preprocessing import EvalTransform, make_image_processor
 from ..utils.files import write_text_atomically
 from ..utils.provenance import PACKAGES, _version, describe_host, now
 from .common import json_object
 from .outputs import check_folder
+
+
+logger = logging.getLogger(__name__)
 
 
 def add_data_options(parser: argparse.ArgumentParser, batch_size: int = 64, streaming: bool = True) -> None:
@@ -176,11 +180,10 @@ def open_model(
             f"{name} takes images of {height} x {width} pixels, but pictures are resized to squares only."
         )
     try:
-        transform = EvalTransform(read_image_processor(name, revision))
-    except (OSError, ValueError):
-        transform = None
-    if transform is None or transform.crop_size != height:
-        transform = EvalTransform(make_image_processor(height, checkpoint=name, revision=revision))
+        transform = EvalTransform(load_image_processor(name, height, revision=revision))
+    except OSError:
+        logger.warning("%s has no image processor: ImageNet's mean and std are used", name)
+        transform = EvalTransform(make_image_processor(height))
     model, untrained = load_model(name, config, revision, spare)
     model.config._commit_hash = getattr(config, "_commit_hash", None)
     return OpenModel(name, model.to(device), transform, dict(changes or {}), untrained)

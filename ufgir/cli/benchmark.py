@@ -395,7 +395,7 @@ def _images(args: argparse.Namespace, config: CLCAViTConfig) -> Images | None:
     def batches(size: int) -> Iterator[torch.Tensor]:
         transform = EvalTransform(processor)
         if transform.crop_size != size:
-            transform = EvalTransform(make_image_processor(size, checkpoint=args.model))
+            transform = EvalTransform(make_image_processor(size, saved=processor))
         for start in range(0, len(images), BATCH):
             rows = range(start, min(start + BATCH, len(images)))
             yield torch.stack([transform(images[row]["image"]) for row in rows])

@@ -13,9 +13,9 @@ from transformers import BaseImageProcessor
 from clca import CLCAViTConfig
 from clca.configuration_clca import as_pair
 
+from ..checkpoints import loading
 from ..checkpoints.config_options import config_options, fields_of
 from ..transforms.images import open_picture
-from ..transforms.preprocessing import read_image_processor
 from ..utils.text import one_sentence, shortened
 
 
@@ -123,15 +123,15 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
     """The image processor that was saved with a model.
 
     Args:
-        model: folder or Hub repository.
+        model: source, see `ufgir.checkpoints.load`.
         config: of the model.
 
     Raises:
         ValueError: it has none, or one that cannot be read.
     """
     try:
-        return read_image_processor(model)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever stands in the file
+        return loading.load_image_processor(model)
+    except OSError as error:
         if not Path(model).is_dir() or Path(model, PROCESSOR).is_file():
             raise ValueError(f"the {PROCESSOR} of {model} cannot be read: {shortened(one_sentence(error))}") from error
         raise ValueError(

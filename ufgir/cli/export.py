@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..checkpoints.loading import load_config, load_model
+from ..checkpoints.loading import load_config, load_image_processor, load_model
 from ..export import FORMATS, Exported, budget_files, export_budgets, export_model
-from ..transforms.preprocessing import read_image_processor, sizes_of
+from ..transforms.preprocessing import sizes_of
 from ..utils.text import align
 from .common import add_reduction_options, check_rates, config_values
 from .outputs import check_file
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> str:
     model = load_model(args.model, config).model
     facts = {"source": args.model}
     try:
-        processor = read_image_processor(args.model)
+        processor = load_image_processor(args.model)
         facts |= {name: getattr(processor, name) for name in ("image_mean", "image_std")}
         facts["resize_size"] = list(sizes_of(processor)[0])
     except (OSError, ValueError, KeyError, TypeError):

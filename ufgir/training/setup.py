@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from clca import CLCAImageProcessor, CLCAViTConfig, CLCAViTForImageClassification
 
 from ..checkpoints.config_options import config_options, fields_of
-from ..checkpoints.loading import check_trained, checkpoint_config, load_with_report, new_config
+from ..checkpoints.loading import check_trained, checkpoint_config, load_image_processor, load_with_report, new_config
 from ..data.labels import class_feature, is_multi_label, unify_labels
 from ..data.load import SYNTHETIC_LEAVES, load_ufgir_dataset
 from ..data.splits import random_subset
@@ -101,11 +101,14 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
 
 
 def make_processor(options: Options, config: CLCAViTConfig) -> CLCAImageProcessor:
-    """The image processor: the checkpoint's, or ImageNet's numbers, with the options that were set."""
-    model, data = options.model, options.data
-    numbers = (data.resize_size, data.image_mean, data.image_std)
-    source = {"checkpoint": model.model_name_or_path, "revision": model.model_revision}
-    return make_image_processor(config.image_size, *numbers, **source)
+    """The image processor: the source's, or ImageNet's numbers, with the options that were set."""
+    model, data, saved = options.model, options.data, None
+    if model.model_name_or_path is not None:
+        try:
+            saved = load_image_processor(model.model_name_or_path, revision=model.model_revision)
+        except OSError:
+            logger.warning("%s has no image processor: ImageNet's mean and std are used", model.model_name_or_path)
+    return make_image_processor(config.image_size, data.resize_size, data.image_mean, data.image_std, saved)
 
 
 def load_data(options: Options, synthetic_size: int, class_names: list[str] | None) -> dict[str, Any]:

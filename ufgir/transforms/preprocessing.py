@@ -17,6 +17,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,9 +27,11 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from clca.image_processing_clca import CLCAImageProcessor, normalize_levels
 
+from ..utils.text import one_sentence
 from .images import to_rgb
 
 
@@ -50,16 +53,47 @@ def read_image_processor(source: str | os.PathLike[str], revision: str | None = 
         OSError: there is no such folder or repository, or it has no image processor.
         ValueError: the file is invalid, or names a class that transformers does not have.
     """
-    values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
-    if not isinstance(values, dict):
-        raise ValueError(f"the image processor of {source} must be a JSON object, got {type(values).__name__}.")
-    named = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
-    kind = named.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
-    if kind == "ViTImageProcessor":
-        return CLCAImageProcessor.from_dict(values)
-    if kind.endswith("ImageProcessor") and (found := getattr(transformers, f"{kind}Pil", None)) is not None:
-        return found.from_dict(values)
-    return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold a JSON object, got a {type(values).__name__}.")
+        named = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
+        kind = named.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+        if kind == "ViTImageProcessor":
+            found = CLCAImageProcessor.from_dict(values)
+        elif kind.endswith("ImageProcessor") and (known := getattr(transformers, f"{kind}Pil", None)) is not None:
+            found = known.from_dict(values)
+        else:
+            found = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+        _check_numbers(found)
+    except OSError as error:
+        if not Path(source, IMAGE_PROCESSOR_NAME).exists():
+            raise
+        raise ValueError(f"the {IMAGE_PROCESSOR_NAME} of {source} cannot be read: {one_sentence(error)}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # whatever stands in the file
+        raise ValueError(f"the {IMAGE_PROCESSOR_NAME} of {source} is invalid: {one_sentence(error)}") from error
+    return found
+
+
+def _check_numbers(image_processor: Any) -> None:
+    """Refuse numbers that pixels cannot be made with.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name in ("image_mean", "image_std"):
+        values = getattr(image_processor, name)
+        numbers = isinstance(values, list | tuple) and len(values) == 3 and all(map(_is_finite, values))
+        if image_processor.do_normalize and not (numbers and (name == "image_mean" or min(values) > 0)):
+            allowed = "finite numbers" if name == "image_mean" else "positive, finite numbers"
+            raise ValueError(f"`{name}` must be three {allowed}, for red, green and blue, got {values}.")
+    factor = image_processor.rescale_factor
+    if image_processor.do_rescale and not (_is_finite(factor) and factor > 0):
+        raise ValueError(f"`rescale_factor` must be a positive, finite number, got {factor}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def make_image_processor(
@@ -67,29 +101,21 @@ def make_image_processor(
     resize_size: int | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
-    checkpoint: str | None = None,
-    revision: str | None = None,
+    saved: Any = None,
 ) -> CLCAImageProcessor:
     """An image processor that resizes to a square, bicubic, and crops the centre: evaluation as the original does it.
 
     Args:
         image_size: side of the crop and of the model's input, pixels.
-        resize_size: side of the square, pixels; by default the checkpoint's if its crop has this `image_size`, or else
+        resize_size: side of the square, pixels; by default that of `saved` if its crop has this `image_size`, or else
             `int(image_size / 0.875)`.
-        image_mean, image_std: three numbers each, of red, green and blue in [0, 1]; by default the checkpoint's, or
+        image_mean, image_std: three numbers each, of red, green and blue in [0, 1]; by default those of `saved`, or
             ImageNet's.
-        checkpoint: folder or Hub repository of a model; it may lack an image processor.
-        revision: of the Hub repository.
+        saved: image processor of the model that is trained on, see `ufgir.checkpoints.load_image_processor`.
 
     Raises:
         ValueError: `resize_size` is smaller than `image_size`, or not three numbers.
     """
-    saved = None
-    if checkpoint is not None:
-        try:
-            saved = read_image_processor(checkpoint, revision)
-        except (OSError, ValueError):
-            logger.warning("%s has no image processor: ImageNet's mean and std are used", checkpoint)
     if resize_size is None:
         resize_size = int(image_size / 0.875)
         before, after = (None, None) if saved is None else sizes_of(saved)

@@ -1,0 +1,222 @@
+"""What is checked of a source before anything is made of it, and the one place where faults of its files become a sentence.
+
+No number that a file states may size an allocation: `check_contents` bounds the numbers of a config.json, and `check_header`
+compares them with the names and shapes in the header of the weights. Neither makes a model.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..utils.text import one_sentence, shortened
+
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
+
+# The largest numbers of a config.json that are believed without a look at the weights: several times what any published ViT has.
+MOST = {
+    "num_labels": 100_000,
+    "num_hidden_layers": 1000,
+    "depth": 1000,  # as timm names them
+    "hidden_size": 65_536,
+    "embed_dim": 65_536,
+    "intermediate_size": 1_048_576,
+    "mlp_ratio": 256,
+    "num_attention_heads": 4096,
+    "num_heads": 4096,
+    "image_size": 8192,  # pixels
+    "img_size": 8192,
+    "patch_size": 8192,
+    "num_channels": 4096,
+    "in_chans": 4096,
+    "num_register_tokens": 4096,
+    "reg_tokens": 4096,
+    "num_clr_tokens": 4096,
+    "num_query_tokens": 4096,
+    "cla_multiplier": 4096,
+    "num_selected_features": 100_000_000,
+}
+LARGEST_RESIZE = 4  # sides of an image before the crop over those of the model's input
+_FRACTIONS = ("mlp_ratio",)
+_PARTS = ("vision_config", "model_args")  # objects inside a config.json that hold such numbers
+_WITHOUT_FLOATS = r".*(num_batches_tracked|position_ids)"  # names of tensors that hold integers
+
+
+class Stored(NamedTuple):
+    """A tensor as the header of a safetensors file describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: F32, I8, ...
+
+
+@contextmanager
+def in_one_sentence(what: str) -> Iterator[None]:
+    """Raise a ValueError about `what` for whatever the readers of its files raise, but for errors that are sentences already.
+
+    Args:
+        what: is read, for the message: the weights of a folder, for example.
+
+    Raises:
+        ValueError: naming it.
+    """
+    try:
+        yield
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{what} cannot be read: {one_sentence(error)}") from error
+    except (ValueError, OSError):
+        raise
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"{what} cannot be read: {type(error).__name__}.") from error
+    except Exception as error:  # readers raise whatever stands in the files
+        raise ValueError(f"{what} cannot be read: {type(error).__name__}: {shortened(one_sentence(error))}") from error
+
+
+def check_contents(contents: Mapping[str, Any], where: str) -> None:
+    """Refuse values of a config.json that no model has, or whose type is wrong.
+
+    Args:
+        contents: of the file.
+        where: it is, for the message.
+
+    Raises:
+        ValueError: naming the first value.
+    """
+    for values in (contents, *(part for name in _PARTS if isinstance(part := contents.get(name), Mapping))):
+        for name, most in MOST.items():
+            if (value := values.get(name)) is not None:
+                _check_number(name, value, most, where)
+        for name in ("id2label", "label2id"):
+            labels = values.get(name)
+            if labels is not None and not isinstance(labels, Mapping):
+                raise ValueError(f"`{name}` in {where} must be an object, got a {type(labels).__name__}.")
+            if labels is not None and len(labels) > MOST["num_labels"]:
+                raise ValueError(
+                    f"`{name}` in {where} must have at most {MOST['num_labels']} classes, got {len(labels)}."
+                )
+        ids = values.get("id2label") or {}
+        if not all(str(index).isdecimal() for index in ids):
+            raise ValueError(
+                f"`id2label` in {where} must have the numbers of the classes as keys, got {shortened(str(list(ids)[:5]))}."
+            )
+        for name in ("dtype", "torch_dtype"):
+            dtype = values.get(name)
+            if dtype is not None and not isinstance(
+                getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype
+            ):
+                raise ValueError(f"`{name}` in {where} must be a type of torch, such as float32, got {dtype!r}.")
+
+
+def _check_number(name: str, value: Any, most: int, where: str) -> None:
+    numbers = value if isinstance(value, list | tuple) and name.endswith(("size", "ratio")) else [value]
+    kind = int | float if name in _FRACTIONS else int
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, kind):
+            raise ValueError(
+                f"`{name}` in {where} must be {'an integer' if kind is int else 'a number'}, got {value!r}."
+            )
+        if not number <= most:
+            raise ValueError(f"`{name}` in {where} must be at most {most}, got {number}.")
+
+
+def read_header(folder: str | Path) -> dict[str, Stored] | None:
+    """Names, shapes and types of the weights in a folder, from the headers of its safetensors files; None if it has none.
+
+    Raises:
+        ValueError: a header that cannot be read.
+    """
+    folder = Path(folder)
+    files = [WEIGHTS]
+    if not (folder / WEIGHTS).exists():
+        if not (folder / INDEX).is_file():
+            return None
+        with in_one_sentence(f"{INDEX} of {folder}"):
+            try:
+                files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{INDEX} of {folder} cannot be read: {one_sentence(error)}") from error
+    return {name: stored for file in files for name, stored in _header_of(folder / Path(file).name).items()}
+
+
+def _header_of(file: Path) -> dict[str, Stored]:
+    if file.is_dir():
+        raise ValueError(f"the weights of {file.parent} cannot be read: {file.name} is a folder.")
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            size = file.stat().st_size
+            entries = json.loads(opened.read(length)) if 8 + length <= size else {}
+        entries = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if needed > size:
+            raise ValueError(f"it has {size:,} bytes of {needed:,}")
+        return {name: Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"the weights of {file.parent} cannot be read: {file.name}: {one_sentence(error)}") from error
+
+
+def check_header(contents: Mapping[str, Any], header: Mapping[str, Stored], where: str) -> None:
+    """Refuse a config.json whose sizes the weights do not bear out, and weights that are no floating-point numbers.
+
+    Args:
+        contents: of the config.json, of a ViT of ours or of transformers.
+        header: as `read_header` returns it.
+        where: they are, for the message.
+
+    Raises:
+        ValueError: naming the size, or the weight.
+    """
+    if "quantization_config" not in contents:
+        for name, (_, dtype) in header.items():
+            if not dtype.startswith(("F", "BF")) and not re.fullmatch(_WITHOUT_FLOATS, name):
+                raise ValueError(f"the weights of {where} must be floating-point numbers, and {name} is {dtype}.")
+    values = contents.get("vision_config") if isinstance(contents.get("vision_config"), Mapping) else contents
+    stored = {name: entry.shape for name, entry in header.items() if not name.startswith(("text_model.", "decoder."))}
+    for name, said, borne_out in _sizes(values, contents, stored):
+        if said is not None and borne_out is not None and said != borne_out:
+            raise ValueError(f"`{name}` in the config.json of {where} is {said}, and its weights have {borne_out}.")
+    _check_patches(values, stored, where)
+
+
+def _sizes(
+    values: Mapping[str, Any], contents: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(name of a size, what the configuration says, what the weights have), None where one does not tell."""
+
+    def shape(pattern: str, rank: int) -> tuple[int, ...] | tuple[None, ...]:
+        found = (shape for name, shape in stored.items() if re.search(pattern, name) and len(shape) == rank)
+        return next(found, (None,) * rank)
+
+    layers = [int(match[1]) for name in stored if (match := re.search(r"\blayers?\.(\d+)\.", name))]
+    yield "num_hidden_layers", values.get("num_hidden_layers"), 1 + max(layers) if layers else None
+    projection = shape(r"patch_embedding(s\.projection)?\.weight$", 4)
+    yield "hidden_size", values.get("hidden_size"), projection[0]
+    yield "num_channels", values.get("num_channels"), projection[1]
+    inner = shape(r"layers?\.0\.(mlp\.fc1|intermediate\.dense)\.weight$", 2)[0]
+    yield "intermediate_size", values.get("intermediate_size"), inner
+    if contents.get("head", "linear") == "linear":
+        labels = contents.get("num_labels", len(contents["id2label"]) if contents.get("id2label") else None)
+        yield "num_labels", labels, shape(r"^(cls_)?classifier\.weight$", 2)[0]
+
+
+def _check_patches(values: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse an `image_size` of more patches than there are position embeddings."""
+    tables = [shape for name, shape in stored.items() if re.search(r"(?<!clr_)position_embeddings?(\.weight)?$", name)]
+    size, patch = values.get("image_size"), values.get("patch_size")
+    if not tables or len(tables[0]) < 2 or size is None or patch is None:
+        return
+    sizes, patches = (list(n) if isinstance(n, list | tuple) else [n, n] for n in (size, patch))
+    if min(*sizes, *patches) < 1:
+        return  # the configuration says what is wrong
+    count = math.prod(side // patch for side, patch in zip(sizes, patches, strict=False))
+    if count > tables[0][-2]:
+        raise ValueError(
+            f"`image_size` {size} in the config.json of {where} makes {count} patches, and its weights have position embeddings "
+            f"for {tables[0][-2]}."
+        )
