@@ -43,7 +43,8 @@ MOST = {
     "cla_multiplier": 4096,
     "num_selected_features": 100_000_000,
 }
-LARGEST_RESIZE = 4  # sides of an image before the crop over those of the model's input
+LARGEST_RESIZE = 4  # sides of an image before the crop over those of the model's input,
+ALWAYS_RESIZED = 1024  # but up to so many pixels in any case
 _FRACTIONS = ("mlp_ratio",)
 _PARTS = ("vision_config", "model_args")  # objects inside a config.json that hold such numbers
 _WITHOUT_FLOATS = r".*(num_batches_tracked|position_ids)"  # names of tensors that hold integers

@@ -22,7 +22,7 @@ from ..transforms.preprocessing import make_image_processor, sizes_of
 from ..utils.checksums import check_weights
 from ..utils.options import Requirement, check_options
 from ..utils.text import listed, one_sentence
-from .checks import LARGEST_RESIZE, WEIGHTS, check_header, in_one_sentence, read_header
+from .checks import ALWAYS_RESIZED, LARGEST_RESIZE, WEIGHTS, check_header, in_one_sentence, read_header
 from .sources import Source, find_source
 from .state_dicts import NEW_PARTS
 
@@ -123,11 +123,12 @@ def load_image_processor(
 
 def _check_size(image_processor: Any, image_size: Any, source: str | Path) -> None:
     before, _ = sizes_of(image_processor)
-    most = LARGEST_RESIZE * max(as_pair(image_size))
-    if max(before or dict(image_processor.size).values()) > most:
+    sides = before or [side for side in dict(image_processor.size).values() if side is not None]
+    most = max(LARGEST_RESIZE * max(as_pair(image_size)), ALWAYS_RESIZED)
+    if max(sides) > most:
         raise ValueError(
             f"`size` of the image processor of {source} must be at most {most} pixels for a model whose `image_size` is "
-            f"{image_size}, got {before or dict(image_processor.size)}."
+            f"{image_size}, got {sides}."
         )
 
 
