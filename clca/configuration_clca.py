@@ -495,7 +495,8 @@ def check_config(config: CLCAViTConfig) -> None:
             setattr(config, name, list(getattr(config, name)))
     _check_choices(config)
     _check_sizes(config)
-    config.verify_out_features_out_indices()
+    if config._out_features is not None or config._out_indices is not None:  # else no list of all stages is made
+        config.verify_out_features_out_indices()
     _check_reduction(config)
     if config.train_keep_rates is not None:
         _check_train_keep_rates(config, config.train_keep_rates)
