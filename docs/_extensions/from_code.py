@@ -7,7 +7,7 @@
 the docstrings of modules and of all that is public in them; `{reductions}`, those of the methods of token reduction;
 `{commands}`, the help of every subcommand of `ufgir`; and `{options}`, the options of run_ufgir.py.
 
-In the gallery, `<!-- other pictures -->` becomes a section for every kind of picture that the page has no heading for, and
+In the gallery, `<!-- other figures -->` becomes a section for each kind of figure without a heading on the page, and
 `<!-- other methods -->` a paragraph for every method whose title is not there in **bold**. Both are comments, because the page is
 read on GitHub, too.
 
@@ -74,12 +74,12 @@ _GALLERY = Path(__file__).parents[1] / "figures" / "gallery"
 
 
 def _shown(title: str, command: str, file: str) -> list[str]:
-    """A command, and the picture that it made, if there is one."""
+    """Return a command, and its figure if there is one."""
     lines = ["", "```sh", f"{command} --side 160 --output docs/figures/gallery/{file}", "```", ""]
     return [*lines, *([f"![{title}](figures/gallery/{file})", ""] if (_GALLERY / file).is_file() else [])]
 
 
-def other_pictures(page: str) -> str:
+def other_figures(page: str) -> str:
     from ufgir.visualization.kinds import KINDS
 
     lines = []
@@ -135,7 +135,7 @@ def _relinked(match: re.Match) -> str:
 def expanded(page: str) -> str:
     """A page with the parts that are made of the code."""
     page = _OUTSIDE.sub(_relinked, page)
-    for mark, make in (("<!-- other pictures -->", other_pictures), ("<!-- other methods -->", other_methods)):
+    for mark, make in (("<!-- other figures -->", other_figures), ("<!-- other methods -->", other_methods)):
         if mark in page:
             page = page.replace(mark, make(page))
     return _PLACE.sub(lambda match: globals()[match[1]](match[2]), page)

@@ -23,7 +23,7 @@ from ufgir.utils.files import (
     whole_files,
     write_text_atomically,
 )
-from ufgir.visualization.sheet import save_picture
+from ufgir.visualization.sheet import save_image
 
 
 def text(folder: Path) -> None:
@@ -31,7 +31,7 @@ def text(folder: Path) -> None:
 
 
 def picture(folder: Path) -> None:
-    save_picture(Image.effect_noise((400, 400), 50), folder / "a.png")
+    save_image(Image.effect_noise((400, 400), 50), folder / "a.png")
 
 
 def weights(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of noise and of leaves, and networks whose attention is known."""
+"""Images of noise and of leaves, and networks with known attention."""
 
 import numpy as np
 from PIL import Image
@@ -6,7 +6,7 @@ from transformers import ViTImageProcessorPil
 
 
 def processor(height: int = 32, width: int = 32) -> ViTImageProcessorPil:
-    """Pixels as they are, in [0, 1]."""
+    """Return an image processor that only scales pixels to [0, 1]."""
     return ViTImageProcessorPil(
         size={"height": height, "width": width}, resample=Image.Resampling.NEAREST, do_normalize=False
     )
@@ -18,6 +18,6 @@ def noise(count: int = 2, height: int = 32, width: int = 32) -> list[Image.Image
 
 
 def cell(sheet: Image.Image, column: int, width: int = 40, height: int = 24) -> np.ndarray:
-    """Pixels (height, width, 3) of the first row's picture in a column of a sheet without titles."""
+    """Return the pixels (height, width, 3) of the first row's image in one column of a sheet without titles."""
     left = 4 + column * (width + 4)
     return np.asarray(sheet.crop((left, 16, left + width, 16 + height)), dtype=int)

@@ -1,4 +1,4 @@
-"""The guides to a picture and to a head of one's own: their code runs, and leaves nothing behind."""
+"""The code of the guides to a new figure and a new head runs."""
 
 import re
 from pathlib import Path

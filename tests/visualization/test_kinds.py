@@ -1,4 +1,4 @@
-"""One record per kind of picture: the command, the web page and the gallery say what the records say."""
+"""One record per kind of figure; the command, the web page and the gallery are generated from the records."""
 
 import argparse
 import inspect
@@ -36,8 +36,8 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_record_fits_its_function(name):
-    """Its options are arguments that may be left out, and what it says is written as the others are."""
+def test_record_matches_its_function(name):
+    """The options are optional arguments of the function, and all texts have the same style."""
     kind = KINDS[name]
     arguments = inspect.signature(kind.function).parameters
     assert next(iter(arguments)) == "view"
@@ -48,8 +48,8 @@ def test_a_record_fits_its_function(name):
     assert kind.page is None or kind.page.about.endswith(".")
 
 
-def test_an_option_is_one_thing():
-    """Kinds that share an option differ in its default alone."""
+def test_kinds_share_options():
+    """An option shared by several kinds differs only in its default."""
     found = {}
     for kind in KINDS.values():
         for name, option in kind.options.items():
@@ -57,36 +57,38 @@ def test_an_option_is_one_thing():
     assert not set(found) & set(GRID_OPTIONS)
 
 
-def test_the_help_is_made_of_the_records():
+def test_help_is_generated_from_the_records():
     parser = argparse.ArgumentParser()
     configure(parser)
-    helps = {action.dest: action.help for action in parser._actions}
+    helps = {action.dest: action.help for action in parser._actions if action.help != argparse.SUPPRESS}
+    options = KINDS["attention"].options["layers"], KINDS["merge"].options["colors"]
     assert helps["layers"] == (
-        "attention, similarity, gradcam: counted from 0 [attention: all, similarity: after the final norm, gradcam: the last "
-        "but one]"
+        f"attention, similarity, gradcam: {options[0].help} [attention: all, similarity: after the final norm, gradcam: the "
+        "second to last]"
     )
-    assert helps["colours"] == "merge: a group's mean colour, or distinct ones [mean]"
+    assert helps["colors"] == f"merge: {options[1].help} [mean]"
+    assert parser.parse_args(["model", "image.png", "--colours", "distinct"]).colors == "distinct"
     assert all(f"{name}: {kind.help}." in helps["what"] for name, kind in KINDS.items())
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_section_of_the_gallery_begins_with_the_caption(name):
-    """A kind without a section has one on the site, made of the record."""
+def test_gallery_section_begins_with_the_caption(name):
+    """For a kind without a section, the site generates one from the record."""
     text = (DOCS / "gallery.md").read_text(encoding="utf-8")
     section = re.search(rf"^### {re.escape(KINDS[name].title)}\n\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     if section is None:
-        pytest.skip(f"docs/gallery.md has no section on {name}; the site has one that is made of its record")
+        pytest.skip(f"docs/gallery.md has no section on {name}; the site generates one from its record")
     assert " ".join(section[1].split()).startswith(KINDS[name].caption)
 
 
 def blank_columns(view, shade=0.5, label=None):
-    return [Column(f"shade {shade}", [Cell(torch.full_like(picture, shade), str(label)) for picture in view.pictures])]
+    return [Column(f"shade {shade}", [Cell(torch.full_like(image, shade), str(label)) for image in view.images])]
 
 
 BLANK = Kind(
-    title="A plain colour",
+    title="A plain color",
     help="nothing",
-    caption="A plain colour.",
+    caption="A plain color.",
     function=blank_columns,
     options={
         "shade": Option("how light", "0.5", type=float),
@@ -97,7 +99,7 @@ BLANK = Kind(
 )
 
 
-def test_a_new_record_is_all_that_the_command_needs(monkeypatch, capsys, caplog, checkpoint):
+def test_command_accepts_a_new_record(monkeypatch, capsys, caplog, checkpoint):
     monkeypatch.setitem(KINDS, "blank", BLANK)
     monkeypatch.chdir(checkpoint)
     argv = ["visualize", "evit", "leaf.png", "--what"]
@@ -118,12 +120,12 @@ def test_a_new_record_is_all_that_the_command_needs(monkeypatch, capsys, caplog,
         assert words in capsys.readouterr().err
 
 
-def test_a_new_record_is_all_that_the_page_needs(monkeypatch, checkpoint):
+def test_page_accepts_a_new_record(monkeypatch, checkpoint):
     monkeypatch.setitem(KINDS, "blank", BLANK)
     viewer, name = Viewer(), str(checkpoint / "evit")
     leaf = make_leaf(Image.open(checkpoint / "leaf.png"))
     shown = page._Page(page.import_gradio(), viewer, name, [("a leaf", leaf)])
-    assert shown.kind.choices[-1] == ("A plain colour", "blank") and shown.kind.value == "kept"
+    assert shown.kind.choices[-1] == ("A plain color", "blank") and shown.kind.value == "kept"
     assert "shade 0.25" in shown._picture(name, leaf, Setting("evit", 0.5, False), "blank")
     hint = shown._picture(name, leaf, Setting(None, 1.0, False), "blank")
     assert STAGES.hint in hint and "<img" not in hint
@@ -131,7 +133,7 @@ def test_a_new_record_is_all_that_the_page_needs(monkeypatch, checkpoint):
     assert shown._pictures_of((1, 2), name, leaf, Setting(None, 1.0, False)) == ""
 
 
-def test_a_record_is_called_like_its_function():
+def test_record_is_called_like_its_function():
     model = CLCAViTForImageClassification(tiny_config(reduction="evit", keep_rate=0.5)).eval()
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     image = Image.new("RGB", (32, 32), "green")
@@ -145,8 +147,8 @@ def test_a_record_is_called_like_its_function():
 # Methods in plots
 
 
-def test_a_method_without_a_style_has_one_by_its_name():
-    """The same in every process, and none that a listed method has."""
+def test_method_without_a_style_gets_one_from_its_name():
+    """The style is the same in every process and differs from those of all listed methods."""
     names = [f"method_{index}" for index in range(12)]
     looks = [method_style(name) for name in names]
     assert [look.pop("label") for look in looks] == names

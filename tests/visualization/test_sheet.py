@@ -1,4 +1,4 @@
-"""What is drawn over a picture, and the sheet: read back from the pixels."""
+"""Overlays for images, and sheets: checked on the pixels."""
 
 import numpy as np
 import pytest
@@ -9,47 +9,47 @@ from tests.visualization.helpers import cell
 from ufgir.visualization.sheet import (
     Cell,
     brightened,
-    distinct_colours,
+    distinct_colors,
     draw_sheet,
     heat,
     heated,
-    mean_colours,
+    mean_colors,
     over_pixels,
-    save_picture,
+    save_image,
 )
 
 
-# What is drawn over a picture
+# Overlays
 
 
 def test_brightness() -> None:
-    """Full where a patch is kept, 15 % where nothing is left of it."""
-    picture = torch.ones(3, 4, 6)
+    """Kept patches have full brightness, dropped ones 15 %."""
+    image = torch.ones(3, 4, 6)
     shares = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.0, 1.0]])
-    drawn = brightened(picture, shares)
+    drawn = brightened(image, shares)
     assert drawn[0, ::2, ::2].tolist() == [pytest.approx([1.0, 0.15, 0.575]), pytest.approx([0.15, 0.15, 1.0])]
-    assert torch.equal(over_pixels(shares, picture)[:2, :2], torch.ones(2, 2))
+    assert torch.equal(over_pixels(shares, image)[:2, :2], torch.ones(2, 2))
 
 
-def test_groups_have_their_mean_colour() -> None:
-    """Two patches of a group that lie apart have one colour, as does a group with parts of several; a dropped patch is dark."""
-    picture = torch.zeros(3, 2, 8)
-    picture[0, :, :2], picture[0, :, 6:], picture[1, :, 2:4], picture[2, :, 4:6] = 1.0, 0.5, 1.0, 1.0
+def test_groups_have_their_mean_color() -> None:
+    """Two separate patches of a group have one color, and so has a group with parts of several patches; a dropped patch is dark."""
+    image = torch.zeros(3, 2, 8)
+    image[0, :, :2], image[0, :, 6:], image[1, :, 2:4], image[2, :, 4:6] = 1.0, 0.5, 1.0, 1.0
     groups = torch.tensor([[7, 2, -1, 7]])
-    drawn = mean_colours(picture, groups)
+    drawn = mean_colors(image, groups)
     assert drawn[:, 0, ::2].T.tolist() == [
         [0.75, 0.0, 0.0],
         [0.0, 1.0, 0.0],
         pytest.approx([0.0, 0.0, 0.15]),
         [0.75, 0, 0],
     ]
-    tinted = distinct_colours(picture, groups)
-    assert torch.equal(tinted[:, 0, 2].nonzero(), tinted[:, 1, 3].nonzero())  # one hue a group
+    tinted = distinct_colors(image, groups)
+    assert torch.equal(tinted[:, 0, 2].nonzero(), tinted[:, 1, 3].nonzero())  # one hue per group
     assert not torch.equal(tinted[:, 0, 0] > 0.1, tinted[:, 0, 2] > 0.1)
     assert (tinted[:, :, 4:6] <= 0.15).all()
 
 
-def test_heat_rises_in_grey_too() -> None:
+def test_heat_brightness_increases_in_gray() -> None:
     luminance = heat(torch.linspace(0, 1, 50)) @ torch.tensor([0.2126, 0.7152, 0.0722])
     assert (luminance.diff() > 0).all()
     drawn = heated(torch.full((3, 2, 6), 0.5), torch.tensor([[0.0, 1.0, torch.nan]]))
@@ -57,8 +57,8 @@ def test_heat_rises_in_grey_too() -> None:
     assert missing < 0.1 < low < high
 
 
-def test_outlines_run_between_groups() -> None:
-    """One pixel wide, at the start of the next group, at the size of the sheet and not of the picture."""
+def test_lines_separate_groups() -> None:
+    """Lines are one pixel wide, at the start of the next group, in pixels of the sheet rather than of the image."""
     groups = torch.tensor([[0, 0, 1], [2, 0, 1]])
     sheet = draw_sheet(["a"], [[Cell(torch.zeros(3, 16, 24), "", groups)]], None, side=48)
     white = (cell(sheet, 0, 48, 32) == 255).all(axis=2)
@@ -69,8 +69,8 @@ def test_outlines_run_between_groups() -> None:
     assert np.array_equal(white, expected)
 
 
-def test_sheets_are_as_large_as_they_must_be() -> None:
-    """Longer side as asked for, the other in proportion; long texts end with an ellipsis instead of running on."""
+def test_sheet_size() -> None:
+    """The longer side has the requested size and the other is in proportion; long texts are cut off with an ellipsis."""
     wide, square = torch.zeros(3, 8, 16), torch.zeros(3, 8, 8)
     sheet = draw_sheet(["a", "b" * 50], [[Cell(wide, "c" * 50), Cell(square)]] * 2, ["one", "two"], side=64, scale="s")
     assert sheet.size == (2 * 68 + 4, 16 + 2 * (16 + 64 + 16 + 4) + 4 + 20)
@@ -80,11 +80,11 @@ def test_sheets_are_as_large_as_they_must_be() -> None:
     assert draw_sheet(["a"], [[Cell(wide)]], None, side=1).size[0] == 9
 
 
-def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+def test_images_are_saved_atomically(tmp_path, monkeypatch) -> None:
     image, path = Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png"
-    assert save_picture(image, path) == path and Image.open(path).size == (4, 4)
-    with pytest.raises(ValueError, match=r"another picture format, got a\.docx"):
-        save_picture(image, "a.docx")
+    assert save_image(image, path) == path and Image.open(path).size == (4, 4)
+    with pytest.raises(ValueError, match=r"`path` .*got a\.docx"):
+        save_image(image, "a.docx")
 
     def fail(self, file, **kwargs):
         file.write_bytes(b"half")
@@ -93,5 +93,5 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None
     before = path.read_bytes()
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_picture(image, path)
+        save_image(image, path)
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["a.png"]

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where. Geometry is shown on a network whose attention is known, and read back from the pixels."""
+"""Figures. Geometry is tested on a network with known attention, by reading the pixels of the sheet."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ MODELS = [case for case in CASES if case.cache == "cache" and case.tokens in ("c
 
 
 def green_seeker(method: str | None, height: int, width: int, **changes) -> CLCAViTForImageClassification:
-    """A network of which every token attends to the greenest patches, and whose layers add nothing."""
+    """Return a network in which every token attends to the greenest patches and no layer changes the features."""
     config = tiny_config(image_size=[height, width], reduction=method, **changes)
     model = CLCAViTForImageClassification(config).eval()
     with torch.no_grad():
@@ -50,31 +50,31 @@ def green_seeker(method: str | None, height: int, width: int, **changes) -> CLCA
 
 
 def spotted(row: int, column: int, height: int = 24, width: int = 40) -> Image.Image:
-    """One green patch of 8 x 8 pixels on grey."""
+    """Return a gray image with one green patch of 8 x 8 pixels."""
     image = Image.new("RGB", (width, height), (90, 90, 90))
     image.paste((0, 255, 0), (column * 8, row * 8, column * 8 + 8, row * 8 + 8))
     return image
 
 
 def patches(pixels: np.ndarray) -> np.ndarray:
-    """Mean brightness (rows, columns) of patches of 8 x 8 pixels."""
+    """Return the mean brightness (rows, columns) of patches of 8 x 8 pixels."""
     rows, columns = pixels.shape[0] // 8, pixels.shape[1] // 8
     return pixels.reshape(rows, 8, columns, 8, 3).mean(axis=(1, 3, 4))
 
 
 def place(values: np.ndarray) -> tuple[int, int]:
-    """Row and column of the largest value."""
+    """Return row and column of the largest value."""
     row, column = np.unravel_index(values.argmax(), values.shape)
     return int(row), int(column)
 
 
-# Geometry: a grid of 3 x 5 patches, in which rows and columns cannot be mistaken for each other
+# Geometry: a grid of 3 x 5 patches, which reveals swapped rows and columns
 
 
 @pytest.mark.parametrize("spot", [(0, 0), (0, 4), (2, 0), (1, 3)], ids=str)
 @pytest.mark.parametrize("method", [None, "topk", "evit", "ats", "tome"], ids=str)
-def test_attention_and_rollout_lie_on_the_patch_that_is_looked_at(method, spot) -> None:
-    """In the first layer as in the last, where the tokens are fewer and in another order; with all of CLS' attention."""
+def test_attention_and_rollout_are_on_the_attended_patch(method, spot) -> None:
+    """All attention of CLS is on this patch, in the first layer and in the last, which has fewer tokens in another order."""
     model = green_seeker(method, 24, 40, **({} if method is None else {"keep_rate": 0.75}))
     for kind, count in ((attention_columns, 5), (rollout_columns, 4)):
         sheet = draw(kind, model, processor(24, 40), [spotted(*spot)], side=40)
@@ -85,8 +85,8 @@ def test_attention_and_rollout_lie_on_the_patch_that_is_looked_at(method, spot) 
 
 
 @pytest.mark.parametrize("spot", [(0, 0), (0, 4), (2, 0), (1, 3)], ids=str)
-def test_the_patch_that_is_looked_at_is_kept(spot) -> None:
-    """Alone after the last stage: in its own colours, the others dark. EViT's fused token holds the others."""
+def test_attended_patch_is_kept(spot) -> None:
+    """After the last stage only this patch has its own colors and the others are dark. EViT's fused token holds the others."""
     for method, fused in (("topk", 0), ("evit", 14)):
         model = green_seeker(method, 24, 40, keep_tokens=[4, 1])
         sheet = draw(kept_columns, model, processor(24, 40), [spotted(*spot)], side=40)
@@ -105,8 +105,8 @@ def test_the_patch_that_is_looked_at_is_kept(spot) -> None:
         assert traced.groups.nonzero().tolist() == [list(spot)]
 
 
-def test_images_that_are_no_multiple_of_a_patch() -> None:
-    """Only what patches cover is drawn, each patch in its place."""
+def test_image_size_not_a_multiple_of_the_patch_size() -> None:
+    """Only the area covered by patches is drawn, each patch in its place."""
     model = green_seeker("topk", 24, 40, keep_tokens=[4, 1])
     image = Image.new("RGB", (45, 30), (90, 90, 90))
     image.paste((0, 255, 0), (24, 8, 32, 16))
@@ -123,13 +123,12 @@ def test_images_that_are_no_multiple_of_a_patch() -> None:
 
 @pytest.mark.parametrize("index", range(3))
 def test_kept_patches_lie_on_the_leaf(monkeypatch, index) -> None:
-    """Read back from the sheet, of a network that looks for green, on drawn leaves. Where the leaf is, is known from the same
-    leaf on a blue ground."""
+    """A network that attends to green keeps the leaf, on synthetic leaves. A copy of the leaf on blue ground gives the true mask."""
 
     def leaf() -> Image.Image:
         return draw_leaf(cultivar_traits(3)[index], np.random.default_rng(index), image_size=96)
 
-    picture = leaf()
+    image = leaf()
     blue = np.zeros((3, 96, 96), np.float32)
     blue[2] = 1.0
     monkeypatch.setattr("ufgir.data.synthetic_leaves._background", lambda rng, size: blue.copy())
@@ -139,7 +138,7 @@ def test_kept_patches_lie_on_the_leaf(monkeypatch, index) -> None:
     assert 30 < is_leaf.sum() < 100
 
     model = green_seeker("topk", 96, 96, keep_tokens=[60, 30])
-    sheet = draw(kept_columns, model, processor(96, 96), [picture], side=96)
+    sheet = draw(kept_columns, model, processor(96, 96), [image], side=96)
     before, after = patches(cell(sheet, 0, 96, 96)), patches(cell(sheet, 2, 96, 96))
     kept = after > 0.9 * before
     assert kept.sum() == 30 and (kept & is_leaf).sum() == 30
@@ -149,12 +148,12 @@ def test_kept_patches_lie_on_the_leaf(monkeypatch, index) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-# What lacks without CLS is the same for all methods: it is looked at for none, one that prunes and one that merges.
+# Models without CLS: no reduction, one pruning method and one merging method suffice, since all methods behave alike.
 @pytest.mark.parametrize(
     "case", slow_unless(lambda case: case.tokens == "cls" or case.method in (None, "topk", "tome"), MODELS), ids=str
 )
 def test_every_kind_of_every_model(case, kind) -> None:
-    """A column for each stage, layer, range or reference, a cell for each image, with what is said below it."""
+    """There is one column per stage, layer, range or reference, and one captioned cell per image."""
     model = case.model()
     config, stages = model.config, len(REDUCTIONS[case.method].layers(model.config)) if case.method else 0
     options = KINDS[kind].example
@@ -177,14 +176,14 @@ def test_every_kind_of_every_model(case, kind) -> None:
     assert len(columns) == (expected or len(columns)) > 0 and all(len(column.cells) == 2 for column in columns)
     for column in columns:
         for drawn in column.cells:
-            assert drawn.picture.shape == (3, 32, 32) and drawn.picture.isfinite().all() and drawn.caption
-            assert (drawn.picture >= -1e-6).all() and (drawn.picture <= 1 + 1e-6).all()
+            assert drawn.image.shape == (3, 32, 32) and drawn.image.isfinite().all() and drawn.caption
+            assert (drawn.image >= -1e-6).all() and (drawn.image <= 1 + 1e-6).all()
             assert drawn.groups is None or drawn.groups.shape == (4, 4)
 
 
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
 def test_captions_count(method) -> None:
-    """Patches kept and groups, against the tokens that the stage left."""
+    """The captions count kept patches and groups; compared with the tokens after the stage."""
     model = Case(method, "plain", "cls").model()
     view = make_view(model, processor(), noise())
     assignments = model(view.pixels, output_assignments=True).assignments
@@ -207,8 +206,8 @@ def test_captions_count(method) -> None:
                 assert dropped == 0
 
 
-def test_many_images_are_looked_at_in_batches(monkeypatch) -> None:
-    """ATS pads the images of a batch; each is drawn as if it were alone, and all in their order."""
+def test_many_images_are_processed_in_batches(monkeypatch) -> None:
+    """ATS pads the images of a batch; each image is drawn as if it were alone, in the given order."""
     model = Case("ats", "cache", "cls").model()
     images = noise(5)
     whole = draw(merge_columns, model, processor(), images, [str(i) for i in range(5)], side=32)
@@ -224,17 +223,17 @@ def test_many_images_are_looked_at_in_batches(monkeypatch) -> None:
     )
 
 
-def test_the_input_is_what_the_model_sees() -> None:
-    """Pixels are brought back whatever the image processor did to them."""
+def test_input_column_shows_the_preprocessed_image() -> None:
+    """The preprocessing of any image processor is undone."""
     model, (image,) = CLCAViTForImageClassification(tiny_config()), noise(1)
     size = {"height": 32, "width": 32}
     for options in ({}, {"do_normalize": False}, {"do_normalize": False, "do_rescale": False}):
         view = make_view(model, ViTImageProcessorPil(size=size, **options), [image])
         expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-        assert (view.pictures[0] - expected).abs().max() < 1e-5
+        assert (view.images[0] - expected).abs().max() < 1e-5
 
 
-def test_what_run_ufgir_draws() -> None:
+def test_figure_of_run_ufgir() -> None:
     model = Case("evit", "cache", "cls").model()
     model.train()
     sheet = kept_patches_image(model, processor(), noise(), ["a", "b"], side=48)
@@ -249,19 +248,19 @@ def test_options_of_the_kinds() -> None:
     assert [c.name for c in attention_columns(view, [4, 0])] == ["layer 4", "layer 0"]
     heads = attention_columns(view, [1], "all")
     assert [c.name for c in heads] == ["layer 1, head 0", "layer 1, head 1"]
-    assert torch.equal(attention_columns(view, [1], [1])[0].cells[0].picture, heads[1].cells[0].picture)
-    assert not torch.equal(heads[0].cells[0].picture, heads[1].cells[0].picture)
+    assert torch.equal(attention_columns(view, [1], [1])[0].cells[0].image, heads[1].cells[0].image)
+    assert not torch.equal(heads[0].cells[0].image, heads[1].cells[0].image)
     assert [c.name for c in rollout_columns(view, [(0, 3), (4, 5)])] == ["layers 0 to 2", "layer 4"]
     assert [c.name for c in similarity_columns(view, ["cls"], [0, 4])] == ["to CLS, layer 0", "to CLS, layer 4"]
     means, distinct = merge_columns(view), merge_columns(view, "distinct")
     assert torch.equal(means[0].cells[0].groups, distinct[0].cells[0].groups)
-    assert not torch.equal(means[0].cells[0].picture, distinct[0].cells[0].picture)
+    assert not torch.equal(means[0].cells[0].image, distinct[0].cells[0].image)
     assert trace_columns(view, token=0)[0].cells[0].caption == "token 0: 0 patches"  # CLS
     counts = [int(trace_columns(view, token=t)[0].cells[0].caption.split(": ")[1].split()[0]) for t in range(1, 5)]
     assert sum(counts) == 16  # of the four tokens that are left
 
 
-def test_a_patch_that_no_token_holds() -> None:
+def test_patch_held_by_no_token() -> None:
     model = green_seeker("topk", 24, 40, keep_tokens=[4, 1])
     last = trace_columns(make_view(model, processor(24, 40), [spotted(0, 0)]), patch=(2, 2))[1].cells[0]
     assert last.caption == "no token holds it"
@@ -270,8 +269,8 @@ def test_a_patch_that_no_token_holds() -> None:
 # Grids
 
 
-def test_grids_put_models_side_by_side() -> None:
-    """Each place is the last column that the model would have alone; models are made one after the other."""
+def test_grid_of_models() -> None:
+    """Each place shows the last column that the model has alone; models are created one at a time."""
     models = [green_seeker("topk", 24, 40, keep_tokens=[6, count]) for count in (5, 3, 2, 1)]
     alive = []
 
@@ -294,16 +293,16 @@ def test_grids_put_models_side_by_side() -> None:
             assert np.array_equal(cell(alone, 2), np.asarray(sheet.crop((left, top, left + 40, top + 24))))
 
 
-def test_mistakes_with_pictures() -> None:
+def test_invalid_arguments() -> None:
     model = Case("evit", "plain", "cls").model()
     view = make_view(model, processor(), noise())
     for function in (
         lambda images: draw(kept_columns, model, processor(), images),
         lambda i: make_view(model, processor(), i),
     ):
-        with pytest.raises(ValueError, match="`images` must hold at least one picture"):
+        with pytest.raises(ValueError, match="`images` must"):
             function([])
-    with pytest.raises(ValueError, match="`images` must hold at least one picture"):
+    with pytest.raises(ValueError, match="`images` must"):
         comparison(kept_columns, [(model, processor())], ["a"], [])
     with pytest.raises(ValueError, match="`titles` must hold one text per image, 2, got 1"):
         draw(kept_columns, model, processor(), noise(), ["one"])
@@ -311,7 +310,7 @@ def test_mistakes_with_pictures() -> None:
         with pytest.raises(ValueError, match=f"`models` must hold 1 x 2 models, got {len(models)}"):
             comparison(kept_columns, models, ["a", "b"], noise())
     for options in ({}, {"token": 1, "patch": (0, 0)}):
-        with pytest.raises(ValueError, match="either `token` or `patch` must be given"):
+        with pytest.raises(ValueError, match="`token` and `patch`"):
             trace_columns(view, **options)
     for token in (-1, 99):
         with pytest.raises(ValueError, match=f"`token` must be in 0 .. .*, got {token}"):
@@ -322,5 +321,5 @@ def test_mistakes_with_pictures() -> None:
     for heads in ("some", [], [2]):
         with pytest.raises(ValueError, match=r"`heads` must be 'mean', 'all' or indices in 0 \.\. 1"):
             attention_columns(view, heads=heads)
-    with pytest.raises(ValueError, match="`colours` must be one of mean, distinct, got 'red'"):
+    with pytest.raises(ValueError, match="`colors` must be one of mean, distinct, got 'red'"):
         merge_columns(view, "red")

@@ -28,7 +28,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A model with EViT and cache, one without CLS, and two pictures."""
+    """A model with EViT and cache, one without CLS, and two images."""
     folder = tmp_path_factory.mktemp("visualize")
     variants = {
         "evit": {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_clr_tokens": 1},
@@ -44,7 +44,7 @@ def checkpoints(tmp_path_factory):
 
 
 def visualize(capsys, folder, options):
-    """What the command wrote to the terminal, and its picture."""
+    """Run the command; return its output and the image."""
     model, image, file = (str(folder / name) for name in ("evit", "0.png", "out.png"))
     assert cli.main(["visualize", model, image, *options.split(), "--output", file, "--side", "32"]) == 0
     return capsys.readouterr().out, Image.open(file)
@@ -54,7 +54,7 @@ def visualize(capsys, folder, options):
     ("argv", "columns"),
     [
         ("", 3),
-        ("--what merge --colours distinct", 3),
+        ("--what merge --colors distinct", 3),
         ("--what trace --patch 1 2", 3),
         ("--what trace --token 3", 2),
         ("--what attention", 6),
@@ -70,19 +70,19 @@ def visualize(capsys, folder, options):
         ("--what grid --methods topk --keep_rates 0.75 0.5", 3),
     ],
 )
-def test_the_command_draws(capsys, checkpoints, argv, columns) -> None:
-    text, picture = visualize(capsys, checkpoints, argv)
+def test_command_draws(capsys, checkpoints, argv, columns) -> None:
+    text, image = visualize(capsys, checkpoints, argv)
     assert text == f"wrote {checkpoints / 'out.png'}\n"
-    assert picture.width == columns * 36 + 4
+    assert image.width == columns * 36 + 4
 
 
-def test_grids_of_the_command(capsys, checkpoints) -> None:
-    """Rows of methods, columns of rates; several models; what is not trained is said."""
-    _, picture = visualize(capsys, checkpoints, "--what grid --methods topk tome --keep-rates 0.75 0.5 0.25")
-    assert picture.size == (4 * 36 + 4, 16 + 2 * (16 + 32 + 16 + 4) + 4)
+def test_command_draws_grids(capsys, checkpoints) -> None:
+    """Rows of methods, columns of rates; several models; a note names untrained weights."""
+    _, image = visualize(capsys, checkpoints, "--what grid --methods topk tome --keep-rates 0.75 0.5 0.25")
+    assert image.size == (4 * 36 + 4, 16 + 2 * (16 + 32 + 16 + 4) + 4)
     models = f"--models {checkpoints / 'no_cls'} {checkpoints / 'evit'}"
-    text, picture = visualize(capsys, checkpoints, f"--what grid --of similarity --to mean {models}")
-    assert picture.width == 4 * 36 + 4 and text.count("\n") == 1
+    text, image = visualize(capsys, checkpoints, f"--what grid --of similarity --to mean {models}")
+    assert image.width == 4 * 36 + 4 and text.count("\n") == 1
     text, _ = visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
     assert f"{checkpoints / 'evit'} holds no weights of sit: its 14 are random" in text
     assert text.count("holds no weights") == 2
@@ -91,7 +91,7 @@ def test_grids_of_the_command(capsys, checkpoints) -> None:
     assert (checkpoints / "out.png").read_bytes() == first
 
 
-def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -> None:
+def test_default_output_name(capsys, checkpoints, monkeypatch) -> None:
     monkeypatch.chdir(checkpoints)
     for options, name in (([], "kept_patches.png"), (["--what", "merge"], "merge.png")):
         assert cli.main(["visualize", "evit", "0.png", "1.png", *options]) == 0
@@ -111,19 +111,19 @@ def test_the_output_has_the_name_of_its_kind(capsys, checkpoints, monkeypatch) -
         ("evit --what grid --methods none topk", "reduces no tokens"),
         ("evit --what grid --methods nonsense", "nonsense"),
         ("evit --what grid --models nowhere", "there is no checkpoint nowhere"),
-        ("evit --what trace", "either `token` or `patch`"),
+        ("evit --what trace", "`token` and `patch`"),
         ("evit --what trace --token 40", "`token` must be in"),
         ("evit --what attention --layers 5", "`layers` must name at least one layer of 0 .. 4, got 5"),
-        ("evit --what attention --heads both", "`--heads` must be mean, all or numbers of heads, got both"),
+        ("evit --what attention --heads both", "`--heads` must be mean, all or head indices, got both"),
         ("evit --what attention --heads 2", "`heads` must be 'mean', 'all' or indices in 0 .. 1"),
-        ("evit --what rollout --ranges 3", "two numbers of layers such as 0:4, got 3"),
+        ("evit --what rollout --ranges 3", "such as 0:4, got 3"),
         ("evit --what rollout --ranges 3:9", "must lie in 0:5"),
-        ("no_cls --what attention", "this picture needs a CLS token, and no_cls has none"),
+        ("no_cls --what attention", "needs a CLS token, and no_cls has none"),
         ("no_cls --what similarity --to cls", "the similarity to CLS needs a CLS token"),
         ("no_cls --what merge", "reduces no tokens"),
     ],
 )
-def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) -> None:
+def test_command_errors(capsys, checkpoints, monkeypatch, argv, words) -> None:
     """One sentence, status 2, no file."""
     monkeypatch.chdir(checkpoints)
     before = sorted(checkpoints.iterdir())
@@ -144,8 +144,8 @@ def test_mistakes_of_the_command(capsys, checkpoints, monkeypatch, argv, words) 
         ("--what grid --of kept --methods topk --to cls", "`--to`", "similarity"),
     ],
 )
-def test_options_that_the_picture_does_not_take(capsys, caplog, checkpoints, argv, option, takers) -> None:
-    """One warning names them; the picture is the one without them."""
+def test_options_without_effect(capsys, caplog, checkpoints, argv, option, takers) -> None:
+    """One warning names them; the image is the same without them."""
     visualize(capsys, checkpoints, argv)
     drawn = (checkpoints / "out.png").read_bytes()
     (warning,) = [r.getMessage() for r in caplog.records if option in r.getMessage()]
@@ -156,9 +156,8 @@ def test_options_that_the_picture_does_not_take(capsys, caplog, checkpoints, arg
     assert (checkpoints / "out.png").read_bytes() == drawn
 
 
-def test_the_gallery_has_every_kind_and_method(monkeypatch) -> None:
-    """Its commands can be parsed, and made what it shows; its pictures are small. What the page itself does not have, because it
-    was just added, is there on the site, with its picture if there is one."""
+def test_gallery_shows_every_kind_and_method(monkeypatch) -> None:
+    """All commands can be parsed and belong to the figures shown, whose files are small. The site adds what the page lacks."""
     monkeypatch.syspath_prepend(DOCS / "_extensions")
     own = (DOCS / "gallery.md").read_text(encoding="utf-8")
     text = import_module("from_code").expanded(own)

@@ -637,7 +637,7 @@ def frame_patch(picture: Image.Image, grid: tuple[int, int], patch: tuple[int, i
 def _shown(kind: Draw, view: View) -> list[Shown]:
     """The pictures that a kind makes of the only leaf of a view."""
     return [
-        Shown(column.name, draw_cell(cell, cell_size(cell.picture, PICTURE_SIDE)), cell.caption)
+        Shown(column.name, draw_cell(cell, cell_size(cell.image, PICTURE_SIDE)), cell.caption)
         for column in kind(view)
         for cell in column.cells
     ]

@@ -15,7 +15,7 @@ from ..checkpoints.loading import EVERYTHING, HEAD, check_meaning, load_model, r
 from ..utils.options import Requirement, called, check_options
 from ..visualization.kinds import KINDS, comparison, draw
 from ..visualization.records import Kind, Option
-from ..visualization.sheet import save_picture
+from ..visualization.sheet import save_image
 from .common import add_reduction_options, check_rates, config_values, load_image_processor, open_image
 from .outputs import check_file
 
@@ -84,6 +84,9 @@ def _add(group: argparse._ArgumentGroup, name: str, option: Option) -> None:
         metavar=option.metavar,
         help=f"{option.help} [{option.default}]",
     )
+    if option.alias is not None:
+        arguments = {"type": option.type, "choices": option.choices, "nargs": option.nargs}
+        group.add_argument(_flag(option.alias), dest=name, help=argparse.SUPPRESS, **arguments)
 
 
 def _flag(name: str) -> str:
@@ -119,7 +122,7 @@ def run(args: argparse.Namespace) -> str:
         config = _config(args.model, values, args)
         check_meaning(values, [config])
         picture = draw(kind, *next(_load_all([(args.model, config)], notes)), **shared)
-    return "\n".join([f"wrote {save_picture(picture, output)}", *notes])
+    return "\n".join([f"wrote {save_image(picture, output)}", *notes])
 
 
 def _titles(files: list[str]) -> list[str]:

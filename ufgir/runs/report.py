@@ -17,7 +17,7 @@ from ..training.checkpointing import remove_checkpoints, remove_results
 from ..training.setup import Run
 from ..transforms.images import to_rgb
 from ..visualization.kinds import kept_patches_image
-from ..visualization.sheet import save_picture
+from ..visualization.sheet import save_image
 from .records import prediction_files, remove_run_record, write_run_record
 from .tables import summary_table
 
@@ -54,7 +54,7 @@ def draw_kept_patches(run: Run, predictions: Path, num_pictures: int) -> Path:
     titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
     images = [to_rgb(run.data["test"][i]["image"]) for i in chosen]
     picture = kept_patches_image(run.trainer.model, run.image_processor, images, titles)
-    return save_picture(picture, predictions.parent / KEPT_PATCHES_FILE)
+    return save_image(picture, predictions.parent / KEPT_PATCHES_FILE)
 
 
 def write_card(run: Run, options: Options, settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a model does with its tokens, as pictures: which patches it keeps, merges and attends to."""
+"""Figures of token reduction: the patches that a model keeps, merges and attends to."""
 
 from .. import _moved
 from .kinds import attention_columns, comparison, draw, kept_columns, kept_patches_image

@@ -1,14 +1,13 @@
-"""Pictures of what a model does with its patches.
+"""Figures of how a model treats its patches.
 
-A kind of picture is a function that takes a `View` (a model and the images it looks at) and returns columns with one cell
-per image:
+A kind of figure is a function that takes a `View` (a model and a batch of images) and returns columns with one cell per image:
 
     image = draw(kept_columns, model, image_processor, images)
     image = draw(partial(attention_columns, layers=[3, 5]), model, image_processor, images, titles=names)
 
-All of them work from the assignments and from attention that is asked for, for any method of token reduction.
+The figures are computed from the assignments and the attention of a forward pass, so they work for every reduction method.
 
-`KINDS` lists them. A new picture is a function and an entry there; docs/adding-a-picture.md shows how.
+`KINDS` lists all kinds. To add one, write a function and an entry; see docs/adding-a-picture.md.
 """
 
 import argparse
@@ -36,11 +35,11 @@ from ..interpret.patterns import cluster_maps, stage_layers
 from ..interpret.tracing import trace_patches
 from ..transforms.images import to_rgb
 from .records import CLS, STAGES, Draw, Kind, Option, Page, View
-from .sheet import Cell, Column, brightened, distinct_colours, draw_sheet, heated, mean_colours
+from .sheet import Cell, Column, brightened, distinct_colors, draw_sheet, heated, mean_colors
 
 
-_BATCH = 4  # images that a model looks at at a time
-COLOURINGS = {"mean": mean_colours, "distinct": distinct_colours}
+_BATCH = 4  # images per forward pass
+COLORINGS = {"mean": mean_colors, "distinct": distinct_colors}
 
 
 def make_view(
@@ -49,28 +48,28 @@ def make_view(
     images: Sequence[Image.Image],
     interpolate_pos_encoding: bool = False,
 ) -> View:
-    """Images of any size as a model sees them.
+    """Preprocess images for a model and return them with the model.
 
     Args:
         model: any CLCA model.
-        image_processor: the one that belongs to the model.
-        images: pictures of any size.
-        interpolate_pos_encoding: accept that the processor makes another size than the model's.
+        image_processor: the image processor of the model.
+        images: images of any size.
+        interpolate_pos_encoding: accept an image processor whose output size differs from the model's input size.
 
     Raises:
-        ValueError: no images.
+        ValueError: if there are no images.
     """
     if not images:
-        raise ValueError("`images` must hold at least one picture, got none.")
+        raise ValueError("`images` must contain at least one image, got none.")
     pixels = image_processor(images=[to_rgb(image) for image in images], return_tensors="pt").pixel_values
     grid = model.vit.embeddings.grid(pixels)
     height, width = (n * size for n, size in zip(grid, model.vit.embeddings.patch_embeddings.patch_size, strict=True))
-    pictures = _denormalise(pixels, image_processor)[:, :, :height, :width]
-    return View(model, pixels.to(model.device), pictures, grid, interpolate_pos_encoding)
+    shown = _denormalize(pixels, image_processor)[:, :, :height, :width]
+    return View(model, pixels.to(model.device), shown, grid, interpolate_pos_encoding)
 
 
-def _denormalise(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
-    """Pictures (B, 3, height, width) in [0, 1] from what an image processor made of them."""
+def _denormalize(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
+    """Return images (B, 3, height, width) in [0, 1] from the output of an image processor."""
     if getattr(image_processor, "do_normalize", True):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_processor.image_mean, image_processor.image_std))
         pixels = pixels * std + mean
@@ -78,10 +77,10 @@ def _denormalise(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
 
 
 def _assignments(view: View) -> tuple[list[torch.Tensor], list[str]]:
-    """The assignments of all stages, on the CPU in float32, and the names of the stages.
+    """Return the assignments of all stages, on the CPU in float32, and the names of the stages.
 
     Raises:
-        ValueError: the model reduces no tokens, or its method reports no assignments.
+        ValueError: if the model has no reduction, or its method reports no assignments.
     """
     config = view.model.config
     if config.reduction is None:
@@ -91,20 +90,22 @@ def _assignments(view: View) -> tuple[list[torch.Tensor], list[str]]:
     return [a.float().cpu() for a in assignments], [f"after layer {layer}" for layer in stage_layers(config)]
 
 
-# Kinds of pictures
+# Kinds of figures
 
 
 def input_columns(view: View) -> list[Column]:
-    """What the model sees."""
-    return [Column("input", [Cell(picture) for picture in view.pictures])]
+    """Draw the preprocessed images."""
+    return [Column("input", [Cell(image) for image in view.images])]
 
 
 def kept_columns(view: View) -> list[Column]:
-    """What each reduction stage left. A patch is as bright as its share in the token that holds most of it: full if it still
-    has a token of its own, dark if it was dropped or fused with many. Recalled rows are no such tokens.
+    """Draw the patches that remain after each stage.
+
+    The brightness of a patch is its largest share in any token: full if the patch still has its own token, dark if it was dropped
+    or fused with many others. Tokens retrieved from the cache are ignored.
 
     Raises:
-        ValueError: the model reduces no tokens.
+        ValueError: if the model has no reduction.
     """
     assignments, names = _assignments(view)
     stages = trace_patches(assignments, view.model.config, math.prod(view.grid), recall=False).stages
@@ -113,51 +114,55 @@ def kept_columns(view: View) -> list[Column]:
         shares = on_grid(stage.amax(dim=1).clamp(0, 1), view.grid)
         kept = (shares > 0.999).sum(dim=(1, 2)).tolist()
         captions = [f"{count} of {math.prod(view.grid)} patches kept" for count in kept]
-        cells = map(Cell, map(brightened, view.pictures, shares), captions)
+        cells = map(Cell, map(brightened, view.images, shares), captions)
         columns.append(Column(name, list(cells)))
     return columns
 
 
-def merge_columns(view: View, colours: str = "mean") -> list[Column]:
-    """The groups of patches that share a token after each reduction stage, with white lines between them. Where a method gives
-    parts of a patch to several tokens, it belongs to the one that takes most of it, or of the token it was in before; dropped
-    patches are dark.
+def merge_columns(view: View, colors: str = "mean") -> list[Column]:
+    """Draw the groups of patches that share a token after each stage, separated by white lines.
+
+    If a method distributes a patch over several tokens, the patch is assigned to the token that takes the largest part of it (or of
+    the token that held it before the stage). Dropped patches are dark.
 
     Args:
         view: model and images.
-        colours: `mean`, each group has the mean colour of its pixels; `distinct`, each has a colour of its own.
+        colors: `mean` fills each group with its mean color; `distinct` gives each group a different color.
 
     Raises:
-        ValueError: the model reduces no tokens, or other `colours`.
+        ValueError: if the model has no reduction, or `colors` has another value.
     """
-    if colours not in COLOURINGS:
-        raise ValueError(f"`colours` must be one of {', '.join(COLOURINGS)}, got {colours!r}.")
+    if colors not in COLORINGS:
+        raise ValueError(f"`colors` must be one of {', '.join(COLORINGS)}, got {colors!r}.")
     assignments, names = _assignments(view)
     maps = on_grid(cluster_maps(assignments, view.model.config, math.prod(view.grid)), view.grid)
     columns = []
     for name, stage in zip(names, maps.unbind(1), strict=True):
         cells = []
-        for picture, groups in zip(view.pictures, stage, strict=True):
+        for image, groups in zip(view.images, stage, strict=True):
             dropped, count = int((groups < 0).sum()), len(groups[groups >= 0].unique())
             caption = f"{count} group{'s' * (count != 1)}" + f", {dropped} dropped" * (dropped > 0)
-            cells.append(Cell(COLOURINGS[colours](picture, groups), caption, groups))
+            cells.append(Cell(COLORINGS[colors](image, groups), caption, groups))
         columns.append(Column(name, cells))
     return columns
 
 
 def trace_columns(view: View, token: int | None = None, patch: tuple[int, int] | None = None) -> list[Column]:
-    """What one token is made of: the share of each patch in it, recalled rows included.
+    """Draw the share of each patch in one token, including tokens retrieved from the cache.
 
     Args:
         view: model and images.
-        token: index among the rows the final norm sees; 0 is CLS in a model that has one.
-        patch: (row, column), instead: the token that holds this patch, after each reduction stage. The patch is framed.
+        token: index of a token at the final norm; 0 is CLS in a model that has one. Alternative to `patch`.
+        patch: (row, column) of a patch, which is framed; shows the token that holds this patch after each stage.
 
     Raises:
-        ValueError: the model reduces no tokens; neither or both of `token` and `patch`; or one that does not exist.
+        ValueError: if the model has no reduction, if neither or both of `token` and `patch` are given, or if there is no such token
+            or patch.
     """
     if (token is None) == (patch is None):
-        raise ValueError("either `token` or `patch` must be given, got " + ("none." if token is None else "both."))
+        raise ValueError(
+            "exactly one of `token` and `patch` must be given, got " + ("none." if token is None else "both.")
+        )
     if patch is not None and not all(0 <= place < count for place, count in zip(patch, view.grid, strict=True)):
         rows, columns = view.grid
         raise ValueError(
@@ -168,9 +173,11 @@ def trace_columns(view: View, token: int | None = None, patch: tuple[int, int] |
     trace = trace_patches(assignments, config, num_patches)
     count = trace.final.shape[1]
     if patch is None and not 0 <= token < count:
-        raise ValueError(f"`token` must be in 0 .. {count - 1}, of the tokens the final norm sees, got {token}.")
+        raise ValueError(
+            f"`token` must be in 0 .. {count - 1}, the indices of the tokens at the final norm, got {token}."
+        )
     if patch is None:
-        return [_token_column(view, f"token {token}", trace.final, torch.full((len(view.pictures),), token), None)]
+        return [_token_column(view, f"token {token}", trace.final, torch.full((len(view.images),), token), None)]
     patch = tuple(patch)
     holders = on_grid(cluster_maps(assignments, config, num_patches), view.grid)[:, :, *patch]  # (B, stages)
     frame = torch.zeros(view.grid, dtype=torch.long)
@@ -184,29 +191,29 @@ def trace_columns(view: View, token: int | None = None, patch: tuple[int, int] |
 def _token_column(
     view: View, name: str, shares: torch.Tensor, tokens: torch.Tensor, frame: torch.Tensor | None
 ) -> Column:
-    """Shares (B, N, P) in one token of each image, (B,); negative for none."""
+    """Draw the shares (B, N, P) in one token per image, `tokens` (B,); a negative index means no token."""
     cells = []
-    for picture, rows, token in zip(view.pictures, shares, tokens.tolist(), strict=True):
+    for image, rows, token in zip(view.images, shares, tokens.tolist(), strict=True):
         parts = rows[token] if token >= 0 else torch.zeros_like(rows[0])
         count = int((parts > 0).sum())
         caption = f"token {token}: {count} patch{'es' * (count != 1)}" if token >= 0 else "no token holds it"
         values = on_grid(parts / parts.max().clamp(min=1e-12), view.grid)
-        cells.append(Cell(heated(picture, values.masked_fill(values == 0, torch.nan)), caption, frame))
-    return Column(name, cells, "share in the token: 0 to the largest of each picture")
+        cells.append(Cell(heated(image, values.masked_fill(values == 0, torch.nan)), caption, frame))
+    return Column(name, cells, "share in the token: 0 to the largest of each image")
 
 
 def attention_columns(
     view: View, layers: Sequence[int] | None = None, heads: str | Sequence[int] = "mean"
 ) -> list[Column]:
-    """What CLS attends to.
+    """Draw the attention of CLS on the patches.
 
     Args:
         view: model and images.
-        layers: 0-based; None for all.
-        heads: `mean`, `all`, or indices: one column for each layer and head.
+        layers: 0-based layer indices; None for all layers.
+        heads: `mean`, `all`, or indices. With `all` or indices, there is one column per layer and head.
 
     Raises:
-        ValueError: a model without CLS, or a layer or head that does not exist.
+        ValueError: if the model has no CLS token, or there is no such layer or head.
     """
     config = view.model.config
     layers, count = checked_layers(layers, config), config.num_attention_heads
@@ -226,11 +233,14 @@ def attention_columns(
 
 
 def rollout_columns(view: View, ranges: Sequence[tuple[int, int]] | None = None) -> list[Column]:
-    """Attention rollout over ranges of layers (start, stop), the end not in it; by default over each encoder group and over
-    all layers.
+    """Draw attention rollout over ranges of layers.
+
+    Args:
+        view: model and images.
+        ranges: (start, stop) of each range, without `stop`; None for each encoder group and all layers.
 
     Raises:
-        ValueError: a range without layers.
+        ValueError: if a range contains no layer.
     """
     ranges = default_ranges(view.model.config) if ranges is None else list(ranges)
     maps = rollout_of_patches(view.model, view.pixels, ranges, view.interpolate)
@@ -239,26 +249,26 @@ def rollout_columns(view: View, ranges: Sequence[tuple[int, int]] | None = None)
 
 
 def _heat_column(view: View, name: str, maps: torch.Tensor) -> Column:
-    """Shares of attention on the patches, (B, P)."""
+    """Draw the attention on the patches, (B, P)."""
     cells = []
-    for picture, shares in zip(view.pictures, maps.float().cpu(), strict=True):
+    for image, shares in zip(view.images, maps.float().cpu(), strict=True):
         caption = f"{100 * float(shares.sum()):.0f} % on patches"
-        cells.append(Cell(heated(picture, on_grid(shares / shares.max().clamp(min=1e-12), view.grid)), caption))
-    return Column(name, cells, "attention: 0 to the largest of each picture")
+        cells.append(Cell(heated(image, on_grid(shares / shares.max().clamp(min=1e-12), view.grid)), caption))
+    return Column(name, cells, "attention: 0 to the largest of each image")
 
 
 def similarity_columns(
     view: View, to: Sequence[str] | None = None, layers: Sequence[int] | None = None
 ) -> list[Column]:
-    """Cosine of each patch's feature with the mean of the tokens that hold patches, and with CLS. Dropped patches are dark.
+    """Draw the cosine similarity of each patch's feature to CLS and to the mean of the patch tokens. Dropped patches are dark.
 
     Args:
         view: model and images.
-        to: of `mean` and `cls`; by default both, in a model without CLS the mean.
-        layers: 0-based, whose outputs are compared; None for the tokens after the final norm.
+        to: any of `mean` and `cls`; None for both, or only `mean` in a model without CLS.
+        layers: 0-based indices of the layers whose outputs are compared; None for the output of the final norm.
 
     Raises:
-        ValueError: another `to`, `cls` of a model without CLS, or a layer that does not exist.
+        ValueError: if `to` has another value, if it is `cls` and the model has no CLS token, or if there is no such layer.
     """
     to = (["mean", "cls"] if view.model.config.use_class_token else ["mean"]) if to is None else to
     names = ["final norm"] if layers is None else [f"layer {layer}" for layer in layers]
@@ -267,38 +277,38 @@ def similarity_columns(
         maps = feature_similarity(view.model, view.pixels, reference, layers, view.interpolate).float().cpu()
         for index, name in enumerate(names):
             cells = []
-            for picture, cosines in zip(view.pictures, maps[:, index], strict=True):
+            for image, cosines in zip(view.images, maps[:, index], strict=True):
                 known = cosines[~cosines.isnan()]
                 low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
                 scaled = (cosines - low) / max(high - low, 1e-12)
                 caption = f"{low:.2f} to {high:.2f}" if len(known) else "no patch is left"
-                cells.append(Cell(heated(picture, on_grid(scaled, view.grid)), caption))
-            scale = "cosine: the smallest to the largest of each picture"
+                cells.append(Cell(heated(image, on_grid(scaled, view.grid)), caption))
+            scale = "cosine: the smallest to the largest of each image"
             columns.append(Column(f"to {'CLS' if reference == 'cls' else 'mean'}, {name}", cells, scale))
     return columns
 
 
 def gradcam_columns(view: View, target: int | None = None, layers: Sequence[int] | None = None) -> list[Column]:
-    """Grad-CAM: patches whose features raise the logit of a class. Patches that no token holds are dark.
+    """Draw Grad-CAM: patches whose features increase the logit of a class. Patches held by no token are dark.
 
     Args:
         view: model and images.
-        target: the class; by default what the model predicts for each image.
-        layers: 0-based, whose outputs are weighted; by default the last but one.
+        target: class index; None for the predicted class of each image.
+        layers: 0-based indices of the layers whose outputs are weighted; None for the second to last layer.
 
     Raises:
-        ValueError: a class or a layer that does not exist.
+        ValueError: if there is no such class or layer.
     """
     maps = class_activation_maps(view.model, view.pixels, target, layers, view.interpolate).float().cpu()
-    names = ["last but one layer"] if layers is None else [f"layer {layer}" for layer in layers]
+    names = ["second to last layer"] if layers is None else [f"layer {layer}" for layer in layers]
     columns = []
     for index, name in enumerate(names):
         cells = []
-        for picture, heat in zip(view.pictures, maps[:, index], strict=True):
+        for image, heat in zip(view.images, maps[:, index], strict=True):
             largest = float(heat.max())
             scaled = on_grid(heat / max(largest, 1e-12), view.grid)
-            cells.append(Cell(heated(picture, scaled), f"largest {largest:.2g}"))
-        columns.append(Column(name, cells, "Grad-CAM: 0 to the largest of each picture"))
+            cells.append(Cell(heated(image, scaled), f"largest {largest:.2g}"))
+        columns.append(Column(name, cells, "Grad-CAM: 0 to the largest of each image"))
     return columns
 
 
@@ -311,87 +321,94 @@ def _read_heads(words: list[str]) -> str | list[int]:
     try:
         return [int(word) for word in words]
     except ValueError as error:
-        raise ValueError(f"`--heads` must be mean, all or numbers of heads, got {' '.join(words)}.") from error
+        raise ValueError(f"`--heads` must be mean, all or head indices, got {' '.join(words)}.") from error
 
 
 def _read_range(text: str) -> tuple[int, int]:
-    """The type of `--ranges`."""
+    """Parse one value of `--ranges`."""
     try:
         start, stop = map(int, text.split(":"))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be two numbers of layers such as 0:4, got {text}") from error
+        raise argparse.ArgumentTypeError(f"must be two layer indices such as 0:4, got {text}") from error
     return start, stop
 
 
 def _layers_on_the_page(config: CLCAViTConfig) -> dict[str, list[int]]:
-    """The layers that reduce, and the last one."""
+    """Select the layers that reduce tokens, and the last layer."""
     return {"layers": [layer for layer in config.aggregation_layers if layer < config.num_hidden_layers]}
 
 
-_LAYERS = Option("counted from 0", type=int, nargs="+", metavar="LAYER")
+_LAYERS = Option("0-based layer indices", type=int, nargs="+", metavar="LAYER")
 
 KINDS: dict[str, Kind] = {
     "kept": Kind(
         title="Kept patches",
         help="patches that each stage keeps",
-        caption="What each stage left. A patch is as bright as its share in the token that holds most of it: full where it "
-        "still has a token of its own, dark where it was dropped or fused with many.",
+        caption="The patches that remain after each stage. The brightness of a patch is its largest share in any token: full where "
+        "the patch still has its own token, dark where it was dropped or fused with many others.",
         function=kept_columns,
         needs=(STAGES,),
-        page=Page("Bright: the patch still has a token of its own. Dark: dropped, or fused with many others."),
+        page=Page("Bright: the patch still has its own token. Dark: dropped, or fused with many others."),
     ),
     "merge": Kind(
         title="Groups of patches",
         help="groups of patches that share a token",
-        caption="Which patches share a token after each stage: each group has the mean colour of its pixels, white lines run "
-        "between groups.",
+        caption="Which patches share a token after each stage: each group is filled with its mean color, and white lines separate "
+        "the groups.",
         function=merge_columns,
-        options={"colours": Option("a group's mean colour, or distinct ones", "mean", choices=list(COLOURINGS))},
+        options={
+            "colors": Option(
+                "mean color of each group, or distinct colors", "mean", choices=list(COLORINGS), alias="colours"
+            )
+        },
         needs=(STAGES,),
-        page=Page("Patches that share a token have one colour, their mean. Dark: dropped."),
+        page=Page("Patches that share a token have their mean color. Dark: dropped."),
     ),
     "trace": Kind(
         title="Trace of a token",
-        help="what one token is made of",
-        caption="What one token is made of, through all stages and the cache.",
+        help="share of each patch in one token",
+        caption="The share of each patch in one token, traced through all stages and the cache.",
         function=trace_columns,
         options={
-            "token": Option("index among the last tokens, CLS is 0", type=int, metavar="N"),
+            "token": Option("index of a token at the final norm, CLS is 0", type=int, metavar="N"),
             "patch": Option(
-                "the token with this patch, from 0", type=int, nargs=2, metavar=("ROW", "COLUMN"), convert=tuple
+                "the token that holds this patch, 0-based", type=int, nargs=2, metavar=("ROW", "COLUMN"), convert=tuple
             ),
         },
         needs=(STAGES,),
         page=Page(
-            "What the token that holds this patch is made of, recalled rows included. Dark: not part of it.",
+            "The patches that are part of the token that holds the framed patch, tokens retrieved from the cache included. Dark: not "
+            "part of it.",
             patch_heading="Token of the patch in row {row}, column {column}",
         ),
         example={"patch": (1, 2)},
     ),
     "attention": Kind(
         title="Attention of CLS",
-        help="of CLS",
-        caption="What CLS attends to, the mean of the heads.",
+        help="attention of CLS on the patches",
+        caption="The attention of CLS on the patches, averaged over the heads.",
         function=attention_columns,
         options={
             "layers": _LAYERS._replace(default="all"),
-            "heads": Option("mean, all, or heads from 0", "mean", nargs="+", metavar="HEAD", convert=_read_heads),
+            "heads": Option(
+                "mean, all, or 0-based head indices", "mean", nargs="+", metavar="HEAD", convert=_read_heads
+            ),
         },
         needs=(CLS,),
         page=Page(
-            "Average of the heads, in the layers that reduce and the last one. Bright: more attention.",
+            "Mean of the heads, in the layers that reduce tokens and the last layer. Bright: more attention.",
             options=_layers_on_the_page,
         ),
     ),
     "rollout": Kind(
         title="Attention rollout",
-        help="attention through layers",
-        caption="Attention through several layers ([Abnar and Zuidema 2020](https://huggingface.co/papers/2005.00928)): heads "
-        "averaged, the residual connection added, rows scaled to sum to one, layers multiplied.",
+        help="attention rollout over layers",
+        caption="Attention through several layers ([Abnar and Zuidema 2020](https://huggingface.co/papers/2005.00928)): average the "
+        "heads, add the residual connection, scale rows to sum to one, multiply the layers.",
         function=rollout_columns,
         options={
             "ranges": Option(
-                "layers from 0, TO not among them",
+                "0-based layer ranges, without TO",
                 "each encoder group, then all layers",
                 type=_read_range,
                 nargs="+",
@@ -401,23 +418,23 @@ KINDS: dict[str, Kind] = {
     ),
     "similarity": Kind(
         title="Similarity of features",
-        help="of features to CLS and to the mean",
-        caption="Cosine of each patch's feature with the mean of the tokens that hold patches, and with CLS.",
+        help="cosine similarity of features to CLS and to the mean",
+        caption="Cosine similarity of each patch's feature to the mean of the patch tokens, and to CLS.",
         function=similarity_columns,
         options={
             "layers": _LAYERS._replace(default="after the final norm"),
-            "to": Option("to what", "both, without CLS the mean", nargs="+", choices=("mean", "cls")),
+            "to": Option("reference", "both; mean in a model without CLS", nargs="+", choices=("mean", "cls")),
         },
     ),
     "gradcam": Kind(
         title="Class activation maps",
         help="Grad-CAM of a class",
-        caption="Grad-CAM ([Selvaraju et al. 2017](https://huggingface.co/papers/1610.02391)): which patches raise the logit of a "
-        "class.",
+        caption="Grad-CAM ([Selvaraju et al. 2017](https://huggingface.co/papers/1610.02391)): the patches that increase the logit "
+        "of a class.",
         function=gradcam_columns,
         options={
-            "layers": _LAYERS._replace(default="the last but one"),
-            "target": Option("class, from 0", "what the model predicts", type=int, metavar="CLASS"),
+            "layers": _LAYERS._replace(default="the second to last"),
+            "target": Option("0-based class index", "the predicted class", type=int, metavar="CLASS"),
         },
     ),
 }
@@ -435,22 +452,22 @@ def draw(
     side: int = 224,
     interpolate_pos_encoding: bool = False,
 ) -> Image.Image:
-    """A sheet: one row per image, first what the model sees, then what `kind` makes of it.
+    """Draw a sheet with one row per image: the preprocessed image, then the columns of `kind`.
 
     Args:
-        kind: one of `KINDS`, or its function; options of its own through `functools.partial`.
+        kind: one of `KINDS`, or its function; set options with `functools.partial`.
         model: any CLCA model.
-        image_processor: the one that belongs to the model.
-        images: pictures of any size.
+        image_processor: the image processor of the model.
+        images: images of any size.
         titles: one per image, written above its row.
-        side: pixels of the longer side of one picture in the sheet.
-        interpolate_pos_encoding: accept images of another size than the model's.
+        side: pixels of the longer side of each image in the sheet.
+        interpolate_pos_encoding: accept images whose size differs from the model's.
 
     Raises:
-        ValueError: no images, titles of another number, or what the kind refuses.
+        ValueError: if there are no images, if the number of titles differs from that of images, or if `kind` raises it.
     """
     _check(images, titles)
-    columns = _look(kind, model, image_processor, images, interpolate_pos_encoding)
+    columns = _draw_columns(kind, model, image_processor, images, interpolate_pos_encoding)
     rows = list(zip(*(column.cells for column in columns), strict=True))
     return draw_sheet([column.name for column in columns], rows, titles, side, columns[-1].scale)
 
@@ -462,7 +479,7 @@ def kept_patches_image(
     titles: Sequence[str] | None = None,
     side: int = 224,
 ) -> Image.Image:
-    """`draw` of `kept_columns`: the patches that each reduction stage left."""
+    """Draw the patches that remain after each stage: `draw` with `kept_columns`."""
     return draw(kept_columns, model, image_processor, images, titles, side)
 
 
@@ -476,27 +493,26 @@ def comparison(
     side: int = 224,
     interpolate_pos_encoding: bool = False,
 ) -> Image.Image:
-    """A grid of models, methods or keep rates side by side: of each model the last of the columns that `kind` makes, which is
-    the last stage, the last layer, or all layers of a rollout.
+    """Draw a grid of models, methods or keep rates. Each place shows the last column of `kind`: the last stage, the last layer, or the
+    rollout over all layers.
 
     Args:
-        kind: one of `KINDS`, or its function; options of its own through `functools.partial`.
-        models: models with their image processors, row by row. They may be made one after the other: none is kept.
+        kind: one of `KINDS`, or its function; set options with `functools.partial`.
+        models: models with their image processors, row by row. May be a generator; only one model is held at a time.
         columns: names of the columns, such as keep rates.
-        images: pictures of any size; each has all `rows` below each other.
+        images: images of any size; each is drawn with all `rows`, one below the other.
         titles: one per image.
         rows: names of the rows, such as methods.
-        side: pixels of the longer side of one picture in the sheet.
-        interpolate_pos_encoding: accept images of another size than a model's.
+        side: pixels of the longer side of each image in the sheet.
+        interpolate_pos_encoding: accept images whose size differs from the model's.
 
     Raises:
-        ValueError: no images, titles of another number, models of another number than the grid has places, or what the kind
-            refuses.
+        ValueError: if there are no images, if the number of titles or models does not match, or if `kind` raises it.
     """
     _check(images, titles)
     inputs, found = None, []
     for model, image_processor in models:
-        first, *_, last = _look(kind, model, image_processor, images, interpolate_pos_encoding)
+        first, *_, last = _draw_columns(kind, model, image_processor, images, interpolate_pos_encoding)
         inputs = inputs or first
         found.append(last)
     if not found or len(found) != len(rows) * len(columns):
@@ -510,14 +526,14 @@ def comparison(
     return draw_sheet(["input", *columns], sheet, names if any(names) else None, side, found[-1].scale)
 
 
-def _look(
+def _draw_columns(
     kind: Draw,
     model: CLCAViTForImageClassification,
     image_processor: BaseImageProcessor,
     images: Sequence[Image.Image],
     interpolate_pos_encoding: bool,
 ) -> list[Column]:
-    """The columns of all images, the input first; the model gets a few images at a time."""
+    """Return the columns of all images, the input first. The model processes `_BATCH` images at a time."""
     parts = []
     for start in range(0, len(images), _BATCH):
         here = make_view(model, image_processor, images[start : start + _BATCH], interpolate_pos_encoding)
@@ -529,6 +545,6 @@ def _look(
 
 def _check(images: Sequence[Image.Image], titles: Sequence[str] | None) -> None:
     if not images:
-        raise ValueError("`images` must hold at least one picture, got none.")
+        raise ValueError("`images` must contain at least one image, got none.")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"`titles` must hold one text per image, {len(images)}, got {len(titles)}.")

@@ -1,7 +1,7 @@
-"""What a kind of picture is made of: what it draws, its options, what it needs of a model, and how the web page shows it.
+"""Records that describe a kind of figure: how to draw it, its options, its requirements, and its place on the web page.
 
-`ufgir.visualization.kinds.KINDS` holds one `Kind` for each kind of picture. The command `ufgir visualize`, the web page and the
-gallery read everything that they need from these records.
+`ufgir.visualization.kinds.KINDS` holds one `Kind` for each kind of figure. `ufgir visualize`, the web page and the gallery are
+generated from these records.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,19 +16,19 @@ from .sheet import Column
 
 
 class View(NamedTuple):
-    """A model and images as it sees them.
+    """A model and a batch of preprocessed images.
 
     Attributes:
         model: any CLCA model.
-        pixels: (B, C, height, width), normalised.
-        pictures: (B, 3, height, width) in [0, 1], as far as patches reach.
-        grid: rows and columns of patches.
-        interpolate: whether the images may have another size than the model's.
+        pixels: (B, C, height, width), normalized; the input of the model.
+        images: (B, 3, height, width) in [0, 1], to draw on; cropped to the area that the patches cover.
+        grid: number of rows and of columns of patches.
+        interpolate: whether to interpolate position embeddings, so that images may differ in size from the model's input.
     """
 
     model: CLCAViTForImageClassification
     pixels: torch.Tensor
-    pictures: torch.Tensor
+    images: torch.Tensor
     grid: tuple[int, int]
     interpolate: bool
 
@@ -37,17 +37,18 @@ Draw = Callable[[View], list[Column]]  # a `Kind`, one of the functions behind t
 
 
 class Option(NamedTuple):
-    """An option of a picture. It is named after the argument of the function that draws, and `ufgir visualize` makes a command
-    line argument of it.
+    """An option of a figure. Its name is that of an argument of the drawing function; `ufgir visualize` adds it as a command-line
+    argument.
 
     Attributes:
-        help: what it says.
-        default: what its absence means, in words.
-        type: makes a value of one word of the command line.
-        choices: the values that are allowed. None for all.
-        nargs: how many words it takes, as `argparse` counts them. None for one.
-        metavar: what stands for the words in the help.
-        convert: makes the argument of the function of what `argparse` read. It may raise a `ValueError`.
+        help: the help text.
+        default: the default, in words, for the help.
+        type: converts one command-line word to a value.
+        choices: the allowed values; None for any.
+        nargs: number of words, as in `argparse`; None for one.
+        metavar: placeholder of the words in the help.
+        convert: converts the value parsed by `argparse` to the argument of the function. May raise ValueError.
+        alias: an earlier name of the option, accepted on the command line but not listed in the help; None for none.
     """
 
     help: str
@@ -57,16 +58,17 @@ class Option(NamedTuple):
     nargs: int | str | None = None
     metavar: str | tuple[str, ...] | None = None
     convert: Callable[[Any], Any] = lambda value: value
+    alias: str | None = None
 
 
 class Need(NamedTuple):
-    """Something that a picture needs of a model.
+    """A requirement of a figure on the model.
 
     Attributes:
-        is_met: whether a model of a configuration has it.
-        refusal: the sentence that refuses a model, which stands for `{model}`.
-        remedy: a sentence on what to do about it, with options of the command.
-        hint: the sentence on the web page, in the place of the picture.
+        is_met: returns whether a model with the given configuration meets it.
+        refusal: error message for a model that does not meet it; contains the placeholder `{model}`.
+        remedy: a sentence that names the command-line option to change.
+        hint: the sentence that the web page shows instead of the figure.
     """
 
     is_met: Callable[[CLCAViTConfig], bool]
@@ -79,24 +81,24 @@ STAGES = Need(
     lambda config: config.reduction is not None,
     "{model} reduces no tokens: there are no stages to draw.",
     "Choose a method with --reduction.",
-    "No reduction: every patch stays a token, so there are no stages to draw.",
+    "No reduction: every patch keeps its token, so there are no stages to draw.",
 )
 CLS = Need(
     lambda config: config.use_class_token,
-    "this picture needs a CLS token, and {model} has none.",
-    "Choose another picture with --what.",
-    "No CLS token: there is no attention of it to draw.",
+    "this figure needs a CLS token, and {model} has none.",
+    "Choose another figure with --what.",
+    "No CLS token, so there is no CLS attention to draw.",
 )
 
 
 class Page(NamedTuple):
-    """How the web page shows a picture.
+    """How the web page shows a figure.
 
     Attributes:
-        about: what its colours mean, in one or two sentences.
-        options: a model's configuration -> options of the picture.
-        patch_heading: for a picture that follows one patch, its heading, with `{row}` and `{column}`. The picture is shown below
-            the chosen one, and is given `patch`. None for a picture that visitors choose with a button.
+        about: the meaning of its colors, in one or two sentences.
+        options: maps a model's configuration to options of the figure.
+        patch_heading: heading, with `{row}` and `{column}`, of a figure about one patch. Such a figure is shown below the selected
+            one and is called with `patch`. None for a figure that is selected with a button.
     """
 
     about: str
@@ -106,17 +108,17 @@ class Page(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of picture. It is called like the function that draws it: `kind(view, **options)` returns columns of a sheet.
+    """A kind of figure. Call it like its drawing function: `kind(view, **options)` returns the columns of a sheet.
 
     Attributes:
-        title: its name on the page and in the gallery.
-        help: what it shows, for the help of the command, after the kind's name and a colon.
-        caption: what it shows, in full sentences: the beginning of its section of the gallery.
-        function: draws it. Takes a `View`, and `options` by name.
-        options: name -> option. All have a default in `function`.
-        needs: what it needs of a model: `STAGES`, `CLS`.
-        page: how the web page shows it. None if it does not.
-        example: options without which it draws nothing.
+        title: name on the web page and in the gallery.
+        help: short description for the command's help, shown after the name and a colon.
+        caption: description in full sentences; the first sentences of its section in the gallery.
+        function: the drawing function. Takes a `View`, and `options` as keyword arguments.
+        options: option by name. `function` has a default for each.
+        needs: requirements on the model: `STAGES`, `CLS`.
+        page: how the web page shows it; None to leave it out.
+        example: options that the function needs in order to draw anything.
     """
 
     title: str
@@ -129,14 +131,14 @@ class Kind:
     example: Mapping[str, Any] = field(default_factory=dict)
 
     def unmet(self, config: CLCAViTConfig) -> Need | None:
-        """Return the first need that a model of this configuration does not meet, or None."""
+        """Return the first requirement that a model with this configuration does not meet, or None."""
         return next((need for need in self.needs if not need.is_met(config)), None)
 
     def __call__(self, view: View, **options: Any) -> list[Column]:
         """Draw the columns of a sheet.
 
         Raises:
-            ValueError: the model lacks what the picture needs, or an option is out of its range.
+            ValueError: if the model does not meet a requirement, or an option is out of range.
         """
         need = self.unmet(view.model.config)
         if need is not None:

@@ -1,6 +1,6 @@
-"""Sheets of small pictures with captions, and what is drawn over a picture: brightness, heat, groups, outlines.
+"""Sheets of small images with captions, and overlays for images: brightness, heat maps, groups of patches.
 
-A picture is a tensor (3, height, width) in [0, 1]; a map (rows, columns) holds a value for each of its patches, and covers it
+An image is a tensor (3, height, width) in [0, 1]. A map (rows, columns) holds one value per patch; the patches divide the image
 evenly.
 """
 
@@ -17,27 +17,27 @@ from ..utils.files import whole_file
 
 _MARGIN, _LABEL_HEIGHT, _SCALE_WIDTH = 4, 16, 96
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 40, 40), (255, 255, 255)
-_DARK = 0.15  # brightness of what is gone
-# From low to high, ever brighter, so that the order also shows in grey and to colour-blind readers.
+_DARK = 0.15  # brightness of dropped patches
+# From low to high. Brightness increases, so that the order is also visible in gray and to color-blind readers.
 _HEAT = torch.tensor([[13, 8, 60], [92, 18, 110], [165, 45, 95], [222, 92, 56], [249, 156, 30], [252, 240, 150]]) / 255
 
 
 class Cell(NamedTuple):
-    """A picture of a sheet.
+    """One image of a sheet.
 
     Attributes:
-        picture: (3, height, width) in [0, 1].
-        caption: below it.
-        groups: (rows, columns) of patches; white lines are drawn between different ones.
+        image: (3, height, width) in [0, 1].
+        caption: text below the image.
+        groups: (rows, columns), group index of each patch; white lines separate different groups.
     """
 
-    picture: torch.Tensor
+    image: torch.Tensor
     caption: str = ""
     groups: torch.Tensor | None = None
 
 
 class Column(NamedTuple):
-    """A name, one cell per image, and what the colours of `heat` mean in them, if there are any."""
+    """A column of a sheet: its name, one cell per image, and the meaning of the `heat` colors, empty if it has none."""
 
     name: str
     cells: list[Cell]
@@ -47,17 +47,17 @@ class Column(NamedTuple):
 def draw_sheet(
     names: Sequence[str], rows: Sequence[Sequence[Cell]], titles: Sequence[str] | None, side: int, scale: str = ""
 ) -> Image.Image:
-    """Pictures in rows and columns.
+    """Draw images in rows and columns.
 
     Args:
         names: one per column, written above it.
         rows: the cells.
         titles: one per row, written above it.
-        side: pixels of the longer side of each picture.
-        scale: what the colours of `heat` mean, written beside them at the bottom; empty for no scale.
+        side: pixels of the longer side of each image.
+        scale: meaning of the `heat` colors, written next to a color bar at the bottom; empty for no color bar.
     """
-    sizes = [cell_size(cell.picture, side) for cells in rows for cell in cells]
-    size = max(width for width, _ in sizes), max(height for _, height in sizes)  # of a place
+    sizes = [cell_size(cell.image, side) for cells in rows for cell in cells]
+    size = max(width for width, _ in sizes), max(height for _, height in sizes)  # of a cell
     title_height = 0 if titles is None else _LABEL_HEIGHT
     row_height = title_height + size[1] + _LABEL_HEIGHT + _MARGIN
     bottom = _LABEL_HEIGHT + len(rows) * row_height + _MARGIN
@@ -78,7 +78,7 @@ def draw_sheet(
         if titles is not None:
             write(lefts[0], top + 1, titles[index], total - 2 * _MARGIN)
         for left, cell in zip(lefts, cells, strict=True):
-            sheet.paste(draw_cell(cell, cell_size(cell.picture, side)), (left, top + title_height))
+            sheet.paste(draw_cell(cell, cell_size(cell.image, side)), (left, top + title_height))
             write(left, top + title_height + size[1] + 1, cell.caption, size[0])
     if scale:
         ramp = heat(torch.linspace(0, 1, _SCALE_WIDTH)).expand(_LABEL_HEIGHT - 4, -1, -1)
@@ -87,16 +87,16 @@ def draw_sheet(
     return sheet
 
 
-def cell_size(picture: torch.Tensor, side: int) -> tuple[int, int]:
-    """Width and height of a picture whose longer side has `side` pixels."""
-    height, width = picture.shape[1:]
+def cell_size(image: torch.Tensor, side: int) -> tuple[int, int]:
+    """Return width and height of an image that is scaled to `side` pixels on its longer side."""
+    height, width = image.shape[1:]
     scale = side / max(height, width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def draw_cell(cell: Cell, size: tuple[int, int]) -> Image.Image:
-    """A cell's picture with the lines between its groups, (width, height) pixels large."""
-    image = _to_image(cell.picture)
+    """Draw the image of a cell, (width, height) pixels large, with lines between its groups."""
+    image = _to_image(cell.image)
     smaller = size[0] < image.width
     image = image.resize(size, Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
     if cell.groups is None:
@@ -110,81 +110,80 @@ def draw_cell(cell: Cell, size: tuple[int, int]) -> Image.Image:
 
 
 def _cells(pixels: int, count: int) -> torch.Tensor:
-    """For each of `pixels` along a side, which of `count` equal parts its middle lies in."""
+    """Return, for each of `pixels` along a side, which of `count` equal parts contains its center."""
     return ((torch.arange(pixels) + 0.5) * count / pixels).long()
 
 
-def _to_image(picture: torch.Tensor) -> Image.Image:
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+def _to_image(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a picture in the format of its ending, whole or not at all; folders are made.
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Save an image in the format given by the file extension. The file is written atomically; missing folders are created.
 
     Raises:
-        ValueError: no ending of a picture.
-        OSError: the file cannot be written.
+        ValueError: if the extension is not that of an image format.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
-        raise ValueError(f"the file of a picture must end in .png, .jpg or another picture format, got {path}.")
-    with whole_file(path) as beside:
-        image.save(beside, format=kind, optimize=True)
+        raise ValueError(f"`path` must end in .png, .jpg or another image extension, got {path}.")
+    with whole_file(path) as temporary:
+        image.save(temporary, format=kind, optimize=True)
     return path
 
 
-# Over a picture
+# Overlays
 
 
-def over_pixels(values: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
-    """A map (rows, columns) of patches as one of the picture's pixels, (height, width)."""
-    (rows, columns), (height, width) = values.shape, picture.shape[1:]
+def over_pixels(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Expand a map (rows, columns) of patches to the pixels of an image, (height, width)."""
+    (rows, columns), (height, width) = values.shape, image.shape[1:]
     return values.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
 
 
-def brightened(picture: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """The picture, dark where a patch's share (rows, columns) in [0, 1] is zero."""
-    return picture * over_pixels(_DARK + (1 - _DARK) * shares, picture)
+def brightened(image: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Darken an image where the share (rows, columns) of a patch, in [0, 1], is low."""
+    return image * over_pixels(_DARK + (1 - _DARK) * shares, image)
 
 
 def heat(values: torch.Tensor) -> torch.Tensor:
-    """Colours (..., 3) of values (...) in [0, 1], from dark violet to bright yellow."""
+    """Return the colors (..., 3) of values (...) in [0, 1], from dark violet to bright yellow."""
     position = values.clamp(0, 1) * (len(_HEAT) - 1)
     low = position.floor().long().clamp(max=len(_HEAT) - 2)
     part = (position - low).unsqueeze(-1)
     return _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
 
 
-def heated(picture: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The picture in grey under the heat of a map (rows, columns) in [0, 1]; dark where it is NaN."""
-    grey = picture.mean(dim=0, keepdim=True).clamp(0, 1)
-    colours = heat(values.nan_to_num(0.0))
-    colours = torch.stack([over_pixels(colours[..., channel], picture) for channel in range(3)])
-    strength = 0.4 + 0.4 * over_pixels(values.nan_to_num(0.0), picture)
-    mixed = colours * strength + grey * (1 - strength)
-    missing = over_pixels(values.isnan().to(picture.dtype), picture)
-    return mixed * (1 - missing) + _DARK * grey * missing
+def heated(image: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Overlay a gray image with the heat map (rows, columns), in [0, 1]; NaN patches are dark."""
+    gray = image.mean(dim=0, keepdim=True).clamp(0, 1)
+    colors = heat(values.nan_to_num(0.0))
+    colors = torch.stack([over_pixels(colors[..., channel], image) for channel in range(3)])
+    strength = 0.4 + 0.4 * over_pixels(values.nan_to_num(0.0), image)
+    mixed = colors * strength + gray * (1 - strength)
+    missing = over_pixels(values.isnan().to(image.dtype), image)
+    return mixed * (1 - missing) + _DARK * gray * missing
 
 
-def mean_colours(picture: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """The picture with the mean colour of each group (rows, columns) of patches in all its places; a negative group, which
-    is none, is dark."""
-    ids = over_pixels(groups, picture).flatten()
-    flat, inside = picture.flatten(1), ids >= 0
+def mean_colors(image: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Fill each group (rows, columns) of patches with its mean color. Patches with a negative index belong to no group and are dark."""
+    ids = over_pixels(groups, image).flatten()
+    flat, inside = image.flatten(1), ids >= 0
     index = ids.clamp(min=0)
-    weight = inside.to(picture.dtype)
+    weight = inside.to(image.dtype)
     count = weight.new_zeros(int(index.max()) + 1).index_add(0, index, weight)
     total = weight.new_zeros(3, len(count)).index_add(1, index, flat * weight)
     means = (total / count.clamp(min=1))[:, index]
-    return torch.where(inside, means, _DARK * flat).unflatten(1, picture.shape[1:])
+    return torch.where(inside, means, _DARK * flat).unflatten(1, image.shape[1:])
 
 
-def distinct_colours(picture: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """The picture in grey, each group (rows, columns) of patches tinted with a colour far from those of its neighbours by
-    number; a negative group, which is none, is dark."""
-    grey = picture.mean(dim=0)
-    ids = over_pixels(groups, picture)
+def distinct_colors(image: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Tint each group (rows, columns) of patches of a gray image; consecutive group indices have very different colors. Patches with a
+    negative index belong to no group and are dark."""
+    gray = image.mean(dim=0)
+    ids = over_pixels(groups, image)
     hue = (ids * 0.618034) % 1.0  # the golden ratio spreads any number of hues
     tint = (((hue + torch.tensor([0.0, 2 / 3, 1 / 3]).view(3, 1, 1)) % 1.0 * 6 - 3).abs() - 1).clamp(0, 1)
-    return torch.where(ids >= 0, tint * (0.25 + 0.75 * grey), _DARK * picture)
+    return torch.where(ids >= 0, tint * (0.25 + 0.75 * gray), _DARK * image)
