@@ -17,7 +17,7 @@ EXAMPLES ?=
 UV := .compat/uv/bin/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo test faults hf-tests compat clients style quality docs notebooks clean
+.PHONY: help browser demo demo-web test faults hf-tests compat clients style quality docs notebooks clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
@@ -27,6 +27,11 @@ demo: $(BASE)  ## train a small CLCA ViT on drawn leaves, on a CPU, without a do
 	HF_HUB_OFFLINE=1 $(BIN)/python run_ufgir.py recipes/demo.yaml
 	@ls $(LEAVES) >/dev/null 2>&1 || $(BIN)/python -m dataset_scripts.synthetic_leaves --output outputs/demo_leaves --images_per_class 1 1 1 --image_size 109
 	HF_HUB_OFFLINE=1 $(BIN)/ufgir visualize outputs/demo $(LEAVES) --what rollout --output outputs/demo/rollout.png
+
+demo-web: $(READY)  ## build the web page of the demo model, which runs in a browser without a server: outputs/demo/web
+	@[ -f outputs/demo/model.safetensors ] || $(MAKE) --no-print-directory demo
+	HF_HUB_OFFLINE=1 $(BIN)/ufgir export outputs/demo --web outputs/demo/web --title "Cultivars of drawn leaves"
+	@echo "Look at it: $(BIN)/ufgir export outputs/demo --web outputs/demo/web --serve"
 
 test: quality $(TORCHAO) browser  ## check style and types, then run the tests: PYTEST_ARGS="-k evit" for some of them, "-m slow" for the slow ones
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
@@ -65,8 +70,10 @@ clean:  ## delete caches and builds; the environment and outputs stay
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests .compat
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The tests of the web page need a Chromium. Where Debian's can be had it is, elsewhere they are skipped and say so.
-browser:
+# The tests of the web pages need a Chromium, and ONNX Runtime Web. Where Debian's and npm's can be had they are, elsewhere the tests
+# are skipped and say so.
+browser: $(READY)
+	@$(BIN)/python -m ufgir.web.runtime || echo "There is no ONNX Runtime Web: the tests of the page without a server are skipped"
 	@which chromium chromium-browser google-chrome 2>/dev/null | grep -q . || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	    && echo "Installing Debian's Chromium (once)" && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 	    || echo "There is no Chromium: the tests of the web page are skipped"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from clca import CLCAViTForImageClassification
+from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 from clca.reductions_clca import get_reduction
 
@@ -153,6 +153,26 @@ class _Logits(nn.Module):
         return self.model(pixel_values).logits
 
 
+def check_exportable(config: CLCAViTConfig) -> None:
+    """Refuse a model that no graph can hold.
+
+    Raises:
+        ValueError: a method whose token counts depend on the image, or whose graph would be too large.
+    """
+    method = get_reduction(config.reduction)
+    if not method.is_static(config):
+        raise ValueError(
+            f"`reduction`={config.reduction!r} keeps another number of tokens of each image, which no exported graph can. "
+            'Set `reduction_kwargs` to {"pad_to_bound": true}: it then pads to the most there can be.'
+        )
+    most = method.most_exported_patches
+    if most is not None and config.num_patches > most:
+        raise ValueError(
+            f"`reduction`={config.reduction!r} is exported for images of at most {most} patches, and the model's have "
+            f"{config.num_patches}: the graph would hold too many operators. Use smaller images or another method."
+        )
+
+
 def export_model(
     model: CLCAViTForImageClassification,
     path: str | os.PathLike,
@@ -177,18 +197,7 @@ def export_model(
     if path.is_dir():
         raise ValueError(f"`path` must be a file, got the folder {path}.")
     config = model.config
-    method = get_reduction(config.reduction)
-    if not method.is_static(config):
-        raise ValueError(
-            f"`reduction`={config.reduction!r} keeps another number of tokens of each image, which no exported graph can. "
-            'Set `reduction_kwargs` to {"pad_to_bound": true}: it then pads to the most there can be.'
-        )
-    most = method.most_exported_patches
-    if most is not None and config.num_patches > most:
-        raise ValueError(
-            f"`reduction`={config.reduction!r} is exported for images of at most {most} patches, and the model's have "
-            f"{config.num_patches}: the graph would hold too many operators. Use smaller images or another method."
-        )
+    check_exportable(config)
     facts = {
         "reduction": config.reduction,
         "keep_rate": config.keep_rate,
@@ -279,19 +288,31 @@ def _write_torch(
     return torch.export.load(path).module(), dict(Counter(calls))
 
 
-def _write_onnx(
-    program: _Logits, path: Path, facts: dict[str, str]
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, int]]:
+def import_onnx() -> None:
+    """Import what ONNX files are written with, and let its exporter be silent.
+
+    Raises:
+        ValueError: a package is missing.
+    """
     try:
-        import onnx
-        import onnxruntime
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise ValueError(f"ONNX needs the package {error.name}: pip install 'clca-vit[export]'.") from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def _write_onnx(
+    program: _Logits, path: Path, facts: dict[str, str]
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, int]]:
+    import_onnx()
+    import onnx
+    import onnxruntime
+
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}}
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     size = sum(p.numel() * p.element_size() for p in program.parameters())
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad():
         exported = torch.onnx.export(
             program, (_example(program, 2),), dynamo=True, dynamic_shapes=shapes, verbose=False, **names

@@ -24,6 +24,7 @@ FLOORS = [
     "ufgir.training",
     "ufgir.runs",
     "ufgir.app",
+    "ufgir.web",
     "ufgir.cli",
     "dataset_scripts",
     "run_ufgir",

@@ -211,6 +211,7 @@ def test_wheel_works_from_another_folder(tmp_path):
         commands = archive.read(f"clca_vit-{__version__}.dist-info/entry_points.txt").decode()
     assert {f"clca/{file.name}" for file in (ROOT / "clca").glob("*.py")} <= names
     assert {"clca/py.typed", "ufgir/py.typed"} <= names  # type checkers read our annotations
+    assert {f"ufgir/web/page/{file.name}" for file in (ROOT / "ufgir/web/page").iterdir()} <= names
     assert "ufgir = ufgir.cli:main" in commands
     assert f"Version: {__version__}\n" in info and "Provides-Extra: peft" in info
 

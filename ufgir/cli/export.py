@@ -1,14 +1,19 @@
-"""`ufgir export`: a model as an ONNX file or a torch.export program."""
+"""`ufgir export`: a model as an ONNX file, a torch.export program, or a web page."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ..checkpoints.loading import load_config, load_image_processor, load_model
 from ..export import FORMATS, Exported, budget_files, export_budgets, export_model
 from ..transforms.preprocessing import sizes_of
 from ..utils.text import align
+from ..web.graphs import PRECISIONS
+from ..web.runtime import PACKAGE, VERSION
+from ..web.server import serve_folder
+from ..web.site import Site, build_site
 from .common import add_reduction_options, check_rates, config_values
-from .outputs import check_file
+from .outputs import check_file, check_folder
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,18 +35,56 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=1e-3,
         help="largest difference of logits between file and model at which the file is written [%(default)s]",
     )
+    add_web_options(parser)
     add_reduction_options(parser)
+
+
+def add_web_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the web page."""
+    group = parser.add_argument_group("web page")
+    group.add_argument(
+        "--web", metavar="FOLDER", help="write a static page that runs the model in a browser, in place of a file"
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the page's weights; int8 is the smallest [%(default)s]",
+    )
+    group.add_argument("--title", metavar="TEXT", help="of the page [the model's name]")
+    group.add_argument("--webgpu", action="store_true", help="run on a GPU where there is one: 12.5 MB more [off]")
+    group.add_argument(
+        "--runtime",
+        metavar="PATH",
+        help=f"folder or .tgz of {PACKAGE} {VERSION}, where there is no network [fetched by npm, once]",
+    )
+    group.add_argument(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=8000,
+        metavar="PORT",
+        help="then serve the page on 127.0.0.1 until Ctrl-C; 0: any free port [not served; 8000]",
+    )
 
 
 def run(args: argparse.Namespace) -> str:
     """Writes the files; a table of what was checked."""
+    if args.web is not None:
+        return make_page(args)
+    for option, value in (
+        ("--precision", args.precision != "float32"),
+        ("--title", args.title),
+        ("--webgpu", args.webgpu),
+    ):
+        if value:
+            raise ValueError(f"`{option}` has no effect without `--web`.")
+    for option, value in (("--runtime", args.runtime), ("--serve", args.serve)):
+        if value is not None:
+            raise ValueError(f"`{option}` has no effect without `--web`.")
     if Path(args.output).suffix not in FORMATS:
         raise ValueError(f"`--output` must end in {' or '.join(FORMATS)}, got {args.output}.")
-    if args.keep_rates and (args.keep_rate or args.keep_tokens):
-        raise ValueError(
-            "`--keep-rates` writes one file per rate, so `--keep-rate` and `--keep-tokens` have no place."
-        )
-    check_rates(args.keep_rates, "--keep-rates")
+    check_keep_rates(args)
     for file in budget_files(args.output, args.keep_rates).values() if args.keep_rates else [args.output]:
         check_file(file)
     config = load_config(args.model, config_values(args))
@@ -59,6 +102,64 @@ def run(args: argparse.Namespace) -> str:
     else:
         exported = [export_model(model, args.output, **options)]
     return "\n".join([table(exported), *notes(exported)])
+
+
+def check_keep_rates(args: argparse.Namespace) -> None:
+    """Refuse several keep rates beside one, or out of (0, 1]."""
+    if args.keep_rates and (args.keep_rate or args.keep_tokens):
+        raise ValueError(
+            "`--keep-rates` writes one file per rate, so `--keep-rate` and `--keep-tokens` have no place."
+        )
+    check_rates(args.keep_rates, "--keep-rates")
+
+
+def make_page(args: argparse.Namespace) -> str:
+    """Writes the web page, and serves it if asked to; a table of its files."""
+    check_keep_rates(args)
+    check_folder(args.web, "--web")
+    if args.serve is not None and not 0 <= args.serve <= 65535:
+        raise ValueError(f"`--serve` must be in 0 .. 65535, got {args.serve}.")
+    config = load_config(args.model, config_values(args))
+    model = load_model(args.model, config).model
+    site = build_site(
+        model,
+        load_image_processor(args.model, config),
+        args.web,
+        args.keep_rates,
+        args.precision,
+        args.webgpu,
+        args.runtime,
+        args.title or Path(args.model).name,
+        args.tolerance,
+    )
+    said = page_table(site)
+    if args.serve is not None:
+        sys.stdout.write(f"{said}\n")
+
+        def ready(address: str) -> None:
+            sys.stdout.write(f"The page is at {address} until Ctrl-C.\n")
+            sys.stdout.flush()
+
+        serve_folder(site.folder, args.serve, ready)
+        return "The page is closed."
+    return said
+
+
+def page_table(site: Site) -> str:
+    """Parts and sizes of the page, and how far its graphs are from the model."""
+    parts: dict[str, list[tuple[int, int]]] = {}
+    for name, sizes in site.sizes.items():
+        part = name.partition("/")[0] if "/" in name else "page"
+        parts.setdefault(part, []).append(sizes)
+    parts["together"] = list(site.sizes.values())
+    rows = [["part", "MB", "MB as gzip"]]
+    for part, sizes in parts.items():
+        rows.append([part, *(f"{sum(size[kind] for size in sizes) / 1e6:.2f}" for kind in (0, 1))])
+    lines = [align(rows), ""]
+    for _, graph in site.graphs:
+        rate = "its own keep rate" if graph.keep_rate is None else f"keep rate {graph.keep_rate:g}"
+        lines.append(f"{rate}: {graph.macs / 1e9:.3g} GMACs; logits differ from the model's by {graph.difference:.1e}")
+    return "\n".join([*lines, f"The page is in {site.folder}: serve it, or push the folder as a static Space."])
 
 
 def table(exported: list[Exported]) -> str:

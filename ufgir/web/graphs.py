@@ -1,0 +1,246 @@
+"""ONNX graphs for the web page: logits, and which patches are left after each stage, for one image.
+
+Shapes: S reduction stages, P patches, K classes.
+"""
+
+import copy
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from clca import CLCAViTForImageClassification
+from clca.configuration_clca import as_pair
+
+from ..export import check_exportable, import_onnx
+from ..interpret.patterns import stage_layers
+from ..interpret.tracing import trace_patches
+from ..profiling.macs import count_macs
+
+
+if TYPE_CHECKING:
+    import onnx
+
+PRECISIONS = ("float32", "float16", "int8")
+MOST_BYTES = 1_500_000_000  # of weights: a page of WebAssembly has 4 GB of memory, and loads them twice
+_SHARED = 1024  # bytes from which on a tensor lies in the file of weights
+_ALIGNMENT = 64  # bytes
+_LARGEST_HALF = 65504  # of float16
+
+
+class Graph(NamedTuple):
+    """A model as a graph, at one setting.
+
+    Attributes:
+        model: inputs `pixel_values` (1, 3, height, width), normalised; outputs `logits` (1, K) and, of a model with a
+            reduction, `shares` (1, S, P): how much of the token that holds most of a patch is that patch, 1 where it still has a
+            token of its own, 0 where it was dropped.
+        keep_rate: of each stage, or None: the model's own.
+        tokens: that enter each layer, and last the final norm.
+        macs: multiply-adds of one image.
+        stages: layers after which the stages stand.
+        difference: the largest absolute difference of its logits from the model's, on random images.
+    """
+
+    model: "onnx.ModelProto"
+    keep_rate: float | None
+    tokens: list[int]
+    macs: int
+    stages: list[int]
+    difference: float
+
+
+class _Shown(nn.Module):
+    """Pixels in; logits and, with a reduction, shares of patches out."""
+
+    def __init__(self, model: CLCAViTForImageClassification) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.model.config.reduction is None:
+            return (self.model(pixel_values).logits,)
+        output = self.model(pixel_values, output_assignments=True)
+        stages = trace_patches(output.assignments, self.model.config, recall=False).stages
+        return output.logits, torch.stack([stage.amax(dim=1) for stage in stages], dim=1)
+
+
+@torch.no_grad()
+def make_graph(
+    model: CLCAViTForImageClassification,
+    keep_rate: float | None = None,
+    precision: str = "float32",
+    tolerance: float = 1e-3,
+) -> Graph:
+    """Export a model for the web page and compare the graph with it.
+
+    Args:
+        model: of any method with static shapes; it stays as it is.
+        keep_rate: of every stage, in (0, 1]; None for the model's own.
+        precision: of the weights. float16: stored so, computed in float32. int8: stored and multiplied so, by the largest value
+            of each column and of each image's activations; reductions, the patch embedding and the head stay in float32.
+        tolerance: the largest difference of logits on random images in float32, and 10 times as much in float16.
+
+    Raises:
+        ValueError: another precision, a model that cannot be exported or is too large, a package that is missing, or a graph
+            whose logits or kept patches differ.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    check_exportable(model.config)
+    size = sum(p.numel() * 4 for p in model.parameters())
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"the model has {size / 1e9:.1f} GB of float32 weights, and a web page takes {MOST_BYTES / 1e9:.1f} GB."
+        )
+    import_onnx()
+    import onnxruntime
+
+    model = copy.deepcopy(model).float().cpu()
+    if keep_rate is not None:
+        model.set_keep_rate(keep_rate)
+    model.set_attn_implementation("sdpa")
+    program = _Shown(model.eval()).eval()
+    examples = [_example(model.config, seed) for seed in range(3)]
+    outputs = ["logits", "shares"][: len(program(examples[0]))]
+    exported = torch.onnx.export(
+        program, (examples[0],), dynamo=True, verbose=False, input_names=["pixel_values"], output_names=outputs
+    )
+    graph = _without_traces(exported.model_proto)
+    if precision == "float16":
+        _store_as_half(graph)
+    elif precision == "int8":
+        graph = _quantize(graph)
+    _check_self_contained(graph)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for pixels in examples:
+        expected = program(pixels)
+        found = [torch.from_numpy(value) for value in session.run(outputs, {"pixel_values": pixels.numpy()})]
+        difference = max(difference, float((found[0] - expected[0]).abs().max()))
+        if precision == "float32" and len(found) == 2 and not torch.allclose(found[1], expected[1], atol=1e-4):
+            raise ValueError("the graph keeps other patches of a random image than the model: it was not written.")
+    limit = {"float32": tolerance, "float16": 10 * tolerance}.get(precision, float("inf"))
+    if not difference <= limit:
+        raise ValueError(
+            f"the graph differs from the model by {difference:.1e} in its logits, more than {limit:g}: it was not written."
+        )
+    counts = model(examples[0]).token_counts
+    stages = stage_layers(model.config) if model.config.reduction else []
+    return Graph(graph, keep_rate, list(counts), count_macs(model), stages, difference)
+
+
+def _example(config: Any, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, config.num_channels, *as_pair(config.image_size), generator=generator)
+
+
+def _without_traces(graph: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The graph without what the exporter notes of the Python code, its paths included. Names of modules stay in the names of
+    nodes that are not quantized."""
+    for node in graph.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
+        if ".reduction" in scopes or "'model.classifier" in scopes:
+            node.name = f"{_EXACT}{node.name}"
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        if hasattr(value, "metadata_props"):
+            del value.metadata_props[:]
+    del graph.graph.value_info[:]  # quantization would check the shapes again, and stumble
+    del graph.metadata_props[:], graph.graph.metadata_props[:]
+    return graph
+
+
+_EXACT = "exact_"  # begins the names of nodes that stay in float32: small ones, and a token that a rounded score drops is gone
+
+
+def _store_as_half(graph: "onnx.ModelProto") -> None:
+    """Store the weights in float16, to be cast once, when the graph is loaded: the arithmetic stays in float32."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    casts = []
+    for tensor in graph.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if values.nbytes < _SHARED:
+            continue
+        if abs(values).max() > _LARGEST_HALF:
+            raise ValueError(
+                f"`precision` float16: {tensor.name} has values above {_LARGEST_HALF}. Use float32 or int8."
+            )
+        name = tensor.name
+        tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_float16"))
+        casts.append(helper.make_node("Cast", [tensor.name], [name], f"cast_{name}", to=onnx.TensorProto.FLOAT))
+    nodes = list(graph.graph.node)
+    del graph.graph.node[:]
+    graph.graph.node.extend([*casts, *nodes])
+
+
+def _quantize(graph: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The graph with int8 weights in its matrix products, by ONNX Runtime's dynamic quantization."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    exact = [node.name for node in graph.graph.node if node.name.startswith(_EXACT)]
+    with tempfile.TemporaryDirectory(prefix="ufgir-") as folder:
+        path = Path(folder, "int8.onnx")
+        quantize_dynamic(
+            graph,
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=exact,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return onnx.load(path)
+
+
+def _check_self_contained(graph: "onnx.ModelProto") -> None:
+    """Name the operators that ONNX Runtime Web would lack."""
+    domains = {node.domain for node in graph.graph.node} - {"", "ai.onnx", "com.microsoft"}
+    if graph.functions or domains:
+        raise ValueError(
+            f"the graph has functions or operators of other makers, which a web page lacks: {sorted(domains)}."
+        )
+
+
+def share_weights(graphs: Sequence["onnx.ModelProto"], name: str) -> tuple[bytes, str]:
+    """Move the weights of graphs into one file that all of them use, each tensor once.
+
+    Args:
+        graphs: are changed in place. Tensors of less than a kilobyte stay in them.
+        name: of the file; `{hash}` in it becomes a checksum of its content.
+
+    Returns:
+        The content of the file, and its name.
+    """
+    from onnx import numpy_helper
+    from onnx.external_data_helper import set_external_data
+
+    content, places, found = bytearray(), {}, []
+    for graph in graphs:
+        for tensor in graph.graph.initializer:
+            data = numpy_helper.to_array(tensor).tobytes()
+            if len(data) < _SHARED:
+                continue
+            key = hashlib.sha256(data).digest()
+            if key not in places:
+                content += bytes(-len(content) % _ALIGNMENT)
+                places[key] = len(content)
+                content += data
+            found.append((tensor, places[key], len(data)))
+    name = name.format(hash=hashlib.sha256(content).hexdigest()[:12])
+    for tensor, offset, length in found:
+        if not tensor.HasField("raw_data"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+        set_external_data(tensor, name, offset, length)
+        tensor.ClearField("raw_data")
+    return bytes(content), name
