@@ -13,7 +13,7 @@ def check(folder: Path) -> str:
     classifier = model()
     layer = classifier.vit.layers[-2].tokens
     with PatchGrid(classifier) as grid, GradCAM(LogitsOnly(classifier), [layer], reshape_transform=grid) as cam:
-        heat = torch.as_tensor(cam(pixels(2)))
+        heat = torch.as_tensor(cam(pixels(2), None))
     assert heat.shape == (2, 32, 32) and heat.max() > 0 and torch.isfinite(heat).all()
     return "GradCAM with `ufgir.interpret.PatchGrid` after tokens were dropped"
 
