@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -111,7 +111,8 @@ def test_every_command_and_option_is_there(site):
         parser = ArgumentParser()
         importlib.import_module(f"ufgir.cli.{name.replace('-', '_')}").configure(parser)
         for action in parser._actions:
-            assert (action.option_strings or [str(action.metavar or action.dest)])[0] in words
+            if action.help is not SUPPRESS:  # an alias of an earlier release
+                assert (action.option_strings or [str(action.metavar or action.dest)])[0] in words
 
 
 def test_every_option_of_the_script_is_there(site):
