@@ -130,7 +130,7 @@ def test_pipelines(name: str, pictures: list[Image.Image]) -> None:
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize(
-    "name", slow_unless({"evit", "kmedoids", "tome", "vqt"}.__contains__, [name for name in MODELS if name != "ats"])
+    "name", slow_unless({"evit", "tome"}.__contains__, [name for name in MODELS if name != "ats"])
 )
 def test_traced(name: str, grad: bool) -> None:
     """`torch.jit.trace` of the bare model, with its own check of what it made, and on other images."""
@@ -161,7 +161,7 @@ def test_in_place_functions_come_back_after_a_trace() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", slow_unless(lambda name: name in ("evit", "tome"), METHODS), ids=str)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "tome", METHODS), ids=str)
 def test_exported_to_onnx(name: str | None, tmp_path: Path) -> None:
     """`torch.onnx.export` of the bare model; the graph has one output, the logits."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -384,6 +384,7 @@ def test_mistakes_end_the_command_with_one_sentence(recipe, tmp_path, capsys, op
     assert caught.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_a_real_run_to_its_record_and_tensorboard(recipe, tmp_path, capsys):
     """Two runs, of which one cannot work: its images are fewer than a batch."""
     recipe.write_text(yaml.safe_dump(RECIPE | {"report_to": "tensorboard", "logging_steps": 1, "num_pictures": 0}))
