@@ -1,4 +1,4 @@
-"""Command-line scripts that make data sets, over `ufgir.data`."""
+"""Command-line scripts that create data sets with `ufgir.data`."""
 
 from ufgir import _moved
 

@@ -1,4 +1,4 @@
-"""Turn a raw download of Ultra-FGVC into checked parquet files: what `ufgir prepare` does, as a script.
+"""Convert a raw download of Ultra-FGVC to checked parquet files; the same as `ufgir prepare`.
 
 python -m dataset_scripts.ultra_fgvc cotton --source downloads/cotton --output data/cotton
 """
@@ -6,7 +6,7 @@ python -m dataset_scripts.ultra_fgvc cotton --source downloads/cotton --output d
 import sys
 
 from ufgir.cli import main
-from ufgir.data.catalog import *  # noqa: F403  their names of release 0.1.0 were here
+from ufgir.data.catalog import *  # noqa: F403  re-exported for release 0.1.0
 from ufgir.data.prepare.ultra_fgvc import *  # noqa: F403
 
 

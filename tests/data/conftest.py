@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests/data."""
+"""Fixtures shared by the tests of tests/data."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from ufgir.data import synthetic_leaves as leaves
 
 @pytest.fixture
 def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing that another run has left is taken for what is to be made."""
+    """Isolate each test from the files of other runs."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
 
 
 @pytest.fixture
 def raw(tmp_path):
-    """A function: set -> its miniature, the folder that was downloaded, and the root of the layout in it."""
+    """Return a function: set name -> its miniature, the download folder, and the root of the layout in it."""
 
     def draw(name):
         spec = miniature(name)

@@ -1,4 +1,4 @@
-"""Data that were loaded, compared."""
+"""Checks of loaded data."""
 
 import datasets
 

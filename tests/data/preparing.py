@@ -1,4 +1,4 @@
-"""Miniatures of the raw sets, prepared, and what is read back of them."""
+"""Helpers to read prepared miniatures of the raw sets."""
 
 import hashlib
 
@@ -20,7 +20,7 @@ LISTS = ("soygene", "soyageing", "soyageing_r4")
 
 
 def files(folder):
-    """Every file below `folder` with its bytes."""
+    """Return every file below `folder` with its bytes."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
@@ -36,7 +36,7 @@ def rows_of(folder):
 
 
 def listed(spec, root):
-    """What `rows_of` must give for a sound source, read off the raw folder in another way than the code does."""
+    """Return the expected `rows_of` for a valid source, read from the raw folder independently of the code."""
     expected = {"train": [], "test": []}
     if isinstance(spec.layout, FileNames):
         names = sorted(file.name for file in root.iterdir())

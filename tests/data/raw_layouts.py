@@ -16,14 +16,14 @@ LEAVES = SyntheticLeavesConfig(num_classes=CLASSES, image_size=16)
 
 @cache
 def leaf(split: str, label: int, index: int) -> bytes:
-    """PNG file of one leaf."""
+    """Return the PNG bytes of one leaf."""
     stream = io.BytesIO()
     LEAVES.draw(split, label, index).save(stream, format="PNG")
     return stream.getvalue()
 
 
 def miniature(name: str) -> UltraFGVCSet:
-    """The set of this name as published, but with three classes of a few images."""
+    """Return the published set of this name, reduced to three classes with a few images."""
     spec = SETS[name]
     if isinstance(spec.layout, FileNames):
         return replace(spec, classes=CLASSES, train=9, test=9)
@@ -37,7 +37,7 @@ def miniature(name: str) -> UltraFGVCSet:
 
 
 def draw_raw(source: Path, spec: UltraFGVCSet) -> Path:
-    """Writes the raw layout of `spec` into the folder `source`; returns the root of the layout."""
+    """Write the raw layout of `spec` to the folder `source` and return the root of the layout."""
     if isinstance(spec.layout, FileNames):
         root = source / spec.layout.folder
         root.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The table of the wider data sets: complete, the same in code and documents, and what its names load."""
+"""The catalog is complete, equals the table in the guide, and its names load the right data."""
 
 import json
 import logging
@@ -74,17 +74,17 @@ def test_every_row_of_the_markdown_has_every_column():
 
 
 def miniature(row, splits=("train", "test"), images=2):
-    """What the Hub might hold under `row.hub_id`: as many classes, few images, and a column that is in the way."""
+    """A small data set as the Hub may have it under `row.hub_id`, with an additional column."""
     names = [f"class {index}" for index in range(row.num_classes)]
     feature = datasets.ClassLabel(names=names)
     columns = (row.image_column or "image", row.label_column or "label")
     features = {columns[0]: datasets.Image(), columns[1]: feature, "coarse": datasets.ClassLabel(names=["x"])}
     if row.image_column is None:
         features.pop("coarse")  # then there is one ClassLabel only
-    picture = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
     count = row.num_classes * images
     values = {
-        columns[0]: [picture] * count,
+        columns[0]: [image] * count,
         columns[1]: list(range(row.num_classes)) * images,
         "coarse": [0] * count,
     }
@@ -111,16 +111,18 @@ def test_short_names_load_the_id_with_its_columns_and_splits(monkeypatch, caplog
     assert loaded["test"].features["label"].num_classes == row.num_classes
     expected = (row.num_classes, row.train, row.test)
     found = (row.num_classes, 2 * row.num_classes, 2 * row.num_classes)
-    assert f"(classes, train + validation, test) = {found}, but the original's lists have {expected}" in caplog.text
+    assert (
+        f"(classes, train + validation, test) = {found}, but the lists of the original have {expected}" in caplog.text
+    )
 
 
-def test_columns_that_are_given_win(monkeypatch):
+def test_given_columns_override_the_catalog(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: miniature(FINE_GRAINED["cifar100"]))
     loaded = load_ufgir_dataset("cifar100", label_column="coarse", validation_fraction=0)
     assert loaded["train"].features["label"].names == ["x"]
 
 
-def test_no_warning_where_the_numbers_are_right(monkeypatch, caplog):
+def test_no_warning_if_the_numbers_match(monkeypatch, caplog):
     row = FINE_GRAINED["pets"]
     whole = miniature(row, images=100)
     sizes = {"train": row.train, "test": row.test}
@@ -131,7 +133,7 @@ def test_no_warning_where_the_numbers_are_right(monkeypatch, caplog):
     assert not caplog.text
 
 
-def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
+def test_a_folder_of_that_name_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         (tmp_path / "cub" / name).mkdir(parents=True)
@@ -140,7 +142,7 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(set(FINE_GRAINED) - set(LOADABLE)))
-def test_names_that_cannot_be_loaded_say_where_to_get_the_data(name, monkeypatch):
+def test_errors_for_unavailable_names_give_the_source(name, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("something was loaded"))
     row = FINE_GRAINED[name]
     with pytest.raises(DatasetError) as error:
@@ -151,10 +153,8 @@ def test_names_that_cannot_be_loaded_say_where_to_get_the_data(name, monkeypatch
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
-def test_names_of_ultra_fgvc_say_how_to_prepare_them(name):
-    with pytest.raises(
-        DatasetError, match=f"run `ufgir prepare {name} --source RAW --output OUT`, and give the folder"
-    ):
+def test_errors_for_ultra_fgvc_names_give_the_command(name):
+    with pytest.raises(DatasetError, match=f"run `ufgir prepare {name} --source RAW --output OUT`"):
         load_ufgir_dataset(name)
 
 

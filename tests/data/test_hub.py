@@ -1,4 +1,4 @@
-"""Ids on the Hub: what is loaded, and how soon a wrong name is told. Nothing here uses the network."""
+"""Load ids on the Hub, and fail quickly for wrong names. Nothing here uses the network."""
 
 import datasets
 import pytest
@@ -41,7 +41,7 @@ def test_neither_folder_nor_hub(tmp_path):
 @pytest.mark.parametrize(
     "source", ["data/leafs", "./leaves", "data/leaves/train", "~nosuchuser/x", "leaves/", "a\\\\b"]
 )
-def test_what_is_meant_as_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, source):
+def test_paths_are_never_looked_up_on_the_hub(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: pytest.fail("the network was used"))
@@ -66,14 +66,14 @@ def raise_error(kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (RepositoryNotFoundError, r"the Hub has none of this name, or none that you may read\. Did you mean leaves"),
+        (RepositoryNotFoundError, r"the Hub has no data set of this name.*\. Did you mean leaves"),
         (RevisionNotFoundError, "`revision`: the data set leafs on the Hub has no revision 'v9'"),
-        (GatedRepoError, "the data set leafs on the Hub is gated: accept its terms"),
-        (httpx.ConnectError, "the Hub does not answer .ConnectError: no answer. and it is not in the cache"),
+        (GatedRepoError, "the data set leafs on the Hub is gated. Accept its terms"),
+        (httpx.ConnectError, "the Hub does not respond .ConnectError: no answer. and it is not in the cache"),
     ],
 )
-def test_one_question_to_the_hub_is_enough(tmp_path, monkeypatch, kind, message):
-    """`datasets` itself asks six times in 23 s."""
+def test_a_single_request_to_the_hub(tmp_path, monkeypatch, kind, message):
+    """`datasets` itself retries six times within 23 s."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "leaves").mkdir()
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
@@ -83,19 +83,19 @@ def test_one_question_to_the_hub_is_enough(tmp_path, monkeypatch, kind, message)
     assert datasets.config.HF_HUB_OFFLINE is False
 
 
-def test_what_is_cached_is_used_where_the_hub_does_not_answer(tmp_path, monkeypatch, drawn):
+def test_the_cache_is_used_if_the_hub_does_not_respond(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", raise_error(httpx.ConnectError))
 
     def load_dataset(*arguments, **options):
-        assert datasets.config.HF_HUB_OFFLINE  # so that nothing is asked again
+        assert datasets.config.HF_HUB_OFFLINE  # no further request
         return drawn
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert list(load_ufgir_dataset("someone/leaves")) == ["train", "validation", "test"]
 
 
-def test_what_fails_on_the_hub_is_said(monkeypatch, drawn):
+def test_errors_of_the_hub_are_reported(monkeypatch, drawn):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *a, **k: None)
 

@@ -1,4 +1,4 @@
-"""The table of layouts of data: which one takes a source, and that one more is one record."""
+"""The layouts recognize their sources, and a new layout needs only one record."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from ufgir.data.sources import Opened, Source
 from ufgir.utils.options import called
 
 
-def picture(path: Path) -> Path:
+def save_png(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16)).save(path)
     return path
 
 
 def images(folder: Path) -> datasets.Dataset:
-    rows = {"image": [str(picture(folder / f"{name}.png")) for name in "ab"], "label": ["a", "b"]}
+    rows = {"image": [str(save_png(folder / f"{name}.png")) for name in "ab"], "label": ["a", "b"]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features)
 
@@ -34,17 +34,17 @@ def parquet(folder: Path) -> None:
 
 
 def listing(folder: Path) -> None:
-    picture(folder / "set" / "a.png")
+    save_png(folder / "set" / "a.png")
     (folder / "set" / "train.csv").write_text("class_id,dir\n0,a.png\n")
 
 
 def listing_in_parquet(folder: Path) -> None:
-    picture(folder / "set" / "a.png")
+    save_png(folder / "set" / "a.png")
     datasets.Dataset.from_dict({"file_name": ["a.png"], "label": ["a"]}).to_parquet(folder / "set" / "train.parquet")
 
 
 def classes(folder: Path) -> None:
-    picture(folder / "set" / "a" / "1.png")
+    save_png(folder / "set" / "a" / "1.png")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def classes(folder: Path) -> None:
     [
         (saved, "save_to_disk"),
         (parquet, "parquet files that hold images"),
-        (listing, "files list"),
-        (listing_in_parquet, "files list"),
+        (listing, "list images"),
+        (listing_in_parquet, "list images"),
         (classes, "class folders"),
     ],
 )
@@ -65,11 +65,11 @@ def test_each_layout_is_recognized(tmp_path, make, words):
 
 
 @pytest.mark.parametrize(("name", "place"), [("synthetic_leaves", 0), ("cub", -2), ("soylocal", -2), ("a/b", -1)])
-def test_names_that_are_no_folders(name, place):
+def test_names_that_are_not_folders(name, place):
     assert load._layout_of(Source(name, Path(name))) is LAYOUTS[place]
 
 
-def test_one_more_layout_is_one_record(tmp_path, monkeypatch):
+def test_a_new_layout_is_one_record(tmp_path, monkeypatch):
     mine = Layout(
         "one image",
         lambda source: source.name.endswith(".one"),
@@ -79,8 +79,8 @@ def test_one_more_layout_is_one_record(tmp_path, monkeypatch):
     assert load_ufgir_dataset("leaf.one", validation_fraction=0)["train"].features["label"].names == ["a"]
 
 
-def test_errors_call_arguments_as_the_caller_does(tmp_path):
-    file = picture(tmp_path / "leaf.png")
+def test_errors_use_the_argument_names_of_the_caller(tmp_path):
+    file = save_png(tmp_path / "leaf.png")
     with pytest.raises(DatasetError, match="`name_or_path`"):
         load_ufgir_dataset(file)
     with called({"name_or_path": "dataset"}), pytest.raises(DatasetError, match="`dataset`"):

@@ -1,4 +1,4 @@
-"""Files that list images: CSV, JSONL and parquet say the same; what is wrong in one is named by file and row."""
+"""CSV, JSONL and parquet listings load the same data; errors name the file and row."""
 
 import json
 
@@ -17,12 +17,12 @@ RAW = datasets.Image(decode=False)
 
 def rows_of(split, label, path="dir", kind="class_id"):
     """{path, kind} of each image; `label` turns the letter a or b into a label."""
-    return [{path: f"pictures/{name}", kind: label(name[0])} for name in SPLITS[split]]
+    return [{path: f"images/{name}", kind: label(name[0])} for name in SPLITS[split]]
 
 
 def write(folder, suffix, label=lambda letter: "ab".index(letter), path="dir", kind="class_id"):
     for number, name in enumerate(name for names in SPLITS.values() for name in names):
-        save_image(folder / "pictures" / name, number)
+        save_image(folder / "images" / name, number)
     for split in SPLITS:
         rows = rows_of(split, label, path, kind)
         file = folder / f"{split}{suffix}"
@@ -51,7 +51,7 @@ def expected(names):
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("labels", ["integers", "named integers", "text"])
-def test_all_formats_say_the_same(tmp_path, suffix, labels):
+def test_all_formats_load_the_same(tmp_path, suffix, labels):
     if labels == "text":
         write(tmp_path, suffix, lambda letter: {"a": "Merlot", "b": "Syrah"}[letter], kind="label")
         names = ["Merlot", "Syrah"]
@@ -70,8 +70,8 @@ def test_all_formats_say_the_same(tmp_path, suffix, labels):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_columns_by_name(tmp_path, suffix):
     write(tmp_path, suffix, path="scan", kind="variety")
-    if suffix == ".parquet":  # without a name of the column they are taken for images
-        with pytest.raises(DatasetError, match="No image column found: name it in `image_column`"):
+    if suffix == ".parquet":  # without a column name, the files are expected to contain images
+        with pytest.raises(DatasetError, match=r"No image column found.*`image_column`"):
             load_ufgir_dataset(tmp_path, label_column="variety", cache_dir=tmp_path / "cache")
     else:
         with pytest.raises(DatasetError, match=r"lacks the column dir .*`image_column`\. Available: scan, variety"):
@@ -86,9 +86,9 @@ def test_columns_by_name(tmp_path, suffix):
 
 def test_named_jsonl_files_relative_to_a_folder(tmp_path):
     write(tmp_path, ".jsonl")
-    text = (tmp_path / "train.jsonl").read_text().replace("pictures/", "")
-    (tmp_path / "mine.jsonl").write_text(text + "\n")  # an empty line is nothing
-    loaded = load_ufgir_dataset(tmp_path, csv_train="mine.jsonl", csv_data_folder="pictures", validation_fraction=0)
+    text = (tmp_path / "train.jsonl").read_text().replace("images/", "")
+    (tmp_path / "mine.jsonl").write_text(text + "\n")  # empty lines are ignored
+    loaded = load_ufgir_dataset(tmp_path, csv_train="mine.jsonl", csv_data_folder="images", validation_fraction=0)
     assert content(loaded) == {"train": expected(["0", "1"])["train"]}
 
 
@@ -113,7 +113,7 @@ def test_parquet_shards_that_list_files(tmp_path):
     [
         ("{'dir': 1}", r"train\.jsonl: line 5 is not JSON"),
         ('["a.png", 0]', r"train\.jsonl: line 5 must be a JSON object, got"),
-        ('{"dir": "pictures/a0.png"}', r"train\.jsonl: line 5 lacks class_id"),
+        ('{"dir": "images/a0.png"}', r"train\.jsonl: line 5 lacks class_id"),
         ('{"dir": null, "class_id": 0}', r"`dir` in row 5 must name a file, got None"),
         ('{"dir": "x.png", "class_id": 0.5}', r"`class_id` in row 5 must be an integer, a text, or a list of these"),
         ('{"dir": "x.png", "class_id": null}', r"`class_id` in row 5 must be an integer, a text, or a list of these"),
@@ -125,7 +125,7 @@ def test_parquet_shards_that_list_files(tmp_path):
         ('{"dir": "x.png", "class_id": [0]}', r"`class_id` in row 5 is \[0\]: integers, texts and lists must not be"),
         ('{"dir": "x.png", "class_id": []}', r"`class_id` in row 5 is \[\]: integers, texts and lists must not be"),
         ('{"dir": "x.png", "class_id": 0}', r"1 listed images are not in .*: x\.png"),
-        ('{"dir": "pictures/a2.png", "class_id": 0}', r"listed in more than one split: pictures/a2\.png"),
+        ('{"dir": "images/a2.png", "class_id": 0}', r"listed in more than one split: images/a2\.png"),
     ],
 )
 def test_bad_jsonl_lines(tmp_path, line, message):
@@ -144,7 +144,7 @@ def test_text_that_is_not_utf_8(tmp_path, suffix):
         load_ufgir_dataset(tmp_path)
 
 
-def test_files_that_are_no_listings(tmp_path):
+def test_files_that_are_not_listings(tmp_path):
     write(tmp_path, ".csv")
     with pytest.raises(DatasetError, match=r"`csv_train`: .*gone\.jsonl does not exist.*test\.csv, train\.csv"):
         load_ufgir_dataset(tmp_path, csv_train="gone.jsonl")
@@ -156,13 +156,13 @@ def test_files_that_are_no_listings(tmp_path):
     (tmp_path / "train.parquet").write_text("no parquet")
     with pytest.raises(DatasetError, match=r"train\.parquet is not a parquet file"):
         load_ufgir_dataset(tmp_path, csv_train="train.parquet")
-    with pytest.raises(DatasetError, match=r"got the file .*train\.csv: give the folder .*`csv_train`"):
+    with pytest.raises(DatasetError, match=r"got the file .*train\.csv\..*`csv_train`"):
         load_ufgir_dataset(tmp_path / "train.csv")
 
 
 def test_names_of_integers_only(tmp_path):
     write(tmp_path, ".csv", str.upper, kind="label")
-    with pytest.raises(DatasetError, match="`csv_class_names` names classes given as integers, but here"):
+    with pytest.raises(DatasetError, match="`csv_class_names` requires integer classes"):
         load_ufgir_dataset(tmp_path, csv_class_names="names.csv")
 
 
@@ -170,7 +170,7 @@ def test_names_of_integers_only(tmp_path):
     ("argument", "value"), [("csv_test", "x.csv"), ("csv_data_folder", "x"), ("csv_class_names", "x.csv")]
 )
 def test_arguments_of_listings_without_listings(tmp_path, caplog, argument, value):
-    """They have no effect, and one warning names each."""
+    """They have no effect; a warning names each."""
     sources = [("synthetic_leaves", {"num_classes": 1, "images_per_class": 1, "image_size": 16})]
     if argument != "csv_test":
         sources.append((make_folder(tmp_path), {}))
@@ -178,7 +178,7 @@ def test_arguments_of_listings_without_listings(tmp_path, caplog, argument, valu
         caplog.clear()
         load_ufgir_dataset(source, **arguments, **{argument: value})
         (warning,) = [r.getMessage() for r in caplog.records if f"`{argument}`" in r.getMessage()]
-        assert "files list" in warning
+        assert "list images" in warning
 
 
 @pytest.mark.parametrize("argument", ["config_name", "revision"])

@@ -1,4 +1,4 @@
-"""The loader refuses by name whatever is no data set."""
+"""Invalid data sets raise errors that name the problem."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ from tests.image_layouts import make_csv, make_folder, save_image
 from ufgir.data.load import LISTED, DatasetError, load_ufgir_dataset, verify_images
 
 
-# Refusals
+# Invalid data
 
 
 def test_missing_folder(tmp_path):
@@ -21,7 +21,7 @@ def test_missing_folder(tmp_path):
         load_ufgir_dataset(tmp_path / "nowhere")
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_instead_of_a_folder(tmp_path):
     save_image(tmp_path / "leaf.png", 0)
     with pytest.raises(DatasetError, match=r"must be a folder, got the file .*leaf\.png"):
         load_ufgir_dataset(tmp_path / "leaf.png")
@@ -34,7 +34,7 @@ def test_folder_without_images(tmp_path, inner):
         load_ufgir_dataset(tmp_path)
 
 
-def test_pictures_without_a_class_folder_are_named(tmp_path, caplog):
+def test_images_outside_class_folders_are_named(tmp_path, caplog):
     make_folder(tmp_path, ("train", "test"), images=1)
     for name in ("train/loose.png", "top.jpg", "train/.hidden.png"):
         save_image(tmp_path / name, 0)
@@ -42,14 +42,14 @@ def test_pictures_without_a_class_folder_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "ufgir"):
         assert len(load_ufgir_dataset(tmp_path)["train"]) == 2
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("ufgir")]
-    assert [m for m in messages if "belong to no class" in m] == [
-        f"{tmp_path}: 1 images beside the folders belong to no class and are left out: top.jpg",
-        f"{tmp_path / 'train'}: 1 images beside the folders belong to no class and are left out: loose.png",
+    assert [m for m in messages if "outside the class folders" in m] == [
+        f"{tmp_path}: 1 images outside the class folders are left out: top.jpg",
+        f"{tmp_path / 'train'}: 1 images outside the class folders are left out: loose.png",
     ]
 
 
 @pytest.mark.parametrize("inner", ["", "test"])
-def test_pictures_without_any_class_folder(tmp_path, inner):
+def test_images_without_any_class_folder(tmp_path, inner):
     if inner:
         make_folder(tmp_path, ("train",))
     for index in range(3):
@@ -71,9 +71,9 @@ def test_empty_class_is_named(tmp_path):
 def test_a_class_that_train_lacks(tmp_path):
     make_folder(tmp_path)
     save_image(tmp_path / "test" / "zeta" / "0.png", 0)
-    with pytest.raises(DatasetError, match=r"test has zeta, which train lacks.*add some to train") as error:
+    with pytest.raises(DatasetError, match=r"test has zeta, which train lacks") as error:
         load_ufgir_dataset(tmp_path)
-    assert "class_names" not in str(error.value)  # which is no option of the script
+    assert "class_names" not in str(error.value)  # not an option of the script
 
 
 def test_a_listing_may_lack_classes(tmp_path, caplog):
@@ -82,7 +82,7 @@ def test_a_listing_may_lack_classes(tmp_path, caplog):
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("1,")))
     with caplog.at_level(logging.WARNING, "ufgir"):
         loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
-    assert loaded["test"]["label"] == [0, 0, 2, 2] and "test has no image of 1 classes: 1" in caplog.text
+    assert loaded["test"]["label"] == [0, 0, 2, 2] and "test has no images of 1 classes: 1" in caplog.text
 
 
 def test_a_table_may_lack_classes(tmp_path, drawn):
@@ -105,31 +105,31 @@ def test_stray_and_repeated_split_folders(tmp_path):
 
 
 def test_splits_do_not_become_classes(tmp_path):
-    """Not even where no folder is called train."""
+    """Not even if no folder is named train."""
     make_folder(tmp_path, ("train_images", "validation", "test"))
     with pytest.raises(DatasetError, match="split folders test, validation, but train_images is not one of train, "):
         load_ufgir_dataset(tmp_path)
 
 
-def test_a_split_with_a_picture_beside_its_classes_is_no_class(tmp_path):
+def test_a_split_with_an_image_next_to_its_classes_is_not_a_class(tmp_path):
     make_folder(tmp_path, ("train",))
     save_image(tmp_path / "train" / "preview.png", 100)
     save_image(tmp_path / "examples" / "0.png", 101)
     with pytest.raises(
-        DatasetError, match=r"split folders train, but examples is not one of .* pictures and no folders"
+        DatasetError, match=r"split folders train, but examples is not one of .* images and no folders"
     ):
         load_ufgir_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("dev", "merlot", "test"), ("merlot", "train")], ids=str)
-def test_a_class_may_be_called_as_a_split(tmp_path, names):
+def test_a_class_may_have_the_name_of_a_split(tmp_path, names):
     make_folder(tmp_path, ("",), names, images=2)
     save_image(tmp_path / names[-1] / ".thumbnails" / "0.png", 100)  # hidden, so that it does not count
     loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
     check(loaded, {"train": 2 * len(names)}, list(names))
 
 
-def test_every_format_that_pillow_reads_is_a_picture(tmp_path, caplog):
+def test_every_format_that_pillow_decodes_is_an_image(tmp_path, caplog):
     make_folder(tmp_path, ("",), images=1)
     for suffix, kind in (
         (".jfif", "JPEG"),
@@ -139,14 +139,14 @@ def test_every_format_that_pillow_reads_is_a_picture(tmp_path, caplog):
         (".avif", "AVIF"),
     ):
         Image.new("RGB", (16, 16)).save(tmp_path / "a" / f"leaf{suffix}", format=kind)
-    (tmp_path / "b" / "notes.heic").write_text("no picture")
+    (tmp_path / "b" / "notes.heic").write_text("not an image")
     with caplog.at_level(logging.WARNING, "ufgir"):
         loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
     assert len(loaded["train"]) == 7
     assert "1 files in class folders" in caplog.text and "b/notes.heic" in caplog.text
 
 
-def test_a_way_to_part_train_has_no_effect_where_it_is_not_parted(tmp_path, caplog):
+def test_validation_split_has_no_effect_with_a_validation_split(tmp_path, caplog):
     make_folder(tmp_path)
     loaded = load_ufgir_dataset(tmp_path, validation_split="random")
     assert "`validation_split`" in caplog.text and "without a validation split" in caplog.text
@@ -175,7 +175,7 @@ def test_all_unreadable_images_are_named_at_once(tmp_path):
         verify_images(loaded)
 
 
-def test_many_unreadable_images_are_one_a_line_and_then_a_number(tmp_path):
+def test_many_unreadable_images_are_listed_one_per_line_with_a_limit(tmp_path):
     make_folder(tmp_path, ("train",), images=15)
     for file in tmp_path.rglob("*.png"):
         file.write_text("not an image")
@@ -194,9 +194,9 @@ def test_verify_images_counts_good_ones(drawn):
 
 def test_unknown_columns_are_listed(tmp_path, drawn):
     drawn.save_to_disk(tmp_path)
-    with pytest.raises(DatasetError, match=r"`image_column` is 'photo'.*Available: image, label"):
+    with pytest.raises(DatasetError, match=r"`image_column` .* got 'photo'.*Available: image, label"):
         load_ufgir_dataset(tmp_path, image_column="photo")
-    with pytest.raises(DatasetError, match=r"`label_column` is 'genus'.*Available: image, label"):
+    with pytest.raises(DatasetError, match=r"`label_column` .* got 'genus'.*Available: image, label"):
         load_ufgir_dataset(tmp_path, label_column="genus")
     with pytest.raises(DatasetError, match=r"column 'label'.*does not hold images"):
         load_ufgir_dataset(tmp_path, image_column="label", label_column="image")
@@ -228,7 +228,7 @@ def test_class_names_that_differ_between_tables(tmp_path, drawn):
     ],
     ids=["floats", "missing", "empty"],
 )
-def test_labels_that_are_no_classes(tmp_path, drawn, values, message):
+def test_invalid_labels(tmp_path, drawn, values, message):
     drawn["train"].select(range(3)).remove_columns("label").add_column("label", values).save_to_disk(tmp_path)
     with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path)
@@ -241,7 +241,7 @@ def test_label_columns_of_two_kinds(tmp_path, drawn):
         load_ufgir_dataset(tmp_path)
 
 
-def test_unlabelled_test_split(tmp_path, drawn):
+def test_unlabeled_test_split(tmp_path, drawn):
     feature = drawn["test"].features["label"]
     hidden = drawn["test"].remove_columns("label").add_column("label", [-1] * 6).cast_column("label", feature)
     datasets.DatasetDict({"train": drawn["train"], "test": hidden}).save_to_disk(tmp_path)
@@ -307,7 +307,7 @@ def test_csv_class_ids_with_a_gap(tmp_path):
         ("csv_class_names", "names.csv", r"`csv_class_names`: .*names\.csv does not exist"),
     ],
 )
-def test_csv_arguments_that_name_nothing(tmp_path, argument, value, message):
+def test_csv_arguments_with_missing_files(tmp_path, argument, value, message):
     make_csv(tmp_path, {"train": 2, "test": 2})
     with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path, **{argument: value})

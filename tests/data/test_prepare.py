@@ -50,7 +50,7 @@ def test_sets_are_the_published_ones():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_sound_source_becomes_parquet(name, raw, tmp_path):
+def test_valid_source_is_converted_to_parquet(name, raw, tmp_path):
     spec, source, root = raw(name)
     text = prepare(spec, source, tmp_path / "out", num_workers=2)
     assert f"{spec.train} train, {spec.test} test images of {CLASSES} classes" in text
@@ -85,7 +85,7 @@ def test_rows_of_file_names_are_in_the_order_of_class_and_number(tmp_path):
     ]
 
 
-def test_classes_without_a_cultivar_of_their_own_keep_their_numbers(raw):
+def test_classes_without_a_unique_cultivar_keep_their_numbers(raw):
     spec, source, root = raw("soyageing_r4")
     file = root / "R4" / "images" / "yd01_R4_1_train.png"
     file.rename(file.with_name("yd00_R4_9_train.png"))  # the code of class 1 in class 2
@@ -107,18 +107,18 @@ def test_the_folder_is_found(name, raw, tmp_path):
     if name == "cotton":  # renamed: only if it is the source itself
         renamed = (moved / "cotton_square_new").rename(moved / "leaves")
         assert find_root(spec, renamed) == renamed
-        with pytest.raises(ValueError, match=r"does not hold cotton: expected cotton_square_new/"):
+        with pytest.raises(ValueError, match=r"does not contain cotton: expected cotton_square_new/"):
             find_root(spec, moved)
 
 
-def test_all_sets_live_in_one_download(tmp_path):
+def test_all_sets_are_found_in_one_download(tmp_path):
     for name in ("cotton", "soylocal", "soyglobal", "soygene", "soyageing"):
         draw_raw(tmp_path / name, miniature(name))
     roots = {name: find_root(spec, tmp_path) for name, spec in SETS.items()}
     assert roots["soygene"] == tmp_path / "soygene"  # not a growth stage of soyageing, which is laid out alike
     assert {roots[name] for name in SETS if "ageing" in name} == {tmp_path / "soyageing"}
     draw_raw(tmp_path / "again", miniature("cotton"))
-    with pytest.raises(ValueError, match=r"`source` .* holds cotton more than once: choose one of"):
+    with pytest.raises(ValueError, match=r"`source` .* contains cotton more than once"):
         find_root(SETS["cotton"], tmp_path)
 
 
@@ -134,7 +134,7 @@ def test_builder_yields_the_same_rows(name, raw, tmp_path):
         pairs = zip(built[split], rows, strict=True)
         assert all(a["image"].tobytes() == b["image"].tobytes() for a, b in pairs)
 
-    next(root.rglob("*_train.png")).write_bytes(b"no picture")
+    next(root.rglob("*_train.png")).write_bytes(b"not an image")
     spoiled = UltraFGVC(config_name=name, data_dir=source, spec=spec, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UnsoundData, match=r"problems \(1\)"):  # the cache does not hide the change
         spoiled.download_and_prepare()
@@ -174,7 +174,7 @@ def test_validation_is_the_last_part_of_each_class(raw, tmp_path):
 def test_validation_of_soyageing_is_its_last_stage_unless_drawn(raw, tmp_path):
     spec, source, _ = raw("soyageing")
     text = prepare(spec, source, tmp_path / "last", validation="last")
-    assert "the last images of each class, which the loader takes for validation, come from R6" in text
+    assert "the last images of each class, which the loader uses for validation, come from R6" in text
     assert {path[:2] for path, *_ in rows_of(tmp_path / "last")["validation"]} == {"R6"}
     prepare(spec, source, tmp_path / "random", validation="random")
     assert len({path[:2] for path, *_ in rows_of(tmp_path / "random")["validation"]}) > 1
@@ -194,7 +194,7 @@ def test_random_validation_and_shots_are_stratified_and_seeded(raw, tmp_path):
     assert folders["default"] == folders["zero"] != folders["one"]
 
 
-def test_random_choices_are_those_of_the_loader(raw, tmp_path):
+def test_random_splits_are_those_of_the_loader(raw, tmp_path):
     spec, source, _ = raw("soyageing")
     prepare(spec, source, tmp_path / "plain")
     prepare(spec, source, tmp_path / "chosen", validation="random", seed=3, shots=4)
@@ -205,14 +205,14 @@ def test_random_choices_are_those_of_the_loader(raw, tmp_path):
         assert [row["image"]["path"] for row in raw] == [path for path, *_ in rows]
 
 
-def test_too_many_shots_keep_all_and_say_so(raw, tmp_path):
+def test_too_many_shots_keep_all_images_with_a_note(raw, tmp_path):
     spec, source, _ = raw("soygene")
     text = prepare(spec, source, tmp_path / "out", shots=4)
     assert "note: 1 classes have fewer than 4 images for train" in text
     assert Counter(label for _, label, _ in rows_of(tmp_path / "out")["train"]) == {0: 3, 1: 4, 2: 4}
 
 
-def test_shards_hold_the_rows_in_order_and_obey_their_size(raw, tmp_path):
+def test_shards_have_the_rows_in_order_and_the_maximum_size(raw, tmp_path):
     spec, source, root = raw("soygene")
     prepare(spec, source, tmp_path / "one")
     assert sorted(path.name for path in (tmp_path / "one" / "data").iterdir()) == [
@@ -245,8 +245,8 @@ def test_card(raw, tmp_path):
     counts = {split["name"]: split["num_examples"] for split in header["dataset_info"]["splits"]}
     assert counts == {"train": 9, "validation": 3, "test": 9}
     text = card.text
-    assert "https://github.com/XiaohanYu-GU/Ultra-FGVC" in text and "No licence was found" in text
-    assert "| train | 9 | 2 to 4 |" in text and "Nothing was left out" in text
+    assert "https://github.com/XiaohanYu-GU/Ultra-FGVC" in text and "No license was found" in text
+    assert "| train | 9 | 2 to 4 |" in text and "No file was left out" in text
     assert str(tmp_path) not in text and "`validation` last" in text
     next(path for path in (tmp_path / "out" / "data").glob("train-*")).unlink()
     with pytest.raises(Exception, match="train"):  # a lost shard is noticed
@@ -270,7 +270,7 @@ def test_card(raw, tmp_path):
         ({"source": "nowhere"}, "`source` must be the folder of the raw download"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_read(options, message, raw, tmp_path, monkeypatch):
+def test_invalid_arguments_raise_before_reading(options, message, raw, tmp_path, monkeypatch):
     spec, source, _ = raw("cotton")
     counting = Counting(monkeypatch)
     with pytest.raises(ValueError, match=message):
@@ -285,9 +285,9 @@ def test_command(raw, tmp_path, monkeypatch, capsys):
     spec, source, root = raw("soygene")
     output = str(tmp_path / "out")
     command = ["prepare", "soygene", "--source", str(source), "--output", output]
-    assert main(command) == 1  # the miniature is not the published set
+    assert main(command) == 1  # the miniature differs from the published set
     text = capsys.readouterr().out
-    assert "train: 12 images, published are 12763" in text and "in class 4-1110" in text
+    assert "train: 12 images, expected 12763" in text and "in class 4-1110" in text
     assert text.endswith("nothing was written; --skip-bad leaves bad files out\n") and not (tmp_path / "out").exists()
 
     monkeypatch.setitem(SETS, "soygene", spec)
@@ -314,7 +314,7 @@ def test_command(raw, tmp_path, monkeypatch, capsys):
         (["cotton", "--source", "a", "--output", "b", "--seed", "1"], "`seed` applies only with"),
     ],
 )
-def test_command_says_in_one_line_what_is_wrong(arguments, message, capsys):
+def test_errors_of_the_command_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["prepare", *arguments])
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`ufgir prepare`, killed or interrupted: what was done is not done again, and damage is seen."""
+"""Resume `ufgir prepare` after it was killed or interrupted; finished work is reused and damage is detected."""
 
 import hashlib
 import multiprocessing
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def killed_at(what, calls, *arguments, **options):
-    """Runs `prepare` in another process, which gets SIGKILL in the call number `calls` of `parquet_folder.what`."""
+    """Run `prepare` in another process and kill it in call number `calls` of `parquet_folder.what`."""
 
     def run():
         original, left = getattr(parquet_folder, what), [calls]
@@ -42,7 +42,7 @@ def killed_at(what, calls, *arguments, **options):
 
 
 @pytest.mark.parametrize("name", ["soyglobal", "soygene"])
-def test_killed_while_writing_goes_on(name, raw, tmp_path, monkeypatch):
+def test_resume_after_kill_while_writing(name, raw, tmp_path, monkeypatch):
     spec, source, _ = raw(name)
     prepare(spec, source, tmp_path / "whole", shard_size="2KB")
     killed_at("_write_shard", 4, spec, source, tmp_path / "out", shard_size="2KB", num_workers=2)
@@ -59,7 +59,7 @@ def test_killed_while_writing_goes_on(name, raw, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw", "whole"]
 
 
-def test_killed_while_checking_goes_on(raw, tmp_path, monkeypatch):
+def test_resume_after_kill_while_checking(raw, tmp_path, monkeypatch):
     spec, source, _ = raw("cotton")
     killed_at("inspect_file", 8, spec, source, tmp_path / "out", num_workers=1)
     journal = tmp_path / ".out.preparing" / "checked.jsonl"
@@ -86,7 +86,7 @@ def interrupted(spec, source, output, monkeypatch, shards=3):
     assert not output.exists()
 
 
-def test_shards_of_another_source_are_written_anew(raw, tmp_path, monkeypatch):
+def test_shards_of_another_source_are_rewritten(raw, tmp_path, monkeypatch):
     spec, source, root = raw("soygene")
     interrupted(spec, source, tmp_path / "out", monkeypatch)
     changed = root / "images" / "GDC000-1-000_1_train.png"
@@ -104,7 +104,7 @@ def test_shards_of_another_source_are_written_anew(raw, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_damage_of_the_same_size_is_seen_after_an_interruption(raw, tmp_path, monkeypatch):
+def test_damage_of_the_same_size_is_detected_after_an_interruption(raw, tmp_path, monkeypatch):
     spec, source, root = raw("soygene")
     interrupted(spec, source, tmp_path / "out", monkeypatch)
     file = root / "images" / "GDC000-1-000_1_train.png"
@@ -114,7 +114,7 @@ def test_damage_of_the_same_size_is_seen_after_an_interruption(raw, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_other_options_take_up_the_check_but_not_the_shards(raw, tmp_path, monkeypatch):
+def test_other_options_reuse_the_check_but_not_the_shards(raw, tmp_path, monkeypatch):
     spec, source, _ = raw("soygene")
     interrupted(spec, source, tmp_path / "out", monkeypatch)
     counting = Counting(monkeypatch)
@@ -133,7 +133,7 @@ def test_a_file_that_changes_between_check_and_copy_stops_the_run(raw, tmp_path,
         return original(*arguments)
 
     monkeypatch.setattr(parquet_folder, "plan_shards", change)
-    with pytest.raises(ValueError, match=r"2_2_train.png changed after it was checked: start again"):
+    with pytest.raises(ValueError, match=r"2_2_train.png changed after it was checked"):
         prepare(spec, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
@@ -142,7 +142,7 @@ def test_a_file_that_changes_between_check_and_copy_stops_the_run(raw, tmp_path,
     assert row[2] == hashlib.sha256(leaf("validation", 1, 0)).hexdigest()
 
 
-def test_full_disk_leaves_no_output_and_the_next_run_goes_on(raw, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_output_and_the_next_run_resumes(raw, tmp_path, monkeypatch):
     spec, source, _ = raw("cotton")
 
     def full(*arguments, **options):
@@ -156,31 +156,31 @@ def test_full_disk_leaves_no_output_and_the_next_run_goes_on(raw, tmp_path, monk
     assert len(rows_of(tmp_path / "out")["test"]) == 9
 
 
-def test_done_is_done_and_others_are_not_overwritten(raw, tmp_path, monkeypatch):
+def test_finished_output_is_kept_and_other_folders_are_not_overwritten(raw, tmp_path, monkeypatch):
     spec, source, root = raw("cotton")
     (tmp_path / "out").mkdir()  # an empty folder is fine
     prepare(spec, source, tmp_path / "out")
     before = files(tmp_path / "out")
     counting = Counting(monkeypatch)
-    assert "is already there, made of the same source" in prepare(spec, source, tmp_path / "out")
+    assert "already exists" in prepare(spec, source, tmp_path / "out")
     assert counting.files == []
     for change in ({"shots": 1}, {"validation": "last"}, {"shard_size": "1MB"}):
-        with pytest.raises(ValueError, match=r"`output` .* was not made of this source in this way: choose another"):
+        with pytest.raises(ValueError, match=r"`output` .*out exists and was made from another source"):
             prepare(spec, source, tmp_path / "out", **change)
     (root / "1_1_train.png").write_bytes(leaf("validation", 0, 0))
-    with pytest.raises(ValueError, match="choose another place"):
+    with pytest.raises(ValueError, match="Choose another folder"):
         prepare(spec, source, tmp_path / "out")
     assert files(tmp_path / "out") == before
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("a file")
     for output in ("precious", "file"):
-        with pytest.raises(ValueError, match="choose another place"):
+        with pytest.raises(ValueError, match="Choose another folder"):
             prepare(spec, source, tmp_path / output)
     assert files(tmp_path / "precious") == {"thesis.txt": b"years of work"}
 
 
-def test_two_at_a_time_are_refused(raw, tmp_path, monkeypatch):
+def test_two_processes_at_a_time_raise(raw, tmp_path, monkeypatch):
     spec, source, _ = raw("cotton")
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     with (

@@ -1,4 +1,4 @@
-"""`ufgir prepare` on sources that are spoiled in every way: all of it is told at once, and nothing is written."""
+"""`ufgir prepare` lists all problems of a damaged source at once, and writes nothing."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def problems(spec, source, kind=None):
-    """(kind, where) of everything that `check` finds."""
+    """Return (kind, where) of all problems that `check` finds."""
     return [(p.kind, p.where) for p in check(spec, source).problems if kind in (None, p.kind)]
 
 
@@ -25,7 +25,7 @@ def problems(spec, source, kind=None):
 
 
 def spoil(name, root):
-    """Spoils three images of train and one of test, in each way once: [(kind, file)] to be left out."""
+    """Damage three images of train and one of test, each in another way, and return the files."""
     if name in LISTS:
         part = {"soygene": "", "soyageing": "R5/", "soyageing_r4": "R4/"}[name]
         lines = {split: (root / f"{part}anno/{split}.txt").read_text().split("\n") for split in ("train", "test")}
@@ -52,7 +52,7 @@ def spoil(name, root):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_everything_bad_is_reported_at_once_and_nothing_written(name, raw, tmp_path):
+def test_all_problems_are_reported_at_once_and_nothing_is_written(name, raw, tmp_path):
     spec, source, root = raw(name)
     cut, duplicate, first, leaking, test, missing = spoil(name, root)
     before = files(tmp_path)
@@ -62,28 +62,28 @@ def test_everything_bad_is_reported_at_once_and_nothing_written(name, raw, tmp_p
     report = str(caught.value)
     for line in (
         f"  {cut}: OSError:",
-        f"  {duplicate}: train, also {first} of train; this one is left out, the first stays",
-        f"  {leaking}: also {test} of test; the train copy is left out, test stays as published",
+        f"  {duplicate}: train, also {first} of train; only the first is kept",
+        f"  {leaking}: also {test} of test; the train copy is left out, the test copy is kept",
     ):
         assert line in report
     bad = {("broken", cut), ("duplicate", duplicate), ("leaking", leaking)}
     if name in LISTS:
         bad.add(("missing", missing))
-        assert f"  {missing}: there is no such file" in report
+        assert f"  {missing}: the file does not exist" in report
         assert set(problems(spec, source)) == bad  # counts are those of the lists: one line a problem
         assert len(check(spec, source).problems) == 4
     else:
-        assert f"  test: {spec.test - 1} images, published are {spec.test}" in report
-        assert "  test: 2 images, published are 3, in class 1" in report
+        assert f"  test: {spec.test - 1} images, expected {spec.test}" in report
+        assert "  test: 2 images, expected 3, in class 1" in report
         assert set(problems(spec, source)) == bad | {("count", "test")}
 
     expected = listed_without(spec, root, {cut, duplicate, leaking, missing}, name)
     text = prepare(spec, source, tmp_path / "out", skip_bad=True)
     found = rows_of(tmp_path / "out")
     assert {split: Counter(rows) for split, rows in found.items()} == expected
-    assert "--skip-bad left the files out" in text and f"  {leaking}: also" in text
+    assert "left out by --skip-bad" in text and f"  {leaking}: also" in text
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "not the data as published" in card and f"- leaking: `{leaking}`" in card
+    assert "differ from the published ones" in card and f"- leaking: `{leaking}`" in card
     marker = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert {(entry["kind"], entry["where"]) for entry in marker["left_out"]} == set(problems(spec, source))
 
@@ -105,7 +105,7 @@ def listed_without(spec, root, gone, name):
     "content, problem",
     [
         (b"", "UnidentifiedImageError"),
-        (b"no picture at all", "UnidentifiedImageError"),
+        (b"not an image", "UnidentifiedImageError"),
         (leaf("train", 0, 0)[:-20] + bytes(20), "Error"),
         (leaf("train", 0, 0)[: len(leaf("train", 0, 0)) // 2], "OSError"),
     ],
@@ -134,7 +134,7 @@ def test_unreadable_file_is_broken(raw, monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_same_bytes_under_two_classes_are_left_out_both(split, raw):
+def test_both_images_with_the_same_bytes_in_two_classes_are_left_out(split, raw):
     spec, source, root = raw("cotton")
     number = 1 if split == "train" else 4
     one, two = root / f"1_{number}_{split}.png", root / f"3_{number}_{split}.png"
@@ -145,7 +145,7 @@ def test_same_bytes_under_two_classes_are_left_out_both(split, raw):
     assert not {one.name, two.name} & {row.file for row in checked.rows}
 
 
-def test_leak_stays_in_test_whatever_its_class(raw):
+def test_leaking_images_stay_in_test_for_any_class(raw):
     spec, source, root = raw("soygene")
     for index, file in enumerate(sorted((root / "images").glob("GDC002*_train.png"))[:2]):
         file.write_bytes(leaf("test", index, 0))  # of class 1 and 2 in test
@@ -160,12 +160,12 @@ def test_copy_in_another_growth_stage_is_a_duplicate(raw):
     assert problems(spec, source) == [("duplicate", "R6/images/yd01_R6_1_train.png")]
 
 
-def test_file_names_that_tell_nothing(raw):
+def test_invalid_file_names(raw):
     spec, source, root = raw("cotton")
     for name in ("4_1_train.png", "0_1_test.png", "one_1_train.png", "1_1_val.png", "1_train.png"):
         (root / name).write_bytes(leaf("validation", 0, 0))
     for name in ("Thumbs.db", ".DS_Store", "._1_1_train.png", "readme.txt"):
-        (root / name).write_bytes(b"of no interest")
+        (root / name).write_bytes(b"ignored")
     found = check(spec, source).problems
     assert {p.where: p.text for p in found} == {
         "0_1_test.png": "class 0 is not one of 1 to 3",
@@ -175,7 +175,7 @@ def test_file_names_that_tell_nothing(raw):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_lines_of_lists_that_cannot_be_used(name, raw):
+def test_invalid_lines_of_lists(name, raw):
     spec, source, root = raw(name)
     part = {"soygene": "", "soyageing": "R3/", "soyageing_r4": "R4/"}[name]
     lists = {split: root / f"{part}anno/{split}.txt" for split in ("train", "test")}
@@ -193,21 +193,23 @@ def test_lines_of_lists_that_cannot_be_used(name, raw):
     assert texts[f"{at}{start + 1}"] == "expected `file class`, got 'x.png one'"
     assert texts[f"{at}{start + 2}"] == "class 0 of x.png is not one of 1 to 3"
     assert texts[f"{at}{start + 3}"] == "class 4 of x.png is not one of 1 to 3"
-    assert texts[f"{at}{start + 4}"] == "../x.png lies outside of images/"
-    assert texts[f"{at}{start + 5}"] == "/etc/x.png lies outside of images/"
-    assert texts[f"{at}{start + 6}"] == f"the name of {test[0].split()[0]} says test"
-    assert texts[f"{part}anno/test.txt line {len(test) + 1}"] == f"the name of {train[1].split()[0]} says train"
-    assert texts[f"{part}images/{first}"] == "train, also listed once more; this one is left out, the first stays"
-    assert texts[f"{part}images/gone.png"] == "there is no such file"
-    assert f"  train: {spec.train + 2} images, published are {spec.train}" in checked.report().splitlines()
-    assert any(f"1 images are in no list and left out: {part}images/extra.png" in note for note in checked.notes)
+    assert texts[f"{at}{start + 4}"] == "../x.png is outside of images/"
+    assert texts[f"{at}{start + 5}"] == "/etc/x.png is outside of images/"
+    assert texts[f"{at}{start + 6}"] == f"the name of {test[0].split()[0]} contains test"
+    assert texts[f"{part}anno/test.txt line {len(test) + 1}"] == f"the name of {train[1].split()[0]} contains train"
+    assert texts[f"{part}images/{first}"] == "train, also listed twice; only the first is kept"
+    assert texts[f"{part}images/gone.png"] == "the file does not exist"
+    assert f"  train: {spec.train + 2} images, expected {spec.train}" in checked.report().splitlines()
+    assert any(
+        f"1 images are not in any list and are left out: {part}images/extra.png" in note for note in checked.notes
+    )
     assert Counter(row.split for row in checked.rows) == {"train": spec.train, "test": spec.test}
 
 
 def test_file_listed_in_both_splits_leaks(raw):
     spec, source, root = raw("soygene")
     old = root / "images" / "GDC000-1-000_1_train.png"
-    old.rename(old.with_name("GDC000-1-000.png"))  # a name that tells no split
+    old.rename(old.with_name("GDC000-1-000.png"))  # a name without a split
     for split in ("train", "test"):
         file = root / "anno" / f"{split}.txt"
         lines = [line for line in file.read_text().splitlines() if line.split()[0] != old.name]
@@ -224,11 +226,11 @@ def test_counts_and_classes_are_compared_with_the_published_ones(name, raw):
     more = replace(spec, classes=7, train=spec.train + 1, test_per_class=(4, 4))
     report = check(more, source).report()
     least = spec.train_per_class[0] if spec.train_per_class[0] == spec.train_per_class[1] else "3 to 5"
-    assert f"  train: {spec.train} images, published are {spec.train + 1}" in report
-    assert f"  train: 0 images, published are {least}, in class 4-7" in report
+    assert f"  train: {spec.train} images, expected {spec.train + 1}" in report
+    assert f"  train: 0 images, expected {least}, in class 4-7" in report
     if spec.test_per_class != (4, 4):
-        assert f"  test: {spec.test_per_class[0]} images, published are 4, in class 1-3" in report
-    assert "  test: 0 images, published are 4, in class 4-7" in report
+        assert f"  test: {spec.test_per_class[0]} images, expected 4, in class 1-3" in report
+    assert "  test: 0 images, expected 4, in class 4-7" in report
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -236,7 +238,7 @@ def test_a_split_without_images_is_never_written(split, raw, tmp_path):
     spec, source, root = raw("cotton")
     for file in root.glob(f"*_{split}.png"):
         file.write_bytes(b"broken")
-    with pytest.raises(UnsoundData, match=f"cotton: no sound image is left in {split}\ncannot be decoded .9.:"):
+    with pytest.raises(UnsoundData, match=f"cotton: no images are left in {split}\ncannot be decoded .9.:"):
         prepare(spec, source, tmp_path / "out", skip_bad=True)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
@@ -245,7 +247,7 @@ def test_a_split_without_images_is_never_written(split, raw, tmp_path):
 def test_missing_lists_and_folders_are_named(name, raw):
     spec, source, root = raw(name)
     part = spec.layout.parts[-1]
-    (root / part / "images").rename(root / part / "pictures")
+    (root / part / "images").rename(root / part / "photos")
     with pytest.raises(ValueError, match=r"images is not a folder: expected .*anno/train.txt"):
         check(spec, source)
     (root / part / "anno" / "test.txt").write_bytes(b"\xff\xfe\xff 1")
@@ -257,14 +259,14 @@ def test_missing_lists_and_folders_are_named(name, raw):
 
 
 def test_empty_sources(tmp_path):
-    with pytest.raises(ValueError, match=r"`source` must be the folder of the raw download, but .* is not a folder"):
+    with pytest.raises(ValueError, match=r"`source` must be the folder of the raw download, got .*nowhere"):
         find_root(SETS["cotton"], tmp_path / "nowhere")
     for spec in SETS.values():
-        with pytest.raises(ValueError, match=f"does not hold {spec.name}: expected "):
+        with pytest.raises(ValueError, match=f"does not contain {spec.name}: expected "):
             find_root(spec, tmp_path)
     for folder in ("anno", "images"):
         (tmp_path / folder).mkdir()
     for split in ("train", "test"):
         (tmp_path / "anno" / f"{split}.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="lists no image of soygene"):
+    with pytest.raises(ValueError, match="lists no images of soygene"):
         check(SETS["soygene"], tmp_path)

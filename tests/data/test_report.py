@@ -1,4 +1,4 @@
-"""`ufgir data-report`: every number against one counted in another way, and data that are spoiled."""
+"""`ufgir data-report`: all numbers against independent counts, and damaged data."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ CLASSES = ["a<b>", "b", "c", "d"]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def picture(rng, width, height, mode="RGB", kind="PNG"):
+def encoded_image(rng, width, height, mode="RGB", kind="PNG"):
     stream = io.BytesIO()
     shape = (height, width) if mode == "L" else (height, width, len(mode))
     Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(stream, format=kind)
@@ -56,11 +56,11 @@ def dataset_of(rows, names=CLASSES):
 
 @pytest.fixture
 def mixed():
-    """Two splits of pictures of all kinds of sizes, formats and modes; class d has none in test."""
+    """Two splits of images of various sizes, formats and modes; class d has none in test."""
     rng = np.random.default_rng(0)
     kinds = [(5, 7, "RGB", "PNG"), (9, 4, "L", "PNG"), (6, 6, "RGB", "JPEG"), (31, 8, "RGBA", "PNG")]
-    train = [(picture(rng, *kinds[i % 4]), label) for i, label in enumerate([0, 0, 0, 0, 0, 1, 1, 2, 3])]
-    test = [(picture(rng, *kinds[i % 3]), label) for i, label in enumerate([0, 1, 2])]
+    train = [(encoded_image(rng, *kinds[i % 4]), label) for i, label in enumerate([0, 0, 0, 0, 0, 1, 1, 2, 3])]
+    test = [(encoded_image(rng, *kinds[i % 3]), label) for i, label in enumerate([0, 1, 2])]
     return {"train": train, "test": test}
 
 
@@ -111,7 +111,7 @@ def test_histogram_counts_every_class_once(counts):
 
 def test_broken_images_are_reported_and_the_others_counted(mixed):
     rows = {split: list(of) for split, of in mixed.items()}
-    rows["train"][1] = (b"no picture", 0)
+    rows["train"][1] = (b"not an image", 0)
     rows["train"][4] = (rows["train"][4][0][:-30], 0)
     rows["test"] = [(b"", label) for _, label in rows["test"]]  # nothing is left of this split
     report = data_report(dataset_of(rows))
@@ -137,7 +137,7 @@ def test_nothing_but_broken_images(tmp_path):
 
 
 def test_missing_file_is_broken(tmp_path):
-    rows = dataset_of({"train": [(picture(np.random.default_rng(0), 4, 4), 0)]})["train"].to_list()
+    rows = dataset_of({"train": [(encoded_image(np.random.default_rng(0), 4, 4), 0)]})["train"].to_list()
     rows[0]["image"] = {"bytes": None, "path": str(tmp_path / "gone.png")}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
     split = datasets.Dataset.from_list(rows, features=features)
@@ -189,7 +189,7 @@ def test_copies_within_and_between_splits(mixed):
     assert line.endswith("test5.png, test row 5 (b): classes differ")
 
 
-def test_same_pixels_in_another_shape_are_no_copy():
+def test_same_pixels_in_another_shape_are_not_duplicates():
     image = Image.new("RGB", (6, 4), (1, 2, 3))
     streams = [io.BytesIO(), io.BytesIO()]
     image.save(streams[0], format="PNG")
@@ -197,12 +197,12 @@ def test_same_pixels_in_another_shape_are_no_copy():
     assert data_report(dataset_of({"train": [(s.getvalue(), 0) for s in streams]})).numbers["duplicates"] == []
 
 
-def test_zeros_at_the_end_of_digests_count():
+def test_zeros_at_the_end_of_checksums_count():
     values = np.frombuffer(b"\1" + bytes(15) + b"\1" + bytes(14) + b"\2" + b"\1" + bytes(15), dtype="V16")
     assert [group.tolist() for group in module._equal(values)] == [[0, 2]]
 
 
-def test_several_classes_an_image(mixed):
+def test_several_classes_per_image(mixed):
     rows = {"train": [(mixed["train"][i][0], labels) for i, labels in enumerate([[0, 1], [1], [], [1, 3]])]}
     rows["train"].append((mixed["train"][0][0], [2]))
     report = data_report(dataset_of(rows))
@@ -220,8 +220,8 @@ def test_contact_sheet_shows_classes_spread_evenly():
         leaf.save(stream, format="PNG")
         rows += [(stream.getvalue(), k)] * 3
     sheet = data_report(dataset_of({"train": rows, "test": rows}, names), sheet_classes=4, sheet_images=2).sheet
-    colours = {colour for _, colour in sheet.getcolors(maxcolors=100_000)}
-    assert {k for k in range(10) if (20 * k, 0, 255 - 20 * k) in colours} == {0, 3, 6, 9}
+    colors = {color for _, color in sheet.getcolors(maxcolors=100_000)}
+    assert {k for k in range(10) if (20 * k, 0, 255 - 20 * k) in colors} == {0, 3, 6, 9}
     side = module.SHEET_SIDE
     assert sheet.height == 4 * (side + 2)
     reds = np.asarray(sheet)[..., 0] == 0
@@ -237,20 +237,20 @@ def test_memory_does_not_grow_with_the_images(mixed, monkeypatch):
     class Probe(module._Sums):
         def add(self, *arguments):
             super().add(*arguments)
-            held.append(len(self.digests) + self.histogram.nbytes)
+            held.append(len(self.checksums) + self.histogram.nbytes)
 
     monkeypatch.setattr(module, "_Sums", Probe)
     data_report(dataset_of({"train": mixed["train"] * 30}))
-    assert held[-1] - held[0] == 16 * (len(held) - 1)  # an image leaves its digest, nothing else
+    assert held[-1] - held[0] == 16 * (len(held) - 1)  # only the checksum is kept per image
 
 
 @pytest.mark.parametrize("argument", ["num_workers", "sheet_classes", "sheet_images"])
-def test_numbers_below_one_are_refused(argument, mixed):
+def test_numbers_below_one_raise(argument, mixed):
     with pytest.raises(ValueError, match=f"`{argument}` must be at least 1, got 0"):
         data_report(dataset_of(mixed), **{argument: 0})
 
 
-def test_no_split_is_refused():
+def test_no_split_raises():
     with pytest.raises(ValueError, match="`dataset` must have at least one split"):
         data_report({})
 
@@ -325,15 +325,15 @@ def test_drawn_leaves(tmp_path):
 
 def test_command(tmp_path, capsys):
     folder = write_image_folder(tmp_path / "leaves", num_classes=2, images_per_class=(5, 0, 2), image_size=16)
-    (folder / "train" / "cultivar_00" / "00001.png").write_bytes(b"no picture")
+    (folder / "train" / "cultivar_00" / "00001.png").write_bytes(b"not an image")
     copy = (folder / "test" / "cultivar_01" / "00000.png").read_bytes()
     (folder / "train" / "cultivar_01" / "00002.png").write_bytes(copy)
-    assert main(["data-report", str(folder)]) == 0  # it reports, it does not refuse
+    assert main(["data-report", str(folder)]) == 0  # broken images are reported without an error
     text = capsys.readouterr().out
     assert f"{folder}: 14 images of 2 classes" in text and "validation" not in text and "wrote" not in text
     assert "train row 1: " in text and "leakage (same pixels in several splits): 1" in text
     assert re.search(r"train: images of a class\nimages +classes\n5 +2  #{40}\n", text)
-    assert re.search(r"images of a class: min / median / max +5 / 5 / 5 +2 / 2 / 2\n", text)
+    assert re.search(r"images per class: min / median / max +5 / 5 / 5 +2 / 2 / 2\n", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaves"]
 
     output = tmp_path / "report"
@@ -354,7 +354,7 @@ def test_command(tmp_path, capsys):
         ([], "required: DATASET"),
     ],
 )
-def test_command_says_in_one_line_what_is_wrong(arguments, message, capsys):
+def test_errors_of_the_command_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["data-report", *arguments])
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Streams: the same images as in memory, whatever the number of workers and ranks, from any epoch and any row on."""
+"""Streams give the same images as in-memory data, for any number of workers and ranks, epoch and first row."""
 
 import logging
 
@@ -55,7 +55,7 @@ def images(stream, transform, **options):
 
 
 def in_memory(drawn, transform, epoch=0):
-    """The samples that `TransformedImages` makes of the same rows."""
+    """Return the samples of `TransformedImages` for the same rows."""
     dataset = TransformedImages(drawn["train"], transform, seed=3)
     dataset.set_epoch(epoch)
     return [dataset[row] for row in range(ROWS)]
@@ -125,12 +125,12 @@ def test_hub_ids_are_streamed(monkeypatch, stream):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "`streaming`: `validation_fraction` .there is no validation split: set it to 0. needs the labels of all"),
+        ({}, "`streaming`: `validation_fraction` .* needs the labels of all"),
         ({"shots": 2, "validation_fraction": 0}, "`streaming`: `shots` needs the labels of all images"),
-        ({"verify": True}, "`verify` reads every image before the first is used: leave it out with `streaming`"),
+        ({"verify": True}, "`verify=True` .*`streaming`"),
     ],
 )
-def test_what_needs_all_labels_is_refused(parquet, tmp_path, options, message):
+def test_options_that_need_all_labels_raise(parquet, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         load_ufgir_dataset(parquet, streaming=True, cache_dir=tmp_path, **options)
 
@@ -143,9 +143,9 @@ def text_parquet(drawn, tmp_path_factory):
     return folder
 
 
-def test_text_labels_are_streamed_where_the_classes_are_given(text_parquet, drawn, transform, tmp_path):
+def test_text_labels_are_streamed_if_the_classes_are_given(text_parquet, drawn, transform, tmp_path):
     options = {"streaming": True, "validation_fraction": 0, "label_column": "variety", "cache_dir": tmp_path}
-    with pytest.raises(DatasetError, match=r"labels of .*, train, are no ClassLabel.*give them in `class_names`"):
+    with pytest.raises(DatasetError, match=r"labels of .*, train, are not ClassLabel.*`class_names`"):
         load_ufgir_dataset(text_parquet, **options)
     given = ["x", *NAMES[::-1]]
     train = load_ufgir_dataset(text_parquet, class_names=given, **options)["train"]
@@ -203,7 +203,7 @@ def test_drop_last_gives_all_ranks_the_same_full_batches(stream, transform, batc
         same(list(dataset), list(kept)[:rows])
 
 
-def test_the_epoch_and_the_seed_change_the_images_and_nothing_else_does(stream, drawn, transform):
+def test_only_the_epoch_and_the_seed_change_the_images(stream, drawn, transform):
     dataset = images(stream, transform)
     first = list(dataset)
     same(list(dataset), first)
@@ -286,11 +286,11 @@ def test_without_labels_and_with_a_transform_of_several_columns(stream, drawn, t
         assert torch.equal(sample["pixel_values"], other["pixel_values"])
 
 
-def test_a_label_that_is_no_class_is_named(transform):
+def test_an_invalid_label_is_named(transform):
     features = datasets.Features({"image": datasets.Image(mode="RGB"), "label": datasets.ClassLabel(names=["a"])})
     split = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))], "label": [-1]}, features=features)
     dataset = StreamedImages(split.to_iterable_dataset(), transform)
-    with pytest.raises(DatasetError, match="row 0 of the stream has the label -1, of 1 classes"):
+    with pytest.raises(DatasetError, match=r"row 0 of the stream has the label -1, .* 1 classes"):
         list(dataset)
 
 
@@ -304,16 +304,16 @@ def test_a_label_that_is_no_class_is_named(transform):
         ({"label_column": "image", "image_column": "label"}, "`label_column` 'image' must hold ClassLabel"),
     ],
 )
-def test_wrong_arguments_are_named(stream, transform, options, message):
+def test_invalid_arguments_are_named(stream, transform, options, message):
     with pytest.raises(ValueError, match=message):
         StreamedImages(stream["train"], transform, **options)
     with pytest.raises(ValueError, match="`rows` must not be negative, got -1"):
         images(stream, transform).skip(-1)
-    with pytest.raises(TypeError, match="give `num_rows`"):
+    with pytest.raises(TypeError, match="`num_rows`"):
         len(images(stream, transform))
 
 
-def test_the_loader_of_a_rank_takes_no_share_of_the_share(stream, drawn, transform):
+def test_the_loader_of_a_rank_does_not_split_its_share_again(stream, drawn, transform):
     expected = in_memory(drawn, transform, epoch=0)
     options = {"batch_size": BATCH, "world_size": 2, "drop_last": True}
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""The drawn leaves: determinism, difficulty, what varies, the command."""
+"""The drawn leaves: determinism, difficulty, variation, and the command."""
 
 import hashlib
 import os
@@ -84,7 +84,7 @@ def test_the_same_photo_at_two_sizes():
     assert gap < 0.25 * np.abs(pixels(small) - pixels(other)).mean()
 
 
-def test_no_leaf_is_cut_by_the_box_it_is_drawn_in(monkeypatch):
+def test_no_leaf_exceeds_its_box(monkeypatch):
     seen, halve = [], leaves._halve
 
     def record(image):
@@ -129,7 +129,7 @@ def test_traits_are_evenly_spaced_and_no_two_cultivars_are_close():
 
 @pytest.mark.parametrize("difficulty", sorted(leaves.DIFFICULTIES))
 def test_photos_of_one_cultivar_differ_more_than_cultivars_in_one_photo(difficulty):
-    """Pixels of two photos of a cultivar against those of two cultivars with all accidents equal."""
+    """Compare two photos of a cultivar with photos of two cultivars that differ only in their traits."""
     traits = leaves.cultivar_traits(6, difficulty=difficulty)
     photos = np.array(
         [[pixels(leaves.draw_leaf(t, np.random.default_rng(i), 32, difficulty)) for i in range(6)] for t in traits]
@@ -155,11 +155,11 @@ def test_splits_features_and_lossless_storage(drawn):
 
 
 def test_no_image_appears_twice(drawn):
-    digests = [hashlib.sha256(row["image"].tobytes()).hexdigest() for split in drawn.values() for row in split]
-    assert len(set(digests)) == len(digests) == 27
+    hashes = [hashlib.sha256(row["image"].tobytes()).hexdigest() for split in drawn.values() for row in split]
+    assert len(set(hashes)) == len(hashes) == 27
 
 
-def test_cache_is_used_and_follows_the_drawing(tmp_path, monkeypatch):
+def test_cache_is_used_and_depends_on_the_drawing_code(tmp_path, monkeypatch):
     def build():
         return leaves.synthetic_leaves(1, (1, 0, 0), image_size=16, cache_dir=tmp_path)
 
@@ -186,7 +186,7 @@ def test_cache_is_used_and_follows_the_drawing(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_bad_arguments_are_named(arguments):
+def test_invalid_arguments_are_named(arguments):
     name, value = next(iter(arguments.items()))
     with pytest.raises(ValueError, match=f"`{name}` must") as error:
         leaves.synthetic_leaves(**arguments)
@@ -194,7 +194,7 @@ def test_bad_arguments_are_named(arguments):
 
 
 @pytest.mark.parametrize("call", [leaves.cultivar_traits, lambda n: leaves.contact_sheet(columns=n)])
-def test_zero_is_refused_by_the_other_functions(call):
+def test_zero_raises_in_the_other_functions(call):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         call(0)
 

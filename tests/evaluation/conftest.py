@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests/evaluation."""
+"""Fixtures shared by the tests of tests/evaluation."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def model() -> CLCAViTForImageClassification:
 
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory) -> Path:
-    """13 noisy pictures in folders."""
+    """13 noisy images in folders."""
     root = tmp_path_factory.mktemp("leaves")
     for i in range(13):
         folder = root / ("a", "b/c")[i % 2]

@@ -1,4 +1,4 @@
-"""A model and images to predict, and what was predicted."""
+"""A model, images to predict, and a reader of predictions."""
 
 import csv
 from collections.abc import Callable
@@ -18,7 +18,7 @@ PROCESSOR = make_image_processor(32)
 
 
 class Pixels(torch.utils.data.Dataset):
-    """Random images and labels; notes what is asked for.
+    """Random images and labels that record the requested indices.
 
     Args:
         labels: of the images, None for none.

@@ -1,4 +1,4 @@
-"""Top-k accuracy and macro-F1 against scikit-learn, and the corners that scikit-learn leaves open."""
+"""Top-k accuracy and macro-F1 against scikit-learn, and edge cases that scikit-learn does not define."""
 
 import evaluate
 import numpy as np
@@ -51,14 +51,14 @@ def test_top_k_with_k_classes_or_fewer_is_one():
     assert top_k_accuracy(scores, labels, 3) < 1.0
 
 
-def test_equal_scores_count_the_lower_index_first():
+def test_ties_go_to_the_lower_index():
     scores = np.zeros((3, 3))
     assert top_k_accuracy(scores, [0, 1, 2], 1) == pytest.approx(1 / 3)
     assert top_k_accuracy(scores, [0, 1, 2], 2) == pytest.approx(2 / 3)
     assert predicted_classes(scores).tolist() == [0, 0, 0]
 
 
-def test_nan_is_never_right():
+def test_nan_is_never_counted_as_correct():
     scores = np.array([[np.nan, 1.0, 0.0], [np.nan, np.nan, np.nan], [0.0, np.nan, 2.0]])
     assert top_k_accuracy(scores, [0, 1, 2], 3) == pytest.approx(1 / 3)
     assert top_k_accuracy(scores, [1, 1, 2], 1) == pytest.approx(2 / 3)
@@ -66,7 +66,7 @@ def test_nan_is_never_right():
 
 
 @pytest.mark.parametrize("feed", ["at once", "batches", "one by one"])
-def test_metric_classes_agree_with_the_functions_however_they_are_fed(feed):
+def test_metric_classes_agree_with_the_functions_for_all_inputs(feed):
     scores, labels = draw(23, 6)
     top, f1 = TopKAccuracy(), MacroF1()
     whole = {"predictions": scores, "references": labels}
@@ -82,7 +82,7 @@ def test_metric_classes_agree_with_the_functions_however_they_are_fed(feed):
     assert f1.compute(**given) == {"macro_f1": macro_f1(predicted_classes(scores), labels)}
 
 
-def test_what_was_added_counts_together_with_what_is_given():
+def test_added_batches_and_given_arrays_are_combined():
     scores, labels = draw(20, 6)
     metric = TopKAccuracy()
     metric.add_batch(predictions=scores[:12], references=labels[:12])
@@ -124,7 +124,7 @@ def test_compute_metrics_for_trainer(wrap):
 
 
 @pytest.mark.parametrize("classes", [2, 5, 6])
-def test_top5_is_left_out_where_it_says_nothing(classes):
+def test_top5_is_left_out_with_five_classes_or_fewer(classes):
     logits, labels = draw(20, classes)
     results = compute_metrics((logits, labels))
     assert set(results) == {"top1", "macro_f1"} | ({"top5"} if classes == 6 else set())
@@ -158,13 +158,13 @@ def test_summary_of_splits_with_different_metrics():
         (([[0.1, 0.2]], [0], 0), "`k`"),
     ],
 )
-def test_wrong_input_is_refused(arguments, word):
+def test_invalid_input_raises(arguments, word):
     with pytest.raises(ValueError, match=word):
         top_k_accuracy(*arguments)
 
 
-def test_macro_f1_refuses_lists_of_different_length():
+def test_macro_f1_of_lists_of_different_length_raises():
     with pytest.raises(ValueError, match="equal length"):
         macro_f1([0, 1], [0])
-    with pytest.raises(ValueError, match="`references` is empty"):
+    with pytest.raises(ValueError, match="`references` must not be empty"):
         macro_f1([], [])

@@ -1,4 +1,4 @@
-"""Several classes an image: labels of every source, and mAP and F1 against the original, scikit-learn and by hand."""
+"""Multi-label data: labels of every layout, and mAP and F1 against the original, scikit-learn and manual computation."""
 
 import json
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_listings_of_several_class_ids(tmp_path, suffix, cells, separator):
 
 
 def table(kind):
-    """A data set with the labels as `kind`, under the name `tags`."""
+    """A data set with labels of type `kind` in the column `tags`."""
     values, feature = {
         "class labels": (INDICES, FEATURE),
         "text": (LABELS, datasets.List(datasets.Value("string"))),
@@ -144,9 +144,7 @@ def test_validation_of_several_classes(tmp_path):
     loaded = load_ufgir_dataset(tmp_path, validation_split="random")
     assert len(loaded["train"]) + len(loaded["validation"]) == 25
     assert {label for row in loaded["validation"]["label"] for label in row} == {0, 1, 2}
-    with pytest.raises(
-        DatasetError, match=r"`shots` is a number of images of each class, but those of .* have several"
-    ):
+    with pytest.raises(DatasetError, match=r"`shots` requires one class per image, but .* is multi-label"):
         load_ufgir_dataset(tmp_path, shots=1)
 
 
@@ -166,7 +164,7 @@ def test_splits_of_one_and_of_several_classes_do_not_mix(tmp_path):
         ([[0, 2], [], [], [], []], "from 0 to 2 without a gap; no image of train has 1"),
     ],
 )
-def test_lists_that_are_no_classes(tmp_path, values, message):
+def test_invalid_lists_of_classes(tmp_path, values, message):
     table("text").remove_columns("tags").add_column("tags", values).save_to_disk(tmp_path)
     with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path, label_column="tags")
@@ -179,17 +177,17 @@ def test_images_without_any_class(tmp_path):
 
 
 @pytest.mark.parametrize("cells", [[0, 1], [["a"], ["b"]]], ids=["integers", "lists"])
-def test_a_separator_where_there_is_no_text(tmp_path, cells):
-    with pytest.raises(DatasetError, match=r"`label_separator` splits text, but .*: leave it out"):
+def test_a_separator_without_text_raises(tmp_path, cells):
+    with pytest.raises(DatasetError, match=r"`label_separator` requires text, but "):
         load_ufgir_dataset(write_listing(tmp_path, ".jsonl", cells), label_separator=";")
     (tmp_path / "table").mkdir()
     table("integers").save_to_disk(tmp_path / "table")
-    with pytest.raises(DatasetError, match=r"`label_separator` splits text, but the labels of .*: leave it out"):
+    with pytest.raises(DatasetError, match=r"`label_separator` requires text, but the labels of "):
         load_ufgir_dataset(tmp_path / "table", label_column="tags", label_separator=";")
 
 
 def test_a_bad_list_in_a_cell_is_named(tmp_path):
-    with pytest.raises(DatasetError, match=r"train\.csv: `labels` in row 3 is no JSON list"):
+    with pytest.raises(DatasetError, match=r"train\.csv: `labels` in row 3 is not a JSON list"):
         load_ufgir_dataset(write_listing(tmp_path, ".csv", ['["cat"]', "[dog]"]))
 
 
@@ -202,7 +200,7 @@ def test_multi_hot(labels):
 
 
 @pytest.mark.parametrize("label", [-1, 4])
-def test_multi_hot_of_no_class(label):
+def test_multi_hot_of_an_invalid_class(label):
     with pytest.raises(ValueError, match=rf"`labels` must lie in 0 \.\.\. 3, got {label}"):
         to_multi_hot([0, label], 4)
 
@@ -246,11 +244,11 @@ def test_a_class_without_images_does_not_count():
     values = average_precision(scores, targets)
     assert np.isnan(values).tolist() == [False, True, False]
     assert mean_average_precision(scores, targets) == pytest.approx(np.mean(values[[0, 2]]))
-    with pytest.raises(ValueError, match="`references` holds no positive"):
+    with pytest.raises(ValueError, match="`references` must have at least one 1"):
         mean_average_precision(scores, np.zeros_like(targets))
 
 
-def test_order_of_images_and_scale_of_scores_do_not_matter_and_nan_comes_last():
+def test_map_does_not_depend_on_order_and_scale_and_nan_is_last():
     scores, targets = draw(50, 4, ties=True)
     order = np.random.default_rng(1).permutation(50)
     np.testing.assert_allclose(average_precision(scores[order], targets[order]), average_precision(scores, targets))
@@ -291,7 +289,7 @@ def test_metrics_for_trainer(wrap):
 
 
 @pytest.mark.parametrize("feed", ["at once", "batches"])
-def test_metric_classes_however_they_are_fed(feed):
+def test_metric_classes_for_all_inputs(feed):
     logits, targets = draw(23, 6)
     metrics = (MeanAveragePrecision(), MultiLabelF1())
     given = {"predictions": logits, "references": targets} if feed == "at once" else {}
@@ -317,12 +315,12 @@ def test_combined_with_evaluate():
     [
         ([0.1, 0.2], [0, 1], "`predictions` and `references` must both have the shape"),
         ([[0.1, 0.2]], [[1]], "`predictions` and `references` must both have the shape"),
-        (np.zeros((0, 3)), np.zeros((0, 3)), "`references` is empty"),
+        (np.zeros((0, 3)), np.zeros((0, 3)), "`references` must not be empty"),
         ([[0.1, 0.2]], [[0, 2]], "`references` must be 1 for the classes of an image and 0 for the others, got 2"),
         ([[0.1, 0.2]], [[0.5, 0]], "`references` must be 1 for the classes of an image and 0 for the others, got 0.5"),
     ],
 )
 @pytest.mark.parametrize("function", [mean_average_precision, multilabel_f1])
-def test_wrong_input_is_refused(function, scores, targets, word):
+def test_invalid_input_raises(function, scores, targets, word):
     with pytest.raises(ValueError, match=word):
         function(np.asarray(scores), np.asarray(targets))

@@ -1,4 +1,4 @@
-"""`ufgir predict`: what it writes, broken pictures by name, and one sentence for every mistake."""
+"""`ufgir predict`: its output, broken images by name, and one-line errors."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def command(*argv: Any) -> int:
 def test_command(
     saved: Path, model: CLCAViTForImageClassification, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Files and folders, in the order in which they were given; those in a folder in natural order."""
+    """Files and folders in the given order; images in a folder in natural order."""
     first = leaves / "b" / "c" / "leaf5.png"
     assert command(saved, first, leaves, "--output", tmp_path / "new" / "p.csv", "--batch-size", 4) == 0
     rows = rows_of(tmp_path / "new" / "p.csv")
@@ -47,9 +47,7 @@ def test_command(
     assert "14 images" in capsys.readouterr().out
 
 
-def test_command_names_broken_pictures(
-    saved: Path, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_command_names_broken_images(saved: Path, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     good, empty, cut = (tmp_path / f"{name}.png" for name in ("good", "empty", "cut"))
     content = (leaves / "a" / "leaf0.png").read_bytes()
     for file, bytes_ in ((good, content), (empty, b""), (cut, content[: len(content) // 2])):
@@ -65,10 +63,10 @@ def test_command_names_broken_pictures(
     assert (tmp_path / "p.jsonl").read_text() == ""
 
 
-def test_command_names_what_it_leaves_out(
+def test_command_names_files_left_out(
     saved: Path, leaves: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """In the summary and beside the table; photos that are not predicted make the status 1, other files do not."""
+    """In the summary and next to the table; the exit status is 1 if photos are left out."""
     folder, output = tmp_path / "in", tmp_path / "out" / "p.csv"
     folder.mkdir()
     content = (leaves / "a" / "leaf0.png").read_bytes()
@@ -107,7 +105,7 @@ def test_command_names_what_it_leaves_out(
         (["MODEL"], "IMAGE"),
     ],
 )
-def test_mistakes_of_the_command(
+def test_errors_of_the_command(
     saved: Path,
     leaves: Path,
     tmp_path: Path,

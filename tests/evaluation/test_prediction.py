@@ -1,4 +1,4 @@
-"""Predictions into a file: lines and metrics, one batch at a time, streams, and mistakes."""
+"""Prediction files: lines and metrics, one batch at a time, streams, and errors."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ def test_lines(model: nn.Module, tmp_path: Path, batch_size: int) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
 
 
-def test_json_lines_say_the_same(model: nn.Module, tmp_path: Path) -> None:
+def test_json_lines_have_the_same_content(model: nn.Module, tmp_path: Path) -> None:
     data = Pixels(5, labels(5))
     for name in ("p.csv", "p.jsonl"):
         predict_to_file(model, data, tmp_path / name, NAMES, top=3)
@@ -77,7 +77,7 @@ def test_images_without_labels(model: nn.Module, tmp_path: Path) -> None:
     assert some.metrics["top1"] == compute_metrics((logits, np.array([2, 3])))["top1"]
 
 
-def test_the_model_is_left_as_it_was(model: nn.Module, tmp_path: Path) -> None:
+def test_the_model_is_not_changed(model: nn.Module, tmp_path: Path) -> None:
     for training in (True, False):
         predict_to_file(model.train(training), Pixels(2), tmp_path / "p.csv", NAMES)
         assert model.training is training
@@ -100,7 +100,7 @@ def test_metrics(model: nn.Module, tmp_path: Path, batch_size: int) -> None:
 
 
 class Scripted(nn.Module):
-    """Logits that are given, in turn."""
+    """Model that returns the given logits in order."""
 
     def __init__(self, logits: torch.Tensor, **config: Any) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Scripted(nn.Module):
 
 
 def test_metrics_of_equal_scores_and_nan(tmp_path: Path) -> None:
-    """As `ufgir.evaluation.metrics` counts them: of equals the lower class comes first, NaN is never among the highest."""
+    """As in `ufgir.evaluation.metrics`: ties go to the lower class, NaN is never among the highest."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (40, len(NAMES)), generator=generator).float()
     logits[torch.rand(logits.shape, generator=generator) < 0.1] = math.nan
@@ -125,7 +125,7 @@ def test_metrics_of_equal_scores_and_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", ["bce", "asymmetric"])
-def test_several_classes_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+def test_several_classes_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     from clca.loss_clca import classification_loss
 
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ def test_several_classes_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
-    """Three times as many images, and at most a few kilobytes more: nothing is kept of an image but what is on the disk."""
+    """Three times as many images need at most a few kilobytes more; results are kept on the disk only."""
 
     class Blank(Pixels):
         def __getitem__(self, index: int) -> dict[str, Any]:
@@ -227,10 +227,12 @@ def test_streams(model: nn.Module, dataset: datasets.Dataset, tmp_path: Path) ->
         (Pixels(2), "p.txt", {}, "`output` must end in .csv or .jsonl"),
         (Pixels(2), "p.csv", {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         (Pixels(2), "p.csv", {"top": 0}, "`top` must be at least 1, got 0"),
-        (Pixels(0), "p.csv", {}, "`dataset` is empty"),
+        (Pixels(0), "p.csv", {}, "`dataset` must not be empty"),
     ],
 )
-def test_mistakes(model: nn.Module, tmp_path: Path, data: Pixels, output: str, options: dict, words: str) -> None:
+def test_invalid_arguments(
+    model: nn.Module, tmp_path: Path, data: Pixels, output: str, options: dict, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         predict_to_file(model, data, tmp_path / output, NAMES, **options)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""An interrupted prediction goes on after the last whole line, and never with another model or other data."""
+"""An interrupted prediction is resumed after the last complete line, and never with another model or other data."""
 
 import json
 import multiprocessing
@@ -29,8 +29,8 @@ def die() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_goes_on_after_the_last_whole_line(model: nn.Module, tmp_path: Path, suffix: str) -> None:
-    """Stopped twice, the second time by SIGKILL, and what was written last is torn: lines and metrics as without."""
+def test_resume_after_the_last_complete_line(model: nn.Module, tmp_path: Path, suffix: str) -> None:
+    """Two interruptions, the second by SIGKILL with truncated files, give the same lines and metrics."""
     whole = predict_to_file(model, Pixels(30, labels(30)), tmp_path / f"whole{suffix}", NAMES, batch_size=4)
     path, partial = tmp_path / f"p{suffix}", tmp_path / f"_p{suffix}.partial"
     path.write_text("of an earlier model")
@@ -57,8 +57,8 @@ def test_goes_on_after_the_last_whole_line(model: nn.Module, tmp_path: Path, suf
     assert not partial.exists()
 
 
-def test_a_line_whose_batch_is_not_whole_is_predicted_again(model: nn.Module, tmp_path: Path) -> None:
-    """Batches stay as they were: what is in a batch may change the last bits of a logit."""
+def test_a_line_of_an_incomplete_batch_is_predicted_again(model: nn.Module, tmp_path: Path) -> None:
+    """Batches keep their images, because the contents of a batch may change the last bits of a logit."""
     with pytest.raises(Stopped):
         predict_to_file(model, Pixels(10, None, 8, stop), tmp_path / "p.csv", NAMES, batch_size=4)
     data = Pixels(10)
@@ -67,7 +67,7 @@ def test_a_line_whose_batch_is_not_whole_is_predicted_again(model: nn.Module, tm
 
 
 @pytest.mark.parametrize("change", ["weights", "images", "number", "names", "top", "transform"])
-def test_other_models_and_data_start_again(model: nn.Module, tmp_path: Path, change: str) -> None:
+def test_other_models_and_data_start_over(model: nn.Module, tmp_path: Path, change: str) -> None:
     files = [tmp_path / f"{i}.png" for i in range(12)]
     for file in files:
         file.write_bytes(b"1")
@@ -99,7 +99,7 @@ def test_other_models_and_data_start_again(model: nn.Module, tmp_path: Path, cha
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., datasets.Dataset]:
-    """Test images that are in no files: 8 of each of 3 classes."""
+    """Test images without files: 8 of each of 3 classes."""
     cache = tmp_path_factory.mktemp("cache")
 
     def draw(count: int = 8, **options: Any) -> datasets.Dataset:
@@ -118,7 +118,7 @@ def identity(rows: Any) -> str:
 
 @pytest.mark.parametrize("other", [{"difficulty": "hard"}, {"seed": 1}, {"count": 7}])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_images_that_are_no_files_are_told_apart(drawn: Callable, other: dict[str, Any], streamed: bool) -> None:
+def test_images_without_files_are_distinguished(drawn: Callable, other: dict[str, Any], streamed: bool) -> None:
     def rows(**options: Any) -> Any:
         split = drawn(**options)
         return to_stream(datasets.DatasetDict({"test": split}))["test"] if streamed else split
@@ -126,7 +126,7 @@ def test_images_that_are_no_files_are_told_apart(drawn: Callable, other: dict[st
     assert identity(rows()) == identity(rows()) != identity(rows(**other))
 
 
-def test_labels_tell_data_sets_apart(drawn: Callable) -> None:
+def test_data_sets_are_distinguished_by_labels(drawn: Callable) -> None:
     rows = drawn()
     swapped = rows.map(lambda row: {"label": 2 - row["label"]})
     assert identity(rows) != identity(swapped)
@@ -135,7 +135,7 @@ def test_labels_tell_data_sets_apart(drawn: Callable) -> None:
     assert identity(plain) == identity([dict(row) for row in plain]) != identity(changed)
 
 
-def test_an_interrupted_prediction_does_not_go_on_with_other_data(
+def test_an_interrupted_prediction_is_not_resumed_with_other_data(
     model: nn.Module, drawn: Callable, tmp_path: Path
 ) -> None:
     class Fatal(TransformedImages):
@@ -155,7 +155,7 @@ def test_an_interrupted_prediction_does_not_go_on_with_other_data(
     assert result.predicted == 16
 
 
-def test_interrupted_when_all_was_done(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_after_the_last_image(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("ufgir.evaluation.prediction.join", lambda *args: stop())
         with pytest.raises(Stopped):

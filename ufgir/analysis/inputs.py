@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
-from ..evaluation.prediction import GuardedImages, called, separate_broken
+from ..evaluation.prediction import GuardedImages, name_of, separate_broken
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def batches(
         for columns, size, problems in loader:
             broken = []
             for position, why in problems.items():
-                name = called(first + position, files(first + position))
+                name = name_of(first + position, files(first + position))
                 if not skip_broken:
                     raise ValueError(
                         f"{name} cannot be read: {why}. `--skip-broken` leaves such images out."

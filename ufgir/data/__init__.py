@@ -1,6 +1,6 @@
-"""Load images and labels in any layout (class folders, listings, tables, parquet, the Hub) as a checked `DatasetDict` with the
-columns `image` and `label`. Also here: splits, label unification, streams, the data report, the catalog of data sets, the
-preparation of raw downloads (`prepare`) and the drawn leaves (`synthetic_leaves`)."""
+"""Load images and labels from any supported layout (class folders, CSV/JSONL listings, parquet, the Hub) as a checked
+`DatasetDict` with the columns `image` and `label`. The package also has splits, label unification, streams, the data
+report, the catalog of data sets, the preparation of raw downloads (`prepare`) and the drawn leaves (`synthetic_leaves`)."""
 
 from .. import _moved
 from .checks import DatasetError

@@ -1,9 +1,8 @@
-"""The wider fine-grained data sets that the original code is configured for: one table, for the loader, `ufgir datasets` and
-docs/datasets.md.
+"""Catalog of the fine-grained data sets that the original code supports, for the loader, `ufgir datasets` and docs/datasets.md.
 
-Classes and numbers of images are those of the original's lists of files; of imagenet and cifar, those that are published.
-The data behind the ids on the Hub were not loaded here: which columns they have is only known where the table says so, and
-whether they number the classes as the original does, not at all.
+Numbers of classes and images are those of the original's file lists; for imagenet and cifar, the published ones. The data
+sets on the Hub were not loaded for this table: their columns are known only where given, and their order of classes was not
+compared with the original's.
 """
 
 import difflib
@@ -17,19 +16,19 @@ NOT_FOUND = "not found"
 
 @dataclass(frozen=True)
 class FineGrainedDataset:
-    """A row of the table.
+    """An entry of the catalog.
 
     Args:
         name: the original's short name.
-        title: what it shows.
-        num_classes: K.
-        train: images of train and validation together.
-        test: images of the test split.
-        source: where the data come from.
-        hub_id: the data set on the Hub that the short name loads; None where none was found that can be loaded.
-        image_column, label_column: its columns; None where not looked up: they are found by their types.
-        splits: its names of splits -> ours, where they mislead; only these are taken.
-        note: what else to know.
+        title: content of the images.
+        num_classes: number of classes K.
+        train: number of images of train and validation together.
+        test: number of images of the test split.
+        source: origin of the data.
+        hub_id: data set on the Hub that the short name loads; None if no loadable one was found.
+        image_column, label_column: its columns; None if they were not looked up and are found by their types.
+        splits: its split names -> ours, if they are misleading; only these splits are used.
+        note: other remarks.
     """
 
     name: str
@@ -46,22 +45,22 @@ class FineGrainedDataset:
 
     @property
     def columns(self) -> str:
-        """The columns on the Hub, for people."""
+        """The columns on the Hub, as text."""
         if self.hub_id is None:
             return ""
         return f"{self.image_column}, {self.label_column}" if self.image_column else "not looked up: found by type"
 
     def how_to_get(self) -> str:
-        """What to do where the short name cannot be loaded."""
+        """Explain how to get a data set that cannot be loaded by its short name."""
         note = f" ({self.note})" if self.note else ""
         return (
-            f"{self.name!r} ({self.title}, {self.num_classes:,} classes) cannot be loaded by its short name: no data set of "
-            f"the Hub that fits was found{note}. Get it from {self.source} and give a folder train/<class>/<image>, "
-            "test/<class>/<image>, or train_val.csv and test.csv with `class_id,dir` beside the images."
+            f"{self.name!r} ({self.title}, {self.num_classes:,} classes) cannot be loaded by its short name: no matching "
+            f"data set was found on the Hub{note}. Download it from {self.source} and pass a folder train/<class>/<image>, "
+            "test/<class>/<image>, or a folder of images with train_val.csv and test.csv (`class_id,dir`)."
         )
 
     def describe(self) -> str:
-        """All that the table holds, a line each."""
+        """Describe the entry, one line per property."""
         lines = [f"{self.name}: {self.title}"]
         lines.append(f"classes: {self.num_classes:,}; images: {self.train:,} train + validation, {self.test:,} test")
         if self.hub_id is None:
@@ -121,7 +120,7 @@ FINE_GRAINED: dict[str, FineGrainedDataset] = {
             2_040,
             6_149,
             "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-            note="nelorth/oxford-flowers has another split, 7,169 and 1,020",
+            note="nelorth/oxford-flowers is split differently, 7,169 and 1,020",
         ),
         FineGrainedDataset(
             "food",
@@ -134,7 +133,7 @@ FINE_GRAINED: dict[str, FineGrainedDataset] = {
             "image",
             "label",
             (("train", "train"), ("validation", "test")),
-            "its split validation is the test split",
+            "its validation split is used as test",
         ),
         FineGrainedDataset(
             "nabirds",
@@ -143,7 +142,7 @@ FINE_GRAINED: dict[str, FineGrainedDataset] = {
             23_929,
             24_633,
             "https://dl.allaboutbirds.org/nabirds",
-            note="gjuggler/bird-data is a loading script; QianC95/NABirds was seen, its contents were not",
+            note="gjuggler/bird-data is a loading script; the contents of QianC95/NABirds were not checked",
         ),
         FineGrainedDataset(
             "pets",
@@ -200,7 +199,7 @@ FINE_GRAINED: dict[str, FineGrainedDataset] = {
             "image",
             "label",
             (("train", "train"), ("validation", "test")),
-            "gated; its split test has no labels, so that validation is ours to test on",
+            "gated; its validation split is used as test, because its test split has no labels",
         ),
         FineGrainedDataset(
             "cifar10",
@@ -229,7 +228,7 @@ FINE_GRAINED: dict[str, FineGrainedDataset] = {
 
 
 def find_dataset(name: str) -> FineGrainedDataset:
-    """The row of a short name; ValueError, with a similar name, if there is none."""
+    """Return the entry of a short name; raise ValueError, with a similar name, if there is none."""
     if name not in FINE_GRAINED:
         close = difflib.get_close_matches(name, FINE_GRAINED, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
@@ -241,7 +240,7 @@ HEADER = ("name", "what", "classes", "train + validation", "test", "on the Hub",
 
 
 def table_rows() -> list[tuple[str, ...]]:
-    """One row a data set, under `HEADER`."""
+    """Return one row per data set, with the columns of `HEADER`."""
     return [
         (
             row.name,
@@ -259,7 +258,7 @@ def table_rows() -> list[tuple[str, ...]]:
 
 
 def markdown_table() -> str:
-    """The table as Markdown, without a line break at its end."""
+    """Return the table as Markdown, without a trailing line break."""
     lines = [f"| {' | '.join(HEADER)} |", "| --- | --- | ---: | ---: | ---: | --- | --- | --- | --- |"]
     for name, title, classes, train, test, hub, columns, source, note in table_rows():
         hub = hub if hub == NOT_FOUND else f"[{hub}](https://huggingface.co/datasets/{hub})"
@@ -270,7 +269,7 @@ def markdown_table() -> str:
 
 @dataclass(frozen=True)
 class UltraFGVCSet:
-    """What was published about a set."""
+    """Published properties of a set of Ultra-FGVC."""
 
     name: str
     title: str

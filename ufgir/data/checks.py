@@ -1,4 +1,4 @@
-"""What all layouts of data share: the names of splits, how problems are listed, and whether images can be read."""
+"""Checks shared by all layouts: names of splits, lists of problems, and whether images can be decoded."""
 
 import io
 import logging
@@ -15,27 +15,27 @@ from ..transforms.images import open_picture
 
 logger = logging.getLogger(__name__)
 
-SPLIT_NAMES = {  # ours: what folders and files may call it
+SPLIT_NAMES = {  # our name: accepted names of folders and files
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-LISTED = 20  # names that one message lists at most
+LISTED = 20  # maximum number of names in a message
 
 
 class DatasetError(ValueError):
-    """The data cannot be used as they are; the message names what is wrong."""
+    """Data that cannot be used; the message names the problem."""
 
-    has_list = True  # it may name one thing a line
+    has_list = True  # the message may have one item per line
 
     def __init__(self, message: str) -> None:
-        """Take the message; of an error of a DataLoader's worker, which torch raises again with its traceback, only that."""
+        """Store the message. If torch re-raises the error of a DataLoader worker with its traceback, store only the message."""
         own = message.rpartition(f"{type(self).__name__}: ")[2] if "Original Traceback" in message else message
         super().__init__(own.rstrip("\n"))
 
 
 def listed(names: Iterable[Any], separator: str = ", ") -> str:
-    """The first names, and how many more there are."""
+    """Join the first `LISTED` names, followed by the number of the others."""
     names = [str(name) for name in names]
     rest = f"and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     between = (separator if "\n" in separator else " ") if rest else ""
@@ -43,39 +43,41 @@ def listed(names: Iterable[Any], separator: str = ", ") -> str:
 
 
 def split_of(name: str) -> str | None:
-    """Our name for the split that others call `name`; None if it is no split."""
+    """Return train, validation or test for a common name of a split; None for any other name."""
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
 def check_same_classes(classes: dict[str, set[str]], source: str) -> None:
-    """No split may have classes that the first one (train, if there is one) lacks; one that lacks some of them is named in the
-    log."""
+    """Raise DatasetError if a split has classes that the first split (train, if present) lacks.
+
+    A split that lacks some classes of the first one is named in a warning.
+    """
     first, reference = next(iter(classes.items()))
     problems = []
     for split, present in classes.items():
         if added := sorted(present - reference):
             problems.append(f"{split} has {listed(added)}, which {first} lacks")
         if lacking := sorted(reference - present):
-            logger.warning("%s: %s has no image of %d classes: %s", source, split, len(lacking), listed(lacking))
+            logger.warning("%s: %s has no images of %d classes: %s", source, split, len(lacking), listed(lacking))
     if problems:
         raise DatasetError(
-            f"{source}: classes differ between splits: {'; '.join(problems)}. Take their images out, or add some to {first}."
+            f"{source}: classes differ between splits: {'; '.join(problems)}. Remove their images, or add images of them to {first}."
         )
 
 
 def file_of(image: Any) -> str | None:
-    """The file that an undecoded image comes from, as far as that is known."""
+    """Return the file of an undecoded image, or None if it is unknown."""
     return image.get("path") if isinstance(image, dict) else None
 
 
 def problem_of(image: Any) -> str | None:
-    """Why the undecoded `image` cannot be read; None if it can."""
+    """Return the reason why an undecoded image cannot be read, or None if it can."""
     if not isinstance(image, dict):
-        return "there is no image (null)"
+        return "the image is missing (null)"
     if image["bytes"] is None and not image["path"]:
-        return "there is no image (neither bytes nor a file)"
+        return "the image is missing (neither bytes nor a file)"
     if image["bytes"] is None and not os.path.exists(image["path"]):
-        return "there is no such file"
+        return "the file does not exist"
     try:
         source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
         open_picture(source)
@@ -87,7 +89,7 @@ def problem_of(image: Any) -> str | None:
 def find_broken(
     dataset_dict: datasets.DatasetDict, num_threads: int | None = None
 ) -> list[tuple[str, int, str | None, str]]:
-    """Decodes every image once, with a progress bar: (split, row, file, problem) of those that cannot be read."""
+    """Decode every image once, with a progress bar, and return (split, row, file, problem) of those that cannot be read."""
     total = sum(len(split) for split in dataset_dict.values())
     broken: list[tuple[str, int, str | None, str]] = []
     workers = num_threads or min(8, os.cpu_count() or 1)
@@ -109,21 +111,21 @@ def verify_images(
     num_threads: int | None = None,
     where: Callable[[str, int], str] | None = None,
 ) -> int:
-    """Decodes every image once, with a progress bar.
+    """Decode every image once, with a progress bar.
 
     Args:
         dataset_dict: splits with a column `image`.
-        num_threads: threads that decode at the same time; by default the number of cores, at most 8.
-        where: of a split and the number of a row in it, what to call an image that lies in a table; by default these.
+        num_threads: number of decoding threads; by default the number of cores, at most 8.
+        where: function of a split and a row number that returns a name for an image stored in a table; by default "split row n".
 
     Returns:
         The number of images.
 
     Raises:
-        DatasetError: some images cannot be read; one a line, the first `LISTED` and the number of the others.
+        DatasetError: if images cannot be read; one per line, the first `LISTED` and the number of the others.
     """
 
-    def called(split: str, row: int, file: str | None) -> str:
+    def label(split: str, row: int, file: str | None) -> str:
         if file and os.path.isabs(file):
             return file
         place = where(split, row) if where else f"{split} row {row}"
@@ -131,19 +133,19 @@ def verify_images(
 
     total = sum(len(split) for split in dataset_dict.values())
     if broken := find_broken(dataset_dict, num_threads):
-        lines = listed((f"{called(*place)}: {problem}" for *place, problem in broken), separator="\n  ")
+        lines = listed((f"{label(*place)}: {problem}" for *place, problem in broken), separator="\n  ")
         raise DatasetError(f"{len(broken):,} of {total:,} images cannot be read:\n  {lines}")
     return total
 
 
 class Use(NamedTuple):
-    """A file in its place in a data set.
+    """One occurrence of a file in a data set.
 
     Attributes:
-        split: that has it.
-        file: as the data set names it.
-        identity: the same for all paths that lead to the file.
-        label: its class, or a tuple of them.
+        split: the split that contains it.
+        file: the file name in the data set.
+        identity: key that is equal for all paths to the same file.
+        label: its class, or a tuple of classes.
     """
 
     split: str
@@ -153,12 +155,12 @@ class Use(NamedTuple):
 
 
 def distinct_uses(uses: Sequence[Use], source: str) -> list[int]:
-    """The numbers of the uses to keep: of a file that has several in a split, with the same label, the first.
+    """Return the indices of the uses to keep: of several uses of a file in a split with the same label, the first.
 
     Files are compared, not their names: `12.png`, `./12.png`, a link to it and a hard link are one file.
 
     Raises:
-        DatasetError: a file is in two splits, or has two labels.
+        DatasetError: if a file is in two splits or has two labels.
     """
     first: dict[Hashable, int] = {}
     kept: list[int] = []
@@ -181,8 +183,8 @@ def distinct_uses(uses: Sequence[Use], source: str) -> list[int]:
         raise DatasetError(f"{source}: images listed in more than one split: {listed(shared)}.")
     if differing:
         raise DatasetError(
-            f"{source}: images listed with more than one class: {listed(differing)}. (Several classes of an image belong in one "
-            "row, as a list or with `label_separator`.)"
+            f"{source}: images listed with more than one class: {listed(differing)}. (For multi-label data, put all classes of an "
+            "image in one row, as a list or with `label_separator`.)"
         )
     if repeated:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Find the image and label columns of a table, and bring its splits to our names."""
+"""Find the image and label columns of a table, and rename its splits to train, validation and test."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ Splits = datasets.DatasetDict | datasets.IterableDatasetDict
 def _find_column(
     features: datasets.Features, role: str, given: str | None, kind: type, usual: Sequence[str], split: str
 ) -> str:
-    """The column that the caller names, else the one of the right kind, else the first with a usual name."""
+    """Return the given column, else the one of the right type, else the first with a common name."""
     if given is not None:
         if given not in features:
             raise DatasetError(
-                f"`{role}_column` is {given!r}, which the {split} split lacks. Available: {', '.join(features)}."
+                f"`{role}_column` must be a column of the {split} split, got {given!r}. Available: {', '.join(features)}."
             )
         return given
     kinds = {name: class_feature(feature) or feature for name, feature in features.items()}
@@ -32,17 +32,22 @@ def _find_column(
     candidates = [name for name in usual if name in of_kind] or (of_kind if len(of_kind) == 1 else [])
     candidates = candidates or [name for name in usual if name in features and not of_kind]
     if not candidates:
-        raise DatasetError(f"No {role} column found: name it in `{role}_column`. Available: {', '.join(features)}.")
+        raise DatasetError(
+            f"No {role} column found. Pass its name as `{role}_column`. Available: {', '.join(features)}."
+        )
     return candidates[0]
 
 
 def our_splits(loaded: Any, source: str, rename: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Split name to data, under our names and in our order; what is none of them is left out with a warning.
+    """Return the splits as a dict in the order train, validation, test; other splits are left out with a warning.
 
     Args:
-        loaded: one data set, or several by the names of their splits.
-        source: what messages call it.
-        rename: their name to ours, where names mislead; only these splits are taken.
+        loaded: a data set, or a dict of split name -> data set.
+        source: name of the data in messages.
+        rename: original split name -> our name, for misleading names; only these splits are used.
+
+    Raises:
+        DatasetError: if there is no such split, a split is empty, or two have the same name.
     """
     if isinstance(loaded, datasets.Dataset | datasets.IterableDataset):
         loaded = {"train": loaded}
@@ -50,7 +55,7 @@ def our_splits(loaded: Any, source: str, rename: Mapping[str, str] | None = None
     for name, split in loaded.items():
         known = rename.get(name) if rename else split_of(name)
         if known is None:
-            logger.warning("%s: split %s is left out: it is not train, validation or test", source, name)
+            logger.warning("%s: split %s is left out, because it is not train, validation or test", source, name)
         elif known in ours:
             raise DatasetError(f"{source} has more than one {known} split: {', '.join(loaded)}.")
         elif isinstance(split, datasets.Dataset) and not len(split):
@@ -65,11 +70,17 @@ def our_splits(loaded: Any, source: str, rename: Mapping[str, str] | None = None
 def our_columns(
     splits: Mapping[str, Any], source: str, image_column: str | None, label_column: str | None
 ) -> dict[str, Any]:
-    """The two columns `image`, decoded as it is, and `label`, of map-style or streamed data."""
+    """Keep the two columns and rename them to `image` (decoded, not converted) and `label`, for map-style or streamed data.
+
+    Raises:
+        DatasetError: if a column is missing, both are the same, or the image column does not hold images.
+    """
     ours: dict[str, Any] = {}
     for name, split in splits.items():
         if split.features is None:
-            raise DatasetError(f"{source}: the columns of {name} are not known before it is read: do not stream it.")
+            raise DatasetError(
+                f"{source}: the columns of {name} are unknown before it is read. Set `streaming=False`."
+            )
         image = _find_column(split.features, "image", image_column, datasets.Image, IMAGE_COLUMNS, name)
         label = _find_column(split.features, "label", label_column, datasets.ClassLabel, LABEL_COLUMNS, name)
         if image == label:
@@ -79,7 +90,7 @@ def our_columns(
         split = split.rename_columns(renamed) if renamed else split
         try:
             ours[name] = split.cast_column("image", datasets.Image())
-        except (TypeError, ValueError, NotImplementedError) as error:  # what Arrow raises for a cast it does not know
+        except (TypeError, ValueError, NotImplementedError) as error:  # raised by Arrow for an unsupported cast
             raise DatasetError(
                 f"{source}: column {image!r} of the {name} split does not hold images: {error}."
             ) from error

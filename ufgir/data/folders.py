@@ -1,4 +1,4 @@
-"""One of the layouts in `ufgir.data.load.LAYOUTS`: image folders, split/class/image or class/image. Also images without classes."""
+"""Load images from class folders, split/class/image or class/image (a layout of `ufgir.data.load`), and images without classes."""
 
 import logging
 import os
@@ -44,15 +44,15 @@ logger = logging.getLogger(__name__)
 
 
 def _is_class_folder(folder: Path) -> bool:
-    """Whether images lie directly in `folder` and no folders do: an image beside folders makes no class of them."""
+    """Return whether `folder` directly contains images and no folders."""
     entries = entries_of(folder)
     return not entries.folders and any(map(is_image, entries.files))
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
-    """Split to folder; `path` itself is train if it holds class folders.
+    """Return split -> folder; `path` itself is train if it contains class folders.
 
-    Among class folders, one that is called as a split is a class, too, if it holds pictures and no folders.
+    A folder named like a split is a class if other class folders are next to it and it contains images and no folders.
     """
     children = child_folders(path)
     splits = {child: split for child in children if (split := split_of(child.name))}
@@ -62,7 +62,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
         allowed = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
         raise DatasetError(
             f"{path} holds the split folders {listed(child.name for child in splits)}, but {listed(others)} is not one of "
-            f"{allowed}: rename it, or put it elsewhere. (A class that is called as a split must hold pictures and no folders.)"
+            f"{allowed}. Rename or move it. (A class folder with the name of a split must contain images and no folders.)"
         )
     if not splits:
         return {"train": path}
@@ -77,7 +77,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
 def _check_loose_images(
     entries: dict[Path, Entries], roots: dict[str, Path], scans: dict[str, dict[Path, FolderScan]]
 ) -> None:
-    """Images that lie in no class folder: an error where there are no class folders, else a warning."""
+    """Warn about images outside class folders; raise DatasetError if there are no class folders."""
     for folder, found in entries.items():
         loose = [file.name for file in found.files if is_image(file)]
         if not loose:
@@ -85,12 +85,12 @@ def _check_loose_images(
         split = next((split for split, root in roots.items() if root == folder), None)
         if split is not None and not any(scan.images for scan in scans[split].values()):
             raise DatasetError(
-                f"{folder} holds {len(loose):,} images but no class folders: put the images of each class into a folder "
+                f"{folder} holds {len(loose):,} images but no class folders. Put the images of each class into a folder "
                 f"named after it ({folder.name}/<class>/{loose[0]}), or list files and classes in {split}.csv or "
                 f"{split}.jsonl; to classify images without known classes use `load_images`."
             )
         logger.warning(
-            "%s: %d images beside the folders belong to no class and are left out: %s",
+            "%s: %d images outside the class folders are left out: %s",
             folder,
             len(loose),
             listed(loose),
@@ -98,15 +98,16 @@ def _check_loose_images(
 
 
 def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
-    """split/class/image or class/image.
+    """Load split/class/image or class/image.
 
     Args:
         path: the folder.
-        known_classes: the caller knows which classes there are: no split needs to have all of them.
+        known_classes: whether the caller gives the class names; splits may then lack some of the classes.
 
     Raises:
-        DatasetError: no images, or no class folders; a class folder without images; classes that train lacks; links without a
-            target, folders that cannot be read; a file in two splits or two classes; a table that lists files and classes.
+        DatasetError: if there are no images or no class folders, a class folder has no images, a split has classes that train
+            lacks, a link has no target, a folder cannot be read, a file is in two splits or two classes, or a table in the
+            folder lists files and classes.
     """
     roots = _split_folders(path)
     entries = {folder: entries_of(folder) for folder in dict.fromkeys((path, *roots.values()))}
@@ -120,7 +121,7 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
     _check_loose_images(entries, roots, scans)
     if others := [file for scan in every for file in scan.others]:
         logger.warning(
-            "%s: %d files in class folders are no images and are left out: %s: %s",
+            "%s: %d files in class folders are not images and are left out: %s: %s",
             *(path, len(others), count_others(others), listed(file.relative_to(path) for file in others)),
         )
     if not any(scan.images for scan in every):
@@ -154,22 +155,22 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
 
 
 def open_image_folder(source: Source) -> Opened:
-    """The layout of folders named after classes, for the table in `ufgir.data.load`."""
+    """Open class folders (an entry of `ufgir.data.load.LAYOUTS`)."""
     return Opened(load_image_folder(source.path, source.known_classes), source.columns)
 
 
 def _natural(text: str) -> list[str | int]:
-    """A key that sorts img2 before img10."""
+    """Return a sort key that puts img2 before img10."""
     return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", text)]
 
 
 class FoundImages(NamedTuple):
-    """What `find_images` found.
+    """Result of `find_images`.
 
     Attributes:
         files: the images, in order.
-        others: file that is no image -> what to do about it, or "" where it is none for people either.
-        problems: what cannot be used, and why: links without a target, folders that cannot be read.
+        others: other file -> how to make it readable, or "" if it is not a photo.
+        problems: unusable link or folder -> reason.
     """
 
     files: list[str]
@@ -177,25 +178,25 @@ class FoundImages(NamedTuple):
     problems: dict[str, str]
 
     def describe(self) -> list[str]:
-        """What is left out, a line each; empty if nothing is."""
+        """List the files that are left out, one per line; empty if there are none."""
         lines = []
         if self.problems:
             lines.append(f"{len(self.problems):,} cannot be used and are left out:")
             lines += [f"  {file}: {why}" for file, why in self.problems.items()]
         if self.others:
             what = count_others(map(Path, self.others))
-            lines.append(f"{len(self.others):,} files are no images and are left out: {what}: {listed(self.others)}")
+            lines.append(f"{len(self.others):,} files are not images and are left out: {what}: {listed(self.others)}")
         return lines
 
 
 def find_images(folder_or_files: str | os.PathLike | Sequence[str | os.PathLike]) -> FoundImages:
-    """The images that `load_images` takes, and everything else that lies beside them; none is decoded.
+    """Find the images that `load_images` loads, and all other files next to them, without decoding them.
 
     Args:
-        folder_or_files: an image, a folder, or a list of both.
+        folder_or_files: an image, a folder, or a list of images and folders.
 
     Raises:
-        DatasetError: a file or folder does not exist, or there are no images.
+        DatasetError: if a file or folder does not exist, or there are no images.
     """
     one = isinstance(folder_or_files, str | os.PathLike)
     sources = [Path(os.path.expanduser(source)) for source in ([folder_or_files] if one else folder_or_files)]
@@ -207,7 +208,7 @@ def find_images(folder_or_files: str | os.PathLike | Sequence[str | os.PathLike]
             if is_utf8(str(source)):
                 found.files.append(str(source))
             else:
-                found.problems[shown(source)] = "the name is not UTF-8: rename it"
+                found.problems[shown(source)] = "the file name is not UTF-8; rename it"
             continue
         scan = scan_folder(source)
         ordered = sorted(scan.images, key=lambda file: _natural(str(file.relative_to(source))))
@@ -226,21 +227,21 @@ def find_images(folder_or_files: str | os.PathLike | Sequence[str | os.PathLike]
 def load_images(
     folder_or_files: str | os.PathLike | Sequence[str | os.PathLike], *, verify: bool = True, skip_broken: bool = False
 ) -> datasets.Dataset:
-    """Images whose classes are not known, e.g. to predict them: a dataset with the columns `image` and `path`.
+    """Load images without classes, e.g. to classify them, as a data set with the columns `image` and `path`.
 
     Args:
-        folder_or_files: an image, a folder, or a list of both. Of a folder, all images in it and below it, in natural order
-            (leaf2.png before leaf10.png); a list keeps its order. Files that are no images are left out, with a warning that
-            counts and names them.
+        folder_or_files: an image, a folder, or a list of images and folders. A folder stands for all images in it and its
+            subfolders, in natural order (leaf2.png before leaf10.png); a list keeps its order. Files that are not images are
+            left out, with a warning that counts and names them.
         verify: decode every image first.
-        skip_broken: leave what cannot be read out (images, links without a target, folders), with a warning that names it,
-            instead of raising.
+        skip_broken: leave out images, links and folders that cannot be read, with a warning that names them, instead of
+            raising.
 
     Returns:
-        One row an image; `path` is the file as text. Nothing but the paths is in memory.
+        One row per image; `path` is the file name as text. Only the paths are kept in memory.
 
     Raises:
-        DatasetError: a file or folder does not exist, there are no images, or some cannot be read: one a line.
+        DatasetError: if a file or folder does not exist, there are no images, or some cannot be read (one per line).
     """
     found = find_images(folder_or_files)
     if found.problems and not skip_broken:
@@ -252,7 +253,7 @@ def load_images(
 
 
 def load_found_images(found: FoundImages, *, verify: bool = True, skip_broken: bool = False) -> datasets.Dataset:
-    """The data set that `load_images` makes of the images that `find_images` found."""
+    """Return the data set of `load_images` for the images that `find_images` found."""
     files = found.files
     images = _with_paths(files)
     if not verify and not skip_broken:

@@ -1,4 +1,4 @@
-"""Load data sets from the Hugging Face Hub, with an answer within seconds where it cannot be reached."""
+"""Load data sets from the Hugging Face Hub, and fail within seconds if the Hub cannot be reached."""
 
 import difflib
 import os
@@ -24,24 +24,24 @@ from .columns import Splits
 from .sources import Opened, Source
 
 
-PATIENCE = 10.0  # seconds to wait for the Hub's first answer
+HUB_TIMEOUT = 10.0  # seconds to wait for the first response of the Hub
 
 
 def is_known_set(source: Source) -> bool:
-    """Whether the catalog has a row of that name."""
+    """Return whether the catalog has an entry of that name."""
     return source.name in SETS or source.name in FINE_GRAINED
 
 
 def open_known_set(source: Source) -> Opened:
-    """A data set of the Hub by its name in the catalog, for the table in `ufgir.data.load`.
+    """Open a data set of the Hub by its name in the catalog (an entry of `ufgir.data.load.LAYOUTS`).
 
     Raises:
-        DatasetError: it is not on the Hub.
+        DatasetError: if it is not on the Hub.
     """
     if source.name in SETS:
         raise DatasetError(
-            f"{argument('name_or_path')}: {source.name} is a set of Ultra-FGVC, which is not on the Hub: download it, run "
-            f"`ufgir prepare {source.name} --source RAW --output OUT`, and give the folder OUT."
+            f"{argument('name_or_path')}: {source.name} is a set of Ultra-FGVC, which is not on the Hub. Download it, run "
+            f"`ufgir prepare {source.name} --source RAW --output OUT`, and pass the folder OUT."
         )
     entry = FINE_GRAINED[source.name]
     if entry.hub_id is None:
@@ -51,10 +51,10 @@ def open_known_set(source: Source) -> Opened:
 
 
 def open_hub(source: Source) -> Opened:
-    """Any other data set of the Hub, for the table in `ufgir.data.load`.
+    """Open any other data set of the Hub (an entry of `ufgir.data.load.LAYOUTS`).
 
     Raises:
-        DatasetError: the name cannot be meant as an id on the Hub, or there is no such data set.
+        DatasetError: if the name cannot be an id on the Hub, or there is no such data set.
     """
     if problem := missing_folder(source.name):
         raise DatasetError(problem)
@@ -66,9 +66,9 @@ def _load(hub_id: str, source: Source) -> Splits:
 
 
 def missing_folder(source: str) -> str | None:
-    """The sentence for a `source` that is no folder and cannot be meant as an id on the Hub; None if it can.
+    """Return the error message for a `source` that is not a folder and cannot be an id on the Hub; None if it can be an id.
 
-    Meant as a path is what starts with ., / or ~, has more than two parts, or starts with a folder that is there.
+    A name is a path, not an id, if it starts with ., / or ~, has more than two parts, or starts with an existing folder.
     """
     parts = source.replace("\\", "/").split("/")
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) and not source.endswith("/")
@@ -80,7 +80,7 @@ def missing_folder(source: str) -> str | None:
 
 
 def _near(source: str) -> str:
-    """A folder with a similar name, as a question; else nothing."""
+    """Suggest a folder with a similar name as a question; return an empty string if there is none."""
     parent = Path(os.path.expanduser(source)).parent
     folders = [child.name for child in parent.iterdir() if child.is_dir()] if parent.is_dir() else []
     close = difflib.get_close_matches(Path(source).name, folders, n=1)
@@ -97,23 +97,23 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _hub_answers(name: str, revision: str | None) -> str | None:
-    """None if the data set is on the Hub, else why nothing can be heard of it.
+def _hub_problem(name: str, revision: str | None) -> str | None:
+    """Return None if the data set is on the Hub, else the reason why the Hub cannot be reached.
 
-    `datasets` asks six times in 23 seconds before it gives up: one question comes first.
+    `datasets` retries six times within 23 seconds before it gives up; a single request is sent first.
 
     Raises:
-        DatasetError: the Hub answers that there is no such data set, or that it may not be read.
+        DatasetError: if the Hub reports that the data set does not exist or may not be read.
     """
     if datasets.config.HF_HUB_OFFLINE:
         return "offline mode is on (HF_HUB_OFFLINE)"
     try:
-        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, revision=revision, timeout=PATIENCE)
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except OfflineModeIsEnabled:
         return "offline mode is on (HF_HUB_OFFLINE)"
     except GatedRepoError as error:
         raise DatasetError(
-            f"{argument('name_or_path')}: the data set {name} on the Hub is gated: accept its terms on "
+            f"{argument('name_or_path')}: the data set {name} on the Hub is gated. Accept its terms on "
             f"{datasets.config.HF_ENDPOINT}/datasets/{name} and log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
@@ -121,9 +121,9 @@ def _hub_answers(name: str, revision: str | None) -> str | None:
             f"{argument('revision')}: the data set {name} on the Hub has no revision {revision!r}."
         ) from error
     except RepositoryNotFoundError as error:
-        raise DatasetError(_no_such(name, "the Hub has none of this name, or none that you may read")) from error
+        raise DatasetError(_no_such(name, "the Hub has no data set of this name that you may read")) from error
     except HTTPError as error:
-        return f"the Hub does not answer ({type(error).__name__}: {error})"
+        return f"the Hub does not respond ({type(error).__name__}: {error})"
     return None
 
 
@@ -137,21 +137,21 @@ def _no_such(name: str, reason: str) -> str:
 def load_hub(
     name: str, config_name: str | None, revision: str | None, cache_dir: str | None, streaming: bool
 ) -> Splits:
-    """A data set of the Hub, or what is left of it in the cache where the Hub cannot be reached.
+    """Load a data set from the Hub, or from the cache if the Hub cannot be reached.
 
     Raises:
-        DatasetError: not found, no access, not cached; within seconds.
+        DatasetError: if it is not found, not accessible or not cached; within seconds.
     """
-    silence = _hub_answers(name, revision)
+    problem = _hub_problem(name, revision)
     arguments = {"revision": revision, "cache_dir": cache_dir, "streaming": streaming}
     try:
-        if silence is None:
+        if problem is None:
             return datasets.load_dataset(name, config_name, **arguments)
         with _offline():
             return datasets.load_dataset(name, config_name, **arguments)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if silence is not None:
-            raise DatasetError(_no_such(name, f"{silence} and it is not in the cache")) from error
+        if problem is not None:
+            raise DatasetError(_no_such(name, f"{problem} and it is not in the cache")) from error
         raise DatasetError(
             f"{argument('name_or_path')}: loading {name!r} from the Hub failed ({type(error).__name__}: {error})."
         ) from error

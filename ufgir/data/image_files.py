@@ -1,7 +1,7 @@
-"""Which files are images, and what lies in a folder: nothing in it is passed over without being listed.
+"""Decide which files are images, and list all files in a folder.
 
-Pillow is asked: a file whose suffix belongs to a format that Pillow decodes is taken for an image without opening it; a file with
-another suffix, or with none, is opened once and is an image if Pillow knows its content.
+A file whose suffix belongs to a format that Pillow decodes is treated as an image without being opened. A file with another
+suffix, or none, is opened once and is an image if Pillow recognizes its content.
 """
 
 import os
@@ -16,12 +16,12 @@ from PIL import Image
 from ..transforms.images import HEIF_SUFFIXES
 
 
-# Formats that Pillow knows but does not decode by itself, or that hold more than an image.
+# Formats that Pillow recognizes but cannot decode by itself, or that are not plain images.
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-_OPENED_AS_JPEG = {"MPO"}  # the plugin of JPEG opens it, so that it has no entry of its own
-# Formats that begin with bytes of their own: the others are known by their suffix only.
+_OPENED_AS_JPEG = {"MPO"}  # opened by the JPEG plugin, without an entry of its own
+# Formats with a signature in their first bytes; the others are recognized by their suffix only.
 _BY_CONTENT = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "QOI", "TIFF", "WEBP"}
-# Of cameras. Most are TIFF files, of which Pillow would read the preview.
+# Camera raw formats. Most are TIFF files, of which Pillow would read only the preview.
 _RAW_SUFFIXES = frozenset(
     [
         ".3fr",
@@ -52,17 +52,15 @@ _RAW_SUFFIXES = frozenset(
         ".x3f",
     ]
 )
-SYSTEM_NAMES = (
-    frozenset(  # of folders and files that operating systems leave behind; what begins with . is hidden anyway
-        ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
-    )
+SYSTEM_NAMES = frozenset(  # folders and files created by operating systems; names that begin with . are always hidden
+    ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")
 )
 
 Identity = tuple[int, int] | str
 
 
 def _readable_suffixes() -> frozenset[str]:
-    """Of all formats that Pillow decodes here, lower case, with the dot."""
+    """Return the suffixes of all formats that Pillow can decode here, in lower case, with the dot."""
     Image.init()
     formats = Image.registered_extensions().items()
     readable = (Image.OPEN.keys() | _OPENED_AS_JPEG) - _NO_IMAGES
@@ -74,12 +72,12 @@ USUAL_SUFFIXES = ".bmp, .gif, .jpg, .png, .tif, .webp and others that Pillow rea
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a folder or file is hidden, or left behind by an operating system."""
+    """Return whether a folder or file is hidden or created by an operating system."""
     return name.startswith(".") or name in SYSTEM_NAMES
 
 
 def is_image(file: str | os.PathLike) -> bool:
-    """Whether Pillow decodes a file, told by its suffix, or by its first bytes where Pillow does not know the suffix."""
+    """Return whether Pillow can decode a file, judged by its suffix, or by its first bytes if the suffix is unknown."""
     suffix = Path(file).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return True
@@ -88,27 +86,27 @@ def is_image(file: str | os.PathLike) -> bool:
     try:
         with Image.open(file, formats=sorted(_BY_CONTENT & Image.OPEN.keys())):
             return True
-    except Exception:  # Pillow's decoders raise nearly everything for what is no image
+    except Exception:  # Pillow's decoders raise many types of errors for other files
         return False
 
 
 def why_no_image(file: str | os.PathLike) -> str | None:
-    """What to do about a file that is not an image for Pillow but a photo for people; None if it is none."""
+    """Return how to convert a photo that Pillow cannot decode (HEIC, raw); None for other files."""
     suffix = Path(file).suffix.lower()
     if suffix in HEIF_SUFFIXES - IMAGE_SUFFIXES:
         return "HEIC: install pillow-heif, or save it as JPEG"
     if suffix in _RAW_SUFFIXES:
-        return "raw data of a camera: develop it to TIFF, PNG or JPEG"
+        return "camera raw file: convert it to TIFF, PNG or JPEG"
     return None
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path for messages: bytes that are not UTF-8 are escaped."""
+    """Return a path for messages, with bytes that are not UTF-8 escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a name or text can be written as UTF-8: names of files from another system may not."""
+    """Return whether a text can be encoded as UTF-8; file names from another system may not."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -117,23 +115,23 @@ def is_utf8(text: str) -> bool:
 
 
 def identity_of(file: str | os.PathLike) -> Identity | None:
-    """What tells a file from others, whatever path leads to it; None if there is no such file."""
+    """Return a key that is equal for all paths to the same file; None if there is no such file."""
     try:
         about = os.stat(file)
         if not os.path.isfile(file):
             return None
         return (about.st_dev, about.st_ino) if about.st_ino else os.path.realpath(file)
-    except (OSError, ValueError):  # the latter for a name that cannot be one
+    except (OSError, ValueError):  # ValueError for an invalid name
         return None
 
 
 class Entries(NamedTuple):
-    """What lies directly in a folder, by name; hidden things are left out.
+    """The contents of a folder, sorted by name, without hidden files.
 
     Attributes:
-        folders: also those that links lead to.
-        files: file to its identity; also those that links lead to.
-        problems: what lies there and cannot be used, and why.
+        folders: folders, and links to folders.
+        files: file -> identity; also for links to files.
+        problems: unusable entry -> reason.
     """
 
     folders: list[Path]
@@ -142,7 +140,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(folder: Path) -> Entries:
-    """Look into a folder."""
+    """List the contents of a folder."""
     found = Entries([], {}, {})
     try:
         device = os.stat(folder).st_dev
@@ -155,7 +153,7 @@ def entries_of(folder: Path) -> Entries:
         path = folder / entry.name
         try:
             if not is_utf8(entry.name):
-                found.problems[path] = "the name is not UTF-8: rename it"
+                found.problems[path] = "the file name is not UTF-8; rename it"
             elif entry.is_dir():
                 found.folders.append(path)
             elif entry.is_file():
@@ -172,18 +170,18 @@ def entries_of(folder: Path) -> Entries:
 
 
 def child_folders(path: Path) -> list[Path]:
-    """The visible folders in `path`, sorted."""
+    """Return the folders in `path` that are not hidden, sorted."""
     return entries_of(path).folders
 
 
 @dataclass
 class FolderScan:
-    """What lies in a folder and below it, hidden things left out.
+    """The contents of a folder and its subfolders, without hidden files.
 
     Attributes:
-        images: image to its identity, sorted by path.
-        others: files that are no images.
-        problems: what cannot be used, and why: links without a target, folders that cannot be read.
+        images: image -> identity, sorted by path.
+        others: files that are not images.
+        problems: unusable entry (link without a target, unreadable folder) -> reason.
     """
 
     images: dict[Path, Identity] = field(default_factory=dict)
@@ -192,7 +190,7 @@ class FolderScan:
 
 
 def scan_folder(folder: Path) -> FolderScan:
-    """Everything in a folder and below it; links to folders are followed, but not in a circle."""
+    """List the contents of a folder and its subfolders; links to folders are followed, except circular ones."""
     found = FolderScan()
     _scan(folder, frozenset(), found)
     found.images = dict(sorted(found.images.items(), key=lambda item: item[0].parts))
@@ -203,7 +201,7 @@ def scan_folder(folder: Path) -> FolderScan:
 def _scan(folder: Path, above: frozenset[str], found: FolderScan) -> None:
     place = os.path.realpath(folder)
     if place in above:
-        found.problems[folder] = "a link to a folder that holds it"
+        found.problems[folder] = "a link to one of its parent folders"
         return
     entries = entries_of(folder)
     found.problems |= entries.problems
@@ -217,7 +215,7 @@ def _scan(folder: Path, above: frozenset[str], found: FolderScan) -> None:
 
 
 def count_others(files: Iterable[Path]) -> str:
-    """Files that are no images, by their suffixes: `2 .HEIC (install pillow-heif, or ...), 1 without a suffix`."""
+    """Count files that are not images by suffix: `2 .HEIC (install pillow-heif, or ...), 1 without a suffix`."""
     counts = Counter(file.suffix for file in files)
     parts = []
     for suffix, count in counts.most_common():
@@ -227,5 +225,5 @@ def count_others(files: Iterable[Path]) -> str:
 
 
 def problem_lines(problems: Mapping[Path, str], root: Path) -> list[str]:
-    """A line for each problem, with paths relative to `root`."""
+    """Return one line per problem, with paths relative to `root`."""
     return [f"{shown(os.path.relpath(path, root))}: {why}" for path, why in problems.items()]

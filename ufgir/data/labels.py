@@ -1,4 +1,4 @@
-"""From the labels of any source to class indices: one list of class names for all splits, one or several classes an image."""
+"""Convert the labels of any source to class indices, with the same class names in all splits; one or several classes per image."""
 
 import logging
 import re
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def to_multi_hot(labels: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Class indices of one image -> its target (num_classes,), float32: 1 for its classes, 0 for the others.
+    """Convert the class indices of an image to a target (num_classes,), float32: 1 for its classes, 0 for the others.
 
     Raises:
-        ValueError: an index outside 0 ... num_classes - 1.
+        ValueError: if an index is not in 0 ... num_classes - 1.
     """
     if outside := [label for label in labels if not 0 <= label < num_classes]:
         raise ValueError(f"`labels` must lie in 0 ... {num_classes - 1}, got {listed(outside)}.")
@@ -31,48 +31,48 @@ def to_multi_hot(labels: Sequence[int], num_classes: int) -> torch.Tensor:
 
 
 def class_feature(feature: Any) -> datasets.ClassLabel | None:
-    """The `ClassLabel` of a label column, also of a list of them; None if it has none."""
+    """Return the `ClassLabel` of a label column, or of a column of lists; None if it has none."""
     inner = feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
     return inner if isinstance(inner, datasets.ClassLabel) else None
 
 
 def is_multi_label(feature: Any) -> bool:
-    """Whether a label column holds a list of classes for each image."""
+    """Return whether a label column has a list of classes per image."""
     return isinstance(feature, datasets.List | datasets.LargeList)
 
 
 def check_class_names(class_names: Sequence[str] | None) -> None:
-    """ValueError unless they are different texts, at least one."""
+    """Raise ValueError unless `class_names` is None or a list of at least one distinct name."""
     if class_names is None:
         return
     if isinstance(class_names, str) or not class_names or not all(isinstance(name, str) for name in class_names):
         raise ValueError(f"`class_names` must be a list of at least one name, got {class_names!r}.")
     if len(set(class_names)) < len(class_names):
         twice = sorted({name for name in class_names if list(class_names).count(name) > 1})
-        raise ValueError(f"`class_names` must be different names, twice there: {listed(twice)}.")
+        raise ValueError(f"`class_names` must be distinct, got duplicates: {listed(twice)}.")
 
 
 def split_text(text: str, separator: str) -> list[str]:
-    """ "cat; dog" -> ["cat", "dog"]; nothing between two separators is nothing."""
+    """ "cat; dog" -> ["cat", "dog"]; empty parts are dropped."""
     return [part for part in (part.strip() for part in text.split(separator)) if part]
 
 
-# Written as integers are: `01` and `1.0` are not, and longer numbers than these are names as well (of barcodes, say).
+# Plain integers: `01` and `1.0` are not, and longer numbers are names as well (e.g. barcodes).
 _PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
 
 
 def is_plain_integer(text: str) -> bool:
-    """Whether a label is an integer, written as integers usually are: `7` is, `007`, `+7` and `7.0` are names."""
+    """Return whether a label is written as a plain integer: `7` is; `007`, `+7` and `7.0` are names."""
     return _PLAIN.fullmatch(text) is not None
 
 
 def without_fraction(text: str) -> str:
-    """`7.0` -> `7`, as tables with empty cells write integers; any other text as it is."""
+    """Convert `7.0`, as written by tables with empty cells, to `7`; return other text unchanged."""
     return re.sub(r"\.0+$", "", text) if re.fullmatch(r"-?(?:0|[1-9][0-9]{0,18})\.0+", text) else text
 
 
 def as_lists(labels: Sequence[str], separator: str) -> list[list[str]] | list[list[int]]:
-    """Texts of several classes each -> lists; lists of integers, if every class is written as one."""
+    """Split each text into a list of classes; into lists of integers if all classes are plain integers."""
     parts = [split_text(text, separator) for text in labels]
     if all(is_plain_integer(part) for row in parts for part in row) and any(parts):
         return [[int(part) for part in row] for row in parts]
@@ -80,14 +80,14 @@ def as_lists(labels: Sequence[str], separator: str) -> list[list[str]] | list[li
 
 
 def one_spelling(classes: Mapping[str, Iterable[str]], source: str, known: Iterable[str] = ()) -> dict[str, str]:
-    """Names of classes as written -> as they are called here: spellings that differ only in Unicode form (NFC, NFD) are one class.
+    """Return name as written -> class name; names that differ only in Unicode form (NFC, NFD) are one class.
 
-    It is called as in `known`, else as in the first split, else in NFC.
+    The spelling is taken from `known`, else from the first split, else NFC is used.
 
     Args:
-        classes: split to the names in it.
-        source: what messages call the data.
-        known: names that a model has already.
+        classes: split -> class names in it.
+        source: name of the data in messages.
+        known: class names of an existing model.
     """
     preferred: dict[str, str] = {}
     for names in (known, *classes.values()):
@@ -99,7 +99,7 @@ def one_spelling(classes: Mapping[str, Iterable[str]], source: str, known: Itera
     called = {name: preferred[unicodedata.normalize("NFC", name)] for names in classes.values() for name in names}
     if merged := sorted({new for old, new in called.items() if old != new}):
         logger.warning(
-            "%s: names of classes that differ only in Unicode form (NFC, NFD) are one class: %s",
+            "%s: class names that differ only in Unicode form (NFC, NFD) are merged: %s",
             source,
             listed(merged),
         )
@@ -115,13 +115,16 @@ def warn_of_look_alikes(names: Iterable[str], source: str) -> None:
         groups.setdefault(key, []).append(name)
     if alike := [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]:
         logger.warning(
-            "%s: classes that differ only in case, spaces or leading zeros are different classes: %s",
+            "%s: class names that differ only in case, spaces or leading zeros are different classes: %s",
             *(source, listed(alike)),
         )
 
 
 def gaps_of(ids: Sequence[int]) -> str:
-    """Which numbers from 0 on are missing among sorted different `ids`; empty if none is. Nothing is as large as an id."""
+    """List the numbers from 0 that are missing among sorted distinct `ids`; empty if there are none.
+
+    Memory does not grow with the size of the ids.
+    """
     first: list[int] = []
     count, expected = 0, 0
     for class_id in ids:
@@ -132,7 +135,7 @@ def gaps_of(ids: Sequence[int]) -> str:
 
 
 def _whole(label: Any) -> Any:
-    """A number without a fraction as an integer, as tables with empty cells hold 0.0; anything else as it is."""
+    """Convert a whole float to an integer (tables with empty cells store 0 as 0.0); return other labels unchanged."""
     return int(label) if isinstance(label, float) and label.is_integer() else label
 
 
@@ -142,10 +145,10 @@ def _flat(labels: Sequence[Any], multi: bool) -> Iterable[Any]:
 
 @dataclass
 class _Labels:
-    """The labels of one split, as they come."""
+    """The raw labels of a split."""
 
     split: str
-    values: list[Any]  # one an image: an index, an integer or a text; or a list of them
+    values: list[Any]  # per image: an index, an integer or a text; or a list of them
     multi: bool
     names: list[str] | None  # of a ClassLabel
 
@@ -163,7 +166,7 @@ class _Labels:
         if separator is not None:
             if multi or not all(isinstance(value, str) for value in values):
                 raise DatasetError(
-                    f"`label_separator` splits text, but the labels of {source}, {split}, are {feature}: leave it out."
+                    f"`label_separator` requires text, but the labels of {source}, {split}, are {feature}. Leave it out."
                 )
             values, multi = as_lists(values, separator), True
         if multi:
@@ -175,7 +178,7 @@ class _Labels:
         return labels
 
     def _check(self, source: str) -> None:
-        """Every image has a class, and all of them are of one type."""
+        """Raise DatasetError unless every image has a class and all labels have one type."""
         if self.multi and any(row is None for row in self.values):
             raise DatasetError(f"{source}: {self.split} has images whose list of labels is missing: label None.")
         present = set(_flat(self.values, self.multi))
@@ -194,7 +197,7 @@ class _Labels:
 
     @property
     def kind(self) -> str:
-        """What the labels are, for the comparison of splits."""
+        """The type of the labels, to compare splits."""
         if self.names is not None:
             kind = "ClassLabel"
         else:
@@ -214,18 +217,18 @@ def unify_labels(
     id_names: Mapping[int, str] | None = None,
     separator: str | None = None,
 ) -> dict[str, datasets.Dataset]:
-    """`label` as `ClassLabel`, or `List(ClassLabel)` where images have several classes, with the same names in every split.
+    """Convert `label` to `ClassLabel`, or `List(ClassLabel)` for multi-label data, with the same names in every split.
 
     Args:
-        splits: with a column `label` of `ClassLabel`, text or integers, or lists of these.
-        source: what messages call the data.
-        class_names: the classes by index; labels are mapped onto them by name. By default the `ClassLabel`'s names, the
+        splits: data with a column `label` of `ClassLabel`, text, integers, or lists of these.
+        source: name of the data in messages.
+        class_names: class names by index; labels are mapped onto them by name. By default the names of the `ClassLabel`, the
             sorted texts of the first split, or the integers from 0 to the highest.
         id_names: names of integer labels; by default the integers as text.
-        separator: what stands between the classes of one image in a text.
+        separator: separator between the classes of one image in a text.
 
     Raises:
-        DatasetError: labels that are missing, of mixed types, unknown, or different between splits.
+        DatasetError: if labels are missing, of mixed types, unknown, or different between splits.
     """
     labels = {name: _Labels.read(name, split, source, separator) for name, split in splits.items()}
     first = next(iter(labels.values()))
@@ -236,7 +239,7 @@ def unify_labels(
             )
 
     def names_of(split: _Labels) -> dict[Any, str]:
-        """Raw label to class name, of those present."""
+        """Return raw label -> class name for the labels in a split."""
         if split.names is not None:
             return {label: split.names[label] for label in split.present()}
         return {label: (id_names or {}).get(label, str(label)) for label in split.present()}
@@ -275,7 +278,10 @@ def unify_labels(
 
 
 def _as_read_before(called: dict[str, str], known: Sequence[str], source: str) -> dict[str, str]:
-    """`000` as `0` where the known classes come of a version that read such labels as numbers, and no two become one."""
+    """Rename `000` to `0` if the known classes have that name, because earlier versions read such labels as numbers.
+
+    Nothing is renamed if two classes would become one.
+    """
     numbers = {
         text: str(int(name))
         for text, name in called.items()
@@ -285,7 +291,7 @@ def _as_read_before(called: dict[str, str], known: Sequence[str], source: str) -
     if not numbers or len(set(numbers.values())) < len(numbers) or others & set(numbers.values()):
         return called
     logger.warning(
-        "%s: %s are read as %s, since the known classes are called so: earlier versions read such labels as numbers",
+        "%s: %s are read as %s to match the known classes, because earlier versions read such labels as numbers",
         *(source, listed(numbers), listed(numbers.values())),
     )
     return called | numbers
@@ -296,7 +302,7 @@ def _check_known(found: Mapping[str, set[str]], names: Sequence[str], source: st
         if unknown := sorted(present - set(names)):
             raise DatasetError(
                 f"{source}: {split} has {len(unknown)} classes that are not among the {len(names)} known ones: "
-                f"{listed(unknown)}. Known are {listed(names)}."
+                f"{listed(unknown)}. Known classes: {listed(names)}."
             )
         if lacking := len(set(names) - present):
             logger.info("%s: %s has images of %d of %d classes", source, split, len(names) - lacking, len(names))
@@ -305,7 +311,7 @@ def _check_known(found: Mapping[str, set[str]], names: Sequence[str], source: st
 def _own_classes(
     labels: Mapping[str, _Labels], named: Mapping[str, dict[Any, str]], called: Mapping[str, str], source: str
 ) -> list[str]:
-    """The classes by index, as the first split has them."""
+    """Return the class names by index, as in the first split."""
     first = next(iter(labels.values()))
     if first.names is not None:
         own = {name: [called[text] for text in split.names or ()] for name, split in labels.items()}
@@ -313,7 +319,7 @@ def _own_classes(
         if len(set(names)) < len(names):
             twice = sorted(name for name, count in Counter(names).items() if count > 1)
             raise DatasetError(
-                f"{source}: names of classes of {first.split} differ only in Unicode form (NFC, NFD): {listed(twice)}. Rename them."
+                f"{source}: class names of {first.split} differ only in Unicode form (NFC, NFD): {listed(twice)}. Rename them."
             )
         check_same_classes({name: set(texts) for name, texts in own.items()}, source)
         if unordered := [name for name, texts in own.items() if set(texts) == set(names) and texts != names]:
@@ -329,7 +335,7 @@ def _own_classes(
     if present[0] < 0 or (gaps := gaps_of(present)):
         problem = f"got {present[0]}" if present[0] < 0 else f"no image of {first.split} has {gaps}"
         raise DatasetError(
-            f"{source}: class ids must run from 0 to {present[-1]} without a gap; {problem}: number them "
-            "anew, or call classes by names."
+            f"{source}: class ids must run from 0 to {present[-1]} without a gap; {problem}. Renumber the "
+            "classes, or use names as labels."
         )
     return [named[first.split][label] for label in present]

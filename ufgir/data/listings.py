@@ -1,6 +1,7 @@
-"""Files that list images and their classes, one a row: CSV (as of the original research code), JSONL and parquet.
+"""Load data sets from files that list images and their classes, one per row: CSV (as in the original research code), JSONL and
+parquet.
 
-Files are compared as such, not by their names: one image in two rows, under two names or through a link, is found.
+Files are compared, not their names: an image listed twice, also under two names or through a link, is found.
 """
 
 import csv
@@ -30,26 +31,26 @@ from .tables import parquet_files, parquet_splits
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-DELIMITERS = (",", ";", "\t")  # of a CSV file: the first whose header has the wanted columns
+DELIMITERS = (",", ";", "\t")  # of CSV files; the first one that gives the wanted columns is used
 PATH_COLUMNS = ("dir", "file_name", "filename", "file", "path", "image", "image_path")  # tried in this order
 LABEL_COLUMNS = ("class_id", "label", "labels", "class", "classes", "target", "cultivar")
 CLASS_NAMES_CSV = "classid_classname.csv"
-METADATA = tuple(f"metadata{suffix}" for suffix in SUFFIXES)  # as the `imagefolder` of `datasets` calls its listings
-TABLES = (*SUFFIXES, ".txt", ".json", ".xls", ".xlsx", ".ods", ".xml")  # what may list images
-# Tables that stand for nothing, or for what other files say again.
+METADATA = tuple(f"metadata{suffix}" for suffix in SUFFIXES)  # names of the listings of `imagefolder` in `datasets`
+TABLES = (*SUFFIXES, ".txt", ".json", ".xls", ".xlsx", ".ods", ".xml")  # suffixes of files that may list images
+# Text files that are never listings, by the start of their names.
 _NO_LISTINGS = ("readme", "license", "licence", "copying", "citation", "changelog", "requirements")
 _WORDS_OF_LABELS = ("label", "class", "cultivar", "variety", "species", "category", "target")
 
 
 @dataclass(frozen=True)
 class _Row:
-    number: int  # in the file, as an editor counts
+    number: int  # line or row in the file, from 1
     file: str
     label: Any
 
 
 def listing_files(path: Path, given: Mapping[str, str | None]) -> dict[str, list[Path]]:
-    """Split to listing: the files that the caller names, and only those; else the CSV or JSONL files with usual names."""
+    """Return split -> listing: only the files given by the caller, else CSV or JSONL files with the usual names."""
     if any(given.values()):
         files = {split: path / name for split, name in given.items() if name}
         for split, file in files.items():
@@ -64,16 +65,14 @@ def listing_files(path: Path, given: Mapping[str, str | None]) -> dict[str, list
         files = {}
         usual = [f"{name}{suffix}" for name in ("train_val", *(n for names in SPLIT_NAMES.values() for n in names))]
         if folders := [name for name in usual if (path / name).is_dir()]:
-            raise DatasetError(
-                f"{path / folders[0]} is a folder, but its name is that of a file that lists images: rename it."
-            )
+            raise DatasetError(f"{path / folders[0]} is a folder with the name of a listing file. Rename it.")
         for split, names in SPLIT_NAMES.items():
             candidates = (path / f"{name}{suffix}" for name in names)
             if file := next((candidate for candidate in candidates if candidate.is_file()), None):
                 files[split] = file
         both = path / f"train_val{suffix}"
         if not {"train", "validation"} <= set(files) and both.is_file():
-            files.pop("validation", None)  # both are parts of train_val
+            files.pop("validation", None)  # train_val contains both
             files = {"train": both, **{s: f for s, f in files.items() if s != "train"}}
         if files:
             return {split: [file] for split, file in files.items()}
@@ -81,9 +80,9 @@ def listing_files(path: Path, given: Mapping[str, str | None]) -> dict[str, list
 
 
 def metadata_files(path: Path, columns: Mapping[str, str | None]) -> dict[str, list[Path]]:
-    """Split to listing, of the files called `metadata` that `datasets` reads: beside split folders, or in them.
+    """Return split -> `metadata` files in the format of `datasets`, next to the split folders or in them.
 
-    One without a column of classes (of captions, say) is not meant.
+    Files without a class column (e.g. with captions) are ignored.
     """
     found: dict[str, list[Path]] = {}
     for folder, split in [(path, None), *((child, split_of(child.name)) for child in child_folders(path))]:
@@ -102,7 +101,7 @@ def _has_labels(file: Path, columns: Mapping[str, str | None]) -> bool:
 
 
 def _header(file: Path) -> list[str]:
-    """The names of the columns of a listing; DatasetError where it cannot be read."""
+    """Return the column names of a listing; raise DatasetError if it cannot be read."""
     if file.suffix == ".parquet":
         return _parquet_schema(file).names
     if file.suffix != ".jsonl":
@@ -116,15 +115,15 @@ def _header(file: Path) -> list[str]:
 
 
 def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path] = ()) -> None:
-    """Log a warning that names tables and text files which are not used.
+    """Log a warning that names unused tables and text files.
 
     Args:
         path: the data folder.
-        files: that lie in it, or in its split folders.
-        used: of these, those that are used.
+        files: files in it or in its split folders.
+        used: those of `files` that are used.
 
     Raises:
-        DatasetError: one of them has columns of files and classes: it says how to use it.
+        DatasetError: if an unused table has columns of files and classes; the message says how to use it.
     """
     tables = [
         file
@@ -139,11 +138,10 @@ def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path
         if not used and (columns := _looks_like_listing(path, file)):
             name = os.path.relpath(file, path)
             raise DatasetError(
-                f"{file} seems to list images ({columns[0]}) and their classes ({columns[1]}), but only files called train, "
-                f"val, test or metadata are read by themselves: give {argument('csv_train')} {name} (and "
+                f"{file} seems to list images ({columns[0]}) and their classes ({columns[1]}), but only files named train, "
+                f"val, test or metadata are read automatically. Pass {argument('csv_train')} {name} (and "
                 f"{argument('csv_validation')}, {argument('csv_test')}, {argument('image_column')}, "
-                f"{argument('label_column')} where they apply), or move it out of the folder to use the names of the folders "
-                "as classes."
+                f"{argument('label_column')} if needed), or move it out of the folder to use the folder names as classes."
             )
     if tables:
         names = listed(os.path.relpath(file, path) for file in tables)
@@ -151,7 +149,7 @@ def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path
 
 
 def _looks_like_listing(path: Path, file: Path) -> tuple[str, str] | None:
-    """The columns of files and of classes, if a table seems to have them."""
+    """Return the names of the file and class columns of a table, or None if it does not seem to have both."""
     rows: list[tuple[int, dict[str, str]]] = []
     try:
         if file.suffix.lower() in (".jsonl", ".parquet"):
@@ -164,7 +162,7 @@ def _looks_like_listing(path: Path, file: Path) -> tuple[str, str] | None:
         return None
     row = rows[0][1] if rows else {}
     if file.suffix.lower() in (".csv", ".tsv", ".txt"):
-        if len(header) == 1 and header[0].split()[1:]:  # columns between spaces
+        if len(header) == 1 and header[0].split()[1:]:  # columns separated by spaces
             header = header[0].split()
         first = [cell for cell in header if Path(cell).suffix.lower() in IMAGE_SUFFIXES]
         if first and len(header) > 1 and any((folder / first[0]).is_file() for folder in (path, *child_folders(path))):
@@ -181,7 +179,7 @@ def _looks_like_listing(path: Path, file: Path) -> tuple[str, str] | None:
 
 
 def lists_files(file: Path, image_column: str | None) -> bool:
-    """Whether a parquet file holds names of image files, not images."""
+    """Return whether a parquet file contains names of image files instead of images."""
     schema = _parquet_schema(file)
     name = image_column or next((column for column in PATH_COLUMNS if column in schema.names), None)
     if name not in schema.names:
@@ -194,12 +192,12 @@ def lists_files(file: Path, image_column: str | None) -> bool:
 
 
 def has_listings(source: Source) -> bool:
-    """Whether files in the folder list images: CSV, JSONL, or parquet files that hold no images themselves."""
+    """Return whether files in the folder list images: CSV, JSONL, or parquet files without images."""
     return source.is_folder and bool(_listings_of(source))
 
 
 def open_listings(source: Source) -> Opened:
-    """The layout of images that files list, for the table in `ufgir.data.load`."""
+    """Open images listed in files (an entry of `ufgir.data.load.LAYOUTS`)."""
     files = _listings_of(source)
     data, id_names = load_listings(
         source.path,
@@ -213,13 +211,13 @@ def open_listings(source: Source) -> Opened:
     used += [source.path / f"{name}{used[0].suffix}" for name in ("train_val", "train", "val")]
     if source.csv_class_names:
         used.append(source.path / source.csv_class_names)
-    if not any(source.listings.values()):  # a caller who names listings knows that there are others
+    if not any(source.listings.values()):  # no warning if the caller chose the listings
         check_unused_tables(source.path, sorted(file for file in source.path.iterdir() if file.is_file()), used)
     return Opened(data, {"image_column": None, "label_column": None}, id_names, labels_split=True)
 
 
 def _listings_of(source: Source) -> dict[str, list[Path]]:
-    """Split to the files that list its images, "" for one that lists several splits; empty if there are none."""
+    """Return split -> files that list its images, "" for a file that lists several splits; empty if there are none."""
     if files := listing_files(source.path, source.listings):
         return files
     if files := metadata_files(source.path, source.columns):
@@ -240,13 +238,13 @@ def _parquet_schema(file: Path) -> pyarrow.Schema:
 def _choose(
     header: Sequence[str], given: str | None, usual: Sequence[str], role: str, file: Path, strict: str | None = None
 ) -> str:
-    """The column that the caller names, or the first with a usual name."""
+    """Return the given column, or the first one with a usual name; raise DatasetError if there is none."""
     found = given if given in header else None
     if given is None:
         found = next((name for name in usual if name in header), None)
     if found is None:
         wanted = given or f"{strict} (or {', '.join(name for name in usual if name != strict)})"
-        hint = "" if given else f": name another in {argument(f'{role}_column')}"
+        hint = "" if given else f"; pass another name as {argument(f'{role}_column')}"
         raise DatasetError(f"{file} lacks the column {wanted}{hint}. Available: {', '.join(header) or 'no header'}.")
     if list(header).count(found) > 1:
         raise DatasetError(f"{file} has more than one column {found}: {', '.join(header)}. Rename one of them.")
@@ -263,7 +261,7 @@ def _columns(header: Sequence[str], file: Path, columns: Mapping[str, str | None
 
 
 def _delimiter(first: str, wanted: Sequence[Sequence[str]]) -> str:
-    """What stands between the columns: the first delimiter with which the header has one of each group of names."""
+    """Return the first delimiter for which the header has one name of each group; else the first one in the header."""
 
     def cells(delimiter: str) -> set[str]:
         return {cell.strip().strip('"') for cell in first.strip().split(delimiter)}
@@ -276,15 +274,15 @@ def _delimiter(first: str, wanted: Sequence[Sequence[str]]) -> str:
 def read_csv(
     file: Path, wanted: Sequence[Sequence[str]] = (), rows: int | None = None
 ) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The header, and the rows as text with the numbers of their lines.
+    """Return the header and the rows as (line number, column -> text).
 
     Args:
-        file: columns are separated by commas, semicolons or tabs, which the header tells.
-        wanted: groups of names, of each of which the header should have one.
-        rows: how many to read at most.
+        file: columns are separated by commas, semicolons or tabs, detected from the header.
+        wanted: groups of names; the header should have one name of each group.
+        rows: maximum number of rows to read; None for all.
 
     Raises:
-        DatasetError: not UTF-8, not CSV, or a row with more cells than columns.
+        DatasetError: if the file is not UTF-8 or not CSV, or a row has more cells than columns.
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -300,8 +298,8 @@ def read_csv(
                     continue
                 if any(cell.strip() for cell in cells[len(header) :]):
                     raise DatasetError(
-                        f"{file}: row {reader.line_num} has {len(cells)} cells, but there are {len(header)} columns: put text that "
-                        f"holds {delimiter!r} between double quotes."
+                        f"{file}: row {reader.line_num} has {len(cells)} cells, but there are {len(header)} columns. Put text that "
+                        f"contains {delimiter!r} in double quotes."
                     )
                 cells = [cell.strip() for cell in cells] + [""] * (len(header) - len(cells))
                 found.append((reader.line_num, dict(zip(header, cells[: len(header)], strict=True))))
@@ -313,7 +311,7 @@ def read_csv(
 
 
 def _read(file: Path, columns: Mapping[str, str | None]) -> tuple[list[_Row], str]:
-    """The rows of one listing, and the name of its label column."""
+    """Return the rows of a listing and the name of its label column."""
     if file.suffix in (".csv", ".tsv"):
         wanted = [[columns["image"]] if columns["image"] else PATH_COLUMNS]
         wanted += [[columns["label"]] if columns["label"] else LABEL_COLUMNS]
@@ -345,7 +343,7 @@ def _read(file: Path, columns: Mapping[str, str | None]) -> tuple[list[_Row], st
 
 
 def _whole_numbers(label: Any) -> Any:
-    """Numbers without a fraction as integers, which tables with empty cells hold as 0.0."""
+    """Convert whole floats to integers; tables with empty cells store 0 as 0.0."""
     if isinstance(label, list):
         return [_whole_numbers(part) for part in label]
     return int(label) if isinstance(label, float) and label.is_integer() else label
@@ -366,7 +364,7 @@ def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
         raise DatasetError(f"{file} cannot be read: {error.strerror}.") from error
     except DatasetError:
         raise
-    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers with thousands of digits
         raise DatasetError(f"{file}: line {number} is not JSON: {error}.") from error
     return rows
 
@@ -381,9 +379,9 @@ def _class_id(text: str, file: Path, row: int) -> int:
 
 
 def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str, list[Any]]:
-    """The cells of a CSV's label column as integers, JSON lists or text, whichever all of them are.
+    """Convert all cells of a CSV label column to integers, to JSON lists, or leave them as text.
 
-    Integers are what is written as such, or as `7.0` throughout: `007` is a name.
+    They become integers if all are plain integers, or all are written as `7.0`; `007` is a name.
     """
     cells = [row.label for pairs in rows.values() for _, row in pairs]
     zeros = [cell for cell in cells if re.fullmatch(r"0[0-9]+", cell)]
@@ -397,8 +395,7 @@ def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str
         return {split: [int(without_fraction(row.label)) for _, row in pairs] for split, pairs in rows.items()}
     if padded and len({len(cell) for cell in cells}) > 1:
         logger.warning(
-            "`%s`: labels such as %s are names, in the order of text; earlier versions read them as numbers, in the order of "
-            "numbers",
+            "`%s`: labels such as %s are names, sorted as text; earlier versions read them as numbers, sorted by value",
             *(column, zeros[0]),
         )
     if all(cell.startswith("[") and cell.endswith("]") for cell in cells):
@@ -408,7 +405,9 @@ def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str
                 try:
                     parsed[split].append(json.loads(row.label))
                 except (ValueError, RecursionError) as error:
-                    raise DatasetError(f"{file}: `{column}` in row {row.number} is no JSON list: {error}.") from error
+                    raise DatasetError(
+                        f"{file}: `{column}` in row {row.number} is not a JSON list: {error}."
+                    ) from error
         return parsed
     return {split: [row.label for _, row in pairs] for split, pairs in rows.items()}
 
@@ -416,7 +415,10 @@ def _from_csv(rows: dict[str, list[tuple[Path, _Row]]], column: str) -> dict[str
 def _check_types(
     labels: Mapping[str, list[Any]], rows: Mapping[str, list[tuple[Path, _Row]]], column: str, separated: bool
 ) -> None:
-    """All labels are integers, all are text, or all are lists of either; a text is empty only if it is to be `separated`."""
+    """Raise DatasetError unless all labels are integers, all are text, or all are lists of one of these.
+
+    Empty text is allowed only with a separator (`separated`).
+    """
     in_lists, kind = None, None
     for split, values in labels.items():
         for value, (file, row) in zip(values, rows[split], strict=True):
@@ -438,7 +440,7 @@ def _check_types(
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """A file's name as it is listed, and as it may be meant: with / for a backslash, and in the other Unicode form."""
+    """Yield the listed file name and its variants: / instead of a backslash, and both Unicode forms (NFC, NFD)."""
     slashes = name.replace("\\", "/")
     for text in dict.fromkeys((name, slashes)):
         yield text
@@ -447,7 +449,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _find(root: Path, name: str) -> tuple[str, Identity] | None:
-    """The path of a listed file and its identity; None if there is no such file."""
+    """Return the path of a listed file and its identity; None if there is no such file."""
     for text in dict.fromkeys(_spellings(name)):
         path = os.path.join(root, text)
         if (identity := identity_of(path)) is not None:
@@ -456,7 +458,7 @@ def _find(root: Path, name: str) -> tuple[str, Identity] | None:
 
 
 def _root(path: Path, data_folder: str | None, sample: str) -> Path:
-    """The folder that listed files are relative to."""
+    """Return the folder that listed files are relative to."""
     if data_folder is None:
         return next((folder for folder in (path, *child_folders(path)) if _find(folder, sample)), path)
     if not (path / data_folder).is_dir():
@@ -465,7 +467,7 @@ def _root(path: Path, data_folder: str | None, sample: str) -> Path:
 
 
 def _id_names(path: Path, given: str | None, ids: set[int]) -> dict[int, str] | None:
-    """Class id to name, from a CSV file with `class_id,class_name`; None if there is no such file."""
+    """Return class id -> name from a CSV file with `class_id,class_name`; None if there is no such file."""
     found = _class_names(path, given)
     if found is None:
         return None
@@ -480,7 +482,7 @@ def _id_names(path: Path, given: str | None, ids: set[int]) -> dict[int, str] | 
 
 
 def _class_names(path: Path, given: str | None) -> tuple[Path, list[tuple[int, str, str]]] | None:
-    """The file that names classes, and line number, class id as written and name of each row; None if there is none."""
+    """Return the class-name file and its rows (line number, class id as text, name); None if there is no such file."""
     file = path / (given or CLASS_NAMES_CSV)
     if not file.is_file():
         if given or file.is_dir():
@@ -504,7 +506,10 @@ def _class_names(path: Path, given: str | None) -> tuple[Path, list[tuple[int, s
 
 
 def _by_folder(rows: dict[str, list[tuple[Path, _Row]]], path: Path) -> dict[str, list[tuple[Path, _Row]]]:
-    """The rows of metadata files, with files relative to `path`; those of one beside split folders are told apart by these."""
+    """Return the rows of metadata files with file names relative to `path`.
+
+    Rows of a file next to the split folders are assigned to splits by the folder of their image.
+    """
     moved: dict[str, list[tuple[Path, _Row]]] = {}
     for split, pairs in rows.items():
         for file, row in pairs:
@@ -536,10 +541,11 @@ def load_listings(
     data_folder: str | None,
     class_names_file: str | None,
 ) -> tuple[datasets.DatasetDict, dict[int, str] | None]:
-    """The listed images and their labels as they are: integers, text, or lists of these; and names of integers.
+    """Load the listed images with their labels as integers, text or lists, and the names of integer labels.
 
     Raises:
-        DatasetError: a file cannot be read, lacks a column, or lists images that are not there, in two splits or with two labels.
+        DatasetError: if a file cannot be read or lacks a column, or if a listed image is missing, is in two splits or has two
+            labels.
     """
     rows: dict[str, list[tuple[Path, _Row]]] = {}
     columns = {"image": image_column, "label": label_column}
@@ -558,7 +564,7 @@ def load_listings(
         every = [label for values in labels.values() for label in values]
         if not isinstance(every[0], str):
             raise DatasetError(
-                f"`label_separator` splits text, but `{column}` of {path} has {every[0]!r}: leave it out."
+                f"`label_separator` requires text, but `{column}` of {path} has {every[0]!r}. Leave it out."
             )
         parts = iter(as_lists(every, label_separator))
         labels = {split: [next(parts) for _ in values] for split, values in labels.items()}
@@ -575,7 +581,7 @@ def load_listings(
     flat = [part for v in labels.values() for label in v for part in (label if isinstance(label, list) else [label])]
     integers = bool(flat) and all(isinstance(label, int) for label in flat)
     if class_names_file and not integers:
-        raise DatasetError("`csv_class_names` names classes given as integers, but here classes are given as text.")
+        raise DatasetError("`csv_class_names` requires integer classes, but the classes are text. Leave it out.")
     if integers:
         id_names = _id_names(path, class_names_file, set(flat))
     else:
@@ -598,7 +604,7 @@ def _distinct(
     places: Mapping[str, tuple[str, Identity]],
     path: Path,
 ) -> tuple[dict[str, list[Any]], dict[str, list[str]]]:
-    """Labels and paths, by split, of each file once."""
+    """Return the labels and paths of each split, with each file once."""
     uses = [
         Use(split, row.file, places[row.file][1], tuple(label) if isinstance(label, list) else label)
         for split, pairs in rows.items()
@@ -613,7 +619,7 @@ def _distinct(
 
 
 def _named_as_written(path: Path, labels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Labels such as `007` under the names that the usual file gives them, as it writes them; others as they are."""
+    """Replace labels such as `007` by the names in the usual class-name file; return other labels unchanged."""
     texts = {label for values in labels.values() for label in values if isinstance(label, str)}
     if not texts or not all(re.fullmatch(r"[0-9]+", text) for text in texts):
         return labels
@@ -624,7 +630,7 @@ def _named_as_written(path: Path, labels: dict[str, list[Any]]) -> dict[str, lis
     names = {class_id: name for _, class_id, name in rows}
     if lacking := sorted(texts - set(names)):
         raise DatasetError(
-            f"{file} has no name for class {listed(lacking)}: write class ids there as the listings do, zeros included."
+            f"{file} has no name for class {listed(lacking)}. Class ids must be written as in the listings, including zeros."
         )
     if repeated := sorted(name for name, n in Counter(names[text] for text in texts).items() if n > 1):
         raise DatasetError(f"{file} gives several classes the name {listed(repeated)}.")

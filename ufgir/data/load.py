@@ -1,9 +1,9 @@
-"""One function from any layout of photos to a checked `DatasetDict` with `image` and `label`.
+"""Load a data set from any supported layout as a checked `DatasetDict` with the columns `image` and `label`.
 
-Read are: the drawn data set `"synthetic_leaves"`, folders of class folders (with or without split folders), CSV (as of the
-original research code), JSONL and parquet files that list images, folders of `save_to_disk` or of parquet files, names of the
-table in `ufgir.data.catalog`, and ids on the Hugging Face Hub. docs/datasets.md draws them all.
-What is wrong with the data is said before any training, and by name.
+Supported layouts: the drawn data set `"synthetic_leaves"`; class folders, with or without split folders; CSV (the format
+of the original research code), JSONL and parquet files that list images; folders written by `save_to_disk`; folders of
+parquet files; names of the table in `ufgir.data.catalog`; and ids on the Hugging Face Hub. docs/datasets.md shows them all.
+Errors in the data are reported before training and name the file, row or class.
 """
 
 import difflib
@@ -52,12 +52,12 @@ SYNTHETIC_LEAVES = "synthetic_leaves"
 
 
 class Layout(NamedTuple):
-    """A way in which data may lie somewhere.
+    """A supported layout of a data set.
 
     Attributes:
-        title: what it is, for messages.
-        recognizes: whether a source is of this layout; asked in the order of `LAYOUTS`.
-        opens: reads it.
+        title: description for messages.
+        recognizes: returns whether a source has this layout; called in the order of `LAYOUTS`.
+        opens: reads the source.
         options: arguments of `load_ufgir_dataset` that have no effect on other layouts.
     """
 
@@ -83,11 +83,11 @@ _OF_LISTINGS = ("csv_train", "csv_validation", "csv_test", "csv_data_folder", "c
 _OF_HUB = ("config_name", "revision")
 _OF_DRAWING = tuple(p for p in inspect.signature(synthetic_leaves).parameters if p not in ("seed", "cache_dir"))
 
-# The first that recognizes a source opens it. One more layout: a record here, and a module with its two functions.
+# The first layout that recognizes a source opens it. To add a layout, add a record here and a module with its two functions.
 LAYOUTS = (
     Layout(f"`{SYNTHETIC_LEAVES}`", _is_drawn, _open_drawn, _OF_DRAWING),
     Layout("a folder written by `save_to_disk`", is_saved, open_saved),
-    Layout("a folder of images that files list", has_listings, open_listings, _OF_LISTINGS),
+    Layout("a folder with files that list images", has_listings, open_listings, _OF_LISTINGS),
     Layout("a folder of parquet files that hold images", has_parquet, open_parquet),
     Layout("a folder of class folders", lambda source: source.is_folder, open_image_folder),
     Layout("a data set of the Hub", is_known_set, open_known_set, _OF_HUB),
@@ -102,7 +102,7 @@ _REQUIREMENTS = tuple(
 
 
 def _check_names(arguments: Iterable[str]) -> None:
-    """DatasetError for an argument that no layout has."""
+    """Raise DatasetError for an argument that no layout has."""
     for name in arguments:
         if name not in _OF_DRAWING:
             own = [p for p in inspect.signature(load_ufgir_dataset).parameters if p != "synthetic_kwargs"]
@@ -115,23 +115,23 @@ def _check_names(arguments: Iterable[str]) -> None:
 
 
 def _layout_of(source: Source) -> Layout:
-    """The layout of a source; DatasetError for a file."""
+    """Return the layout of a source; raise DatasetError if the source is a file."""
     if source.path.is_file() and source.name != SYNTHETIC_LEAVES:
         raise DatasetError(
-            f"{argument('name_or_path')} must be a folder, got the file {source.path}: give the folder it is in, and name the "
-            f"file in {argument('csv_train')} if it lists images."
+            f"{argument('name_or_path')} must be a folder, got the file {source.path}. Pass its folder; if the file lists "
+            f"images, pass its name as {argument('csv_train')}."
         )
     return next(layout for layout in LAYOUTS if layout.recognizes(source))
 
 
 def _check_counts(splits: datasets.DatasetDict, entry: FineGrainedDataset) -> None:
-    """A warning where a data set of the Hub is not what the table says."""
+    """Log a warning if a data set of the Hub has other counts than the catalog."""
     train = sum(len(splits[name]) for name in ("train", "validation") if name in splits)
     found = (_num_classes(splits), train, len(splits["test"]) if "test" in splits else 0)
     expected = (entry.num_classes, entry.train, entry.test)
     if found != expected:
         logger.warning(
-            "%s: %s on the Hub has (classes, train + validation, test) = %s, but the original's lists have %s",
+            "%s: %s on the Hub has (classes, train + validation, test) = %s, but the lists of the original have %s",
             *(entry.name, entry.hub_id, found, expected),
         )
 
@@ -142,7 +142,7 @@ def _num_classes(splits: Mapping[str, Any]) -> int:
 
 
 def _where(splits: datasets.DatasetDict, where: Callable[[str, int], str] | None, split: str, row: int) -> str:
-    """What to call an image of a table: its file and its row there, also where the split is a part of another."""
+    """Return a name for an image of a table: its file and row there, also if the split is a part of another split."""
     chosen = splits[split]._indices  # of `select`, which divides train
     row = row if chosen is None else chosen.column(0)[row].as_py()
     source = "train" if split == "validation" and chosen is not None else split
@@ -151,8 +151,8 @@ def _where(splits: datasets.DatasetDict, where: Callable[[str, int], str] | None
 
 def _refuse_for_stream(what: str, source: str) -> NoReturn:
     raise DatasetError(
-        f"`streaming`: {what} needs the labels of all images of {source} before the first is read: leave it out, or do not "
-        "stream."
+        f"`streaming`: {what} needs the labels of all images of {source} in advance. Leave it out, or set "
+        "`streaming=False`."
     )
 
 
@@ -180,58 +180,59 @@ def load_ufgir_dataset(
     cache_dir: str | os.PathLike | None = None,
     **synthetic_kwargs: Any,
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Any of the layouts below as splits train / validation / test with the columns `image` and `label`.
+    """Load a data set as splits train / validation / test with the columns `image` and `label`.
 
-    Images are decoded as they are; `ufgir.transforms.images.to_rgb` makes RGB of any of them, and all transforms begin with it.
+    Images are decoded without conversion; `ufgir.transforms.images.to_rgb`, the first step of every transform, converts
+    them to RGB.
 
     `name_or_path` is one of:
-      - `"synthetic_leaves"`, drawn here, with the arguments of `ufgir.data.synthetic_leaves.synthetic_leaves`;
-      - a folder split/class/image, or class/image, which is all train;
+      - `"synthetic_leaves"`: leaves drawn with the arguments of `ufgir.data.synthetic_leaves.synthetic_leaves`;
+      - a folder split/class/image, or class/image, which is loaded as train;
       - a folder with `train.csv`, `val.csv`, `test.csv` with the columns `class_id,dir`, or the same as JSONL or parquet.
-        `train_val.csv` stands in where `train.csv` or `val.csv` is missing. `classid_classname.csv` (`class_id,class_name`)
-        may name classes that are integers;
-      - a folder written by `save_to_disk`, or one of parquet files whose names tell the split;
+        `train_val.csv` is used if `train.csv` or `val.csv` is missing. `classid_classname.csv` (`class_id,class_name`) may
+        give names to integer class ids;
+      - a folder written by `save_to_disk`, or a folder of parquet files whose names contain the split;
       - a name of the table in `ufgir.data.catalog` that has an id on the Hub, e.g. `"cub"`;
       - a data set on the Hub.
 
-    `label` is a `ClassLabel`, or `List(ClassLabel)` where images have several classes: where the column holds lists, or with
-    a `label_separator`. `to_multi_hot` makes a target of these.
+    `label` is a `ClassLabel`, or `List(ClassLabel)` for multi-label data: if the column holds lists, or with a
+    `label_separator`. `to_multi_hot` converts such a list to a target.
 
-    Without a validation split, a part of train becomes one: of the n images of a class the first
-    int(n * (1 - validation_fraction)) stay, but at least one, so that a class with a single image stays in train. First
-    means in the order of the rows (`validation_split="last"`, as the original), or in a random one (`"random"`). A missing
-    test split stays missing, and so does a missing train split.
+    Without a validation split, a part of train becomes one: of the n images of a class, the first
+    max(1, int(n * (1 - validation_fraction))) stay in train. "First" refers to the order of the rows
+    (`validation_split="last"`, as in the original) or to a random order (`"random"`). A missing test or train split stays
+    missing.
 
     Args:
-        image_column: the column with the images, or with their files; by default found by its type, then by its name.
-        label_column: the column with the classes (`ClassLabel`, text, integers from 0, or lists of these), found likewise.
-        label_separator: what stands between the classes of one image in a text, e.g. ";" for "cat;dog".
-        class_names: the classes by index, e.g. those of a trained model, `list(model.config.id2label.values())`. The data's
-            classes are mapped onto them by name and may be fewer. By default those of the data.
-        validation_fraction: in [0, 1); 0 makes no validation split.
-        validation_split: "last" or "random", by default "last"; only for data without a validation split.
-        shots: at most that many images of each class in train, chosen at random; validation is split off before.
-        seed: of synthetic_leaves, and of what `split_seed` is for.
-        split_seed: of a random validation split and of `shots`; by default `seed`.
-        streaming: return an `IterableDatasetDict` that reads while it is iterated. Tables of the Hub and of parquet are then
-            not read beforehand, so that `shots` and a validation split, for which the labels of all images must be known, are
-            refused, and classes must be known from a `ClassLabel` or `class_names`. Files in a folder are listed, not read.
-        verify: decode every image first. By default only what lies in a local folder, and no stream.
+        image_column: column with the images or their file names; by default found by its type, then by its name.
+        label_column: column with the classes (`ClassLabel`, text, integers from 0, or lists of these); found the same way.
+        label_separator: separator between the classes of one image in a text, e.g. ";" for "cat;dog".
+        class_names: class names by index, e.g. those of a trained model, `list(model.config.id2label.values())`. The classes
+            of the data are mapped onto them by name and may be a subset. By default the classes of the data.
+        validation_fraction: share of train that becomes validation, in [0, 1); 0 makes no validation split.
+        validation_split: "last" (default) or "random"; only for data without a validation split.
+        shots: maximum number of images per class in train, chosen at random after validation is split off.
+        seed: seed of synthetic_leaves, and the default of `split_seed`.
+        split_seed: seed of a random validation split and of `shots`; `seed` by default.
+        streaming: return an `IterableDatasetDict` that reads the data during iteration. Tables of the Hub and parquet files
+            are then not read in advance: `shots` and a validation split, which need the labels of all images, raise an error,
+            and the classes must come from a `ClassLabel` or from `class_names`. Files in a folder are listed, but not read.
+        verify: decode every image before returning. By default only for local folders that are not streamed.
         csv_train, csv_validation, csv_test: names of CSV, JSONL or parquet files in the folder that list images. If one is
             given, only the given ones are read:
-            `csv_train="train_val.csv", csv_test="test.csv", validation_fraction=0` trains on all there is.
-        csv_data_folder: what listed files are relative to, itself relative to `name_or_path`. By default that folder, or the
-            first folder in it that has the first image.
-        csv_class_names: name of the CSV file with the names of classes, if not `classid_classname.csv`.
-        config_name, revision: of a data set on the Hub.
-        cache_dir: where `datasets` keeps what is drawn, converted from parquet or downloaded; by default its own cache.
+            `csv_train="train_val.csv", csv_test="test.csv", validation_fraction=0` trains on all images of train_val.
+        csv_data_folder: folder that the listed files are relative to, itself relative to `name_or_path`. By default
+            `name_or_path`, or its first subfolder that has the first image.
+        csv_class_names: name of the CSV file with class names, `classid_classname.csv` by default.
+        config_name, revision: configuration and revision of a data set on the Hub.
+        cache_dir: folder for data that are drawn, converted from parquet or downloaded; by default the cache of `datasets`.
         synthetic_kwargs: `num_classes`, `images_per_class`, `image_size`, `difficulty` of synthetic_leaves.
 
     An argument that has no effect on the layout of the data is named in a warning.
 
     Raises:
-        DatasetError: the folder, its images, classes, columns or class ids cannot be used. A `ValueError`.
-        ValueError: an argument is out of range.
+        DatasetError: if the folder, its images, classes, columns or class ids cannot be used. A subclass of `ValueError`.
+        ValueError: if an argument is out of range.
     """
     source = os.fspath(name_or_path)
     _check_names(synthetic_kwargs)
@@ -240,7 +241,7 @@ def load_ufgir_dataset(
     if label_separator == "":
         raise ValueError("`label_separator` must be at least one character, got ''.")
     if streaming and verify:
-        raise ValueError("`verify` reads every image before the first is used: leave it out with `streaming`.")
+        raise ValueError("`verify=True` cannot be combined with `streaming`: it reads every image in advance.")
     split_seed = seed if split_seed is None else split_seed
     given = Source(
         source,
@@ -273,7 +274,7 @@ def load_ufgir_dataset(
         if shots is not None:
             _refuse_for_stream("`shots`", source)
         if validation_fraction and "train" in splits and "validation" not in splits:
-            _refuse_for_stream("`validation_fraction` (there is no validation split: set it to 0)", source)
+            _refuse_for_stream("`validation_fraction` (without a validation split; set it to 0)", source)
         return unify_stream_labels(splits, source, class_names, separator)
 
     options = {"class_names": class_names, "id_names": opened.id_names, "separator": separator}

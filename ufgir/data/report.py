@@ -1,6 +1,6 @@
-"""What is in a data set: counts, sizes, colours, copies, leaks and broken files, in one pass over the images.
+"""Report the contents of a data set: counts, sizes, colors, duplicates, leakage and broken images, in one pass over the images.
 
-Memory stays bounded: sums over pixels run along, and each image leaves 16 bytes, the digest of its pixels.
+Memory is bounded: pixel statistics are accumulated, and only 16 bytes per image are kept, the checksum of its pixels.
 """
 
 import base64
@@ -31,44 +31,44 @@ from .synthetic_leaves import contact_sheet
 BATCH = 32  # images in memory at the same time
 SHEET_SIDE = 96  # pixels
 BINS = 10
-LISTED = 200  # entries of a list on the page; the JSON file has all
+LISTED = 200  # maximum number of entries per list on the page; the JSON file has all
 
 
 @dataclass(frozen=True)
-class _Look:
-    """One image, decoded."""
+class _ImageInfo:
+    """A decoded image and its properties."""
 
     problem: str | None
     num_bytes: int = 0
     size: tuple[int, int] = (0, 0)  # width, height
     mode: str = ""
     format: str = ""
-    histogram: np.ndarray | None = None  # (3, 256) pixels of each value
-    digest: bytes = b""
+    histogram: np.ndarray | None = None  # (3, 256) number of pixels per value
+    checksum: bytes = b""
     thumbnail: Image.Image | None = None
 
 
-def _look(image: Any, thumbnail: bool) -> _Look:
+def _inspect(image: Any, thumbnail: bool) -> _ImageInfo:
     if file_of(image) is None and (not isinstance(image, dict) or image["bytes"] is None):
-        return _Look(problem_of(image))
+        return _ImageInfo(problem_of(image))
     try:
         content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             mode, format_name = opened.mode, opened.format or "unknown"
             rgb = to_rgb(opened)
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
-        return _Look(f"{type(error).__name__}: {error}")
-    digest = hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
+        return _ImageInfo(f"{type(error).__name__}: {error}")
+    checksum = hashlib.blake2b(repr(rgb.size).encode() + rgb.tobytes(), digest_size=16).digest()
     histogram = np.array(rgb.histogram(), dtype=np.int64).reshape(3, 256)
     size = rgb.size
     if thumbnail:
         rgb.thumbnail((SHEET_SIDE, SHEET_SIDE))
-    return _Look(None, len(content), size, mode, format_name, histogram, digest, rgb if thumbnail else None)
+    return _ImageInfo(None, len(content), size, mode, format_name, histogram, checksum, rgb if thumbnail else None)
 
 
 @dataclass
 class _Sums:
-    """What is kept of a split while its images pass."""
+    """Statistics of a split, accumulated image by image."""
 
     images: int = 0
     sound: int = 0
@@ -80,22 +80,22 @@ class _Sums:
     formats: Counter = field(default_factory=Counter)
     histogram: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
     broken: list[dict[str, Any]] = field(default_factory=list)
-    digests: bytearray = field(default_factory=bytearray)
+    checksums: bytearray = field(default_factory=bytearray)
 
-    def add(self, row: int, file: str | None, labels: Sequence[int], look: _Look) -> None:
+    def add(self, row: int, file: str | None, labels: Sequence[int], info: _ImageInfo) -> None:
         self.images += 1
         self.per_class.update(labels)
-        if look.problem is not None:
-            self.broken.append({"row": row, "file": file, "problem": look.problem})
+        if info.problem is not None:
+            self.broken.append({"row": row, "file": file, "problem": info.problem})
             return
         self.sound += 1
-        self.num_bytes += look.num_bytes
-        self.widths[look.size[0]] += 1
-        self.heights[look.size[1]] += 1
-        self.modes[look.mode] += 1
-        self.formats[look.format] += 1
-        self.histogram += look.histogram
-        self.digests += look.digest
+        self.num_bytes += info.num_bytes
+        self.widths[info.size[0]] += 1
+        self.heights[info.size[1]] += 1
+        self.modes[info.mode] += 1
+        self.formats[info.format] += 1
+        self.histogram += info.histogram
+        self.checksums += info.checksum
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class DataReport:
     sheet: Image.Image | None
 
     def write(self, folder: str | os.PathLike, page: bool = False) -> list[Path]:
-        """Writes `report.json`, `contact_sheet.png` and, if asked, the page `report.html`, each of them atomically."""
+        """Write `report.json`, `contact_sheet.png` and, with `page`, the page `report.html`, each atomically."""
         folder = Path(folder)
         text = json.dumps(self.numbers, indent=1, ensure_ascii=False)
         written = [write_text_atomically(folder / "report.json", text + "\n")]
@@ -121,7 +121,7 @@ class DataReport:
 
 
 def _labels(label: Any) -> list[int]:
-    """The classes of an image: one, or many if the data are multi-label."""
+    """Return the classes of an image: one, or several for multi-label data."""
     return [label] if isinstance(label, int) else list(label)
 
 
@@ -132,22 +132,22 @@ def data_report(
     sheet_classes: int = 24,
     sheet_images: int = 8,
 ) -> DataReport:
-    """Reads every image once; broken ones are reported, too.
+    """Read every image once and report counts, statistics, duplicates, leakage and broken images.
 
     Args:
-        dataset: splits with the columns `image` and `label`, as `ufgir.data.load_ufgir_dataset(..., verify=False)` gives.
-        name: of the data, for the title.
-        num_workers: threads that decode; by default the number of cores, at most 8.
-        sheet_classes: rows of the contact sheet, spread evenly over the classes.
-        sheet_images: images of each of them, the first ones of the first split.
+        dataset: splits with the columns `image` and `label`, from `ufgir.data.load_ufgir_dataset(..., verify=False)`.
+        name: name of the data, for the title.
+        num_workers: number of decoding threads; by default the number of cores, at most 8.
+        sheet_classes: rows of the contact sheet, evenly spaced over the classes.
+        sheet_images: images per row, the first ones of the first split.
 
     Returns:
-        Of each split: images of each class, widths and heights (pixels), bytes, modes, formats, mean and standard deviation
-        over all pixels (RGB, 0 to 1), broken images. Of all splits: images with the same pixels within a split (duplicates)
-        and in several splits (leakage), with their classes.
+        Per split: images per class, widths and heights (pixels), bytes, modes, formats, mean and standard deviation over all
+        pixels (RGB, 0 to 1), broken images. Over all splits: images with the same pixels within a split (duplicates) and in
+        several splits (leakage), with their classes.
 
     Raises:
-        ValueError: a number is below 1, or there is no split.
+        ValueError: if a number is below 1, or there is no split.
     """
     for argument, value in {
         "num_workers": num_workers,
@@ -178,12 +178,12 @@ def data_report(
             for batch in rows.iter(batch_size=BATCH):
                 labels = [_labels(label) for label in batch["label"]]
                 takers = [next((k for k in ks if wanted[k] > 0), None) if split == first else None for ks in labels]
-                looks = pool.map(_look, batch["image"], [taker is not None for taker in takers])
-                for image, ks, taker, look in zip(batch["image"], labels, takers, looks, strict=True):
-                    sums[split].add(row, file_of(image), ks, look)
-                    if look.thumbnail is not None and wanted[taker] > 0:
+                infos = pool.map(_inspect, batch["image"], [taker is not None for taker in takers])
+                for image, ks, taker, info in zip(batch["image"], labels, takers, infos, strict=True):
+                    sums[split].add(row, file_of(image), ks, info)
+                    if info.thumbnail is not None and wanted[taker] > 0:
                         wanted[taker] -= 1
-                        thumbnails.append((sheet_rows[taker], look.thumbnail))
+                        thumbnails.append((sheet_rows[taker], info.thumbnail))
                     row += 1
                     bar.update()
 
@@ -209,7 +209,7 @@ def _sheet(thumbnails: Sequence[tuple[int, Image.Image]], names: Sequence[str]) 
 
 
 def _mean_std(histogram: np.ndarray) -> dict[str, Any]:
-    """Mean and standard deviation of (3, 256) pixel counts, exactly: the sums are integers."""
+    """Compute the exact mean and standard deviation from (3, 256) pixel counts, with integer sums."""
     values = np.arange(256, dtype=np.int64)
     pixels = int(histogram[0].sum())
     if not pixels:
@@ -221,7 +221,7 @@ def _mean_std(histogram: np.ndarray) -> dict[str, Any]:
 
 
 def _spread(counts: Counter) -> dict[str, float] | None:
-    """Minimum, median and maximum of values that were counted."""
+    """Compute the minimum, median and maximum from counts of values."""
     if not counts:
         return None
     values, times = map(np.array, zip(*sorted(counts.items()), strict=True))
@@ -231,7 +231,7 @@ def _spread(counts: Counter) -> dict[str, float] | None:
 
 
 def _histogram(counts: Sequence[int]) -> list[dict[str, int]]:
-    """Classes by their number of images, in at most BINS equal steps."""
+    """Count classes by their number of images, in at most BINS equal steps."""
     low, high = min(counts), max(counts)
     step = -(-(high - low + 1) // BINS)
     starts = range(low, high + 1, step)
@@ -263,15 +263,15 @@ def _split_numbers(sums: _Sums, class_names: Sequence[str]) -> dict[str, Any]:
 def _copies(
     raw: Mapping[str, datasets.Dataset], sums: Mapping[str, _Sums], class_names: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Groups of images with the same pixels, within a split and over several."""
+    """Find groups of images with the same pixels, within a split and across splits."""
     rows: list[tuple[str, np.ndarray]] = []
     for split, s in sums.items():
         broken = {entry["row"] for entry in s.broken}
         rows.append((split, np.array([row for row in range(s.images) if row not in broken], dtype=np.int64)))
-    digests = np.frombuffer(b"".join(bytes(s.digests) for s in sums.values()), dtype="V16")
+    checksums = np.frombuffer(b"".join(bytes(s.checksums) for s in sums.values()), dtype="V16")
     ends = np.cumsum([len(indices) for _, indices in rows])
     found: dict[str, list[dict[str, Any]]] = {"duplicates": [], "leakage": []}
-    for members in _equal(digests):
+    for members in _equal(checksums):
         images = []
         for member in members:
             part = int(np.searchsorted(ends, member, side="right"))
@@ -286,7 +286,7 @@ def _copies(
 
 
 def _equal(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of each value that occurs more than once, in the order of first occurrence."""
+    """Return the indices of each value that occurs more than once, in the order of first occurrence."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     order = np.argsort(inverse, kind="stable")
     starts = np.cumsum(counts) - counts
@@ -306,13 +306,13 @@ td:first-child, th:first-child { text-align: left; } img { max-width: 100%; }
 
 
 def describe(numbers: Mapping[str, Any]) -> list[list[str]]:
-    """A table with a row for each property and a column for each split."""
+    """Return a table with one row per property and one column per split."""
     splits = numbers["splits"].values()
 
     def spread(values: Mapping[str, float] | None) -> str:
         return "-" if values is None else f"{values['min']} / {values['median']:g} / {values['max']}"
 
-    def colours(values: Sequence[float] | None) -> str:
+    def color_values(values: Sequence[float] | None) -> str:
         return "-" if values is None else " ".join(f"{v:.4f}" for v in values)
 
     within = Counter(group["images"][0]["split"] for group in numbers["duplicates"])
@@ -320,15 +320,15 @@ def describe(numbers: Mapping[str, Any]) -> list[list[str]]:
     return [
         ["", *numbers["splits"]],
         ["images", *(str(s["images"]) for s in splits)],
-        ["images of a class: min / median / max", *(spread(s["images_per_class"]) for s in splits)],
+        ["images per class: min / median / max", *(spread(s["images_per_class"]) for s in splits)],
         ["classes without images", *(str(s["images_per_class"]["without_images"]) for s in splits)],
         ["width in px: min / median / max", *(spread(s["width"]) for s in splits)],
         ["height in px: min / median / max", *(spread(s["height"]) for s in splits)],
         ["MB", *(f"{s['bytes'] / 1e6:.1f}" for s in splits)],
         ["formats", *(", ".join(f"{k} {n}" for k, n in s["formats"].items()) or "-" for s in splits)],
         ["modes", *(", ".join(f"{k} {n}" for k, n in s["modes"].items()) or "-" for s in splits)],
-        ["mean of R, G, B (0 to 1)", *(colours(s["mean"]) for s in splits)],
-        ["standard deviation of R, G, B", *(colours(s["std"]) for s in splits)],
+        ["mean of R, G, B (0 to 1)", *(color_values(s["mean"]) for s in splits)],
+        ["std of R, G, B", *(color_values(s["std"]) for s in splits)],
         ["broken images", *(str(len(s["broken"])) for s in splits)],
         ["groups of duplicates", *(str(within[split]) for split in numbers["splits"])],
         ["groups shared with another split", *(str(across[split]) for split in numbers["splits"])],
@@ -336,25 +336,23 @@ def describe(numbers: Mapping[str, Any]) -> list[list[str]]:
 
 
 def bin_name(step: Mapping[str, int]) -> str:
-    """3, or 3 to 5."""
+    """Return the label of a bin: "3" or "3 to 5"."""
     return str(step["from"]) if step["from"] == step["to"] else f"{step['from']} to {step['to']}"
 
 
 def findings(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Broken images, duplicates and leakage, one line each."""
+    """List broken images, duplicates and leakage, one per line."""
 
-    def called(split: str, image: Mapping[str, Any]) -> str:
+    def label(split: str, image: Mapping[str, Any]) -> str:
         place = f"{split} row {image['row']}"
         return f"{image['file']}, {place}" if image["file"] else place
 
     def group(entry: Mapping[str, Any]) -> str:
-        images = (f"{called(i['split'], i)} ({i['class']})" for i in entry["images"])
+        images = (f"{label(i['split'], i)} ({i['class']})" for i in entry["images"])
         return " = ".join(images) + (": classes differ" if entry["classes_differ"] else "")
 
     broken = [
-        f"{called(split, entry)}: {entry['problem']}"
-        for split, s in numbers["splits"].items()
-        for entry in s["broken"]
+        f"{label(split, entry)}: {entry['problem']}" for split, s in numbers["splits"].items() for entry in s["broken"]
     ]
     return {
         "broken images": broken,
@@ -364,7 +362,7 @@ def findings(numbers: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def html_page(report: DataReport) -> str:
-    """One page that needs no other file."""
+    """Return the report as a single self-contained HTML page."""
     numbers = report.numbers
     title = html.escape(f"Data report: {numbers['dataset']}")
     head, *rows = ([html.escape(cell) for cell in row] for row in describe(numbers))
@@ -390,14 +388,14 @@ def html_page(report: DataReport) -> str:
             f"<tr><td>{html.escape(k)}</td><td>{n}</td></tr>" for k, n in s["images_per_class"]["counts"].items()
         )
         parts.append(
-            f"<h2>{split}: images of a class</h2><table><tr><th>images</th><th>classes</th><th></th></tr>{bars}</table>"
-            f"<details><summary>each class</summary><table>{counts}</table></details>"
+            f"<h2>{split}: images per class</h2><table><tr><th>images</th><th>classes</th><th></th></tr>{bars}</table>"
+            f"<details><summary>all classes</summary><table>{counts}</table></details>"
         )
     if report.sheet is not None:
         stream = io.BytesIO()
         report.sheet.save(stream, format="PNG")
-        picture = base64.b64encode(stream.getvalue()).decode()
-        parts.append(f'<h2>Contact sheet</h2><img alt="images of some classes" src="data:image/png;base64,{picture}">')
+        encoded = base64.b64encode(stream.getvalue()).decode()
+        parts.append(f'<h2>Contact sheet</h2><img alt="images of some classes" src="data:image/png;base64,{encoded}">')
     body = "\n".join(parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

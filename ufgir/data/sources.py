@@ -1,4 +1,4 @@
-"""What a caller gives to `load_ufgir_dataset`, and what a layout makes of it: the two records that all layouts share."""
+"""Records shared by all layouts: the arguments of `load_ufgir_dataset` (`Source`) and the data that a layout opens (`Opened`)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,20 +15,20 @@ class Source:
     """A name or path, and the arguments that the layouts read.
 
     Args:
-        name: as the caller gave it.
-        path: the same as a path, with the home folder in place of ~.
-        columns: `image_column` and `label_column`, None where they are to be found.
-        label_separator: what stands between several classes in one text.
-        known_classes: the caller knows which classes there are.
-        listings: split to the file that the caller names for it, see `csv_train`.
-        csv_data_folder: what listed files are relative to.
-        csv_class_names: the file with the names of classes.
-        config_name: of a data set on the Hub.
-        revision: of a data set on the Hub.
-        cache_dir: of `datasets`.
-        streaming: read while iterating.
-        seed: of the drawn leaves.
-        drawing: the other arguments of the drawn leaves.
+        name: name or path as given by the caller.
+        path: the same as a path, with ~ expanded.
+        columns: `image_column` and `label_column`; None to find them automatically.
+        label_separator: separator between several classes in a text.
+        known_classes: whether the caller gives the class names.
+        listings: split -> file named by the caller, see `csv_train`.
+        csv_data_folder: folder that the listed files are relative to.
+        csv_class_names: file with the class names.
+        config_name: configuration of a data set on the Hub.
+        revision: revision of a data set on the Hub.
+        cache_dir: cache folder of `datasets`.
+        streaming: read the data during iteration.
+        seed: seed of the drawn leaves.
+        drawing: other arguments of the drawn leaves.
     """
 
     name: str
@@ -48,21 +48,21 @@ class Source:
 
     @property
     def is_folder(self) -> bool:
-        """Whether there is a folder of that name."""
+        """Whether `path` is an existing folder."""
         return self.path.is_dir()
 
 
 @dataclass
 class Opened:
-    """Data as a layout has them, and what is known about them.
+    """Data opened by a layout, and their properties.
 
     Args:
-        data: a data set, or a dict of them by the names of their splits.
-        columns: `image_column` and `label_column`, None where they are to be found.
+        data: a data set, or a dict of split name -> data set.
+        columns: `image_column` and `label_column`; None to find them automatically.
         id_names: names of integer labels.
-        labels_split: `label_separator` has been applied.
-        entry: the row of the catalog, which says how splits are called and how many images there are.
-        where: of a split and the number of a row in it, what to call an image that lies in a table.
+        labels_split: whether `label_separator` has already been applied.
+        entry: catalog entry with the names of the splits and the expected numbers of images.
+        where: function of a split and a row number that returns a name for an image stored in a table.
     """
 
     data: Any

@@ -1,4 +1,4 @@
-"""Which images of train are used, and which of them validate."""
+"""Split validation images off the training images, and limit their number per class."""
 
 import logging
 from collections import Counter
@@ -20,22 +20,22 @@ Labels = Sequence[int] | Sequence[Sequence[int]]
 
 
 def split_rows(labels: Labels, fraction: float, seed: int | None = None) -> tuple[list[int], list[int]]:
-    """Row numbers for train and for validation, stratified by class.
+    """Return the row numbers of train and validation, stratified by class.
 
-    Of the n images of a class the first int(n * (1 - fraction)) stay in train, but at least one; the others validate. First
-    means in the order of the rows, or in a random order with a `seed`.
+    Of the n images of a class, the first max(1, int(n * (1 - fraction))) stay in train; the others become validation. "First"
+    refers to the order of the rows, or to a random order if `seed` is given.
 
-    Where images have several classes, classes are taken one after the other, the rarest first, and only images that no
-    rarer class has placed are placed: simplified from Sechidis et al., On the Stratification of Multi-label Data (ECML
-    2011). The shares are then approximate, but each class keeps an image in train. Images without a class count as one more.
+    For multi-label data, classes are processed one by one, the rarest first, and each image is assigned with its rarest class:
+    simplified from Sechidis et al., On the Stratification of Multi-label Data (ECML 2011). The shares are then approximate, but
+    each class keeps an image in train. Images without a class are treated as one more class.
 
     Args:
-        labels: of each row, a class index or a list of them.
+        labels: per row, a class index or a list of class indices.
         fraction: share of validation, in [0, 1).
-        seed: of the random order; None keeps the order of the rows.
+        seed: seed of the random order; None keeps the order of the rows.
 
     Returns:
-        Both in ascending order; together all rows.
+        Row numbers of train and of validation, each in ascending order.
     """
     order = range(len(labels)) if seed is None else np.random.default_rng((seed, 0)).permutation(len(labels)).tolist()
     members: dict[int | None, list[int]] = {}
@@ -50,7 +50,7 @@ def split_rows(labels: Labels, fraction: float, seed: int | None = None) -> tupl
             if row not in in_train:
                 in_train[row] = wanted > 0
                 wanted -= 1
-    for rows in members.values():  # rarer classes may have placed all images of a class in validation
+    for rows in members.values():  # rarer classes may have put all images of a class in validation
         if not any(in_train[row] for row in rows):
             in_train[rows[0]] = True
     return [row for row in range(len(labels)) if in_train[row]], [
@@ -59,9 +59,9 @@ def split_rows(labels: Labels, fraction: float, seed: int | None = None) -> tupl
 
 
 def few_shots(labels: Sequence[int], shots: int, seed: int) -> list[int]:
-    """Row numbers, ascending, of `shots` random images of each class, or all of a class that has fewer.
+    """Return the row numbers, ascending, of `shots` random images per class, or of all images of a class that has fewer.
 
-    With the same seed, those of fewer shots are among those of more.
+    With the same seed, the rows of fewer shots are a subset of those of more.
     """
     taken: Counter[int] = Counter()
     rows = []
@@ -73,39 +73,37 @@ def few_shots(labels: Sequence[int], shots: int, seed: int) -> list[int]:
 
 
 def check_split_arguments(validation_fraction: float, validation_split: str, shots: int | None) -> None:
-    """ValueError for what is out of range."""
+    """Raise ValueError if an argument is out of range."""
     if isinstance(validation_fraction, bool) or not 0 <= validation_fraction < 1:
         raise ValueError(f"`validation_fraction` must be in [0, 1), got {validation_fraction!r}.")
     if validation_split not in VALIDATION_SPLITS:
         raise ValueError(f"`validation_split` must be {' or '.join(VALIDATION_SPLITS)}, got {validation_split!r}.")
     if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 1):
-        raise ValueError(f"`shots` must be a number of images, at least 1, got {shots!r}.")
+        raise ValueError(f"`shots` must be an integer of at least 1, got {shots!r}.")
 
 
 def add_validation(
     splits: datasets.DatasetDict, source: str, fraction: float, validation_split: str, seed: int
 ) -> datasets.DatasetDict:
-    """The same splits with a validation split, a part of train where there is none yet."""
+    """Return the splits with a validation split, made of a part of train if there is none."""
     if not fraction or "train" not in splits or "validation" in splits:
         return splits
     train = splits["train"]
     rows = split_rows(_labels_of(train), fraction, seed if validation_split == "random" else None)
     if not rows[1]:
-        logger.warning("%s: no class has an image to spare for validation", source)
+        logger.warning("%s: no validation split, because no class has enough images", source)
         return splits
     parts = {"train": train.select(rows[0]), "validation": train.select(rows[1])}
     return datasets.DatasetDict({**parts, **{name: split for name, split in splits.items() if name != "train"}})
 
 
 def limit_shots(splits: datasets.DatasetDict, source: str, shots: int, seed: int) -> datasets.DatasetDict:
-    """The same splits with at most `shots` random images of each class in train."""
+    """Return the splits with at most `shots` random images per class in train."""
     if "train" not in splits:
-        raise DatasetError(f"`shots` limits the training images, but {source} has none: splits {', '.join(splits)}.")
+        raise DatasetError(f"`shots` requires a train split, but {source} has only the splits {', '.join(splits)}.")
     train = splits["train"]
     if is_multi_label(train.features["label"]):
-        raise DatasetError(
-            f"`shots` is a number of images of each class, but those of {source} have several classes each: leave it out."
-        )
+        raise DatasetError(f"`shots` requires one class per image, but {source} is multi-label. Leave it out.")
     labels = _labels_of(train)
     if fewer := sum(count < shots for count in Counter(labels).values()):
         logger.info("%s: %d classes have fewer than %d images and keep all of them", source, fewer, shots)
@@ -118,13 +116,13 @@ def _labels_of(split: datasets.Dataset) -> Labels:
 
 
 def random_subset(dataset: Any, count: int | None, seed: int, name: str = "count") -> Any:
-    """`count` rows of a `datasets.Dataset`, drawn at random and in their old order; all rows if `count` is None.
+    """Return `count` random rows of a `datasets.Dataset` in their original order; all rows if `count` is None.
 
     Raises:
-        ValueError: a count below 1, which the message calls `name`.
+        ValueError: if the count is below 1; the message calls it `name`.
     """
     if count is None or count >= len(dataset):
         return dataset
     if count < 1:
-        raise ValueError(f"`{name}`, a number of images, must be at least 1, got {count}.")
+        raise ValueError(f"`{name}` must be at least 1, got {count}.")
     return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count]))

@@ -1,4 +1,4 @@
-"""Data read while they are used: streams with the columns and classes of data in memory, and streams of transformed images."""
+"""Stream data sets: unify the classes of streams without reading them, and transform streamed images for training."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,40 +15,40 @@ from .checks import DatasetError, file_of, listed, problem_of
 from .labels import class_feature, is_multi_label, split_text, to_multi_hot
 
 
-SHARDS = 64  # of data that lie in a local folder: the most DataLoader workers that `datasets` can feed from them
+SHARDS = 64  # shards of local data: the maximum number of DataLoader workers that `datasets` can supply
 _DECODER = datasets.Image()
 
 
 class StreamedImages(IterableDataset):
-    """A stream of `{"pixel_values": (3, H, W), "labels": ...}` and what else the transform gives: what `TransformedImages` is
-    for data with a length. `labels` is a class index, or a float32 vector (K,) of zeros and ones where images have several.
+    """Stream of `{"pixel_values": (3, H, W), "labels": ...}` and other outputs of the transform; `TransformedImages` is the
+    counterpart for data with a length. `labels` is a class index, or a float32 vector (K,) of zeros and ones for multi-label data.
 
-    All randomness of a transform comes from (seed, epoch, number of the row in the whole stream). Rows go out in blocks of
-    `batch_size`, one block to each rank in turn, and within a rank one to each DataLoader worker in turn. With the same
-    `batch_size` in the DataLoader its batches are therefore equal, and in the same order, for any number of workers; and R
-    ranks see in a step what one process with the R-fold batch sees. Every process reads all rows, which is cheap, but decodes
-    and transforms only its own.
+    All randomness of a transform depends on (seed, epoch, row number in the whole stream) only. Rows are assigned in blocks of
+    `batch_size`: the blocks go to the ranks in turn, and within a rank to the DataLoader workers in turn. If the DataLoader has
+    the same `batch_size`, its batches and their order are therefore the same for any number of workers, and a step of R ranks
+    contains the rows of one batch of R x `batch_size` in a single process. Every process reads all rows, which is cheap, but
+    decodes and transforms only its own.
 
-    Trainer: give it as `train_dataset` and set `max_steps`, or give `num_rows`. With more than one process accelerate reads a
-    stream in the main process and sends batches to the others, so leave `rank` and `world_size` alone; or give them, with
-    `drop_last`, and let `get_train_dataloader` return `own_share_loader`: then every process decodes its own share.
+    Trainer: pass it as `train_dataset` and set `max_steps`, or pass `num_rows`. With several processes, accelerate reads a
+    stream in the main process and sends batches to the others; then leave `rank` and `world_size` at their defaults. To decode a
+    share in every process instead, pass both and `drop_last`, and return `own_share_loader` from `get_train_dataloader`.
 
     Args:
-        dataset: a stream with an image and a label column, of `load_ufgir_dataset(streaming=True)`. Rows keep its order, but
-            from the second epoch on `datasets` takes the files in another order; `dataset.shuffle(seed=..., buffer_size=...)`
-            beforehand mixes rows as well.
+        dataset: stream with an image and a label column, from `load_ufgir_dataset(streaming=True)`. Rows keep its order, but
+            from the second epoch on `datasets` reads the files in another order; call
+            `dataset.shuffle(seed=..., buffer_size=...)` before to shuffle rows as well.
         transform: `TrainTransform` or `EvalTransform`.
         seed: first part of (seed, epoch, row), a non-negative integer.
-        batch_size: rows in a block: the batch size of the DataLoader, a device.
-        rank, world_size: of this process, and how many there are.
-        drop_last: leave out the rows after the last world_size x batch_size, so that all ranks have the same number of full
-            batches. Ranks that wait for one another need that.
-        num_rows: length of the whole stream, if it is known; `len()` is this rank's share of it.
-        image_column: name of the column of images.
-        label_column: name of the column of classes; None for images without labels.
+        batch_size: rows per block: the batch size of the DataLoader, per device.
+        rank, world_size: rank of this process, and number of processes.
+        drop_last: leave out the rows after the last complete block of world_size x batch_size, so that all ranks have the same
+            number of full batches. Required for ranks that synchronize.
+        num_rows: length of the whole stream, if known; `len()` is the share of this rank.
+        image_column: name of the image column.
+        label_column: name of the class column; None for images without labels.
 
     Raises:
-        ValueError: an argument is out of range, or the label column has no classes.
+        ValueError: if an argument is out of range, or the label column has no classes.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class StreamedImages(IterableDataset):
         self.drop_last, self.num_rows = drop_last, num_rows
         self.image_column, self.label_column = image_column, label_column
         self._multi_label = is_multi_label(label)
-        # Epoch; the epoch that begins later, and after how many rows. In shared memory: worker processes that outlive an epoch
-        # see the change.
+        # Current epoch; epoch that starts in the middle, and its number of skipped rows. In shared memory, so that persistent
+        # worker processes see changes.
         self._position = torch.tensor([0, -1, 0], dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that random decisions belong to."""
+        """The epoch, from 0, used for random decisions."""
         return int(self._position[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Move on to `epoch`, in this process and in all workers; a shuffled stream is shuffled anew."""
+        """Set the epoch in this process and all workers; a shuffled stream is reshuffled."""
         self._position[0] = epoch
         self.dataset.set_epoch(epoch)
 
     def skip(self, rows: int, epoch: int | None = None) -> None:
-        """Begin `epoch` (by default the present one) after the first `rows` rows of this rank, without decoding them.
+        """Start `epoch` (by default the current one) after the first `rows` rows of this rank, without decoding them.
 
         To resume in the middle of an epoch: `skip(steps_done * batch_size, epoch)`, and `ignore_data_skip=True` in
         TrainingArguments.
@@ -111,9 +111,9 @@ class StreamedImages(IterableDataset):
         self._position[2] = rows
 
     def __len__(self) -> int:
-        """Rows of this rank in an epoch; TypeError if `num_rows` was not given."""
+        """Return the number of rows of this rank per epoch; raise TypeError without `num_rows`."""
         if self.num_rows is None:
-            raise TypeError("a stream has no length: give `num_rows`")
+            raise TypeError("a stream has no length; pass `num_rows`")
         turn = self.world_size * self.batch_size
         rest = (
             0 if self.drop_last else min(max(self.num_rows % turn - self.rank * self.batch_size, 0), self.batch_size)
@@ -121,9 +121,9 @@ class StreamedImages(IterableDataset):
         return self.num_rows // turn * self.batch_size + rest
 
     def _own_blocks(self) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-        """Blocks of undecoded rows of this rank, with their number in this rank."""
+        """Yield the blocks of undecoded rows of this rank, with their number in this rank."""
         waiting: tuple[int, dict[str, list[Any]]] | None = None
-        # not `for row in dataset`: in a worker process that would be another part of the stream in each worker
+        # not `for row in dataset`, which reads a different part of the stream in each worker process
         for number, block in enumerate(self.dataset.iter(batch_size=self.batch_size)):
             turn, rank = divmod(number, self.world_size)
             if rank == self.rank:
@@ -140,7 +140,7 @@ class StreamedImages(IterableDataset):
         worker = get_worker_info()
         own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for number, block in self._own_blocks():
-            # blocks that are skipped count as dealt out: after them it is the first worker's turn again
+            # after the skipped blocks, the turns start again with the first worker
             if (number - first // self.batch_size) % workers != own:
                 continue
             for offset in range(max(first - number * self.batch_size, 0), len(block[self.image_column])):
@@ -157,27 +157,30 @@ class StreamedImages(IterableDataset):
             name, place = file_of(raw), f"row {row} of the stream"
             why = problem_of(raw) or f"{type(error).__name__}: {error}"
             raise DatasetError(f"{f'{name} ({place})' if name else place} cannot be read: {why}.") from error
-        # as `TransformedImages` for the first copy of an image
+        # the same seed as in `TransformedImages` for the first copy of an image
         columns = self.transform(image, np.random.default_rng((self.seed, epoch, row, 0)))
         return columns if isinstance(columns, dict) else {"pixel_values": columns}
 
     def _labels(self, label: Any, row: int) -> int | torch.Tensor:
         labels = label if self._multi_label else [label]
         if outside := [value for value in labels if value is None or not 0 <= value < self.num_classes]:
-            raise DatasetError(f"row {row} of the stream has the label {outside[0]}, of {self.num_classes} classes.")
+            raise DatasetError(
+                f"row {row} of the stream has the label {outside[0]}, but there are {self.num_classes} classes."
+            )
         return to_multi_hot(label, self.num_classes) if self._multi_label else int(label)
 
 
 def own_share_loader(images: StreamedImages, device: torch.device | str, **options: Any) -> DataLoader:
-    """A DataLoader of the share that `images` has of a stream, for a Trainer's `get_train_dataloader`.
+    """Return a DataLoader of this rank's share of a stream, for `get_train_dataloader` of a Trainer.
 
-    It moves batches to `device` and forwards `set_epoch` as accelerate's loaders do, but takes no share of the share: a stream
-    with a rank of its own must not be prepared by accelerate.
+    It moves batches to `device` and forwards `set_epoch` like accelerate's loaders, but does not split the share again. A stream
+    with its own rank must not be prepared by accelerate.
 
     Args:
-        images: with its `rank` and `world_size`.
-        device: where batches go.
-        options: of `torch.utils.data.DataLoader`, e.g. `num_workers` and `collate_fn`; the batch size is that of `images`.
+        images: stream with `rank` and `world_size`.
+        device: device of the batches.
+        options: arguments of `torch.utils.data.DataLoader`, e.g. `num_workers` and `collate_fn`; the batch size is that of
+            `images`.
     """
     loader = DataLoader(images, batch_size=images.batch_size, **options)
     return prepare_data_loader(
@@ -186,7 +189,7 @@ def own_share_loader(images: StreamedImages, device: torch.device | str, **optio
 
 
 def to_stream(splits: datasets.DatasetDict) -> datasets.IterableDatasetDict:
-    """The same data as a stream, row by row."""
+    """Convert loaded splits to streams with the same rows."""
     return datasets.IterableDatasetDict(
         {name: split.to_iterable_dataset(num_shards=min(SHARDS, len(split))) for name, split in splits.items()}
     )
@@ -195,7 +198,7 @@ def to_stream(splits: datasets.DatasetDict) -> datasets.IterableDatasetDict:
 def _encode(
     labels: Sequence[Any], names: Sequence[str] | None, index: Mapping[str, int], separator: str | None, where: str
 ) -> dict[str, list[Any]]:
-    """A batch of labels -> class indices; DatasetError for a class that is not known."""
+    """Convert a batch of labels to class indices; raise DatasetError for an unknown class."""
 
     def code(label: Any) -> int:
         name = names[label] if names is not None and label is not None and 0 <= label < len(names) else label
@@ -219,29 +222,29 @@ def unify_stream_labels(
     class_names: Sequence[str] | None = None,
     separator: str | None = None,
 ) -> datasets.IterableDatasetDict:
-    """`label` as `ClassLabel`, or lists of it, with the same names in every split of a stream; nothing is read.
+    """Convert `label` to `ClassLabel`, or lists of it, with the same names in every split of a stream, without reading it.
 
     Args:
         splits: streams with the columns `image` and `label`.
-        source: what messages call the data.
-        class_names: the classes by index. By default those of the labels' `ClassLabel`.
-        separator: what stands between the classes of one image in a text.
+        source: name of the data in messages.
+        class_names: class names by index. By default those of the `ClassLabel` of the labels.
+        separator: separator between the classes of one image in a text.
 
     Raises:
-        DatasetError: the classes are not known without reading all labels, or differ between splits; and, while a stream is
-            read, a label that is none of `class_names`.
+        DatasetError: if the classes are unknown without reading all labels, or differ between splits; and, during iteration,
+            if a label is not in `class_names`.
     """
     kinds = {name: class_feature(split.features["label"]) for name, split in splits.items()}
     first = next(iter(kinds.values()))
     if class_names is None:
         if unknown := [name for name, kind in kinds.items() if kind is None]:
             raise DatasetError(
-                f"`streaming`: the labels of {source}, {', '.join(unknown)}, are no ClassLabel, so that the list of all "
-                "labels would be needed to know the classes: give them in `class_names`, or do not stream."
+                f"`streaming`: the labels of {source}, {', '.join(unknown)}, are not ClassLabel, so the classes "
+                "are unknown before all labels are read. Pass `class_names`, or set `streaming=False`."
             )
         if other := [name for name, kind in kinds.items() if kind.names != first.names]:
             raise DatasetError(
-                f"{source}: {', '.join(other)} lists other classes, or in another order, than {next(iter(kinds))}: give "
+                f"{source}: {', '.join(other)} has other classes, or another order of them, than {next(iter(kinds))}. Pass "
                 "`class_names`."
             )
     names = list(class_names if class_names is not None else first.names)
@@ -257,7 +260,7 @@ def unify_stream_labels(
         arguments = {"names": kinds[name] and kinds[name].names, "index": index, "separator": separator}
         encode = functools.partial(_encode, where=f"{source}: {name}", **arguments)
         features = {"image": datasets.Image(), "label": datasets.List(kind) if lists else kind}
-        # not decoded for the sake of the labels; and no `features` for map, after which a cast is no longer heeded
+        # map without decoding the images, and without `features`, after which a cast would have no effect
         raw = split.cast_column("image", datasets.Image(decode=False))
         streams[name] = raw.map(encode, input_columns=["label"], batched=True).cast(datasets.Features(features))
     return datasets.IterableDatasetDict(streams)

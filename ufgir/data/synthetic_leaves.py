@@ -1,13 +1,12 @@
-"""Synthetic leaves: an ultra-fine-grained data set that is drawn, not downloaded.
+"""Draw synthetic leaves, an ultra-fine-grained data set that needs no download.
 
-All classes are cultivars of one imaginary species. They differ in small local traits only: the angle, number and forking
-of the secondary veins, the teeth of the margin, the shape of tip and base, spots, pale variegation and a pale rim. Pose,
-light, colour, background, curling and damage vary more from one photo to the next than those traits do from one cultivar
-to another.
+All classes are cultivars of one imaginary species. They differ only in small local traits: the angle, number and forking of the
+secondary veins, the teeth of the margin, the shape of tip and base, spots, pale variegation and a pale rim. Pose, light, color,
+background, curling and damage vary more between photos than the traits vary between cultivars.
 
-Every image is a pure function of (seed, split, class, index, image size, number of classes, difficulty): no global random
-state, no file, no network. Each leaf is computed pixel by pixel in its own coordinates, `u` along the midrib (0 base,
-1 tip) and `v` across it, both in leaf lengths.
+Every image is a pure function of (seed, split, class, index, image size, number of classes, difficulty), without global random
+state, files or network. Each leaf is computed per pixel in its own coordinates: `u` along the midrib (0 base, 1 tip) and `v`
+across it, both in leaf lengths.
 
     python -m dataset_scripts.synthetic_leaves --output leaves --num_classes 10 --image_size 112
     python -m dataset_scripts.synthetic_leaves --contact_sheet leaves.png --num_classes 6 --columns 8
@@ -29,14 +28,14 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 
-DRAWING_VERSION = "1.0.0"  # raise it when the same arguments draw other pixels: cached data sets are keyed by it
+DRAWING_VERSION = "1.0.0"  # increase it when the same arguments give other pixels; part of the cache key
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class CultivarTraits:
-    """What makes a cultivar: everything else about a leaf is accident."""
+    """Traits that define a cultivar; all other properties of a leaf are random."""
 
     vein_angle: float  # degrees between midrib and secondary veins
     vein_count: float  # secondary veins on each side
@@ -46,12 +45,12 @@ class CultivarTraits:
     tooth_sharpness: float  # 0 round (crenate) to 1 saw-like (serrate)
     tip: float  # 0 round to 1 drawn out (acuminate)
     base: float  # 0 wedge-shaped to 1 round
-    spots: float  # share of the places for a pale spot that are taken
+    spots: float  # share of the grid cells with a pale spot
     variegation: float  # strength of the pale band along midrib and secondary veins, 0 to 1
     pale_margin: float  # strength and width of the pale rim, 0 to 1
 
 
-# The span of each trait over all cultivars at full spread.
+# Range of each trait over all cultivars at full spread.
 TRAIT_RANGES = {
     "vein_angle": (34.0, 66.0),
     "vein_count": (5.0, 11.0),
@@ -70,12 +69,12 @@ TRAIT_RANGES = {
 @dataclass(frozen=True)
 class _Difficulty:
     trait_spread: float  # share of TRAIT_RANGES that the cultivars span
-    trait_jitter: float  # deviation of a leaf from its cultivar, share of TRAIT_RANGES
-    rotation: float  # degrees, either way
-    shift: float  # of the leaf's centre, either way, in half image sides
+    trait_jitter: float  # std of a leaf's traits around its cultivar, share of TRAIT_RANGES
+    rotation: float  # degrees, in both directions
+    shift: float  # of the leaf's center, in both directions, in half image sides
     length: tuple[float, float]  # of the leaf, in half image sides
     bend: float  # strength of bending, curling, foreshortening and changes of width
-    light: float  # strength of light, colour and temperature changes
+    light: float  # strength of light, color and temperature changes
     damage: float  # expected number of brown patches, of holes and of bites
 
 
@@ -98,10 +97,13 @@ def _difficulty(name: str) -> _Difficulty:
 
 
 def cultivar_traits(num_classes: int, seed: int = 0, difficulty: str = "easy") -> list[CultivarTraits]:
-    """The traits of every cultivar, well spread: a Latin hypercube, the best of many by its smallest distance.
+    """Return evenly spread traits for all cultivars: of many random Latin hypercubes, the one with the largest minimum distance.
 
-    Each trait takes `num_classes` evenly spaced values, each once; `difficulty` scales how far apart they lie around the
-    middle of `TRAIT_RANGES`. Raises ValueError for `num_classes` < 1, `seed` < 0 or an unknown `difficulty`.
+    Each trait takes `num_classes` evenly spaced values, each once; `difficulty` scales their spread around the middle of
+    `TRAIT_RANGES`.
+
+    Raises:
+        ValueError: if `num_classes` < 1, `seed` < 0, or `difficulty` is unknown.
     """
     _check_integer("num_classes", num_classes, 1)
     _check_integer("seed", seed, 0)
@@ -126,7 +128,7 @@ def cultivar_traits(num_classes: int, seed: int = 0, difficulty: str = "easy") -
 
 @dataclass(frozen=True)
 class _Leaf:
-    """The pixels around a leaf in the leaf's own coordinates; arrays are `(height, width)`, lengths in leaf lengths."""
+    """Pixels around a leaf in the coordinates of the leaf; arrays are `(height, width)`, lengths are in leaf lengths."""
 
     u: np.ndarray  # along the midrib, 0 at the base, 1 at the tip
     v: np.ndarray  # across it
@@ -138,13 +140,13 @@ class _Leaf:
     length: np.float32  # of the leaf, in half image sides
     pixel: np.float32  # in half image sides
     box: tuple[int, int, int, int]  # left, top, right, bottom of these pixels
-    size: int  # side of the whole, in pixels
+    size: int  # side of the whole image, in pixels
 
 
 def _noise(
     rng: np.random.Generator, cells: int, size: int, box: tuple[int, int, int, int] | None = None
 ) -> np.ndarray:
-    """Smooth noise with about `cells` bumps a side, mean 0, deviation about 1: `(size, size)`, or the `box` of it."""
+    """Return smooth noise with about `cells` bumps per side, mean 0, std about 1: `(size, size)`, or the `box` of it."""
     left, top, right, bottom = box or (0, 0, size, size)
     grid = Image.fromarray(rng.standard_normal((cells + 1, cells + 1), dtype=np.float32))
     scale = (cells + 1) / size
@@ -158,24 +160,24 @@ def _smoothstep(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _line(distance: np.ndarray, width: np.ndarray | np.float32) -> np.ndarray:
-    """1 on a line, falling off softly over `width`; both in the same unit."""
+    """Return a soft line: 1 at distance 0, decreasing over `width`; both in the same unit."""
     t = distance / width
     return np.exp(-t * t)
 
 
 def _off_line(phase: np.ndarray) -> np.ndarray:
-    """Distance 0..0.5 to the nearest of the lines `phase` = integer + 0.5."""
+    """Return the distance 0..0.5 to the nearest line, where lines are at `phase` = integer + 0.5."""
     return np.abs(phase - np.floor(phase) - np.float32(0.5))
 
 
-def _mix(image: np.ndarray, colour: np.ndarray, weight: np.ndarray) -> None:
-    """Moves `image (3, H, W)` towards `colour (3,)` by `weight (H, W)`, in place."""
-    for channel, value in zip(image, colour, strict=True):
+def _mix(image: np.ndarray, color: np.ndarray, weight: np.ndarray) -> None:
+    """Blend `image (3, H, W)` with `color (3,)` by `weight (H, W)`, in place."""
+    for channel, value in zip(image, color, strict=True):
         channel += (np.float32(value) - channel) * weight
 
 
 def _outline(traits: CultivarTraits, half_width: float, wave: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tables `(2048,)` over u: half width with teeth and without, and the cosine that turns steps in v into distances."""
+    """Return tables `(2048,)` over u: half width with teeth, without teeth, and the cosine that converts steps in v to distances."""
     u = np.linspace(0, 1, 2048)
     smooth = u ** (1.0 - 0.58 * traits.base) * (1 - u) ** (0.50 + 0.75 * traits.tip)
     smooth *= half_width / smooth.max() * (1 + wave[0] * np.sin(2 * np.pi * (wave[1] * u + wave[2])))
@@ -186,7 +188,7 @@ def _outline(traits: CultivarTraits, half_width: float, wave: np.ndarray) -> tup
     saw = np.where(phase < peak, phase / peak, (1 - phase) / (1 - peak))
     tooth = (1 - traits.tooth_sharpness) * np.sin(np.pi * phase) + traits.tooth_sharpness * saw
     cosine = 1 / np.sqrt(1 + np.clip(slope, -4, 4) ** 2)
-    room = np.minimum(1, np.minimum(u / 0.12, (1 - u) / 0.10))  # no teeth right at base and tip
+    room = np.minimum(1, np.minimum(u / 0.12, (1 - u) / 0.10))  # no teeth close to base and tip
     toothed = smooth + traits.tooth_depth * (tooth - 0.6) * room / np.maximum(cosine, 0.5)
     return toothed.astype(np.float32), smooth.astype(np.float32), cosine.astype(np.float32)
 
@@ -194,34 +196,34 @@ def _outline(traits: CultivarTraits, half_width: float, wave: np.ndarray) -> tup
 def _place(
     traits: CultivarTraits, level: _Difficulty, rng: np.random.Generator, size: int
 ) -> tuple[_Leaf, float, np.ndarray]:
-    """Pose and outline: the leaf's coordinates, how strongly it is bent (0..1), and its wave (strength, turns, phase)."""
+    """Return the leaf in its pose, its bend (0..1), and its wave (strength, turns, phase)."""
     turn, shift_x, shift_y, bend, sway, squeeze = rng.uniform(-1, 1, 6)
     length = rng.uniform(*level.length)
     half_width = 0.33 + 0.04 * level.bend * rng.uniform(-1, 1)
     wave = rng.uniform([0, 0.8, 0], [0.035 * level.bend, 3.0, 1])
     angle = np.radians(turn * level.rotation)
-    centre_x, centre_y = shift_x * level.shift, shift_y * level.shift - 0.05
+    center_x, center_y = shift_x * level.shift, shift_y * level.shift - 0.05
 
-    # Only the pixels that leaf and petiole can reach, on even borders (they are averaged in pairs).
+    # Box of all pixels that leaf and petiole can cover, with even borders, because pixels are averaged in pairs.
     widest = half_width / (1 - 0.16 * level.bend * abs(squeeze)) + 0.10
     corners_u, corners_v = np.array([-0.74, -0.74, 0.5, 0.5]), np.array([-widest, widest, widest, -widest])
-    corners_x = centre_x + length * (corners_u * np.sin(angle) + corners_v * np.cos(angle))
-    corners_y = centre_y + length * (corners_v * np.sin(angle) - corners_u * np.cos(angle))
+    corners_x = center_x + length * (corners_u * np.sin(angle) + corners_v * np.cos(angle))
+    corners_y = center_y + length * (corners_v * np.sin(angle) - corners_u * np.cos(angle))
     edges = [corners_x.min(), corners_y.min(), corners_x.max(), corners_y.max()]
     left, top, right, bottom = (int(np.clip((edge + 1) * size / 4, 0, size // 2)) * 2 for edge in edges)
     right, bottom = min(right + 2, size), min(bottom + 2, size)
 
     pixel = np.float32(2 / size)
     ramp = (np.arange(size, dtype=np.float32) + 0.5) * pixel - 1
-    x = ramp[None, left:right] - np.float32(centre_x)
-    y = ramp[top:bottom, None] - np.float32(centre_y)
+    x = ramp[None, left:right] - np.float32(center_x)
+    y = ramp[top:bottom, None] - np.float32(center_y)
     cos, sin = np.float32(np.cos(angle) / length), np.float32(np.sin(angle) / length)
     u = sin * x - cos * y + np.float32(0.5)
     v = cos * x + sin * y
     along = u - np.float32(0.5)
     v -= along * along * (np.float32(0.16 * bend * level.bend) + np.float32(0.10 * sway * level.bend) * along)
     side = np.sign(v)
-    v *= 1 + np.float32(0.16 * squeeze * level.bend) * np.tanh(v * 30)  # one half is seen at an angle
+    v *= 1 + np.float32(0.16 * squeeze * level.bend) * np.tanh(v * 30)  # one half is foreshortened
     reach = np.abs(v)
 
     toothed, smooth, cosine = _outline(traits, half_width, wave)
@@ -237,15 +239,15 @@ def _place(
 def _venation(
     traits: CultivarTraits, leaf: _Leaf, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Midrib, secondary and tertiary veins (0..1), the pale zone along the veins (0..1), and the bulge between them (0..1)."""
+    """Return midrib, secondary and tertiary veins, the pale zone along the veins, and the bulge between them, each 0..1."""
     u, reach, across, length, pixel = leaf.u, leaf.reach, leaf.across, leaf.length, leaf.pixel
     angle = np.radians(traits.vein_angle)
-    splay = np.float32(0.40) + np.float32(0.60) * _smoothstep(u, 0.0, 0.55)  # veins near the base spread wider
+    splay = np.float32(0.40) + np.float32(0.60) * _smoothstep(u, 0.0, 0.55)  # veins spread wider near the base
     start = u - reach * (
         splay * np.float32(1 / np.tan(angle)) + np.float32(0.55) * reach
-    )  # where the vein left the midrib
+    )  # position where the vein leaves the midrib
     count = np.float32(traits.vein_count)
-    phase = start * count + np.float32(0.22) * leaf.side  # the veins of the two sides do not quite meet
+    phase = start * count + np.float32(0.22) * leaf.side  # the veins of the two sides are offset
     number = np.floor(phase)
     gap = phase - number - np.float32(0.5)  # 0 on a vein, -0.5 and 0.5 halfway to its neighbours
     distance = np.abs(gap)
@@ -265,7 +267,7 @@ def _venation(
 
 
 def _spots(traits: CultivarTraits, leaf: _Leaf, rng: np.random.Generator) -> np.ndarray:
-    """Pale spots (0..1), at most one in each cell of a grid that lies on the leaf."""
+    """Return pale spots (0..1), at most one per cell of a grid on the leaf."""
     cells, table = np.float32(15), rng.uniform(size=(4, 1024)).astype(np.float32)
     cell_u, cell_v = np.floor(leaf.u * cells), np.floor(leaf.v * cells)
     cell = (cell_u * 31 + cell_v * 7 + 512).astype(np.int32) & 1023
@@ -277,7 +279,7 @@ def _spots(traits: CultivarTraits, leaf: _Leaf, rng: np.random.Generator) -> np.
 
 
 def _damage(leaf: _Leaf, blade: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Paints brown patches on `blade (3, H, W)`; returns `inside` less holes and bites."""
+    """Draw brown patches on `blade (3, H, W)`, and return `inside` without holes and bites."""
     ragged = _noise(rng, 7, leaf.size, leaf.box)
     patches, holes, bites = np.minimum(rng.poisson(amount, 3), 4)
     places = rng.uniform(size=(3, 4, 3))
@@ -306,29 +308,29 @@ def _damage(leaf: _Leaf, blade: np.ndarray, amount: float, rng: np.random.Genera
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Paper, soil or cloth, `(3, size, size)`, about 0..1."""
+    """Draw paper, soil or cloth, `(3, size, size)`, about 0..1."""
     kind, tone, tint, angle, thread = rng.uniform(size=5)
     coarse, medium, fine = _noise(rng, 5, size), _noise(rng, 22, size), _noise(rng, 70, size)
     if kind < 0.4:  # paper
-        colour = np.array([0.90, 0.885, 0.85]) * (0.78 + 0.24 * tone) + np.array([0.02, 0.0, -0.03]) * tint
+        color = np.array([0.90, 0.885, 0.85]) * (0.78 + 0.24 * tone) + np.array([0.02, 0.0, -0.03]) * tint
         texture = 0.012 * coarse + 0.008 * medium + 0.010 * fine
     elif kind < 0.7:  # soil
-        colour = np.array([0.38, 0.285, 0.205]) * (0.62 + 0.75 * tone) + np.array([0.03, 0.0, -0.02]) * tint
+        color = np.array([0.38, 0.285, 0.205]) * (0.62 + 0.75 * tone) + np.array([0.03, 0.0, -0.02]) * tint
         texture = 0.022 * coarse + 0.040 * medium + 0.050 * fine - 0.10 * (medium * fine > 1.1)
-    else:  # cloth: two sets of threads that cross
-        colours = np.array([[0.50, 0.53, 0.60], [0.66, 0.61, 0.53], [0.36, 0.40, 0.45]])
-        colour = colours[int(tint * 2.999)] * (0.75 + 0.4 * tone)
+    else:  # cloth: two crossing sets of threads
+        colors = np.array([[0.50, 0.53, 0.60], [0.66, 0.61, 0.53], [0.36, 0.40, 0.45]])
+        color = colors[int(tint * 2.999)] * (0.75 + 0.4 * tone)
         ramp = np.arange(size, dtype=np.float32) * np.float32(2 * np.pi * (26 + 16 * thread) / size)
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         warp = np.sin(cos * ramp[None] + sin * ramp[:, None])
         weft = np.sin(cos * ramp[:, None] - sin * ramp[None])
         texture = 0.030 * warp * weft + 0.014 * (warp + weft) + 0.022 * coarse + 0.012 * fine
     gains = np.float32([1.0, 0.95, 0.88])
-    return np.float32(colour)[:, None, None] + gains[:, None, None] * texture.astype(np.float32)
+    return np.float32(color)[:, None, None] + gains[:, None, None] * texture.astype(np.float32)
 
 
 def _halve(image: np.ndarray) -> np.ndarray:
-    """`(..., 2H, 2W)` to `(..., H, W)`: the mean of each 2 x 2 pixels."""
+    """Average each 2 x 2 pixels, `(..., 2H, 2W)` to `(..., H, W)`."""
     rows = image[..., 0::2, :] + image[..., 1::2, :]
     return (rows[..., 0::2] + rows[..., 1::2]) * np.float32(0.25)
 
@@ -336,10 +338,13 @@ def _halve(image: np.ndarray) -> np.ndarray:
 def draw_leaf(
     traits: CultivarTraits, rng: np.random.Generator, image_size: int = 112, difficulty: str = "easy"
 ) -> Image.Image:
-    """One photo of one leaf: RGB, `image_size` x `image_size` pixels.
+    """Draw one photo of one leaf: RGB, `image_size` x `image_size` pixels.
 
-    What is not a trait is drawn from `rng`, as many numbers whatever the traits: two cultivars drawn from equal generators
-    share pose, light, background and damage. Raises ValueError for `image_size` < 16 or an unknown `difficulty`.
+    Everything except the traits is drawn from `rng`, and the number of draws does not depend on the traits: two cultivars drawn
+    from equal generators share pose, light, background and damage.
+
+    Raises:
+        ValueError: if `image_size` < 16, or `difficulty` is unknown.
     """
     _check_integer("image_size", image_size, 16)
     level = _difficulty(difficulty)
@@ -355,13 +360,13 @@ def draw_leaf(
     stem_length, stem_width = rng.uniform([0.12, 0.010], [0.22, 0.015])
     shadow_reach, shadow_blur, shadow_depth = rng.uniform([0.02, 0.012, 0.30], [0.07, 0.035, 0.60])
 
-    # The leaf is drawn at twice the size, around itself only, and averaged; the background at the final size.
+    # Draw the leaf at twice the size, in its box only, and average it; draw the background at the final size.
     leaf, curl, wave = _place(traits, level, rng, 2 * image_size)
     u, v, length, pixel = leaf.u, leaf.v, leaf.length, leaf.pixel
     midrib, secondary, tertiary, zone, bulge = _venation(traits, leaf, rng)
     blotch, mottle, grain = (_noise(rng, cells, leaf.size, leaf.box) for cells in (4, 14, 60))
 
-    # Relief, and the light on it.
+    # Relief and lighting.
     relief = np.float32(0.024) * bulge - np.float32(0.012) * secondary - np.float32(0.030) * midrib
     relief += np.float32(0.006) * mottle - np.float32(0.004) * tertiary
     relief -= leaf.reach * (length * np.float32(0.25 + 0.25 * fold * level.bend))
@@ -381,7 +386,7 @@ def draw_leaf(
     for _ in range(4):
         shine = shine * shine
 
-    # Colour: blade, pale zones, veins, spots, rim.
+    # Color: blade, pale zones, veins, spots, rim.
     mixed = 0.5 + (age - 0.5) * level.light
     green = np.array([0.36, 0.52, 0.17]) * (1 - mixed) + np.array([0.15, 0.335, 0.12]) * mixed
     green = green * (1 - 0.18 * dark * level.light) + np.array([-0.02, 0.0, 0.05]) * blue * level.light
@@ -442,10 +447,10 @@ def draw_leaf(
 
 @dataclass
 class SyntheticLeavesConfig(datasets.BuilderConfig):
-    """The arguments of `synthetic_leaves`, checked."""
+    """Checked arguments of `synthetic_leaves`."""
 
     num_classes: int = 10
-    train_images: int = 80  # of each class; a split of 0 images is absent
+    train_images: int = 80  # per class; a split of 0 images is absent
     validation_images: int = 20
     test_images: int = 20
     image_size: int = 112  # pixels
@@ -466,7 +471,7 @@ class SyntheticLeavesConfig(datasets.BuilderConfig):
 
     @property
     def images_per_class(self) -> tuple[int, int, int]:
-        """Images of each class in train, validation and test."""
+        """Images per class in train, validation and test."""
         return self.train_images, self.validation_images, self.test_images
 
     @property
@@ -476,7 +481,7 @@ class SyntheticLeavesConfig(datasets.BuilderConfig):
         return [f"cultivar_{label:0{width}d}" for label in range(self.num_classes)]
 
     def draw(self, split: str, label: int, index: int) -> Image.Image:
-        """Image `index` of class `label` in `split`: a pure function of these and of the config."""
+        """Draw image `index` of class `label` in `split`: a pure function of these and of the config."""
         key = [
             self.seed,
             self.num_classes,
@@ -489,7 +494,7 @@ class SyntheticLeavesConfig(datasets.BuilderConfig):
         return draw_leaf(traits, np.random.default_rng(np.random.SeedSequence(key)), self.image_size, self.difficulty)
 
     def examples(self, split: str) -> Iterator[tuple[str, int, bytes]]:
-        """`(class/file.png, label, PNG bytes)` of every image in `split`, class by class."""
+        """Yield `(class/file.png, label, PNG bytes)` of every image in `split`, class by class."""
         for label, name in enumerate(self.class_names):
             for index in range(getattr(self, f"{split}_images")):
                 stream = io.BytesIO()
@@ -505,15 +510,16 @@ def _traits(num_classes: int, seed: int, difficulty: str) -> list[CultivarTraits
 class SyntheticLeaves(datasets.GeneratorBasedBuilder):
     """Builder of the data set: `SyntheticLeaves(num_classes=10, ...)`, then `download_and_prepare()`; nothing is downloaded.
 
-    The cache is keyed by the arguments, by `DRAWING_VERSION` and by a digest of this file, so it cannot outlive the drawing.
+    The cache key contains the arguments, `DRAWING_VERSION` and a hash of this file, so that changes of the drawing code invalidate
+    the cache.
     """
 
     BUILDER_CONFIG_CLASS = SyntheticLeavesConfig
     config: SyntheticLeavesConfig
 
     def __init__(self, *args: Any, hash: str | None = None, **kwargs: Any) -> None:
-        digest = hashlib.sha256(DRAWING_VERSION.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
-        super().__init__(*args, hash=hash or digest, **kwargs)
+        file_hash = hashlib.sha256(DRAWING_VERSION.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+        super().__init__(*args, hash=hash or file_hash, **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
         label = datasets.ClassLabel(names=self.config.class_names)
@@ -532,7 +538,7 @@ class SyntheticLeaves(datasets.GeneratorBasedBuilder):
 def _arguments(
     num_classes: int, images_per_class: int | Sequence[int], image_size: int, seed: int, difficulty: str
 ) -> dict[str, Any]:
-    """The keyword arguments of `SyntheticLeavesConfig`, checked."""
+    """Return the checked keyword arguments of `SyntheticLeavesConfig`."""
     counts = (images_per_class,) * 3 if isinstance(images_per_class, int | np.integer) else tuple(images_per_class)
     if len(counts) != 3:
         raise ValueError(
@@ -554,23 +560,23 @@ def synthetic_leaves(
     difficulty: str = "easy",
     cache_dir: str | Path | None = None,
 ) -> datasets.DatasetDict:
-    """The data set, drawn once and then read from the cache of `datasets`.
+    """Draw the data set, or load it from the cache of `datasets`.
 
     Args:
-        num_classes: cultivars, at least 1.
-        images_per_class: images of each class in (train, validation, test), or one number for all three. A split of 0
-            images is absent.
+        num_classes: number of cultivars, at least 1.
+        images_per_class: images per class in (train, validation, test), or one number for all three. A split of 0 images is
+            absent.
         image_size: side of the square images in pixels, at least 16.
-        seed: of traits and photos, at least 0.
-        difficulty: "easy", "medium" or "hard": how close the traits lie and how much else varies.
-        cache_dir: where the drawn images are kept; by default the cache of `datasets`.
+        seed: seed of traits and photos, at least 0.
+        difficulty: "easy", "medium" or "hard": the distance of the traits and the variation of everything else.
+        cache_dir: folder for the drawn images; by default the cache of `datasets`.
 
     Returns:
         Splits train, validation and test with columns `image` (`datasets.Image`, stored as PNG) and `label`
         (`datasets.ClassLabel` with names `cultivar_00`, ...).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     arguments = _arguments(num_classes, images_per_class, image_size, seed, difficulty)
     builder = SyntheticLeaves(cache_dir=None if cache_dir is None else str(cache_dir), **arguments)
@@ -581,18 +587,17 @@ def synthetic_leaves(
 def contact_sheet(
     split: datasets.Dataset | None = None, rows: int | None = None, columns: int = 8, **arguments: Any
 ) -> Image.Image:
-    """A table of pictures, one labelled row for each class.
+    """Draw a table of images, with one labeled row per class.
 
     Args:
-        split: a split with columns `image` and `label`; without it the test photos of `synthetic_leaves(**arguments)` are
-            drawn.
-        rows: classes, from the first one on; by default all.
-        columns: images of each class. A class that has fewer leaves the rest of its row white.
+        split: a split with columns `image` and `label`; without it, test photos of `synthetic_leaves(**arguments)` are drawn.
+        rows: number of classes, from the first one; by default all.
+        columns: images per class. If a class has fewer, the rest of its row is white.
         arguments: `num_classes`, `image_size`, `seed`, `difficulty` of `synthetic_leaves`, only without `split`.
 
     Raises:
-        ValueError: `rows` or `columns` is below 1, or there is nothing to show.
-        TypeError: `arguments` beside a `split`, or an unknown one.
+        ValueError: if `rows` or `columns` is below 1, or `split` is empty.
+        TypeError: if `arguments` are given together with `split`, or one is unknown.
     """
     _check_integer("columns", columns, 1)
     if rows is not None:
@@ -602,10 +607,10 @@ def contact_sheet(
         names, side = config.class_names[:rows], config.image_size
         table = [[config.draw("test", label, index) for index in range(columns)] for label in range(len(names))]
     elif arguments:
-        raise TypeError(f"contact_sheet() takes no {', '.join(sorted(arguments))} beside `split`.")
+        raise TypeError(f"contact_sheet() does not accept {', '.join(sorted(arguments))} together with `split`.")
     else:
         if not len(split):
-            raise ValueError("`split` must hold at least one image, got none.")
+            raise ValueError("`split` must have at least one image, got none.")
         names = split.features["label"].names[:rows]
         members: list[list[int]] = [[] for _ in names]
         for index, label in enumerate(split["label"]):
@@ -625,15 +630,15 @@ def contact_sheet(
 
 
 def write_image_folder(output: str | Path, **arguments: Any) -> Path:
-    """Writes split/class/00000.png into the folder `output`, all or nothing.
+    """Write split/class/00000.png to the folder `output`, which appears when it is complete.
 
     Args:
         output: a folder that does not exist or is empty.
         arguments: those of `synthetic_leaves`, all optional, without `cache_dir`.
 
     Raises:
-        ValueError: an argument is out of range.
-        FileExistsError: `output` exists and is not an empty folder.
+        ValueError: if an argument is out of range.
+        FileExistsError: if `output` exists and is not an empty folder.
     """
     defaults = {
         "num_classes": 10,
@@ -646,7 +651,7 @@ def write_image_folder(output: str | Path, **arguments: Any) -> Path:
     output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
-            f"`output` {output} already exists and is not an empty folder: choose another or remove it."
+            f"`output` {output} already exists and is not an empty folder. Choose another folder or remove it."
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:

@@ -1,4 +1,4 @@
-"""Load tables that hold the images themselves: parquet files and folders of `save_to_disk`. For the Hub see `hub`."""
+"""Load tables that contain the images: parquet files and folders of `save_to_disk`. For the Hub see `hub`."""
 
 import json
 import logging
@@ -20,31 +20,31 @@ from .sources import Opened, Source
 
 logger = logging.getLogger(__name__)
 
-MOST_UNNAMED = 100_000  # classes that a table may state without naming them
+MAX_UNNAMED_CLASSES = 100_000  # maximum number of classes of a table without class names
 
 
-# What `datasets` and Arrow raise for files that are cut off, changed, or not theirs.
+# Errors that `datasets` and Arrow raise for truncated, changed or foreign files.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException, DatasetsError)
 
 
 def is_saved(source: Source) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
+    """Return whether the folder was written by `save_to_disk`."""
     return any((source.path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def open_saved(source: Source) -> Opened:
-    """The layout of `save_to_disk`, for the table in `ufgir.data.load`.
+    """Open a folder of `save_to_disk` (an entry of `ufgir.data.load.LAYOUTS`).
 
     Raises:
-        DatasetError: a file of it is missing or cannot be read.
+        DatasetError: if a file is missing or cannot be read.
     """
     for file in sorted(source.path.glob("**/*.json")):
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DatasetError(f"{file} is not what `save_to_disk` writes: {error}.") from error
+            raise DatasetError(f"{file} is not a valid file of `save_to_disk`: {error}.") from error
         if file.name in ("dataset_dict.json", "dataset_info.json", "state.json") and not isinstance(about, dict):
-            raise DatasetError(f"{file} is not what `save_to_disk` writes: not a JSON object.")
+            raise DatasetError(f"{file} is not a valid file of `save_to_disk`: not a JSON object.")
         if file.name == "dataset_info.json":
             _check_class_numbers(about.get("features"), file)
     try:
@@ -56,17 +56,17 @@ def open_saved(source: Source) -> Opened:
             except (pyarrow.ArrowException, OSError) as cause:
                 raise DatasetError(f"{file} cannot be read: {cause}.") from error
         raise DatasetError(
-            f"{source.path} is not what `save_to_disk` writes, or a part of it is missing ({type(error).__name__}: {error})."
+            f"{source.path} is not a complete folder of `save_to_disk` ({type(error).__name__}: {error})."
         ) from error
 
 
 def has_parquet(source: Source) -> bool:
-    """Whether there are parquet files in the folder. Those that list images belong to `ufgir.data.listings`."""
+    """Return whether the folder has parquet files. Those that list image files are opened by `ufgir.data.listings`."""
     return source.is_folder and bool(parquet_files(source.path))
 
 
 def open_parquet(source: Source) -> Opened:
-    """The layout of parquet files that hold images, for the table in `ufgir.data.load`."""
+    """Open parquet files that contain images (an entry of `ufgir.data.load.LAYOUTS`)."""
     files = parquet_splits(source.path, parquet_files(source.path))
     counts = {split: [(file, _rows_of(file)) for file in parts] for split, parts in files.items()}
 
@@ -81,7 +81,7 @@ def open_parquet(source: Source) -> Opened:
 
 
 def _rows_of(file: Path) -> int:
-    """How many rows a parquet file has; DatasetError where it is none, or states more classes than it has names of."""
+    """Return the number of rows of a parquet file; raise DatasetError if it is invalid or has too many unnamed classes."""
     try:
         about = pyarrow.parquet.read_metadata(file)
     except (pyarrow.ArrowException, OSError) as error:
@@ -89,19 +89,22 @@ def _rows_of(file: Path) -> int:
     try:
         features = json.loads((about.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        features = None  # of another program: `datasets` does without
+        features = None  # written by another program; optional for `datasets`
     _check_class_numbers(features, file)
     return about.num_rows
 
 
 def _check_class_numbers(features: Any, file: Path) -> None:
-    """DatasetError for a label that states a number of classes without names: `datasets` would make a name for each."""
+    """Raise DatasetError for a label with too many classes without names.
+
+    `datasets` would create a name for each class.
+    """
     if isinstance(features, dict):
         if features.get("_type") == "ClassLabel" and features.get("names") is None:
             number = features.get("num_classes")
-            if not isinstance(number, int) or not 0 < number <= MOST_UNNAMED:
+            if not isinstance(number, int) or not 0 < number <= MAX_UNNAMED_CLASSES:
                 raise DatasetError(
-                    f"{file}: `num_classes` of the label must be 1 to {MOST_UNNAMED:,} where classes have no names, got {number}."
+                    f"{file}: `num_classes` of a label without class names must be 1 to {MAX_UNNAMED_CLASSES:,}, got {number}."
                 )
         for value in features.values():
             _check_class_numbers(value, file)
@@ -111,13 +114,13 @@ def _check_class_numbers(features: Any, file: Path) -> None:
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The parquet files in a folder and below it, sorted; hidden ones are left out."""
+    """Return the parquet files in a folder and its subfolders, sorted, without hidden ones."""
     found = (file for file in path.rglob("*.parquet") if not any(map(is_hidden, file.relative_to(path).parts)))
     return sorted(file for file in found if not file.is_dir())
 
 
 def parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Split to files: a file belongs to the split that its name or its folder's name contains as a word."""
+    """Return split -> files: a file belongs to the split whose name is a word in the name of the file or its folders."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = [
@@ -127,16 +130,16 @@ def parquet_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
         splits.setdefault(split or "", []).append(file)
     if "" in splits:
         if len(splits) > 1:
-            raise DatasetError(f"{path}: parquet files whose names tell no split: {listed(splits[''])}.")
+            raise DatasetError(f"{path}: parquet files without a split in their names: {listed(splits[''])}.")
         splits = {"train": splits[""]}
     return splits
 
 
 def load_parquet(splits: Mapping[str, Sequence[Path]], cache_dir: str | None, streaming: bool) -> Splits:
-    """Parquet files that hold images.
+    """Load parquet files that contain images.
 
     Raises:
-        DatasetError: one cannot be read, or they do not have the same columns.
+        DatasetError: if a file cannot be read, or the files have different columns.
     """
     files = {split: [str(file) for file in files] for split, files in splits.items()}
     try:

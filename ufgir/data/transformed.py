@@ -1,4 +1,4 @@
-"""A PyTorch dataset that applies a transform to images and labels, and the callback that tells it the epoch."""
+"""Apply a transform to images and labels in a PyTorch data set, with a callback that sets the epoch."""
 
 from typing import Any
 
@@ -12,22 +12,22 @@ from .checks import DatasetError, file_of, problem_of
 
 
 class TransformedImages(torch.utils.data.Dataset):
-    """A map-style dataset of `{"pixel_values": (3, H, W), "labels": int}` and what else the transform gives.
+    """Map-style data set of `{"pixel_values": (3, H, W), "labels": int}` and other outputs of the transform.
 
     Args:
         dataset: rows are dicts, e.g. a `datasets.Dataset`.
         transform: `TrainTransform` or `EvalTransform`.
         seed: first part of (seed, epoch, index), a non-negative integer.
-        image_column: name of the column of PIL pictures.
-        label_column: name of the column of class indices; None for pictures without labels.
-        num_labels: the number of classes K, if the column holds a list of class indices for each picture; labels are then
-            (K,) float32, one where the picture has the class.
-        copies: how often an epoch may show a picture, differently each time: index `i + c * len(dataset)` is copy `c` of
-            picture `i`. The length is that of `dataset`; see `augmentation.RepeatedSampler`.
+        image_column: name of the column of PIL images.
+        label_column: name of the column of class indices; None for images without labels.
+        num_labels: number of classes K if the column has a list of class indices per image; labels are then (K,) float32, one
+            for the classes of the image.
+        copies: number of differently transformed copies of an image per epoch: index `i + c * len(dataset)` is copy `c` of
+            image `i`. The length is that of `dataset`; see `augmentation.RepeatedSampler`.
 
     Raises:
-        ValueError: a negative seed, or less than one copy.
-        DatasetError: on access, an image cannot be read (any more); it names the file.
+        ValueError: if the seed is negative, or there is less than one copy.
+        DatasetError: on access, if an image cannot be read; the message names the file.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class TransformedImages(torch.utils.data.Dataset):
         self.label_column = label_column
         self.num_labels = num_labels
         self.copies = copies
-        # Shared memory: worker processes that outlive an epoch see the change, whatever their start method.
+        # In shared memory, so that persistent worker processes see changes, for every start method.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, that random decisions belong to."""
+        """The epoch, from 0, used for random decisions."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move on to `epoch`, in this process and in all workers."""
+        """Set the epoch in this process and all workers."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -85,12 +85,12 @@ class TransformedImages(torch.utils.data.Dataset):
         return sample
 
     def _unreadable(self, index: int, error: Exception | None) -> DatasetError:
-        """What to raise for an image that cannot be read; it is looked at once more, undecoded, to name its file."""
+        """Return the error for an image that cannot be read; the undecoded image is read again to find its file."""
         name, why = None, None
         if isinstance(self.dataset, datasets.Dataset):
             raw = self.dataset.cast_column(self.image_column, datasets.Image(decode=False))[index][self.image_column]
             name, why = file_of(raw), problem_of(raw)
-        why = why or (f"{type(error).__name__}: {error}" if error else "there is no image (null)")
+        why = why or (f"{type(error).__name__}: {error}" if error else "the image is missing (null)")
         return DatasetError(f"{name or f'image {index}'} cannot be read: {why}.")
 
     def _labels(self, value: Any, index: int) -> int | torch.Tensor:
@@ -98,16 +98,16 @@ class TransformedImages(torch.utils.data.Dataset):
             return int(value)
         wrong = [label for label in value if not 0 <= label < self.num_labels]
         if wrong:
-            raise ValueError(f"image {index} has the class {wrong[0]}, which is not in 0 to {self.num_labels - 1}.")
+            raise ValueError(f"image {index} has the class {wrong[0]}, which is not in 0 ... {self.num_labels - 1}.")
         labels = torch.zeros(self.num_labels)
         labels[list(value)] = 1.0
         return labels
 
 
 class SetEpoch(TrainerCallback):
-    """Tells a `TransformedImages` which epoch begins, also when training resumes in the middle of one.
+    """Callback that sets the epoch of a `TransformedImages`, also if training resumes in the middle of an epoch.
 
-    (Trainer and accelerate forward the epoch to samplers, and to datasets only on some paths.)
+    (Trainer and accelerate forward the epoch to samplers, and to data sets only in some cases.)
     """
 
     def __init__(self, dataset: TransformedImages) -> None:

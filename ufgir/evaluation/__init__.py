@@ -1,4 +1,4 @@
-"""Metrics, predictions of any number of images, and the files they are written to."""
+"""Evaluate classifiers: metrics, predictions for any number of images, and prediction files."""
 
 from .metrics import compute_metrics, compute_multilabel_metrics
 from .prediction import predict_to_file

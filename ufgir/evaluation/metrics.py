@@ -1,7 +1,7 @@
-"""Metrics as numpy functions, `evaluate.Metric` classes around them, and functions for Trainer.
+"""Metrics as numpy functions, as `evaluate.Metric` classes, and as `compute_metrics` functions for Trainer.
 
-One class an image: top-k accuracy and macro-F1. Several classes an image: mean average precision (mAP), micro- and macro-F1.
-Everything works offline: nothing is loaded by name from the Hub. Units: all values are fractions in [0, 1].
+Single-label: top-k accuracy and macro-F1. Multi-label: mean average precision (mAP), micro- and macro-F1. Everything works
+offline; no metric is loaded from the Hub. All values are fractions in [0, 1].
 
     TopKAccuracy().compute(predictions=logits, references=labels, k=5)        # {"top5": ...}
     MacroF1().compute(predictions=logits, references=labels)                  # {"macro_f1": ...}
@@ -18,16 +18,16 @@ import numpy as np
 
 
 def _check(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (N, K) and labels (N,) as arrays; ValueError where they do not fit together."""
+    """Return scores (N, K) and labels (N,) as arrays; raise ValueError if they do not match."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2:
         raise ValueError(f"`predictions` must be scores of shape (images, classes), got shape {scores.shape}.")
     if labels.shape != scores.shape[:1]:
         raise ValueError(
-            f"`references` must hold one class index for each of {len(scores)} images, got {labels.shape}."
+            f"`references` must have one class index per image, shape ({len(scores)},), got {labels.shape}."
         )
     if len(labels) == 0:
-        raise ValueError("`references` is empty: there is nothing to measure.")
+        raise ValueError("`references` must not be empty.")
     if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(
             f"`references` must lie in 0 ... {scores.shape[1] - 1}, got {labels.min()} ... {labels.max()}."
@@ -36,15 +36,18 @@ def _check(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """The share of images whose class is among the `k` highest scores.
+    """Compute the share of images whose class is among the `k` highest scores.
 
-    Of equal scores the class with the lower index comes first; a class whose score is NaN is never among the highest.
-    With K <= k classes every class is among the highest: the value is 1 (unless scores are NaN).
+    Ties are broken in favor of the lower class index; a class with a NaN score is never among the highest. With K <= k classes
+    the value is 1 (unless scores are NaN).
 
     Args:
         scores: (N, K) logits or probabilities.
         labels: (N,) class indices in 0 ... K - 1.
         k: a positive integer.
+
+    Raises:
+        ValueError: if shapes do not match, a label is out of range, or `k` is below 1.
     """
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
@@ -56,14 +59,16 @@ def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
 
 
 def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The unweighted mean of each class's F1 = 2 TP / (2 TP + FP + FN).
+    """Compute the unweighted mean over classes of F1 = 2 TP / (2 TP + FP + FN).
 
-    The mean is over the classes that occur, as a label or as a prediction: a class that is neither in this split nor
-    ever predicted has no F1. (The same as scikit-learn's `f1_score(average="macro")`.)
+    The mean is over the classes that occur as a label or as a prediction, as in scikit-learn's `f1_score(average="macro")`.
 
     Args:
         predicted: (N,) class indices.
         labels: (N,) class indices.
+
+    Raises:
+        ValueError: if shapes differ or there are no images.
     """
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     if predicted.shape != labels.shape or predicted.ndim != 1:
@@ -71,24 +76,24 @@ def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
             f"`predictions` and `references` must be lists of equal length, got {predicted.shape}, {labels.shape}."
         )
     if len(labels) == 0:
-        raise ValueError("`references` is empty: there is nothing to measure.")
+        raise ValueError("`references` must not be empty.")
     classes, indices = np.unique(np.concatenate([predicted, labels]), return_inverse=True)
     predicted, labels = np.split(indices, 2)
     count = len(classes)
     true_positive = np.bincount(labels[predicted == labels], minlength=count)
-    # a class is predicted TP + FP times and occurs TP + FN times: at least one of both, so nothing is divided by zero
+    # TP + FP predictions plus TP + FN labels per class: never 0, because every class occurs
     total = np.bincount(predicted, minlength=count) + np.bincount(labels, minlength=count)
     return float(np.mean(2 * true_positive / total))
 
 
 def predicted_classes(scores: np.ndarray) -> np.ndarray:
-    """(N, K) scores -> (N,) indices of the highest; the lower index of equals, NaN last."""
+    """Return the index of the highest score per image, (N, K) -> (N,); ties go to the lower index, NaN is last."""
     scores = np.asarray(scores)
     return np.argmax(np.where(np.isnan(scores), -np.inf, scores), axis=1)
 
 
 def _check_targets(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (N, K) and targets (N, K), bool; ValueError where they do not fit together."""
+    """Return scores (N, K) and targets (N, K), bool; raise ValueError if they do not match."""
     scores, targets = np.asarray(scores), np.asarray(targets)
     if scores.ndim != 2 or scores.shape != targets.shape:
         raise ValueError(
@@ -96,7 +101,7 @@ def _check_targets(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray,
             f"{scores.shape}, {targets.shape}."
         )
     if len(targets) == 0:
-        raise ValueError("`references` is empty: there is nothing to measure.")
+        raise ValueError("`references` must not be empty.")
     if not np.isin(targets, (0, 1)).all():
         odd = targets[~np.isin(targets, (0, 1))].flat[0]
         raise ValueError(f"`references` must be 1 for the classes of an image and 0 for the others, got {odd}.")
@@ -104,18 +109,20 @@ def _check_targets(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray,
 
 
 def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Average precision of each class: the mean, over its images, of the precision among the images with at least its score.
+    """Compute the average precision per class: the mean over its images of the precision among the images with at least its score.
 
-    Without equal scores this is the mean of the precision at each positive in descending order of scores. Images of equal
-    score count together, whatever their order. (The same as scikit-learn's `average_precision_score`.) An image whose score
-    is NaN comes last.
+    Without ties, this is the mean of the precision at each positive in descending order of scores. Images with equal scores are
+    counted together, as in scikit-learn's `average_precision_score`. Images with a NaN score are last.
 
     Args:
         scores: (N, K) logits or probabilities.
         targets: (N, K) of 0 and 1.
 
     Returns:
-        (K,) in [0, 1]; NaN for a class that no image has.
+        (K,) in [0, 1]; NaN for a class without images.
+
+    Raises:
+        ValueError: if shapes differ, there are no images, or targets are not 0 or 1.
     """
     scores, targets = _check_targets(scores, targets)
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -123,7 +130,7 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     ranked = np.take_along_axis(scores, order, axis=0)
     hits = np.take_along_axis(targets, order, axis=0)
     found = np.cumsum(hits, axis=0)  # positives up to this rank
-    # the last rank of each run of equal scores: the precision of all in the run is that at its end
+    # last rank of each run of equal scores; its precision applies to the whole run
     ends = np.vstack([ranked[1:] != ranked[:-1], np.ones_like(ranked[:1], dtype=bool)])
     ranks = np.arange(len(ranked))[:, None]
     end = np.minimum.accumulate(np.where(ends, ranks, len(ranked))[::-1], axis=0)[::-1]
@@ -134,32 +141,35 @@ def average_precision(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def mean_average_precision(scores: np.ndarray, targets: np.ndarray) -> float:
-    """Mean over the classes of `average_precision`: of those that at least one image has.
+    """Compute the mean of `average_precision` over the classes that have at least one image.
 
-    (The original gives a class without images the value 0, and counts in percent.)
+    (The original counts a class without images as 0, and reports percent.)
 
     Args:
         scores: (N, K) logits or probabilities.
         targets: (N, K) of 0 and 1.
 
     Raises:
-        ValueError: shapes differ, or no image has a class.
+        ValueError: if shapes differ, or no image has a class.
     """
     values = average_precision(scores, targets)
     if np.isnan(values).all():
-        raise ValueError("`references` holds no positive: there is nothing to measure.")
+        raise ValueError("`references` must have at least one 1, got only 0.")
     return float(np.nanmean(values))
 
 
 def multilabel_f1(predicted: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
-    """Micro- and macro-F1 of several classes an image.
+    """Compute micro- and macro-F1 of multi-label predictions.
 
-    Micro: F1 = 2 TP / (2 TP + FP + FN) of all pairs of image and class together. Macro: the unweighted mean of each class's
-    F1, over the classes that occur, in the targets or as a prediction. Both are 0 where nothing occurs.
+    Micro: F1 = 2 TP / (2 TP + FP + FN) over all pairs of image and class. Macro: the unweighted mean of F1 over the classes that
+    occur in the targets or predictions. Both are 0 if no class occurs.
 
     Args:
         predicted: (N, K) of 0 and 1.
         targets: (N, K) of 0 and 1.
+
+    Returns:
+        Micro-F1 and macro-F1.
     """
     predicted, targets = _check_targets(predicted, targets)
     predicted = predicted.astype(bool)
@@ -178,14 +188,14 @@ _TARGETS = {name: datasets.Sequence(datasets.Value("float64")) for name in ("pre
 
 
 class _ArrayMetric(evaluate.Metric):
-    """A Metric that takes whole arrays as they are.
+    """Metric that takes whole arrays without converting them.
 
-    `evaluate` sends everything through an Arrow table and Python lists: seconds for thousands of images and classes.
-    Only what was collected with `add` or `add_batch` goes that way here.
+    `evaluate` converts all inputs to an Arrow table and Python lists, which takes seconds for thousands of images and classes.
+    Here, only batches collected with `add` or `add_batch` are converted.
     """
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float] | None:
-        """The value for `predictions` and `references`, or for everything added so far, which is then forgotten."""
+        """Compute the value for `predictions` and `references`, or for all batches added so far, which are then cleared."""
         if predictions is None or references is None or len(self) > 0 or self.num_process > 1:
             return evaluate.Metric.compute(self, predictions=predictions, references=references, **kwargs)
         return self._compute(predictions=predictions, references=references, **kwargs)
@@ -196,10 +206,10 @@ class TopKAccuracy(_ArrayMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="The share of images whose class is among the k highest scores.",
+            description="Share of images whose class is among the k highest scores.",
             citation="",
             inputs_description=(
-                "predictions: one list of scores an image; references: class indices; k: how many guesses count (1)."
+                "predictions: one list of scores per image; references: class indices; k: number of highest scores (1)."
             ),
             features=datasets.Features(_SCORES),
         )
@@ -213,9 +223,9 @@ class MacroF1(_ArrayMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="The unweighted mean over classes of the harmonic mean of precision and recall.",
+            description="Unweighted mean over classes of the harmonic mean of precision and recall.",
             citation="",
-            inputs_description="predictions: class indices, or one list of scores an image; references: class indices.",
+            inputs_description="predictions: class indices, or one list of scores per image; references: class indices.",
             features=[datasets.Features(_CLASSES), datasets.Features(_SCORES)],
         )
 
@@ -231,9 +241,9 @@ class MeanAveragePrecision(_ArrayMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="The mean over classes of the average precision.",
+            description="Mean over classes of the average precision.",
             citation="",
-            inputs_description="predictions: one list of scores an image; references: as long, 1 for each class it has.",
+            inputs_description="predictions: one list of scores per image; references: lists of 1 for its classes, else 0.",
             features=datasets.Features(_TARGETS),
         )
 
@@ -244,16 +254,16 @@ class MeanAveragePrecision(_ArrayMetric):
 class MultiLabelF1(_ArrayMetric):
     """Micro- and macro-F1 of scores (N, K) above `threshold`; `compute` returns `{"micro_f1": ..., "macro_f1": ...}`.
 
-    The default is that of logits: above 0 the probability is above 0.5.
+    The default threshold 0 is for logits: a logit above 0 is a probability above 0.5.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="F1 of all pairs of image and class, and the unweighted mean over classes of their F1.",
+            description="F1 over all pairs of image and class, and the unweighted mean of F1 over classes.",
             citation="",
             inputs_description=(
-                "predictions: one list of scores an image; references: as long, 1 for each class it has; threshold: a "
-                "class is predicted where its score is higher (0)."
+                "predictions: one list of scores per image; references: lists of 1 for its classes, else 0; threshold: a "
+                "class is predicted if its score is higher (0)."
             ),
             features=datasets.Features(_TARGETS),
         )
@@ -269,13 +279,13 @@ def _logits_and_labels(eval_prediction: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compute_metrics(eval_prediction: Any) -> dict[str, float]:
-    """For `Trainer(compute_metrics=...)`: `{"top1", "top5", "macro_f1"}`, fractions in [0, 1].
+    """Compute `{"top1", "top5", "macro_f1"}` for `Trainer(compute_metrics=...)`, fractions in [0, 1].
 
-    With five classes or fewer, top5 would be 1 whatever the model: it is left out.
+    top5 is left out with five classes or fewer, because it would always be 1.
 
     Args:
-        eval_prediction: an `EvalPrediction`, or any pair (logits (N, K), labels (N,)); where the model returned more
-            than logits, these are a tuple's first entry.
+        eval_prediction: an `EvalPrediction`, or any pair (logits (N, K), labels (N,)). If the model returned other outputs as
+            well, logits are the first entry of a tuple.
     """
     logits, labels = _logits_and_labels(eval_prediction)
     top_k, f1 = TopKAccuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)
@@ -287,9 +297,9 @@ def compute_metrics(eval_prediction: Any) -> dict[str, float]:
 
 
 def compute_multilabel_metrics(eval_prediction: Any) -> dict[str, float]:
-    """For `Trainer(compute_metrics=...)` with several classes an image: `{"map", "micro_f1", "macro_f1"}`, in [0, 1].
+    """Compute `{"map", "micro_f1", "macro_f1"}` for `Trainer(compute_metrics=...)` with multi-label data, in [0, 1].
 
-    F1 counts a class as predicted where its logit is above 0, its probability above 0.5.
+    For F1, a class is predicted if its logit is above 0, its probability above 0.5.
 
     Args:
         eval_prediction: as for `compute_metrics`, with targets (N, K) of 0 and 1 as labels.

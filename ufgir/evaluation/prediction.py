@@ -1,10 +1,10 @@
-"""Predictions on any number of images: in bounded memory, in order, split over processes, and taken up where they stopped.
+"""Predict any number of images: in bounded memory, in order, in several processes, with resuming after an interruption.
 
-Each process appends to two files of its own in `_<name>.partial/` beside the result, batch by batch: the finished lines, and for
-every image a record of fixed size, of which the metrics are made (see `prediction_files`). At the end the first process puts
-the lines together, and the result appears under its name, complete. All processes must see that folder.
+Each process appends to two files of its own in `_<name>.partial/` next to the output: the finished lines, and a record of
+fixed size per image for the metrics (see `prediction_files`). At the end the first process joins the lines, and the output
+file appears when it is complete. All processes must have access to that folder.
 
-Shapes: B images of a batch, K classes.
+Shapes: B images per batch, K classes.
 """
 
 import contextlib
@@ -46,21 +46,21 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = (".csv", ".jsonl")
 STATE = "state.json"
-SAMPLED = 1000  # images whose names, sizes and dates tell one data set from another
-HASHED = 64  # images whose contents do, where there are no files
+SAMPLED = 1000  # maximum number of images whose names, sizes and dates identify a data set
+HASHED = 64  # maximum number of images without files whose contents identify a data set
 
 FileNames = Sequence[str | None] | Callable[[int], str | None]
 
 
 class Predictions(NamedTuple):
-    """What came of `predict_to_file`."""
+    """Result of `predict_to_file`."""
 
     path: Path
     images: int  # lines written
     metrics: dict[str, float]  # fractions in [0, 1], and the loss; empty without labels
     broken: list[str]  # images left out
-    seconds: float  # since the call, of an earlier one nothing
-    predicted: int  # images since the call
+    seconds: float  # duration of this call
+    predicted: int  # images predicted by this call
 
 
 def predict_to_file(
@@ -79,44 +79,45 @@ def predict_to_file(
     progress: bool = False,
     data: Mapping[str, Any] | None = None,
 ) -> Predictions:
-    """Classify every image of a data set and write a line for each: index, file, label, prediction, best guesses.
+    """Classify every image of a data set and write one line per image: index, file, label, prediction, best classes.
 
-    In several processes (torchrun, accelerate launch) every one must call it; the images are split between them, and all get
-    the same answer. What an interrupted call has left is taken up if model, data and options are the same, else dropped.
+    With several processes (torchrun, accelerate launch), every process must call it; the images are split between them, and all
+    get the same result. An interrupted call is resumed if model, data and options are the same; otherwise it starts over.
 
     Args:
-        model: a classifier, whose forward takes `pixel_values`. It is moved to the device of this process.
-        dataset: `dataset[i]` is {"pixel_values": (3, H, W)} and perhaps "labels": a class, or zeros and ones (K,) where an
-            image has several, or below 0 if it is not known. Or a stream, `ufgir.data.streams.StreamedImages`, that knows this
+        model: a classifier whose forward takes `pixel_values`. It is moved to the device of this process.
+        dataset: `dataset[i]` is {"pixel_values": (3, H, W)} and optionally "labels": a class, or zeros and ones (K,) for
+            multi-label data, or a negative number if unknown. Or a stream, `ufgir.data.streams.StreamedImages`, with this
             process's rank and the number of processes.
-        output: ends in .csv (columns index, file, label, prediction, class_1, probability_1, class_2, ...) or .jsonl (a list
-            `top` instead). Several classes of one image are separated by `;` in CSV and lists in JSON. Replaced if it exists.
+        output: file that ends in .csv (columns index, file, label, prediction, class_1, probability_1, class_2, ...) or .jsonl
+            (with a list `top`). Several classes of one image are separated by `;` in CSV and are lists in JSON. An existing
+            file is replaced.
         class_names: K names.
-        files: the images' file names by index, None where one has none.
-        collate: samples to a batch.
-        batch_size: images a step and process.
-        num_workers: processes that load images, for each process.
-        top: guesses written; K if there are fewer classes.
-        precision: of autocast, None for none.
-        skip_broken: leave images that cannot be read out, with a warning that says why, instead of raising.
-        progress: show a bar.
-        data: what else tells these images from others, such as data set, split and options: see `identity_of_data` for what
-            is compared anyway.
+        files: file names of the images by index; None for an image without a file.
+        collate: function that makes a batch of samples.
+        batch_size: images per step and process.
+        num_workers: number of data loading workers per process.
+        top: number of classes written per image, at most K.
+        precision: dtype of autocast; None for no autocast.
+        skip_broken: leave out images that cannot be read, with a warning, instead of raising.
+        progress: show a progress bar.
+        data: other properties that identify the data, such as data set, split and options; see `identity_of_data` for the
+            properties that are always compared.
 
     Returns:
-        The metrics are top1, top5 (with more than five classes) and macro_f1, or, with several classes an image, map, micro_f1
-        and macro_f1, as in `ufgir.evaluation.metrics`; and the mean loss.
+        The output path, counts and metrics: top1, top5 (with more than five classes) and macro_f1, or, for multi-label data,
+        map, micro_f1 and macro_f1, as in `ufgir.evaluation.metrics`; and the mean loss.
 
     Raises:
-        ValueError: another ending, a number out of range, an empty data set, a stream that is split in another way, or a file that
-            another process is writing.
+        ValueError: if the file ending is unknown, a number is out of range, the data set is empty, a stream is split
+            differently, or another process is writing the file.
     """
     start, state, output = time.perf_counter(), PartialState(), Path(output)
     _check(output, dataset, batch_size, top, state.num_processes)
     names = files if callable(files) else (lambda index: files[index]) if files is not None else (lambda index: None)
-    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    table = PredictionTable(tuple(class_names), min(top, len(class_names)), output.suffix, several)
-    refusal = f"{output} is being written by another process: wait for it to end, or choose another file."
+    multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    table = PredictionTable(tuple(class_names), min(top, len(class_names)), output.suffix, multi_label)
+    refusal = f"{output} is being written by another process. Wait for it to finish or choose another file."
     with only_one(output, refusal) if state.is_main_process else contextlib.nullcontext():
         folder = output.with_name(f"_{output.name}.partial")
         ranges: list[Any] = [None]
@@ -130,7 +131,9 @@ def predict_to_file(
             ranges = [_begin(folder, same, dataset, state.num_processes)]
         ranges = broadcast_object_list(ranges)[0]
         if isinstance(dataset, IterableDataset) and len(ranges) != state.num_processes:
-            raise ValueError(f"{folder} was begun by {len(ranges)} processes: go on with as many, or delete it.")
+            raise ValueError(
+                f"{folder} was started with {len(ranges)} processes. Use the same number, or delete the folder."
+            )
 
         was_training, predicted = model.training, 0
         model.to(state.device).eval()
@@ -138,7 +141,7 @@ def predict_to_file(
         try:
             for number in range(state.process_index, len(ranges), state.num_processes):
                 shard = Shard(folder, number, table)
-                source, indices, count = _rest(dataset, ranges[number], shard.cut(batch_size))
+                source, indices, count = _remaining(dataset, ranges[number], shard.cut(batch_size))
                 loader = DataLoader(
                     GuardedImages(source) if skip_broken else source,
                     batch_size=batch_size,
@@ -151,7 +154,7 @@ def predict_to_file(
                     for batch, size, problems in loader:
                         rows = [(index, names(index)) for index in itertools.islice(indices, size)]
                         for position, why in problems.items():
-                            logger.warning("%s cannot be read and is left out: %s", called(*rows[position]), why)
+                            logger.warning("%s cannot be read and is left out: %s", name_of(*rows[position]), why)
                         good = [position for position in range(size) if position not in problems]
                         records, lines = table.records(size), []
                         if good:
@@ -161,12 +164,12 @@ def predict_to_file(
                         bar.update(size)
         finally:
             model.train(was_training)
-        predicted = sum(gather_object([predicted]))  # no process goes on before all have come here
+        predicted = sum(gather_object([predicted]))  # waits until all processes are done
         answer: list[Any] = [None]
         if state.is_main_process:
             shards = [Shard(folder, number, table) for number in range(len(ranges))]
             starts = [0 if part is None else part[0] for part in ranges]
-            broken = [called(index, names(index)) for index in left_out(shards, starts)]
+            broken = [name_of(index, names(index)) for index in left_out(shards, starts)]
             images = join(shards, table, folder / "joined", output, _block(dataset))
             answer = [(images, metrics(shards, table), broken)]
             shutil.rmtree(folder)
@@ -174,18 +177,18 @@ def predict_to_file(
         return Predictions(output, images, measured, broken, time.perf_counter() - start, predicted)
 
 
-def called(index: int, name: str | None) -> str:
+def name_of(index: int, name: str | None) -> str:
     return name or f"image {index}"
 
 
 def file_names(dataset: datasets.Dataset, column: str = "image") -> Callable[[int], str | None]:
-    """The file name of image i of a `datasets.Dataset`, for `predict_to_file(files=...)`; nothing is decoded."""
+    """Return a function from index to file name for `predict_to_file(files=...)`, without decoding images."""
     raw = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return lambda index: file_of(raw[index][column])
 
 
 def read_predictions(path: str | os.PathLike, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Some lines of a file of predictions, by the index of the image."""
+    """Read the lines with the given image indices from a prediction file, as index -> line."""
     wanted, found = set(indices), {}
     with Path(path).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file) if Path(path).suffix == ".csv" else map(json.loads, file):
@@ -194,11 +197,11 @@ def read_predictions(path: str | os.PathLike, indices: Sequence[int]) -> dict[in
     return found
 
 
-# What is predicted, and whether it is the same as before
+# Identity of model and data
 
 
 def _block(dataset: Any) -> int | None:
-    """Images in a block of a stream that is dealt out to processes; None for data with a length."""
+    """Return the number of images per block of a stream; None for data with a length."""
     return dataset.batch_size if isinstance(dataset, IterableDataset) else None
 
 
@@ -212,36 +215,35 @@ def _check(output: Path, dataset: Any, batch_size: int, top: int, processes: int
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if not isinstance(dataset, IterableDataset):
         if len(dataset) == 0:
-            raise ValueError("`dataset` is empty: there is nothing to predict.")
+            raise ValueError("`dataset` must not be empty.")
     elif (dataset.batch_size, dataset.world_size) != (batch_size, processes):
         raise ValueError(
-            f"`dataset` deals out blocks of {dataset.batch_size} images to {dataset.world_size} processes: make it with "
+            f"`dataset` has `batch_size`={dataset.batch_size} and `world_size`={dataset.world_size}. Create it with "
             f"`batch_size`={batch_size} and `world_size`={processes}."
         )
 
 
 def hash_weights(model: PreTrainedModel) -> str:
-    """Of weights and configuration."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    """Return the SHA-256 of the weights and the configuration."""
+    hasher = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        hasher.update(name.encode())
+        hasher.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def identity_of_data(dataset: Dataset, names: Callable[[int], str | None]) -> dict[str, Any]:
-    """What tells the images of a data set from others, and what is done to them.
+    """Return the properties that identify the images of a data set and their transform, to detect changes.
 
-    That is their number and all labels; of at most `SAMPLED` images the names, and the sizes and dates of their files; of at
-    most `HASHED` that are no files, in a table or drawn, the contents. Of a stream, of which nothing is known beforehand, the
-    first `HASHED` images and labels, and what its source says of its length.
+    They are the number of images and all labels; the names, sizes and dates of at most `SAMPLED` files; and the hashes of at most
+    `HASHED` images without files. Of a stream, they are the first `HASHED` images and labels, and the length given by its source.
     """
     transform = vars(dataset.transform) if hasattr(dataset, "transform") else {}
     identity: dict[str, Any] = {"transform": {k: str(v) for k, v in transform.items()}}
-    rows = getattr(dataset, "dataset", None)  # of TransformedImages or StreamedImages
+    rows = getattr(dataset, "dataset", None)  # underlying data of TransformedImages or StreamedImages
     columns = (getattr(dataset, "image_column", None), getattr(dataset, "label_column", None))
     if isinstance(dataset, IterableDataset):
-        return identity | {"count": None, **_beginning(dataset, rows, *columns)}
+        return identity | {"count": None, **_identity_of_stream(dataset, rows, *columns)}
     images, inside = [], []
     for index in np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED)).astype(int).tolist():
         name = names(index)
@@ -257,7 +259,7 @@ def identity_of_data(dataset: Dataset, names: Callable[[int], str | None]) -> di
 
 
 def _about_file(name: str | None) -> list[int]:
-    """Size and date; nothing of what is no file."""
+    """Return size and date of a file; empty if there is no such file."""
     try:
         about = os.stat(name or "")
     except (OSError, ValueError):
@@ -266,13 +268,13 @@ def _about_file(name: str | None) -> list[int]:
 
 
 def _undecoded(rows: Any, column: str) -> Any:
-    """The same rows, with images as names or bytes where `datasets` would decode them."""
+    """Return the same rows with undecoded images."""
     is_image = isinstance((getattr(rows, "features", None) or {}).get(column), datasets.Image)
     return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
 
 
 def _hash_image(image: Any) -> Any:
-    """Of the bytes of a file, or of pixels; of a file that is only named, its name, size and date."""
+    """Return the hash of an image's bytes or pixels; for an external file, its name, size and date."""
     if image is None:
         return None
     if isinstance(image, dict):
@@ -284,25 +286,25 @@ def _hash_image(image: Any) -> Any:
 
 
 def _hash_labels(rows: Any, column: str | None) -> str | None:
-    """Of all labels, a batch at a time; None where they cannot be read without the images."""
-    digest = hashlib.sha256()
+    """Return the hash of all labels, read in batches; None if they cannot be read without the images."""
+    hasher = hashlib.sha256()
     if column is None:
         return None
     if isinstance(rows, datasets.Dataset):
         for batch in rows.select_columns([column]).iter(batch_size=SAMPLED):
-            digest.update(json.dumps(batch[column]).encode())
+            hasher.update(json.dumps(batch[column]).encode())
     elif isinstance(rows, Sequence):
         for row in rows:
-            digest.update(f"{row[column]},".encode())
+            hasher.update(f"{row[column]},".encode())
     else:
         return None
-    return digest.hexdigest()
+    return hasher.hexdigest()
 
 
-def _beginning(
+def _identity_of_stream(
     dataset: IterableDataset, rows: Any, image_column: str | None, label_column: str | None
 ) -> dict[str, Any]:
-    """What is known of a stream without reading all of it."""
+    """Return the properties of a stream that are known without reading all of it."""
     known: dict[str, Any] = {"rows": getattr(dataset, "num_rows", None)}
     if isinstance(rows, datasets.IterableDataset) and image_column is not None:
         splits = rows.info.splits or {}
@@ -314,22 +316,24 @@ def _beginning(
 
 
 def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int) -> list[Any]:
-    """The range of the data set that each shard covers (of a stream None): as an interrupted call divided it, if that did the
-    same."""
+    """Return the range of the data set for each shard (None for streams).
+
+    The ranges of an interrupted call are reused if it had the same model, data and options.
+    """
     same = as_read(same)
     try:
         found = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if isinstance(found, dict) and found.get("same") == same and isinstance(found.get("ranges"), list):
-        logger.info("%s: an interrupted prediction goes on", folder)
+        logger.info("%s: resuming an interrupted prediction", folder)
         return found["ranges"]
     if folder.exists():
         if not folder.is_dir():
             raise ValueError(
-                f"`output`: {folder} is a file, but a folder of this name is needed for unfinished work: move it."
+                f"`output`: {folder} is a file, but a folder of this name is needed for intermediate files. Move it."
             )
-        logger.info("%s is dropped: it is of another model, other data or other options", folder)
+        logger.info("%s is deleted, because it was made with another model, other data or other options", folder)
         shutil.rmtree(folder)
     ranges: list[Any] = [None] * processes
     if not isinstance(dataset, IterableDataset):
@@ -342,8 +346,8 @@ def _begin(folder: Path, same: dict[str, Any], dataset: Dataset, processes: int)
 # From images to lines and records
 
 
-def _rest(dataset: Any, part: Sequence[int] | None, done: int) -> tuple[Dataset, Iterator[int], int | None]:
-    """What is left of a shard: the data, their indices, and how many there are, if that is known."""
+def _remaining(dataset: Any, part: Sequence[int] | None, done: int) -> tuple[Dataset, Iterator[int], int | None]:
+    """Return the remaining data of a shard, their indices, and their number if it is known."""
     if part is not None:
         left = range(part[0] + done, part[1])
         return Subset(dataset, left), iter(left), len(left)
@@ -354,13 +358,13 @@ def _rest(dataset: Any, part: Sequence[int] | None, done: int) -> tuple[Dataset,
 
 
 class _Broken(NamedTuple):
-    """Stands for an image that cannot be read."""
+    """Placeholder for an image that cannot be read."""
 
     why: str
 
 
 class GuardedImages(Dataset):
-    """A data set that has `_Broken` where an image cannot be read."""
+    """Data set that returns `_Broken` for images that cannot be read."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -377,7 +381,7 @@ class GuardedImages(Dataset):
 
 
 def separate_broken(samples: list[Any], collate: Callable) -> tuple[Any, int, dict[int, str]]:
-    """A batch of what could be read, the number of samples, and which of them could not be read, and why."""
+    """Return a batch of the readable samples, the number of all samples, and position -> reason of the broken ones."""
     problems = {i: sample.why for i, sample in enumerate(samples) if isinstance(sample, _Broken)}
     good = [sample for sample in samples if not isinstance(sample, _Broken)]
     return collate(good) if good else None, len(samples), problems
@@ -390,26 +394,26 @@ def _predict(
     table: PredictionTable,
     precision: torch.dtype | None,
 ) -> tuple[list[bytes], np.ndarray]:
-    """Lines and records of a batch, whose images have the indices and file names `rows`."""
+    """Return lines and records of a batch; `rows` has the indices and file names of its images."""
     pixels = batch["pixel_values"].to(model.device, non_blocking=True)
     with torch.inference_mode(), torch.autocast(pixels.device.type, precision, enabled=precision is not None):
         logits = model(pixel_values=pixels).logits.float().cpu()
     labels = batch.get("labels")
     scores = logits.double().numpy()
-    order = np.argsort(-scores, axis=1, kind="stable")  # of equals the lower class, NaN last
+    order = np.argsort(-scores, axis=1, kind="stable")  # ties: the lower class first; NaN last
     records = table.records(len(rows))
     lines = []
     for i, (index, file) in enumerate(rows):
         known = labels is not None and bool((labels[i] >= 0).all())
-        label = (labels[i].numpy() > 0 if table.several else int(labels[i])) if known else None
+        label = (labels[i].numpy() > 0 if table.multi_label else int(labels[i])) if known else None
         lines.append(table.line(index, file, label, scores[i], order[i]))
         records[i]["bytes"], records[i]["predicted"] = len(lines[-1]), order[i, 0]
-        if table.several:
+        if table.multi_label:
             records[i]["scores"] = np.nan_to_num(scores[i], nan=-np.inf)
         if known:
             records[i]["loss"] = classification_loss(logits[i : i + 1], labels[i : i + 1], model.config)
-            records[i]["label"] = 0 if table.several else label
-            if table.several:
+            records[i]["label"] = 0 if table.multi_label else label
+            if table.multi_label:
                 records[i]["targets"] = label
             elif not np.isnan(scores[i, label]):
                 records[i]["rank"] = np.flatnonzero(order[i] == label)[0]

@@ -1,6 +1,6 @@
-"""The files that predictions go through: lines and records of each part of the data, and how they become one table and metrics.
+"""Intermediate files of predictions: lines and records per shard, joined to a table and metrics.
 
-Shapes: B images of a batch, N images in all, K classes.
+Shapes: B images per batch, N images in total, K classes.
 """
 
 import csv
@@ -19,42 +19,43 @@ from ..utils.files import telling_full_disk
 from .metrics import average_precision
 
 
-SEPARATOR = ";"  # of several classes of one image in CSV, as `label_separator` of `load_ufgir_dataset` reads it
+SEPARATOR = ";"  # between the classes of one image in CSV; pass it to `load_ufgir_dataset` as `label_separator`
 CHUNK = 2**16  # records read at a time
-COLUMNS = 2**24  # scores and targets in memory for mAP, unless there are more images
+COLUMNS = 2**24  # maximum number of scores in memory for mAP (at least one class)
 UNKNOWN = -1
 
 
 class PredictionTable(NamedTuple):
-    """How predictions look as text.
+    """Text format of predictions.
 
     Args:
         class_names: K names.
-        top: guesses of a line, at most K.
+        top: number of classes per line, at most K.
         suffix: .csv or .jsonl.
-        several: an image may have several classes.
+        multi_label: whether an image may have several classes.
     """
 
     class_names: tuple[str, ...]
     top: int
     suffix: str
-    several: bool
+    multi_label: bool
 
-    def head(self) -> bytes:
-        """What stands before the first line."""
+    def header(self) -> bytes:
+        """Return the header line; empty for JSONL."""
         guesses = (name for i in range(1, self.top + 1) for name in (f"class_{i}", f"probability_{i}"))
         return self._csv(["index", "file", "label", "prediction", *guesses]) if self.suffix == ".csv" else b""
 
     def line(self, index: int, file: str | None, label: Any, scores: np.ndarray, order: np.ndarray) -> bytes:
-        """One image.
+        """Format the line of an image.
 
         Args:
-            index: its number in the data set.
+            index: index of the image in the data set.
+            file: its file name, or None.
             label: its class, or (K,) of zeros and ones, or None.
             scores: (K,) logits, float64.
-            order: (K,) classes from the highest logit to the lowest.
+            order: (K,) classes in descending order of logits.
         """
-        if self.several:
+        if self.multi_label:
             probabilities = 1 / (1 + np.exp(-scores))
             prediction = self._names(scores > 0)
             label = None if label is None else self._names(label)
@@ -80,14 +81,14 @@ class PredictionTable(NamedTuple):
         return buffer.getvalue().encode()
 
     def record_type(self) -> np.dtype:
-        """What is kept of an image for the metrics."""
+        """Return the dtype of the record of an image, with the values that the metrics need."""
         fields = [("bytes", "<u4"), ("label", "<i4"), ("predicted", "<i4"), ("rank", "<i4"), ("loss", "<f4")]
-        if self.several:  # mAP needs all scores
+        if self.multi_label:  # mAP needs all scores
             fields += [("scores", "<f4", len(self.class_names)), ("targets", "u1", len(self.class_names))]
         return np.dtype(fields)
 
     def records(self, count: int) -> np.ndarray:
-        """Records (count,) of images that could not be read."""
+        """Return `count` records for images that cannot be read."""
         records = np.zeros(count, self.record_type())
         for name in ("label", "predicted", "rank"):
             records[name] = UNKNOWN
@@ -95,10 +96,10 @@ class PredictionTable(NamedTuple):
 
 
 class Shard:
-    """The lines of a part of the data set, and a record for each of its images.
+    """Lines of a part of the data set, and a record per image.
 
-    Lines are written before their records. A record says how long the line is, 0 where the image has none: so both files can
-    be cut back to the last image whose line is whole.
+    Lines are written before their records. A record contains the length of its line, or 0 if the image has no line; both files can
+    therefore be truncated to the last complete image.
     """
 
     def __init__(self, folder: Path, number: int, table: PredictionTable) -> None:
@@ -108,26 +109,28 @@ class Shard:
         self._open: list[BinaryIO] = []
 
     def __len__(self) -> int:
-        """Images that are done."""
+        """Return the number of finished images."""
         return self.records.stat().st_size // self.type.itemsize if self.records.exists() else 0
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Records from `start` to `stop`; they stay on the disk until they are looked at."""
+        """Return the records from `start` to `stop`, memory-mapped."""
         if len(self) == 0:
             return np.empty(0, self.type)
         return np.memmap(self.records, self.type, mode="r", shape=(len(self),))[start:stop]
 
     def size(self, start: int, stop: int) -> int:
-        """Bytes of the lines of the images from `start` to `stop`."""
+        """Return the size in bytes of the lines of the images from `start` to `stop`."""
         chunks = (self.read(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK))
         return sum(int(chunk["bytes"].sum(dtype=np.int64)) for chunk in chunks)
 
     def cut(self, batch_size: int) -> int:
-        """Cut off what was begun and not finished; how many images are done, a multiple of the batch size, so that the same
-        images come into a batch as if there had been no interruption."""
+        """Truncate incomplete lines and records, and return the number of finished images.
+
+        The number is a multiple of the batch size, so that batches contain the same images as without an interruption.
+        """
         count = len(self) // batch_size * batch_size
         size = self.size(0, count)
-        if count and self.lines.stat().st_size < size:  # not what this class writes, unless a disk has lost something
+        if count and self.lines.stat().st_size < size:  # lines are missing, e.g. after a disk error
             count = size = 0
         for path, length in ((self.lines, size), (self.records, count * self.type.itemsize)):
             path.touch()
@@ -139,7 +142,7 @@ class Shard:
         return self
 
     def append(self, lines: Iterable[bytes], records: np.ndarray) -> None:
-        """Add images, whose records say how long their lines are."""
+        """Append lines and records; the records contain the lengths of the lines."""
         for file, content in zip(self._open, (b"".join(lines), records.tobytes()), strict=True):
             with telling_full_disk(Path(file.name), len(content)):
                 file.write(content)
@@ -152,14 +155,17 @@ class Shard:
 
 
 def join(shards: Sequence[Shard], table: PredictionTable, temporary: Path, output: Path, block: int | None) -> int:
-    """Put the lines of all shards into `output`, which appears complete; the number of lines.
+    """Write the lines of all shards to `output`, which appears when it is complete, and return the number of lines.
 
     Args:
-        temporary: a file beside `output`, to be written first.
-        block: images that the shards hold in turn; None if each holds a whole range of the data set.
+        shards: parts of the data set, in order.
+        table: text format of the lines.
+        temporary: file next to `output` that is written first.
+        output: the result.
+        block: number of images that are assigned to the shards in turn; None if each shard has a contiguous range.
     """
     with telling_full_disk(output), temporary.open("wb") as result:
-        result.write(table.head())
+        result.write(table.header())
         files = [shard.lines.open("rb") for shard in shards]
         try:
             if block is None:
@@ -179,21 +185,21 @@ def join(shards: Sequence[Shard], table: PredictionTable, temporary: Path, outpu
 
 
 def left_out(shards: Sequence[Shard], starts: Sequence[int]) -> Iterator[int]:
-    """Indices of the images without a line, where shard i begins at image `starts[i]`."""
+    """Yield the indices of the images without a line; shard i begins at image `starts[i]`."""
     for shard, start in zip(shards, starts, strict=True):
         for first in range(0, len(shard), CHUNK):
             yield from (start + first + np.flatnonzero(shard.read(first, first + CHUNK)["bytes"] == 0)).tolist()
 
 
 def metrics(shards: Sequence[Shard], table: PredictionTable) -> dict[str, float]:
-    """What the records say about the images whose labels are known; nothing if there are none."""
+    """Compute the metrics of all images with known labels from the records; empty if there are none."""
     count, loss, hits = 0, 0.0, np.zeros(2)
     classes = len(table.class_names)
     true_positive, total = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
     for chunk in _chunks(shards):
         chunk = chunk[chunk["label"] != UNKNOWN]
         count, loss = count + len(chunk), loss + float(chunk["loss"].sum(dtype=np.float64))
-        if table.several:
+        if table.multi_label:
             predicted, targets = chunk["scores"] > 0, chunk["targets"] > 0
             true_positive += (predicted & targets).sum(axis=0)
             total += predicted.sum(axis=0) + targets.sum(axis=0)
@@ -207,7 +213,7 @@ def metrics(shards: Sequence[Shard], table: PredictionTable) -> dict[str, float]
         return {}
     occurs = total > 0
     macro_f1 = float(np.mean(2 * true_positive[occurs] / total[occurs])) if occurs.any() else 0.0
-    if not table.several:
+    if not table.multi_label:
         top = {"top1": hits[0] / count} | ({"top5": hits[1] / count} if classes > 5 else {})
         return {**{k: float(v) for k, v in top.items()}, "macro_f1": macro_f1, "loss": loss / count}
     micro_f1 = float(2 * true_positive.sum() / max(total.sum(), 1))
@@ -217,7 +223,7 @@ def metrics(shards: Sequence[Shard], table: PredictionTable) -> dict[str, float]
 
 
 def _average_precisions(shards: Sequence[Shard], classes: int, count: int) -> Iterator[np.ndarray]:
-    """The average precision of each class, of as many at a time as fit into memory."""
+    """Yield the average precision of the classes, as many at a time as fit into memory."""
     step = max(1, COLUMNS // count)
     for first in range(0, classes, step):
         columns = {"scores": [], "targets": []}

@@ -1,1 +1,1 @@
-"""Turn a raw download of Ultra-FGVC into checked parquet files: the layouts it comes in, its checks, and the writer."""
+"""Convert raw downloads of Ultra-FGVC to checked parquet files: raw layouts, checks and the writer."""

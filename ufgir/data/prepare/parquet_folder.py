@@ -1,8 +1,7 @@
-"""Checked rows as a folder of parquet shards with the images embedded, which appears complete or not at all.
+"""Write checked rows to a folder of parquet shards with embedded images; the folder appears when it is complete.
 
-While it grows the folder is called `.NAME.preparing`, beside where it will be. A run that was interrupted is taken up there:
-files that were decoded are not decoded again unless their size or time changed, and shards stay if they hold just what they
-should, byte by byte.
+During preparation the folder is named `.NAME.preparing`, next to the output. An interrupted run is resumed from there:
+decoded files are not decoded again unless their size or time changed, and shards are kept if their contents are correct.
 """
 
 import hashlib
@@ -50,11 +49,11 @@ from .ultra_fgvc import (
 logger = logging.getLogger(__name__)
 
 Validation = Literal["none", "last", "random"]
-MARKER = "prepare.json"  # in a prepared folder: what it was made of, and what was left out
-JOURNAL = "checked.jsonl"  # in a folder that is being prepared: one line a file that was decoded
-SHOWN = 20  # problems on the card
-ROW_GROUP = 100  # images that a reader of parquet must load at once
-LARGEST_SHARD = 2_000_000_000  # bytes: what one Arrow array holds
+MARKER = "prepare.json"  # source and options of a prepared folder, and the files left out
+JOURNAL = "checked.jsonl"  # one line per decoded file, during preparation
+SHOWN = 20  # maximum number of problems on the card
+ROW_GROUP = 100  # images that a parquet reader must load at once
+LARGEST_SHARD = 2_000_000_000  # bytes, limit of an Arrow array
 
 
 # Shards
@@ -62,14 +61,14 @@ LARGEST_SHARD = 2_000_000_000  # bytes: what one Arrow array holds
 
 @dataclass(frozen=True)
 class Shard:
-    """A parquet file to be."""
+    """A planned parquet file."""
 
     name: str  # relative to the folder
     items: tuple[tuple[Row, str], ...]  # rows with the SHA-256 of their files
 
 
 def plan_shards(root: Path, splits: dict[str, list[tuple[Row, str]]], shard_size: int) -> list[Shard]:
-    """Rows in their order, as many a shard as fit into `shard_size` bytes of image files, but at least one."""
+    """Assign rows in order to shards of at most `shard_size` bytes of image files, with at least one row each."""
     shards = []
     for split, items in splits.items():
         groups: list[list[tuple[Row, str]]] = []
@@ -87,7 +86,7 @@ def plan_shards(root: Path, splits: dict[str, list[tuple[Row, str]]], shard_size
 
 
 def _holds(file: Path, shard: Shard, columns: datasets.Features) -> bool:
-    """Whether `file` is complete and holds the rows of `shard`, byte by byte."""
+    """Return whether `file` is complete and contains exactly the rows of `shard`."""
     try:
         with pq.ParquetFile(file) as parquet:
             if datasets.Features.from_arrow_schema(parquet.schema_arrow) != columns:
@@ -97,14 +96,14 @@ def _holds(file: Path, shard: Shard, columns: datasets.Features) -> bool:
                 for batch in parquet.iter_batches(batch_size=16)
                 for row in batch.to_pylist()
             )
-            return list(found) == [(row.file, row.label, digest) for row, digest in shard.items]
-    except (OSError, ValueError, TypeError, pa.ArrowException):  # not there, cut off, not ours
+            return list(found) == [(row.file, row.label, checksum) for row, checksum in shard.items]
+    except (OSError, ValueError, TypeError, pa.ArrowException):  # missing, truncated or foreign file
         return False
 
 
 def _write_shard(file: Path, root: Path, shard: Shard, columns: datasets.Features, pool: ThreadPoolExecutor) -> None:
     examples = list(pool.map(lambda item: example(root, *item), shard.items))
-    table = pa.Table.from_pylist(examples, schema=columns.arrow_schema)  # whose metadata tell the features
+    table = pa.Table.from_pylist(examples, schema=columns.arrow_schema)  # the metadata contain the features
     temporary = file.with_name(f".{file.name}.tmp")
     pq.write_table(table, temporary, row_group_size=ROW_GROUP)
     os.replace(temporary, file)
@@ -114,7 +113,7 @@ def _write_shard(file: Path, root: Path, shard: Shard, columns: datasets.Feature
 
 
 class _Journal:
-    """`inspect_file` that remembers, in a file, what it found."""
+    """Cache of `inspect_file` that stores results in a file."""
 
     def __init__(self, file: Path, stream: TextIO) -> None:
         self._found: dict[tuple[str, int, int], tuple[str, str | None]] = {}
@@ -122,13 +121,13 @@ class _Journal:
         self._lock = threading.Lock()
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                name, size, time, digest, problem = json.loads(line)
-                self._found[name, size, time] = digest, problem
-            except (ValueError, TypeError):  # the line that was being written when the run ended
+                name, size, time, checksum, problem = json.loads(line)
+                self._found[name, size, time] = checksum, problem
+            except (ValueError, TypeError):  # line that was being written when the run ended
                 continue
         if self._found:
             logger.info("%d files were decoded by an earlier run", len(self._found))
-            stream.write("\n")  # ends a line that was cut off
+            stream.write("\n")  # ends a truncated line
 
     def __call__(self, file: Path) -> tuple[str, str | None]:
         stat = file.stat()
@@ -144,12 +143,18 @@ class _Journal:
 
 @contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """`.NAME.preparing`, for one run at a time. It stays if the block fails, but not if the data are at fault."""
+    """Create `.NAME.preparing` and lock it for one process.
+
+    The folder is kept if the block fails, except for problems in the data (`UnsoundData`).
+    """
     work = output.with_name(f".{output.name}.preparing")
-    with only_one(output, f"`output` {output} is being prepared by another process: wait for it to end."):
+    with only_one(
+        output,
+        f"`output` {output} is being prepared by another process. Wait for it to finish or choose another folder.",
+    ):
         try:
             if output.exists() and (not output.is_dir() or any(output.iterdir())):
-                raise ValueError(f"`output` {output} was written by another process meanwhile.")
+                raise ValueError(f"`output` {output} was written by another process in the meantime.")
             work.mkdir(exist_ok=True)
             yield work
         except UnsoundData:
@@ -157,7 +162,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
             raise
         except BaseException:
             if work.exists():
-                logger.warning("%s keeps what was done: the same command goes on from there", work)
+                logger.warning("%s has the finished work; run the same command again to resume", work)
             raise
 
 
@@ -174,31 +179,32 @@ def prepare(
     num_workers: int | None = None,
     shard_size: int | str = "256MB",
 ) -> str:
-    """Raw download to a folder that `datasets.load_dataset` and `ufgir.data.load_ufgir_dataset` read.
+    """Convert a raw download to a folder that `datasets.load_dataset` and `ufgir.data.load_ufgir_dataset` can load.
 
-    `output` gets `data/<split>-*.parquet` with the columns `image` (the bytes of the raw files, unchanged) and `label` (from
-    0), a dataset card `README.md` and `prepare.json`. It appears when all of it is there. Called again after an
-    interruption, the work goes on; called again when it is done, nothing is written.
+    `output` contains `data/<split>-*.parquet` with the columns `image` (bytes of the raw files, unchanged) and `label` (from 0), a
+    dataset card `README.md` and `prepare.json`. It appears when it is complete. A call after an interruption resumes the work; a
+    call after completion writes nothing.
 
     Args:
-        spec: what to expect: one of `SETS`, or a miniature of one.
+        spec: expected data, one of `SETS` or a small version of one.
         source: the raw download, see `ufgir.data.prepare.ultra_fgvc.find_root`.
         output: a folder that does not exist or is empty.
-        validation: "none": train and test as published; "last": the last part of each class of train, as the original code
-            does it; "random": as many, drawn.
-        validation_fraction: share of each class that leaves train, by default 0.2; at least one image stays.
-        seed: of "random" and of `shots`, by default 0.
-        shots: images of each class that stay in train, drawn; by default all.
-        skip_bad: write although there are problems, without the files that have them.
-        num_workers: threads that decode and read; by default the number of cores, at most 8.
-        shard_size: bytes of images in a shard at most, such as 256000000 or "256MB".
+        validation: "none": train and test as published; "last": the last part of each class of train, as in the original code;
+            "random": the same number of random images.
+        validation_fraction: share of each class that is moved from train to validation, by default 0.2; at least one image
+            stays in train.
+        seed: seed of "random" and of `shots`, by default 0.
+        shots: number of random images per class that stay in train; by default all.
+        skip_bad: leave out files with problems instead of raising.
+        num_workers: number of threads that decode and read; by default the number of cores, at most 8.
+        shard_size: maximum number of bytes of images per shard, such as 256000000 or "256MB".
 
     Returns:
-        What was written and left out, for people.
+        A summary of the written and omitted files.
 
     Raises:
-        UnsoundData: the data have problems, all of which are listed; nothing was written.
-        DatasetError, ValueError: the source cannot be read, or an argument is out of range.
+        UnsoundData: if the data have problems, all of which are listed; nothing is written.
+        DatasetError, ValueError: if the source cannot be read, or an argument is out of range.
     """
     if validation not in get_args(Validation):
         raise ValueError(f"`validation` must be one of {', '.join(get_args(Validation))}, got {validation!r}.")
@@ -211,26 +217,26 @@ def prepare(
     fraction = 0.0 if validation == "none" else 0.2 if validation_fraction is None else validation_fraction
     if validation != "none" and fraction == 0:
         raise ValueError(
-            "`validation_fraction` must be in (0, 1), got 0: for no validation split set `validation` none."
+            "`validation_fraction` must be in (0, 1), got 0. For no validation split, set `validation` to none."
         )
     check_split_arguments(fraction, "last" if validation == "none" else validation, shots)
-    workers, bytes_a_shard = default_workers(num_workers), _bytes(shard_size)
+    workers, bytes_per_shard = default_workers(num_workers), _bytes(shard_size)
     root, output = find_root(spec, source), Path(output).expanduser().absolute()
     options: dict[str, Any] = {"validation": validation}
     options |= {} if validation == "none" else {"validation_fraction": fraction}
     options |= {} if shots is None else {"shots": shots}
     options |= {} if validation != "random" and shots is None else {"seed": seed or 0}
-    options |= {"skip_bad": skip_bad, "shard_size": bytes_a_shard}
+    options |= {"skip_bad": skip_bad, "shard_size": bytes_per_shard}
     made_of = {"set": asdict(spec), "options": options, "source": fingerprint(root, spec)}
     made_of = json.loads(json.dumps(made_of))  # tuples become lists, as in the file
     if _is_done(output, made_of):
-        return f"{output} is already there, made of the same source"
+        return f"{output} already exists, made from the same source with the same options"
 
     with _work_folder(output) as work:
         with open(work / JOURNAL, "a", encoding="utf-8") as stream:
             checked = sound_or_raise(check(spec, source, workers, _Journal(work / JOURNAL, stream)), skip_bad)
         splits = _splits(checked, fraction, (seed or 0) if validation == "random" else None, shots, seed or 0)
-        shards = plan_shards(root, splits, bytes_a_shard)
+        shards = plan_shards(root, splits, bytes_per_shard)
         columns = features(checked.class_names)
         (work / "data").mkdir(exist_ok=True)
         for stray in {path.name for path in (work / "data").iterdir()} - {Path(shard.name).name for shard in shards}:
@@ -265,26 +271,28 @@ def _bytes(shard_size: int | str) -> int:
 
 
 def _is_done(output: Path, made_of: dict[str, Any]) -> bool:
-    """Whether `output` is there, made of the same source in the same way."""
+    """Return whether `output` was made from the same source with the same options."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     try:
         if json.loads((output / MARKER).read_text(encoding="utf-8"))["made_of"] == made_of:
             return True
-    except (OSError, ValueError, TypeError, KeyError):  # not a folder of ours
+    except (OSError, ValueError, TypeError, KeyError):  # not a prepared folder
         pass
-    raise ValueError(f"`output` {output} exists and was not made of this source in this way: choose another place.")
+    raise ValueError(
+        f"`output` {output} exists and was made from another source or with other options. Choose another folder."
+    )
 
 
 def _splits(
     checked: Checked, fraction: float, validation_seed: int | None, shots: int | None, shots_seed: int
 ) -> dict[str, list[tuple[Row, str]]]:
-    """The rows of each split with the SHA-256 of their files."""
-    items = list(zip(checked.rows, checked.digests, strict=True))
+    """Return the rows of each split with the SHA-256 of their files."""
+    items = list(zip(checked.rows, checked.checksums, strict=True))
     published = [item for item in items if item[0].split == "train"]
     train, held_out = split_rows([row.label for row, _ in published], fraction, validation_seed)
     if fraction and not held_out:
-        raise UnsoundData(f"{checked.spec.name}: no class has an image to spare for validation.")
+        raise UnsoundData(f"{checked.spec.name}: no validation split, because no class has enough images.")
     splits = {"train": [published[index] for index in train], "validation": [published[index] for index in held_out]}
     if shots is not None:
         chosen = few_shots([row.label for row, _ in splits["train"]], shots, shots_seed)
@@ -293,14 +301,14 @@ def _splits(
     return {split: found for split, found in splits.items() if found}
 
 
-# What people read
+# Summary and dataset card
 
 
 def _summary(checked: Checked, splits: dict, shards: Sequence[Shard], shots: int | None, output: Path) -> str:
     sizes = ", ".join(f"{len(items)} {split}" for split, items in splits.items())
     lines = [f"wrote {output}: {sizes} images of {checked.spec.classes} classes in {len(shards)} shards"]
     if checked.problems:
-        lines += [f"problems ({len(checked.problems)}), --skip-bad left the files out:", checked.report()]
+        lines += [f"problems ({len(checked.problems)}), files left out by --skip-bad:", checked.report()]
     if shots is not None:
         counts = Counter(row.label for row, _ in splits["train"])
         if few := sum(count < shots for count in counts.values()):
@@ -309,7 +317,7 @@ def _summary(checked: Checked, splits: dict, shards: Sequence[Shard], shots: int
 
 
 def _card(checked: Checked, splits: dict, shards: Sequence[Shard], work: Path, options: dict[str, Any]) -> str:
-    """The dataset card: a YAML header that `load_dataset` understands, and what a reader must know."""
+    """Return the dataset card, with a YAML header for `load_dataset`."""
     spec = checked.spec
     sizes = {
         split: sum((checked.root / row.file).stat().st_size for row, _ in items) for split, items in splits.items()
@@ -335,14 +343,14 @@ def _card(checked: Checked, splits: dict, shards: Sequence[Shard], work: Path, o
     files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
     MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(data)
     rows = "\n".join(f"| {s} | {len(items)} | {_per_class(items)} | {sizes[s]:,} |" for s, items in splits.items())
-    digest = hashlib.sha256("".join(f"{r.split} {r.label} {d}\n" for r, d in _pairs(checked)).encode()).hexdigest()
+    checksum = hashlib.sha256("".join(f"{r.split} {r.label} {d}\n" for r, d in _pairs(checked)).encode()).hexdigest()
     settings = ", ".join(f"`{name}` {value}" for name, value in options.items())
-    left_out = "Nothing was left out, and every count is the published one."
+    left_out = "No file was left out, and all counts match the published ones."
     if checked.problems:
         shown = "\n".join(f"- {p.kind}: `{p.where}`: {p.text}" for p in checked.problems[:SHOWN])
         more = len(checked.problems) - SHOWN
         rest = f"\n- and {more} more, see `{MARKER}`" if more > 0 else ""
-        left_out = f"These are **not the data as published**. What was wrong, and left out:\n\n{shown}{rest}"
+        left_out = f"The data **differ from the published ones**. Problems, and files left out:\n\n{shown}{rest}"
     notes = "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in checked.notes)
     return f"""---
 {data.to_yaml()}
@@ -352,12 +360,12 @@ def _card(checked: Checked, splits: dict, shards: Sequence[Shard], work: Path, o
 
 Photos of single leaves of {spec.classes} cultivars, a set of Ultra-FGVC (Yu et al., ICCV 2021): <{SOURCE_URL}>.
 
-| split | images | images of a class | bytes |
+| split | images | images per class | bytes |
 |---|---|---|---|
 {rows}
 
-Published: {spec.train} train and {spec.test} test images of {spec.classes} classes. `label` counts from 0, the raw data count
-from 1; class names are what the raw data tell: the cultivar's name where file names carry it, else the number.
+Published: {spec.train} train and {spec.test} test images of {spec.classes} classes. `label` is numbered from 0, in the raw
+data from 1; class names are the cultivars' names if the raw file names contain them, else the numbers.
 
 ```python
 from datasets import load_dataset
@@ -365,22 +373,22 @@ from datasets import load_dataset
 leaves = load_dataset("path/of/this/folder")
 ```
 
-## Licence
+## License
 
-No licence was found, neither with the download nor in its repository. Ask the authors before you share these images.
+No license was found, neither in the download nor in its repository. Ask the authors before you share these images.
 
 ## How it was made
 
 `ufgir prepare {spec.name}` on the raw download, folder `{checked.root.name}`, with {settings}.
-Images are the bytes of the raw files, not encoded again; each was decoded once as a check. SHA-256 over split, label and
-SHA-256 of every sound image: `{digest}`. Written by datasets {datasets.__version__}.
+Images are the unchanged bytes of the raw files; each was decoded once as a check. SHA-256 over split, label and SHA-256 of
+every image without problems: `{checksum}`. Written by datasets {datasets.__version__}.
 
 {left_out}{notes}
 """
 
 
 def _pairs(checked: Checked) -> Iterator[tuple[Row, str]]:
-    return zip(checked.rows, checked.digests, strict=True)
+    return zip(checked.rows, checked.checksums, strict=True)
 
 
 def _per_class(items: Sequence[tuple[Row, str]]) -> str:

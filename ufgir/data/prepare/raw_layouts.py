@@ -1,4 +1,4 @@
-"""How raw downloads of leaf photos tell class and split: by file names, or by annotation lists."""
+"""Read the classes and splits of raw downloads of leaf photos, from file names or annotation lists."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NAME_PATTERN = re.compile(r"([0-9]+)_([0-9]+)_(train|test)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Row:
-    """An image as the raw data list it."""
+    """An image as listed in the raw data."""
 
     file: str  # relative to the root of the raw data, with /
     label: int  # from 0
@@ -24,7 +24,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the raw data."""
+    """A problem in the raw data."""
 
     kind: str  # one of KINDS
     where: str  # a file, a line of a list, or a split
@@ -33,7 +33,7 @@ class Problem:
 
 @dataclass
 class Listing:
-    """What the names or lists of the raw data say, before any image is opened."""
+    """Contents of the names or lists of the raw data, before any image is opened."""
 
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -41,41 +41,41 @@ class Listing:
 
 
 def _image_names(folder: Path) -> list[str]:
-    """Names of the images right in `folder`."""
+    """Return the names of the images directly in `folder`."""
     return sorted(file.name for file in entries_of(folder).files if is_image(file))
 
 
 def _left_out(root: Path, folder: Path, listing: Listing) -> None:
-    """Adds to a listing what lies right in `folder` and is no image: a problem if it cannot be used, else a note."""
+    """Add the other files directly in `folder` to the listing: as a problem if unusable, else as a note."""
     entries = entries_of(folder)
     for path, why in entries.problems.items():
         listing.problems.append(Problem("missing", shown(path.relative_to(root)), why))
     if others := sorted(file for file in entries.files if not is_image(file)):
         names = ", ".join(file.name for file in others[:5]) + (", ..." if len(others) > 5 else "")
-        listing.notes.append(f"{len(others)} files are no images and left out, {count_others(others)}: {names}")
+        listing.notes.append(f"{len(others)} files are not images and are left out, {count_others(others)}: {names}")
 
 
 @dataclass(frozen=True)
 class FileNames:
-    """One flat folder; the file names tell class and split. Rows are in the order of class and number."""
+    """One flat folder whose file names contain class and split. Rows are sorted by class and number."""
 
     folder: str
 
     def roots(self, source: Path, nearby: Sequence[Path]) -> list[Path]:
-        """The folders that can be meant."""
+        """Return the folders that may be the root."""
         named = [path for path in nearby if path.name == self.folder and _image_names(path)]
         return named or [path for path in (source,) if _image_names(path)]
 
     def expected(self) -> str:
-        """In words."""
+        """Describe the layout in words."""
         return f"{self.folder}/ with images <class>_<number>_<train|test>.png"
 
     def folders(self) -> list[str]:
-        """What lies below the root."""
+        """Return the data folders, relative to the root."""
         return [""]
 
     def read(self, root: Path, classes: int) -> Listing:
-        """Every image of the folder."""
+        """Read every image name of the folder."""
         listing, numbered = Listing(), []
         _left_out(root, root, listing)
         for name in _image_names(root):
@@ -93,29 +93,29 @@ class FileNames:
 
 @dataclass(frozen=True)
 class AnnotationLists:
-    """`images/` beside `anno/train.txt` and `anno/test.txt`, in each of `parts`. Rows are in the order of the lists."""
+    """`images/` next to `anno/train.txt` and `anno/test.txt`, in each of `parts`. Rows are in the order of the lists."""
 
     parts: tuple[str, ...] = ("",)  # folders below the root
 
     def roots(self, source: Path, nearby: Sequence[Path]) -> list[Path]:
-        """The folders that can be meant."""
-        if source.name in self.parts and len(self.parts) == 1:  # the part itself was named
+        """Return the folders that may be the root."""
+        if source.name in self.parts and len(self.parts) == 1:  # `source` is the part itself
             nearby = [*nearby, source.parent]
         found = [path for path in nearby if any((path / part / "anno").is_dir() for part in self.parts)]
-        # growth stages are laid out as soygene is
+        # growth stages have the same layout as soygene
         return [path for path in found if "" not in self.parts or path == source or not _is_stage(path)]
 
     def expected(self) -> str:
-        """In words."""
+        """Describe the layout in words."""
         parts = [part + "/" if part else "" for part in self.parts]
         return " and ".join(f"{part}images/, {part}anno/train.txt, {part}anno/test.txt" for part in parts)
 
     def folders(self) -> list[str]:
-        """What lies below the root."""
+        """Return the data folders, relative to the root."""
         return [f"{part}/{folder}".lstrip("/") for part in self.parts for folder in ("anno", "images")]
 
     def read(self, root: Path, classes: int) -> Listing:
-        """Every line of every list."""
+        """Read every line of every list."""
         listing = Listing()
         for split in SPLITS:
             for part in self.parts:
@@ -129,10 +129,10 @@ class AnnotationLists:
             present = {str(PurePosixPath(part, "images", name)) for name in _image_names(folder)}
             if unlisted := sorted(present - listed):
                 shown = ", ".join(unlisted[:5]) + (", ..." if len(unlisted) > 5 else "")
-                listing.notes.append(f"{len(unlisted)} images are in no list and left out: {shown}")
+                listing.notes.append(f"{len(unlisted)} images are not in any list and are left out: {shown}")
         if len(self.parts) > 1:
             listing.notes.append(
-                f"rows are in the order {', '.join(self.parts)}: the last images of each class, which the loader takes for "
+                f"rows are in the order {', '.join(self.parts)}: the last images of each class, which the loader uses for "
                 f"validation, come from {self.parts[-1]}; `--validation random` mixes them"
             )
         return listing
@@ -152,17 +152,17 @@ class AnnotationLists:
             if not line.strip():
                 continue
             file, _, class_id = line.strip().replace("\t", " ").rpartition(" ")
-            file, path, trouble = file.strip(), PurePosixPath(file.strip()), None
+            file, path, problem = file.strip(), PurePosixPath(file.strip()), None
             if not file or not re.fullmatch(r"[0-9]{1,9}", class_id):
-                trouble = f"expected `file class`, got {line.strip()[:80]!r}"
+                problem = f"expected `file class`, got {line.strip()[:80]!r}"
             elif not 1 <= int(class_id) <= classes:
-                trouble = f"class {int(class_id)} of {file} is not one of 1 to {classes}"
+                problem = f"class {int(class_id)} of {file} is not one of 1 to {classes}"
             elif path.is_absolute() or ".." in path.parts:
-                trouble = f"{file} lies outside of images/"
-            elif (said := re.search(r"_(train|test)$", path.stem)) and said[1] != split:
-                trouble = f"the name of {file} says {said[1]}"
-            if trouble:
-                listing.problems.append(Problem("list", f"{name} line {number}", trouble))
+                problem = f"{file} is outside of images/"
+            elif (named := re.search(r"_(train|test)$", path.stem)) and named[1] != split:
+                problem = f"the name of {file} contains {named[1]}"
+            if problem:
+                listing.problems.append(Problem("list", f"{name} line {number}", problem))
             else:
                 listing.rows.append(Row(str(part / "images" / path), int(class_id) - 1, split))
 
