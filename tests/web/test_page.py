@@ -1,7 +1,9 @@
 """The page in a real browser: it shows what Python computes, offline too, by mouse and keyboard, on a phone, with good and bad files."""
 
+import csv
 import re
 import shutil
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,8 +26,9 @@ from tests.web.helpers import (
     small_graph,
     write_page,
 )
+from ufgir.cli import entry as cli
+from ufgir.data.synthetic_leaves import SyntheticLeavesConfig
 from ufgir.interpret.patterns import kept_patches
-from ufgir.web import build_site
 
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -140,30 +143,58 @@ def test_pixels_are_those_of_training(context, site, address, images):
     assert differing == {}
 
 
-@pytest.mark.slow
-def test_a_real_model_says_what_pytorch_says(context, tmp_path):
-    """Logits, and the patches that are left after each stage, at two keep rates, on the same weights."""
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model, its folder, and its page, as the command writes it at two keep rates."""
+    need_runtime()
+    folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
     options = TINY | CACHES["clca"] | {"image_size": 64, "reduction": "evit", "keep_rate": 0.5}
     model = CLCAViTForImageClassification(CLCAViTConfig(**options)).eval()
-    need_runtime()
-    site = build_site(model, PROCESSOR, tmp_path / "site", [0.5, 0.25])
-    assert len(site.graphs) == 2 and len(list((site.folder / "model").glob("*.bin"))) == 1
-    with served(site.folder) as address:
+    model.save_pretrained(folder / "model")
+    PROCESSOR.save_pretrained(folder / "model")
+    argv = ["export", str(folder / "model"), "--web", str(folder / "site"), "--keep-rates", "0.5", "0.25"]
+    assert cli.main([*argv, "--title", "Small leaves"]) == 0
+    return model, folder / "model", folder / "site"
+
+
+@pytest.mark.slow
+def test_a_real_model_says_what_pytorch_says(context, exported, tmp_path):
+    """Logits, and the patches that are left after each stage, at two keep rates, on the same weights."""
+    model, _, folder = exported
+    assert [len(list((folder / "model").glob(f"*{kind}"))) for kind in (".onnx", ".bin")] == [2, 1]
+    with served(folder) as address:
         page = open_page(context, address)
+        expect(page.get_by_role("heading", name="Small leaves")).to_be_visible()
         for rate in (0.5, 0.25):
             page.get_by_role("radio", name=f"{rate:g}", exact=True).check()
             expect(page.locator("#status")).to_have_text(re.compile("^Ready"))
-            leaf(90, 80).save(tmp_path / f"leaf{rate}.png")
-            found = look(page, tmp_path / f"leaf{rate}.png")
+            file = tmp_path / f"leaf{rate}.png"
+            leaf(90, 80).save(file)
+            found = look(page, file)
             model.set_keep_rate(rate)
-            pixels = PROCESSOR(open_image(tmp_path / f"leaf{rate}.png"), return_tensors="pt").pixel_values
             with torch.no_grad():
-                output = model(pixels, output_assignments=True)
+                output = model(PROCESSOR(open_image(file), return_tensors="pt").pixel_values, output_assignments=True)
             np.testing.assert_allclose(found["logits"], output.logits[0].numpy(), atol=1e-3)
             kept = kept_patches(output.assignments, model.config)[0].numpy()
             np.testing.assert_array_equal(found["shares"].reshape(kept.shape) > 0.999, kept)
             expect(page.locator("#panel-A .tokens")).to_contain_text(" → ".join(map(str, output.token_counts)))
+
+
+@pytest.mark.slow
+def test_200_leaves_get_the_classes_that_predict_gives_them(context, exported, tmp_path):
+    _, source, folder = exported
+    leaves, drawn = tmp_path / "leaves", SyntheticLeavesConfig(num_classes=10, image_size=109)
+    leaves.mkdir()
+    for index in range(200):
+        drawn.draw("test", index % 10, index // 10).save(leaves / f"{index:03d}.png")
+    assert cli.main(["predict", str(source), str(leaves), "--output", str(tmp_path / "predictions.csv")]) == 0
+    with (tmp_path / "predictions.csv").open(newline="") as lines:
+        expected = {Path(row["file"]).name: row["prediction"] for row in csv.DictReader(lines)}
+    with served(folder) as address:
+        page = open_page(context, address)
+        found = {file.name: f"LABEL_{look(page, file)['logits'].argmax()}" for file in sorted(leaves.iterdir())}
+    assert found == expected and len(found) == 200 and len(set(found.values())) > 1
 
 
 @pytest.mark.slow

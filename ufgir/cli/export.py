@@ -123,7 +123,7 @@ def make_page(args: argparse.Namespace) -> str:
     model = load_model(args.model, config).model
     site = build_site(
         model,
-        load_image_processor(args.model, config),
+        load_image_processor(args.model),
         args.web,
         args.keep_rates,
         args.precision,

@@ -407,6 +407,7 @@ class Panel {
     }));
     const sure = chances[best[0]] >= about.sure;
     say(one('.unsure', root), sure ? '' : `Not sure: the best class has only ${(100 * chances[best[0]]).toFixed(0)} %. This may be a leaf of none of the ${about.classes.length} classes, or an unclear image.`);
+    one('.known', root).textContent = `The model knows only its ${about.classes.length} classes, and can be sure of a wrong one.`;
     this.showStages(shares, graph);
     const giga = (macs) => (macs / 1e9).toPrecision(3), share = (100 * graph.macs) / about.denseMacs;
     const facts = [
