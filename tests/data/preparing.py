@@ -15,7 +15,7 @@ LAYOUTS = (
     "soygene",
     "soyageing",
     "soyageing_r4",
-)  # others differ by the name of a folder
+)  # other sets differ only in the name of a folder
 LISTS = ("soygene", "soyageing", "soyageing_r4")
 
 

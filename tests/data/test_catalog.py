@@ -80,7 +80,7 @@ def miniature(row, splits=("train", "test"), images=2):
     columns = (row.image_column or "image", row.label_column or "label")
     features = {columns[0]: datasets.Image(), columns[1]: feature, "coarse": datasets.ClassLabel(names=["x"])}
     if row.image_column is None:
-        features.pop("coarse")  # then there is one ClassLabel only
+        features.pop("coarse")  # leave only one ClassLabel
     image = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
     count = row.num_classes * images
     values = {

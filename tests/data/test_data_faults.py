@@ -51,7 +51,7 @@ def test_images_are_known_by_suffix_else_by_content(tmp_path, monkeypatch):
     """A file is opened only if its suffix is unknown, and only once."""
     for suffix, kind in ((".png", "PNG"), ("", "JPEG"), (".mpo", "MPO"), (".scan", "TIFF"), (".avif", "AVIF")):
         Image.new("RGB", (16, 16)).save(tmp_path / f"leaf{suffix}", format=kind)
-    Image.new("RGB", (16, 16)).save(tmp_path / "leaf.NEF", format="TIFF")  # as raw files begin
+    Image.new("RGB", (16, 16)).save(tmp_path / "leaf.NEF", format="TIFF")  # raw files start like TIFF
     (tmp_path / "notes.xyz").write_text("BM no image")
     (tmp_path / "leaf.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     opened, plain_open = [], Image.open

@@ -46,7 +46,7 @@ def test_sets_are_the_published_ones():
     assert totals["soyageing"] == (198, 4950, 4950) == (198, sum(s[1] for s in stages), sum(s[2] for s in stages))
 
 
-# Sound sources
+# Valid sources
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -68,7 +68,7 @@ def test_valid_source_is_converted_to_parquet(name, raw, tmp_path):
     first = 0 if name in LISTS else 1
     assert loaded["train"].features["label"].names == [names.format(label + first) for label in range(CLASSES)]
     assert loaded["train"][0]["image"].tobytes() == Image.open(io.BytesIO(leaf("train", 0, 0))).tobytes()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # nothing is left beside it
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # no temporary files are left
 
 
 def test_rows_of_file_names_are_in_the_order_of_class_and_number(tmp_path):
@@ -115,7 +115,7 @@ def test_all_sets_are_found_in_one_download(tmp_path):
     for name in ("cotton", "soylocal", "soyglobal", "soygene", "soyageing"):
         draw_raw(tmp_path / name, miniature(name))
     roots = {name: find_root(spec, tmp_path) for name, spec in SETS.items()}
-    assert roots["soygene"] == tmp_path / "soygene"  # not a growth stage of soyageing, which is laid out alike
+    assert roots["soygene"] == tmp_path / "soygene"  # not a growth stage of soyageing, which has the same layout
     assert {roots[name] for name in SETS if "ageing" in name} == {tmp_path / "soyageing"}
     draw_raw(tmp_path / "again", miniature("cotton"))
     with pytest.raises(ValueError, match=r"`source` .* contains cotton more than once"):
@@ -165,7 +165,7 @@ def test_validation_is_the_last_part_of_each_class(raw, tmp_path):
     loaded = load_ufgir_dataset(tmp_path / "out", cache_dir=tmp_path / "cache")
     assert {split: len(rows) for split, rows in loaded.items()} == {"train": 9, "validation": 3, "test": 9}
 
-    prepare(spec, source, tmp_path / "plain")  # where the loader splits it off, it is the same
+    prepare(spec, source, tmp_path / "plain")  # the loader makes the same split
     for split, rows in load_ufgir_dataset(tmp_path / "plain", cache_dir=tmp_path / "cache").items():
         assert rows["label"] == loaded[split]["label"]
         assert [i.tobytes() for i in rows["image"]] == [i.tobytes() for i in loaded[split]["image"]]
@@ -249,7 +249,7 @@ def test_card(raw, tmp_path):
     assert "| train | 9 | 2 to 4 |" in text and "No file was left out" in text
     assert str(tmp_path) not in text and "`validation` last" in text
     next(path for path in (tmp_path / "out" / "data").glob("train-*")).unlink()
-    with pytest.raises(Exception, match="train"):  # a lost shard is noticed
+    with pytest.raises(Exception, match="train"):  # a missing shard is detected
         datasets.load_dataset(str(tmp_path / "out"))
 
 

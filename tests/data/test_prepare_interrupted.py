@@ -53,7 +53,7 @@ def test_resume_after_kill_while_writing(name, raw, tmp_path, monkeypatch):
 
     counting = Counting(monkeypatch)
     prepare(spec, source, tmp_path / "out", shard_size="2KB")
-    assert counting.files == []  # nothing is decoded twice
+    assert counting.files == []  # no image is decoded twice
     assert {name: (tmp_path / "out" / "data" / name).stat().st_ino for name in finished} == finished
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw", "whole"]
@@ -64,7 +64,7 @@ def test_resume_after_kill_while_checking(raw, tmp_path, monkeypatch):
     killed_at("inspect_file", 8, spec, source, tmp_path / "out", num_workers=1)
     journal = tmp_path / ".out.preparing" / "checked.jsonl"
     text = journal.read_text()
-    journal.write_text(text[:-30])  # the last line was cut off
+    journal.write_text(text[:-30])  # truncate the last line
     counting = Counting(monkeypatch)
     prepare(spec, source, tmp_path / "out")
     assert len(counting.files) == 18 - 7 + 1
@@ -93,7 +93,7 @@ def test_shards_of_another_source_are_rewritten(raw, tmp_path, monkeypatch):
     changed.write_bytes(leaf("validation", 0, 0))
     shard = tmp_path / ".out.preparing" / "data" / "train-00001-of-00005.parquet"
     assert shard.exists()
-    shard.write_bytes(shard.read_bytes()[:-9])  # cut off
+    shard.write_bytes(shard.read_bytes()[:-9])  # truncated
     (tmp_path / ".out.preparing" / "data" / "train-00000-of-00099.parquet").write_bytes(b"of another plan")
     counting = Counting(monkeypatch)
     prepare(spec, source, tmp_path / "out", shard_size="2KB")

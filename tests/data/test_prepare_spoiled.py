@@ -21,7 +21,7 @@ def problems(spec, source, kind=None):
     return [(p.kind, p.where) for p in check(spec, source).problems if kind in (None, p.kind)]
 
 
-# Spoiled sources
+# Damaged sources
 
 
 def spoil(name, root):
@@ -70,7 +70,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(name, raw, tmp
     if name in LISTS:
         bad.add(("missing", missing))
         assert f"  {missing}: the file does not exist" in report
-        assert set(problems(spec, source)) == bad  # counts are those of the lists: one line a problem
+        assert set(problems(spec, source)) == bad  # counts are those of the lists
         assert len(check(spec, source).problems) == 4
     else:
         assert f"  test: {spec.test - 1} images, expected {spec.test}" in report

@@ -113,7 +113,7 @@ def test_broken_images_are_reported_and_the_others_counted(mixed):
     rows = {split: list(of) for split, of in mixed.items()}
     rows["train"][1] = (b"not an image", 0)
     rows["train"][4] = (rows["train"][4][0][:-30], 0)
-    rows["test"] = [(b"", label) for _, label in rows["test"]]  # nothing is left of this split
+    rows["test"] = [(b"", label) for _, label in rows["test"]]  # no readable image in this split
     report = data_report(dataset_of(rows))
     train, test = report.numbers["splits"]["train"], report.numbers["splits"]["test"]
     assert [(entry["row"], entry["file"]) for entry in train["broken"]] == [(1, "train1.png"), (4, "train4.png")]
@@ -301,7 +301,7 @@ def test_long_lists_are_cut_on_the_page_not_in_the_file(tmp_path, monkeypatch):
     assert (tmp_path / "report.json").read_text().count("UnidentifiedImageError") == 5
 
 
-# Whatever load_ufgir_dataset loads
+# All layouts of load_ufgir_dataset
 
 
 def test_prepared_data(tmp_path):

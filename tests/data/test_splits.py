@@ -161,7 +161,7 @@ def test_shots_without_training_images(tmp_path):
         load_ufgir_dataset(make_folder(tmp_path, ("test",)), shots=1)
 
 
-# Several classes an image
+# Multi-label data
 
 
 def draw_lists(count=400, classes=6, seed=0):
@@ -191,7 +191,7 @@ def test_multi_label_data_are_stratified(seed):
 
 
 def test_rarer_classes_do_not_remove_a_class_from_train():
-    # each of the classes 1 and 2 would hold out the image that it shares with class 0
+    # each of the classes 1 and 2 would put the image shared with class 0 in validation
     labels = [[1], [2], [1, 0], [2, 0]]
     train, validation = split_rows(labels, 0.5)
     assert {c for row in train for c in labels[row]} == {0, 1, 2}

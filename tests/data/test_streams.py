@@ -20,7 +20,7 @@ from ufgir.transforms.preprocessing import TrainTransform, make_image_processor
 
 
 NAMES = ["cultivar_00", "cultivar_01", "cultivar_02"]
-ROWS = 21  # of train: no multiple of the batches below
+ROWS = 21  # of train; not a multiple of the batch sizes below
 BATCH = 4
 
 
@@ -212,7 +212,7 @@ def test_only_the_epoch_and_the_seed_change_the_images(stream, drawn, transform)
     dataset.set_epoch(1)
     assert dataset.epoch == 1
     second = list(dataset)
-    # datasets takes the files in another order
+    # `datasets` reads the files in another order
     assert sorted(row["labels"] for row in second) == sorted(row["labels"] for row in first)
     assert not torch.equal(second[0]["pixel_values"], first[0]["pixel_values"])
     dataset.set_epoch(0)

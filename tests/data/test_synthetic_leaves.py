@@ -137,7 +137,7 @@ def test_photos_of_one_cultivar_differ_more_than_cultivars_in_one_photo(difficul
     within = np.abs(photos[:, :, None] - photos[:, None]).mean()
     between = np.abs(photos[:, None] - photos[None]).mean()
     assert 2 * between < within
-    assert between > 1.0  # but the cultivars do differ
+    assert between > 1.0  # the cultivars differ
 
 
 def test_splits_features_and_lossless_storage(drawn):
@@ -168,7 +168,7 @@ def test_cache_is_used_and_depends_on_the_drawing_code(tmp_path, monkeypatch):
     monkeypatch.setattr(leaves, "draw_leaf", lambda *args: Image.new("RGB", (16, 16), (1, 2, 3)))
     assert pixels(build()["train"][0]["image"]).std() > 5  # from the cache
     monkeypatch.setattr(leaves, "DRAWING_VERSION", "99.0.0")
-    assert pixels(build()["train"][0]["image"]).std() < 1  # drawn anew
+    assert pixels(build()["train"][0]["image"]).std() < 1  # drawn again
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,15 @@ from tests.helpers import TINY
 from ufgir.transforms.preprocessing import make_image_processor
 
 
-NAMES = ["ash", "beech", "cedar", "date palm", 'elm, "wych"', "fir", "ginkgo"]  # more than five: top5 means something
+NAMES = [
+    "ash",
+    "beech",
+    "cedar",
+    "date palm",
+    'elm, "wych"',
+    "fir",
+    "ginkgo",
+]  # more than five, so that top5 is computed
 PROCESSOR = make_image_processor(32)
 
 

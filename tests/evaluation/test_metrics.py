@@ -40,7 +40,7 @@ def test_top_k_is_scikit_learns(images, classes, k):
 )  # the last: classes that never occur
 def test_macro_f1_is_scikit_learns(images, classes):
     scores, labels = draw(images, classes, seed=1)
-    scores[np.arange(images // 2), labels[: images // 2]] += 3  # half of them right, or nearly all F1 are zero
+    scores[np.arange(images // 2), labels[: images // 2]] += 3  # make half of them correct, so that F1 is not zero
     expected = f1_score(labels, scores.argmax(axis=1), average="macro")
     assert macro_f1(scores.argmax(axis=1), labels) == pytest.approx(expected, abs=1e-12)
 
@@ -120,7 +120,7 @@ def test_compute_metrics_for_trainer(wrap):
         "top5": pytest.approx(top_k_accuracy_score(labels, logits, k=5)),
         "macro_f1": pytest.approx(f1_score(labels, logits.argmax(axis=1), average="macro")),
     }
-    assert all(type(value) is float for value in results.values())  # they go into JSON
+    assert all(type(value) is float for value in results.values())  # serializable as JSON
 
 
 @pytest.mark.parametrize("classes", [2, 5, 6])

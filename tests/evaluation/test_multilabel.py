@@ -285,7 +285,7 @@ def test_metrics_for_trainer(wrap):
         "micro_f1": pytest.approx(f1_score(targets, 1 / (1 + np.exp(-logits)) > 0.5, average="micro")),
         "macro_f1": pytest.approx(f1_score(targets, 1 / (1 + np.exp(-logits)) > 0.5, average="macro")),
     }
-    assert all(type(value) is float for value in results.values())  # they go into JSON
+    assert all(type(value) is float for value in results.values())  # serializable as JSON
 
 
 @pytest.mark.parametrize("feed", ["at once", "batches"])

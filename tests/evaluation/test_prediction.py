@@ -29,7 +29,7 @@ def logits_of(model: nn.Module, dataset: Pixels) -> torch.Tensor:
         return model.eval()(torch.stack([dataset[i]["pixel_values"] for i in range(len(dataset))])).logits
 
 
-# What a line says
+# Lines
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
@@ -71,7 +71,7 @@ def test_images_without_labels(model: nn.Module, tmp_path: Path) -> None:
     assert result.metrics == {} and [row["label"] for row in rows_of(result.path)] == ["", "", ""]
     predict_to_file(model, Pixels(3), tmp_path / "p.jsonl", NAMES)
     assert json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])["label"] is None
-    some = predict_to_file(model, Pixels(4, [2, -1, -1, 3]), tmp_path / "p.csv", NAMES)  # -1: not known
+    some = predict_to_file(model, Pixels(4, [2, -1, -1, 3]), tmp_path / "p.csv", NAMES)  # -1: unknown
     assert [row["label"] for row in rows_of(some.path)] == ["cedar", "", "", "date palm"]
     logits = logits_of(model, Pixels(4))[[0, 3]].numpy()
     assert some.metrics["top1"] == compute_metrics((logits, np.array([2, 3])))["top1"]
@@ -152,7 +152,7 @@ def test_several_classes_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert without.metrics == {} and rows_of(without.path)[0]["label"] == ""
 
 
-# As much memory for many images as for few
+# Memory
 
 
 def test_memory_does_not_grow(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         tracemalloc.stop()
         return result
 
-    peak(100)  # what is imported late
+    peak(100)  # lazy imports
     few, many = peak(1500), peak(4500)  # of more than 1000 images, 1000 names are compared
     assert many < few + 50_000  # 3000 lines are 300 kB
     assert len(rows_of(tmp_path / "p.csv")) == 4500
@@ -218,7 +218,7 @@ def test_streams(model: nn.Module, dataset: datasets.Dataset, tmp_path: Path) ->
         predict_to_file(model, stream(), tmp_path / "s.csv", NAMES, batch_size=5)
 
 
-# Mistakes
+# Invalid arguments
 
 
 @pytest.mark.parametrize(

@@ -162,4 +162,4 @@ def test_interrupted_after_the_last_image(model: nn.Module, tmp_path: Path, monk
             predict_to_file(model, Pixels(7, labels(7)), tmp_path / "p.csv", NAMES, batch_size=4)
     data = Pixels(7, labels(7))
     result = predict_to_file(model, data, tmp_path / "p.csv", NAMES, batch_size=4)
-    assert data.asked == [4, 5, 6] and result.images == 7  # the last batch was not a whole one
+    assert data.asked == [4, 5, 6] and result.images == 7  # the last batch was incomplete

@@ -98,7 +98,7 @@ class TransformedImages(torch.utils.data.Dataset):
             return int(value)
         wrong = [label for label in value if not 0 <= label < self.num_labels]
         if wrong:
-            raise ValueError(f"image {index} has the class {wrong[0]}, which is not in 0 ... {self.num_labels - 1}.")
+            raise ValueError(f"image {index} has the class {wrong[0]}, which is not in 0 to {self.num_labels - 1}.")
         labels = torch.zeros(self.num_labels)
         labels[list(value)] = 1.0
         return labels
