@@ -51,7 +51,7 @@ def classes(folder: Path) -> None:
     ("make", "words"),
     [
         (saved, "save_to_disk"),
-        (parquet, "parquet files that hold images"),
+        (parquet, "parquet files that contain images"),
         (listing, "list images"),
         (listing_in_parquet, "list images"),
         (classes, "class folders"),

@@ -30,7 +30,7 @@ def test_a_file_instead_of_a_folder(tmp_path):
 @pytest.mark.parametrize("inner", ["", "a", "train/a"])
 def test_folder_without_images(tmp_path, inner):
     (tmp_path / inner).mkdir(parents=True, exist_ok=True)
-    with pytest.raises(DatasetError, match="holds no images"):
+    with pytest.raises(DatasetError, match="contains no images"):
         load_ufgir_dataset(tmp_path)
 
 
@@ -55,7 +55,7 @@ def test_images_without_any_class_folder(tmp_path, inner):
     for index in range(3):
         save_image(tmp_path / inner / f"{index}.png", index)
     split, name = inner or "train", (tmp_path / inner).name
-    message = rf"holds 3 images but no class folders.*\({name}/<class>/0\.png\).*{split}\.csv.*`load_images`"
+    message = rf"contains 3 images but no class folders.*\({name}/<class>/0\.png\).*{split}\.csv.*`load_images`"
     with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path)
 
@@ -198,7 +198,7 @@ def test_unknown_columns_are_listed(tmp_path, drawn):
         load_ufgir_dataset(tmp_path, image_column="photo")
     with pytest.raises(DatasetError, match=r"`label_column` .* got 'genus'.*Available: image, label"):
         load_ufgir_dataset(tmp_path, label_column="genus")
-    with pytest.raises(DatasetError, match=r"column 'label'.*does not hold images"):
+    with pytest.raises(DatasetError, match=r"column 'label'.*does not contain images"):
         load_ufgir_dataset(tmp_path, image_column="label", label_column="image")
     with pytest.raises(DatasetError, match="`image_column` and `label_column` are both 'image'"):
         load_ufgir_dataset(tmp_path, label_column="image")

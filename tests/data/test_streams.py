@@ -301,7 +301,7 @@ def test_an_invalid_label_is_named(transform):
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, r"`rank` must be in 0 \.\.\. 1 \(`world_size` - 1\), got 2"),
         ({"label_column": "genus"}, r"`dataset` lacks the columns genus\. Available: image, label"),
-        ({"label_column": "image", "image_column": "label"}, "`label_column` 'image' must hold ClassLabel"),
+        ({"label_column": "image", "image_column": "label"}, "`label_column` 'image' must contain ClassLabel"),
     ],
 )
 def test_invalid_arguments_are_named(stream, transform, options, message):

@@ -444,7 +444,7 @@ def test_accelerate_recipes(name: str) -> None:
     assert file.read_text().startswith(
         f"# accelerate launch --config_file recipes/accelerate/{name}.yaml run_ufgir.py recipes/"
     )
-    assert "# Was it run?" in file.read_text()
+    assert "# Tested:" in file.read_text()
     config = ClusterConfig.from_yaml_file(str(file))
     kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed": "DEEPSPEED"}
     assert config.distributed_type == kinds[name] and config.num_processes == 2 and config.mixed_precision == "no"

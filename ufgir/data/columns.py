@@ -73,7 +73,7 @@ def our_columns(
     """Keep the two columns and rename them to `image` (decoded, not converted) and `label`, for map-style or streamed data.
 
     Raises:
-        DatasetError: if a column is missing, both are the same, or the image column does not hold images.
+        DatasetError: if a column is missing, both are the same, or the image column does not contain images.
     """
     ours: dict[str, Any] = {}
     for name, split in splits.items():
@@ -92,6 +92,6 @@ def our_columns(
             ours[name] = split.cast_column("image", datasets.Image())
         except (TypeError, ValueError, NotImplementedError) as error:  # raised by Arrow for an unsupported cast
             raise DatasetError(
-                f"{source}: column {image!r} of the {name} split does not hold images: {error}."
+                f"{source}: column {image!r} of the {name} split does not contain images: {error}."
             ) from error
     return ours

@@ -61,7 +61,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
             return {"train": path}
         allowed = ", ".join(name for names in SPLIT_NAMES.values() for name in names)
         raise DatasetError(
-            f"{path} holds the split folders {listed(child.name for child in splits)}, but {listed(others)} is not one of "
+            f"{path} contains the split folders {listed(child.name for child in splits)}, but {listed(others)} is not one of "
             f"{allowed}. Rename or move it. (A class folder with the name of a split must contain images and no folders.)"
         )
     if not splits:
@@ -69,7 +69,9 @@ def _split_folders(path: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for child, split in splits.items():
         if split in found:
-            raise DatasetError(f"{path} holds two folders for the {split} split: {found[split].name}, {child.name}.")
+            raise DatasetError(
+                f"{path} contains two folders for the {split} split: {found[split].name}, {child.name}."
+            )
         found[split] = child
     return {split: found[split] for split in SPLIT_NAMES if split in found}
 
@@ -85,7 +87,7 @@ def _check_loose_images(
         split = next((split for split, root in roots.items() if root == folder), None)
         if split is not None and not any(scan.images for scan in scans[split].values()):
             raise DatasetError(
-                f"{folder} holds {len(loose):,} images but no class folders. Put the images of each class into a folder "
+                f"{folder} contains {len(loose):,} images but no class folders. Put the images of each class into a folder "
                 f"named after it ({folder.name}/<class>/{loose[0]}), or list files and classes in {split}.csv or "
                 f"{split}.jsonl; to classify images without known classes use `load_images`."
             )
@@ -126,7 +128,7 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
         )
     if not any(scan.images for scan in every):
         raise DatasetError(
-            f"{path} holds no images. Expected split/class/image or class/image with one of the suffixes "
+            f"{path} contains no images. Expected split/class/image or class/image with one of the suffixes "
             f"{USUAL_SUFFIXES}, or a CSV, JSONL, parquet or save_to_disk layout."
         )
     if empty := [folder for found in scans.values() for folder, scan in found.items() if not scan.images]:

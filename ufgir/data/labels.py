@@ -159,7 +159,7 @@ class _Labels:
         inner = feature.feature if multi else feature
         if not isinstance(inner, datasets.ClassLabel | datasets.Value):
             raise DatasetError(
-                f"{source}: the label column of {split} must hold classes (ClassLabel, text or integers), or lists of "
+                f"{source}: the label column of {split} must contain classes (ClassLabel, text or integers), or lists of "
                 f"them, got {feature}."
             )
         values = dataset.select_columns("label")[:]["label"]

@@ -338,7 +338,7 @@ def _read(file: Path, columns: Mapping[str, str | None]) -> tuple[list[_Row], st
         if not is_utf8(row[image]):
             raise DatasetError(f"{file}: `{image}` in row {number} is not UTF-8 text: {row[image]!a}.")
         if "\0" in row[image]:
-            raise DatasetError(f"{file}: `{image}` in row {number} holds a null character: {row[image]!a}.")
+            raise DatasetError(f"{file}: `{image}` in row {number} contains a null character: {row[image]!a}.")
     return [_Row(number, row[image], _whole_numbers(row[label])) for number, row in numbered], label
 
 

@@ -88,7 +88,7 @@ LAYOUTS = (
     Layout(f"`{SYNTHETIC_LEAVES}`", _is_drawn, _open_drawn, _OF_DRAWING),
     Layout("a folder written by `save_to_disk`", is_saved, open_saved),
     Layout("a folder with files that list images", has_listings, open_listings, _OF_LISTINGS),
-    Layout("a folder of parquet files that hold images", has_parquet, open_parquet),
+    Layout("a folder of parquet files that contain images", has_parquet, open_parquet),
     Layout("a folder of class folders", lambda source: source.is_folder, open_image_folder),
     Layout("a data set of the Hub", is_known_set, open_known_set, _OF_HUB),
     Layout("a data set of the Hub", _is_on_hub, open_hub, _OF_HUB),
@@ -149,7 +149,7 @@ def _where(splits: datasets.DatasetDict, where: Callable[[str, int], str] | None
     return where(source, row) if where else f"{source} row {row}"
 
 
-def _refuse_for_stream(what: str, source: str) -> NoReturn:
+def _raise_for_stream(what: str, source: str) -> NoReturn:
     raise DatasetError(
         f"`streaming`: {what} needs the labels of all images of {source} in advance. Leave it out, or set "
         "`streaming=False`."
@@ -195,7 +195,7 @@ def load_ufgir_dataset(
       - a name of the table in `ufgir.data.catalog` that has an id on the Hub, e.g. `"cub"`;
       - a data set on the Hub.
 
-    `label` is a `ClassLabel`, or `List(ClassLabel)` for multi-label data: if the column holds lists, or with a
+    `label` is a `ClassLabel`, or `List(ClassLabel)` for multi-label data: if the column contains lists, or with a
     `label_separator`. `to_multi_hot` converts such a list to a target.
 
     Without a validation split, a part of train becomes one: of the n images of a class, the first
@@ -272,9 +272,9 @@ def load_ufgir_dataset(
     separator = None if opened.labels_split else label_separator
     if isinstance(next(iter(splits.values())), datasets.IterableDataset):
         if shots is not None:
-            _refuse_for_stream("`shots`", source)
+            _raise_for_stream("`shots`", source)
         if validation_fraction and "train" in splits and "validation" not in splits:
-            _refuse_for_stream("`validation_fraction` (without a validation split; set it to 0)", source)
+            _raise_for_stream("`validation_fraction` (without a validation split; set it to 0)", source)
         return unify_stream_labels(splits, source, class_names, separator)
 
     options = {"class_names": class_names, "id_names": opened.id_names, "separator": separator}

@@ -77,7 +77,7 @@ class StreamedImages(IterableDataset):
         label = features.get(label_column)
         classes = class_feature(label)
         if label is not None and classes is None:
-            raise ValueError(f"`label_column` {label_column!r} must hold ClassLabel, got {label}.")
+            raise ValueError(f"`label_column` {label_column!r} must contain ClassLabel, got {label}.")
         self.num_classes = None if classes is None else classes.num_classes
         self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.transform = transform
