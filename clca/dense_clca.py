@@ -55,14 +55,14 @@ class TokenTracker:
     Args:
         rows: (B, N, S), what each embedded token (CLS, registers, patches, CLR) holds of each source.
         config: the model's configuration.
-        recall: whether retrieved tokens hold what they summarise. If not, a patch is only in the tokens that took its place.
+        retrieve: whether retrieved tokens hold what they summarise. If not, a patch is only in the tokens that took its place.
 
     Attributes:
         rows: (B, N, S) for the tokens that enter the next layer.
     """
 
-    def __init__(self, rows: torch.Tensor, config: "CLCAViTConfig", recall: bool = True) -> None:
-        self.rows, self.config, self.recall = rows, config, recall
+    def __init__(self, rows: torch.Tensor, config: "CLCAViTConfig", retrieve: bool = True) -> None:
+        self.rows, self.config, self.retrieve = rows, config, retrieve
         self.num_patches = rows.shape[1] - config.num_prefix_tokens - config.num_clr_tokens
         self._pool_len = initial_state(config, (1, self.num_patches)).pool_len
         self._recovery = recovery_layers(config)
@@ -112,7 +112,7 @@ class TokenTracker:
             entry.append(mean_rows(rows, 0 if config.cache_pool_cls else 1, self._pool_len, real))
         if config.num_clr_tokens:
             entry.append(last_rows(rows, config.num_clr_tokens, real))
-        return entry if self.recall else [torch.zeros_like(row) for row in entry]
+        return entry if self.retrieve else [torch.zeros_like(row) for row in entry]
 
 
 def unmerge(tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ def feature_maps(
     prefix, num_patches = config.num_prefix_tokens, grid[0] * grid[1]
     embedded = hidden_states[0]
     shares = patch_shares(config, num_patches, embedded.shape[0], embedded.device)
-    tracker = TokenTracker(shares, config, recall=False)
+    tracker = TokenTracker(shares, config, retrieve=False)
     last: torch.Tensor | None = None  # (B, P, D), what each patch had before the latest stage
     maps = []
     for index, tokens in enumerate(hidden_states[: max(indices) + 1]):

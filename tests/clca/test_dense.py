@@ -54,7 +54,7 @@ def test_maps_are_what_the_tokens_hold(case: Case) -> None:
     expected = [tokens[:, prefix : prefix + 15] for tokens in normed]
     if case.method is not None:
         plain = CLCAViTModel.forward(model, pixels, True, output_assignments=True)
-        shares = trace_patches(plain.assignments, model.config, 15, recall=False).left
+        shares = trace_patches(plain.assignments, model.config, 15, retrieve=False).left
         for index in (2, 3, 4, 5):
             held = shares[index - 1].sum(dim=1).unsqueeze(-1) > 0
             # Stages are in layers 1 and 2: what the first loses entered it as hidden state 1, the second as hidden state 2.

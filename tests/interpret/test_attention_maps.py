@@ -116,9 +116,9 @@ def test_mistakes_with_attention_maps() -> None:
     for start, stop in ((1, 1), (2, None), (-1, 1), (0, 3)):
         with pytest.raises(ValueError, match="must lie in 0:2"):
             attention_rollout([square, square], start, stop)
-    with pytest.raises(ValueError, match="`values` of 12 patches do not fill a grid of 3 x 5"):
+    with pytest.raises(ValueError, match=r"`values` .* 3 x 5 .* got 12"):
         on_grid(torch.zeros(2, 12), (3, 5))
-    with pytest.raises(ValueError, match=r"`scores` must hold one number per row of `features`, \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"`scores` must .*\(1, 4\)"):
         best_patches(torch.zeros(1, 4, 2), torch.zeros(1, 5), 1)
     for count in (0, 5):
         with pytest.raises(ValueError, match="`count` must be between 1 and 4"):
@@ -247,7 +247,7 @@ def test_similarity_of_every_model(case) -> None:
     if config.reduction is None:
         rows = torch.arange(16).expand(3, -1) + config.num_prefix_tokens
     else:
-        own = trace_patches(output.assignments, config, recall=False).left[2]
+        own = trace_patches(output.assignments, config, retrieve=False).left[2]
         alone = (own == 1) & ((own > 0).sum(dim=2, keepdim=True) == 1) & ((own > 0).sum(dim=1, keepdim=True) == 1)
         rows = torch.where(alone.any(dim=1), own.argmax(dim=1), -1)
     to_cls = feature_similarity(model, pixels, "cls", [2])[:, 0]

@@ -87,7 +87,7 @@ def test_tokens_and_gradients_lie_on_the_grid(case) -> None:
             for i, s in enumerate(shares)
         ]
     else:
-        shares = trace_patches(output.assignments or (), model.config, 15, recall=False).left
+        shares = trace_patches(output.assignments or (), model.config, 15, retrieve=False).left
     for index, activation, gradient, slope in zip(
         layers, gatherer.activations, gatherer.gradients, slopes, strict=True
     ):
@@ -103,7 +103,7 @@ def test_a_closed_grid_lets_go() -> None:
         assert grid(torch.ones(3, token_schedule(model.config).after[-1], 2)).shape == (3, 2, 4, 4)
     assert model(images()).assignments is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.vit.layers.modules())
-    with pytest.raises(ValueError, match="no forward"):
+    with pytest.raises(ValueError, match="`PatchGrid`"):
         grid(torch.ones(3, 17, 2))
 
 

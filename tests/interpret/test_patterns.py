@@ -187,7 +187,7 @@ def test_statistics_of_any_grid_and_depth(size):
         ({}, {"reduction": None}, "the second model reduces no tokens"),
         ({}, {"image_size": 64}, "grids of 4 x 4 and 8 x 8 patches"),
         ({}, {"image_size": (16, 64)}, "grids of 4 x 4 and 2 x 8 patches"),
-        ({}, {"reduction_layers": [2]}, "in 2 and 1 stages"),
+        ({}, {"reduction_layers": [2]}, "2 and 1 stages"),
     ],
 )
 def test_models_whose_patterns_cannot_be_compared_are_refused(first, second, words):

@@ -95,7 +95,7 @@ def test_constant_maps_have_no_correlation():
     [
         (np.ones((2, 3)), np.ones((3, 2)), r"same grid.*\(2, 3\) and \(3, 2\)"),
         (np.ones(4), np.ones(4), "rows, columns"),
-        (np.ones((2, 2)), -np.ones((2, 2)), "`b` must be .* not negative"),
+        (np.ones((2, 2)), -np.ones((2, 2)), "`b` must be .* -1 to -1"),
         (np.zeros((2, 2)), np.ones((2, 2)), "`a` must be .* not all zero"),
         (np.full((2, 2), np.nan), np.ones((2, 2)), "`a` must be .* finite"),
     ],

@@ -54,22 +54,22 @@ def rotation(width, seed=3):
 @pytest.mark.parametrize("case", [*MORE_IMAGES, "tall"])
 def test_cka_and_procrustes_equal_the_original(case):
     x, y = golden_pair(case)
-    assert 1 - linear_cka(x, y, normalise=False) == pytest.approx(float(golden(case, "lin_cka_dist")), abs=1e-6)
-    assert procrustes_distance(x, y, normalise=False) == pytest.approx(float(golden(case, "procrustes")), abs=1e-6)
+    assert 1 - linear_cka(x, y, normalize=False) == pytest.approx(float(golden(case, "lin_cka_dist")), abs=1e-6)
+    assert procrustes_distance(x, y, normalize=False) == pytest.approx(float(golden(case, "procrustes")), abs=1e-6)
     prime = gram_distance if case == "tall" else linear_cka_prime_distance
-    assert prime(x, y, normalise=False) == pytest.approx(float(golden(case, "lin_cka_prime_dist")), abs=1e-6)
+    assert prime(x, y, normalize=False) == pytest.approx(float(golden(case, "lin_cka_prime_dist")), abs=1e-6)
 
 
 @pytest.mark.parametrize("case", MORE_IMAGES)
 def test_canonical_correlations_equal_the_original(case):
     x, y = golden_pair(case)
-    torch.testing.assert_close(cca(x, y, normalise=False), golden(case, "rho"), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cca(x, y, normalize=False), golden(case, "rho"), atol=1e-6, rtol=0)
     for function, name in ((mean_cca, "mean_cca"), (mean_squared_cca, "mean_sq_cca")):
-        assert function(x, y, normalise=False) == pytest.approx(float(golden(case, name)), abs=1e-6), name
+        assert function(x, y, normalize=False) == pytest.approx(float(golden(case, name)), abs=1e-6), name
     expected = pytest.approx(float(golden(case, "pwcca_dist")), abs=1e-6)
-    assert pwcca_distance(x, y, normalise=False, original=True) == expected
+    assert pwcca_distance(x, y, normalize=False, original=True) == expected
     if case != "diff":  # x has more channels than y
-        assert pwcca_distance(x, y, normalise=False) == expected
+        assert pwcca_distance(x, y, normalize=False) == expected
 
 
 # Properties
@@ -105,7 +105,7 @@ def test_correlations_of_fewer_images_than_channels_are_refused():
     with pytest.raises(ValueError, match="30 channels need more than 31 images"):
         cca(*golden_pair("tall"))
     with pytest.raises(ValueError, match="more than 7 images"):
-        pwcca_distance(features(7), features(7, seed=5))  # centred, seven images span six directions
+        pwcca_distance(features(7), features(7, seed=5))  # centered, seven images span six directions
     pwcca_distance(features(8), features(8, seed=5))
 
 

@@ -1,4 +1,4 @@
-"""Traces are what really happens to tokens: shown on networks whose layers do nothing but reduce, cache and recall."""
+"""Traces match the tokens of networks whose layers only reduce tokens and use the cache."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def idle(case, **changes):
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3]], ids=str)
 @pytest.mark.parametrize("case", table(IDLE), ids=str)
 def test_tokens_are_what_their_traces_say(case, layers) -> None:
-    """Every token of every layer is the sum of the embedded rows by its shares, recalled GAP and CLR too; a stage in layer 0
-    finds the cache empty."""
+    """Every token of every layer, retrieved GAP and CLR tokens included, is the sum of the embedded tokens weighted by its shares.
+    A stage in layer 0 has an empty cache."""
     model = idle(case, reduction_layers=layers, **SUMS.get(case.method, {}))
     pixels = images()
     output = model.vit(pixels, output_hidden_states=True, output_assignments=True)
@@ -54,7 +54,7 @@ def test_tokens_are_what_their_traces_say(case, layers) -> None:
     of_patches = trace_patches(output.assignments, model.config)
     assert (of_patches.final - trace.final[..., patches]).abs().max() <= 1e-12
     assert len(of_patches.stages) == 2 and torch.equal(of_patches.stages[1], of_patches.left[layers[1]])
-    own = trace_patches(output.assignments, model.config, recall=False)
+    own = trace_patches(output.assignments, model.config, retrieve=False)
     assert (own.final <= of_patches.final + 1e-12).all()
     assert own.final.sum() < of_patches.final.sum() or case.cache == "plain"
 

@@ -166,8 +166,8 @@ def compare_models(
         if moments is not None:
             moments.update(*(side.cls for side in found))
         for side, of_layers in zip(found, spreads, strict=False):
-            for spread, (tokens, visible) in zip(of_layers, side.rows, strict=True):
-                spread.update(tokens, visible)
+            for spread, (tokens, mask) in zip(of_layers, side.rows, strict=True):
+                spread.update(tokens, mask)
         if agreement is not None:
             agreement.update(tuple(side.kept for side in found), tuple(side.clusters for side in found))
             for one, side in zip(statistics, found, strict=True):

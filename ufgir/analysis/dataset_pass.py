@@ -229,7 +229,7 @@ class _Writer:
         return pa.record_batch(arrays, schema=self.schema)
 
     def _patterns(self, assignments: Sequence[torch.Tensor], statistics: "Statistics") -> list[list[np.ndarray]]:
-        traces = trace_patches(assignments, self.config, recall=False).stages
+        traces = trace_patches(assignments, self.config, retrieve=False).stages
         kept = own_tokens(traces).cpu().numpy()
         statistics.patterns.update(kept)
         columns = []

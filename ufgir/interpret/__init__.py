@@ -1,5 +1,5 @@
-"""What a model does with its tokens, as numbers: trace tokens back to patches, attention maps and rollout, feature maps, patterns of kept
-patches, similarity of features, class activation maps, saliency. `ufgir.visualization` draws them."""
+"""Interpretation of a model: traces of tokens to patches, attention maps and rollout, feature similarity, patterns of kept patches,
+class activation maps, saliency metrics. `ufgir.visualization` draws the results."""
 
 from .attention_maps import cls_attention_of_patches, rollout_of_patches
 from .class_maps import LogitsOnly, PatchGrid, class_activation_maps

@@ -1,6 +1,7 @@
-"""Class activation maps (Grad-CAM, https://huggingface.co/papers/1610.02391), and what tools of interpretability need to work on
-a model whose tokens move: pytorch-grad-cam and captum take modules whose output is one tensor, `vit.layers[i].tokens` for
-example, and models that return one.
+"""Class activation maps (Grad-CAM, https://huggingface.co/papers/1610.02391), and adapters for interpretability libraries.
+
+pytorch-grad-cam and captum hook into modules whose output is a single tensor, such as `vit.layers[i].tokens`, and need models that
+return a single tensor.
 
 Shapes: B batch, N tokens, D width, K classes.
 """
@@ -20,10 +21,10 @@ from .attention_maps import checked_layers, evaluation_mode
 
 
 class LogitsOnly(nn.Module):
-    """A classifier that returns its logits (B, K) alone, as pytorch-grad-cam and captum expect it.
+    """A classifier that returns only its logits (B, K), as pytorch-grad-cam and captum expect.
 
     Args:
-        model: any classifier of transformers.
+        model: any transformers classifier.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,14 +37,14 @@ class LogitsOnly(nn.Module):
 
 
 class PatchGrid:
-    """Put the tokens of a layer back on the grid of patches: a `reshape_transform` for pytorch-grad-cam.
+    """A `reshape_transform` for pytorch-grad-cam: maps the tokens of a layer to the grid of patches.
 
-    A patch gets the mean of the tokens that hold a part of it, weighted by the parts, and zeros where no token holds it. It
-    notes in each forward of the model which tokens hold which patches, and which layer it is asked about, so the target layers
-    may be several, but must be of `model.vit.layers[i].tokens`. In the last layer the gradient of a head that reads CLS is zero
-    on all patches: take the one before it.
+    The value of a patch is the mean of the tokens that hold a part of it, weighted by the parts; zero if no token holds it. Hooks
+    record in each forward pass which tokens hold which patches. There may be several target layers, each of which must be a
+    `model.vit.layers[i].tokens`. For heads that read CLS, the gradient of the patches in the last layer is zero; choose an
+    earlier layer.
 
-    Use it as a context manager, or call `close` when it is no longer needed.
+    Use it as a context manager, or call `close` to remove the hooks.
 
     Args:
         model: a CLCA classifier or backbone.
@@ -61,16 +62,16 @@ class PatchGrid:
 
     def __init__(self, model: CLCAViTForImageClassification | CLCAViTModel) -> None:
         self._backbone: Any = model.base_model
-        self._grid: tuple[int, int] | None = None  # of the images of the latest forward
+        self._grid: tuple[int, int] | None = None  # of the images of the latest forward pass
         self._tracker: TokenTracker | None = None
-        self._assignment: torch.Tensor | None = None  # of the layer that runs
-        self._shares: dict[int, torch.Tensor] = {}  # of the tokens that left each layer
-        self._layer = 0  # whose tokens, or their gradient, the hooks of others look at now
+        self._assignment: torch.Tensor | None = None  # of the current layer
+        self._shares: dict[int, torch.Tensor] = {}  # of the output tokens of each layer
+        self._layer = 0  # the layer whose tokens, or their gradients, are mapped next
         self._handles = [self._backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for index, layer in enumerate(self._backbone.layers):
             if layer.reduction is not None:
                 self._handles.append(layer.reduction.register_forward_hook(self._note))
-            # Before the hooks of others, which call this object.
+            # Must run before the hooks of other libraries, which call this object.
             self._handles.append(layer.tokens.register_forward_hook(partial(self._leave, index), prepend=True))
 
     def __enter__(self) -> Self:
@@ -80,14 +81,14 @@ class PatchGrid:
         self.close()
 
     def close(self) -> None:
-        """Stop watching the model."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._shares.clear()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Put tokens of the layer that runs, or their gradient, on the grid.
+        """Map tokens of the current layer, or their gradients, to the grid of patches.
 
         Args:
             tensor: (B, N, D).
@@ -96,11 +97,13 @@ class PatchGrid:
             (B, D, rows, columns).
 
         Raises:
-            ValueError: no forward before, or a tensor that is not the output of a layer's `tokens`.
+            ValueError: if the model was not run before, or the tensor is not the output of a layer's `tokens`.
         """
         shares = self._shares.get(self._layer)
         if shares is None or self._grid is None:
-            raise ValueError("`PatchGrid` has seen no forward of the model. Make it before the tool that calls it.")
+            raise ValueError(
+                "`PatchGrid` must be created before the forward pass whose tokens it maps, got no forward pass."
+            )
         if tensor.dim() != 3 or tensor.shape[:2] != shares.shape[:2]:
             raise ValueError(
                 f"`tensor` must hold the tokens of layer {self._layer}, ({shares.shape[0]}, {shares.shape[1]}, width), got "
@@ -109,14 +112,14 @@ class PatchGrid:
         return unmerge(tensor, shares.to(tensor.device)).transpose(1, 2).unflatten(2, self._grid)
 
     def _begin(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before a forward: have assignments recorded."""
+        """Prepare a forward pass: request assignments and reset the shares."""
         call = signature(backbone.forward).bind(*args, **kwargs)
         pixel_values = call.arguments["pixel_values"]
         self._grid = self._backbone.embeddings.grid(pixel_values)
         shares = patch_shares(
             self._backbone.config, self._grid[0] * self._grid[1], len(pixel_values), pixel_values.device
         )
-        self._tracker, self._shares = TokenTracker(shares, self._backbone.config, recall=False), {}
+        self._tracker, self._shares = TokenTracker(shares, self._backbone.config, retrieve=False), {}
         call.arguments["output_assignments"] = True
         return call.args, call.kwargs
 
@@ -124,14 +127,14 @@ class PatchGrid:
         self._assignment = output[1].report.get("assignment")
 
     def _leave(self, index: int, point: nn.Module, args: tuple, tokens: torch.Tensor) -> None:
-        assert self._tracker is not None  # forwards of the model begin with `_begin`
+        assert self._tracker is not None  # `_begin` runs first in every forward pass
         self._shares[index] = self._tracker.pass_layer(index, self._assignment)
         self._assignment = None
-        self._ask(index)
+        self._select(index)
         if tokens.requires_grad:
-            tokens.register_hook(lambda _: self._ask(index))
+            tokens.register_hook(lambda _: self._select(index))
 
-    def _ask(self, index: int) -> None:
+    def _select(self, index: int) -> None:
         self._layer = index
 
 
@@ -142,21 +145,21 @@ def class_activation_maps(
     layers: Sequence[int] | None = None,
     interpolate_pos_encoding: bool = False,
 ) -> torch.Tensor:
-    """Grad-CAM on the tokens that leave a layer: channels weighted by the mean gradient of a class' logit over the patches,
-    summed, and what is negative set to zero. A patch that no token holds has zero.
+    """Compute Grad-CAM on the output tokens of layers: weight the channels by the mean gradient of a class logit over the patches, sum
+    them, and set negative values to zero. Patches held by no token are zero.
 
     Args:
         model: a CLCA classifier.
-        pixel_values: normalised images (B, C, height, width).
-        target: the class, one for all images or one each; by default what the model predicts.
-        layers: 0-based; by default the last but one, since heads that read CLS read no other token of the last layer.
-        interpolate_pos_encoding: accept images of another size than the model's.
+        pixel_values: normalized images (B, C, height, width).
+        target: class index, one for all images or one per image; None for the predicted classes.
+        layers: 0-based layer indices; None for the second to last layer, since heads that read CLS use no other token of the last.
+        interpolate_pos_encoding: accept images whose size differs from the model's.
 
     Returns:
-        (B, layers, P), at least zero, in units of the logit.
+        (B, layers, P), non-negative, in units of the logit.
 
     Raises:
-        ValueError: a class or a layer that does not exist.
+        ValueError: if there is no such class or layer.
     """
     config = model.config
     chosen = checked_layers([max(config.num_hidden_layers - 2, 0)] if layers is None else layers, config)
@@ -164,7 +167,7 @@ def class_activation_maps(
     maps: dict[int, torch.Tensor] = {}
 
     def keep(index: int, point: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        # Also where all parameters are frozen; and each layer's gradient is that of its own tokens.
+        # Also works if all parameters are frozen; each layer gets the gradient with respect to its own tokens.
         tokens[index] = output if output.requires_grad else output.detach().requires_grad_()
         return tokens[index]
 
@@ -176,7 +179,7 @@ def class_activation_maps(
             picked = logits.gather(1, classes.unsqueeze(1)).sum()
             gradients = torch.autograd.grad(picked, [tokens[index] for index in chosen], allow_unused=True)
             for index, gradient in zip(chosen, gradients, strict=True):
-                grid._ask(index)
+                grid._select(index)
                 features = grid(tokens[index].detach())
                 slopes = torch.zeros_like(features) if gradient is None else grid(gradient)
                 weights = slopes.mean(dim=(2, 3), keepdim=True)
@@ -188,7 +191,7 @@ def class_activation_maps(
 
 
 def _checked_classes(target: int | Sequence[int] | None, logits: torch.Tensor) -> torch.Tensor:
-    """The class of each image, (B,)."""
+    """Return the target class of each image, (B,)."""
     batch, count = logits.shape
     if target is None:
         return logits.argmax(dim=1)

@@ -1,6 +1,6 @@
-"""How similar each patch's feature is to CLS and to the mean, also where tokens were reduced.
+"""Cosine similarity of patch features to CLS and to the mean, also for models that reduce tokens.
 
-Shapes: B batch, N tokens, D width, P patches of the image.
+Shapes: B batch, N tokens, D width, P patches per image.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from clca.attention_clca import at_least_float32
 
 from .attention_maps import (
     check_class_token,
-    check_rows_stay,
+    check_traceable,
     checked_layers,
-    embedded_rows,
+    embedded_tokens,
     evaluation_mode,
     of_patches,
 )
@@ -29,30 +29,30 @@ def feature_similarity(
     layers: Sequence[int] | None = None,
     interpolate_pos_encoding: bool = False,
 ) -> torch.Tensor:
-    """Cosine between the feature of each patch and CLS, or the mean of the tokens that hold patches.
+    """Compute the cosine similarity of each patch's feature to CLS, or to the mean of the patch tokens.
 
-    A patch that was merged has the mean cosine of the tokens that hold a part of it, weighted by the parts. Recalled rows
-    stand for no patch here.
+    A merged patch has the mean similarity of the tokens that hold a part of it, weighted by the parts. Tokens retrieved from the
+    cache are ignored.
 
     Args:
         model: any CLCA model.
-        pixel_values: normalised images (B, C, height, width).
+        pixel_values: normalized images (B, C, height, width).
         to: `cls` or `mean`.
-        layers: 0-based, their outputs are compared; None for the tokens after the final norm.
-        interpolate_pos_encoding: accept images of another size than the model's.
+        layers: 0-based indices of the layers whose outputs are compared; None for the output of the final norm.
+        interpolate_pos_encoding: accept images whose size differs from the model's.
 
     Returns:
-        (B, layers, P) in [-1, 1], one layer for None; NaN for patches that no token holds any more.
+        (B, layers, P) in [-1, 1]; one layer if `layers` is None. NaN for patches held by no token.
 
     Raises:
-        ValueError: another `to`, `cls` of a model without CLS, or a layer that does not exist.
+        ValueError: if `to` has another value, if it is `cls` and the model has no CLS token, or if there is no such layer.
     """
     if to not in ("cls", "mean"):
         raise ValueError(f"`to` must be 'cls' or 'mean', got {to!r}.")
     config = model.config
     if to == "cls":
         check_class_token(config, "the similarity to CLS")
-    check_rows_stay(config)
+    check_traceable(config)
     chosen = None if layers is None else checked_layers(layers, config)
     with evaluation_mode(model):
         output = model.vit(
@@ -61,7 +61,7 @@ def feature_similarity(
             output_assignments=True,
             output_hidden_states=chosen is not None,
         )
-        trace = carry(embedded_rows(model, pixel_values), output.assignments, config, recall=False)
+        trace = carry(embedded_tokens(model, pixel_values), output.assignments, config, retrieve=False)
         if chosen is None:
             pairs = [(output.last_hidden_state, trace.final)]
         else:
@@ -70,7 +70,7 @@ def feature_similarity(
 
 
 def _similarity(rows: torch.Tensor, shares: torch.Tensor, to: str) -> torch.Tensor:
-    """Cosines (B, P) of tokens (B, N, D) that hold `shares` (B, N, P) of the patches."""
+    """Return similarities (B, P) for tokens (B, N, D) with `shares` (B, N, P) of the patches."""
     rows, shares = at_least_float32(rows), shares.to(torch.promote_types(rows.dtype, torch.float32))
     if to == "cls":
         reference = rows[:, :1]

@@ -1,13 +1,13 @@
-"""Which patches a reduction keeps, and which it puts together: per image, over a data set, and between two models.
+"""Patterns of kept and merged patches: per image, over a data set, and compared between two models.
 
-All of it is read off the assignments that a forward pass gives with `output_assignments=True`, for any method, grid and depth.
+They are computed from the assignments of a forward pass with `output_assignments=True`, for any method, grid and depth.
 
-- A patch is *kept* by a stage if it still has a token of its own: a token made of it alone. Pruning keeps patches; merging keeps
-  those that were merged with none; methods with soft slots (sit, patchmerger, sinkhorn) keep none.
-- The *depth* of a patch is the layer at which it loses its own token, or the number of layers if it never does.
-- A *cluster map* says for each patch which token after the stage holds the largest part of it, -1 for none.
+- A patch is *kept* by a stage if it still has its own token: a token that holds only this patch. Pruning keeps patches; merging
+  keeps the patches it does not merge; methods with soft slots (sit, patchmerger, sinkhorn) keep none.
+- The *depth* of a patch is the index of the layer in which it loses its own token, or the number of layers if it never does.
+- A *cluster map* holds, for each patch, the index of the token that holds the largest part of it after the stage; -1 for none.
 
-Shapes: B images, S stages, P patches of the image, N and M tokens before and after a stage.
+Shapes: B images, S stages, P patches per image, N and M tokens before and after a stage.
 """
 
 import math
@@ -25,38 +25,38 @@ from .tracing import trace_patches
 
 
 MISSING = "comparing merges needs scikit-learn: pip install 'clca-vit[analysis]'"
-OWN = 0.999  # the share of a patch in its own token; half precision rounds
+OWN = 0.999  # minimal share of a patch in its own token; below one because half precision rounds
 
 
 def stage_layers(config: CLCAViTConfig, name: str = "the model") -> list[int]:
-    """0-based layers that hold a stage, S of them.
+    """Return the 0-based indices of the S layers with a stage.
 
     Raises:
-        ValueError: a model without a reduction; `name` is what the message calls it.
+        ValueError: if the model has no reduction; the message calls the model `name`.
     """
     if config.reduction is None:
         raise ValueError(
-            f"{name} reduces no tokens (`reduction` is None): it has no pattern of kept or merged patches."
+            f"{name} reduces no tokens (`reduction` is None), so it has no pattern of kept or merged patches."
         )
     return get_reduction(config.reduction).layers(config)
 
 
 def check_comparable(first: CLCAViTConfig, second: CLCAViTConfig) -> None:
-    """Refuse two models whose patterns cannot be laid over one another.
+    """Check that the patterns of two models can be compared.
 
     Raises:
-        ValueError: no reduction, other grids of patches, or other numbers of stages.
+        ValueError: if a model has no reduction, or the models differ in the grid of patches or the number of stages.
     """
     stages = [len(stage_layers(c, f"the {name} model")) for c, name in ((first, "first"), (second, "second"))]
     grids = [" x ".join(map(str, config.image_grid)) for config in (first, second)]
     if grids[0] != grids[1]:
         raise ValueError(
-            f"the models see grids of {grids[0]} and {grids[1]} patches: patterns can be compared on equal grids only, so "
-            "set `image_size` of one of them."
+            f"the models have grids of {grids[0]} and {grids[1]} patches; patterns can only be compared on equal grids. Change "
+            "`image_size` of one of them."
         )
     if stages[0] != stages[1]:
         raise ValueError(
-            f"the models reduce in {stages[0]} and {stages[1]} stages: patterns are compared stage by stage, so set "
+            f"the models have {stages[0]} and {stages[1]} stages; patterns are compared stage by stage. Change "
             "`reduction_layers` of one of them."
         )
 
@@ -64,28 +64,27 @@ def check_comparable(first: CLCAViTConfig, second: CLCAViTConfig) -> None:
 def kept_patches(
     assignments: Sequence[torch.Tensor], config: CLCAViTConfig, num_patches: int | None = None
 ) -> torch.Tensor:
-    """Patches that still have a token of their own after each stage, (B, S, P) booleans; what the cache recalls is no such
-    token.
+    """Return which patches still have their own token after each stage, (B, S, P) booleans. Tokens retrieved from the cache are ignored.
 
     Args:
-        assignments: one (B, M, N) per stage, as the model returns them.
+        assignments: one (B, M, N) per stage, as returned by the model.
         config: the model's configuration.
-        num_patches: of the images, if not those of `config.image_size`.
+        num_patches: patches per image; None for those of `config.image_size`.
 
     Raises:
-        ValueError: as `trace_patches`.
+        ValueError: see `trace_patches`.
     """
-    return own_tokens(trace_patches(assignments, config, num_patches, recall=False).stages)
+    return own_tokens(trace_patches(assignments, config, num_patches, retrieve=False).stages)
 
 
 def own_tokens(stages: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The same of a trace's stages, (B, M, P) each: (B, S, P) booleans."""
+    """Return `kept_patches`, (B, S, P) booleans, from the stages of a trace, (B, M, P) each."""
     return torch.stack([stage.amax(dim=1) > OWN for stage in stages], dim=1)
 
 
 def compose_clusters(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Clusters of clusters: each of `first` (..., P) is looked up in `second` (..., C), the clusters that those were put into.
-    What `second` does not list stays as it is: -1, for what was dropped, and numbers above C - 1."""
+    """Look up the clusters `first` (..., P) in `second` (..., C), which maps clusters to larger clusters. Values outside 0 .. C - 1, such
+    as -1 for dropped patches, are unchanged."""
     listed = (first >= 0) & (first < second.shape[-1])
     return torch.where(listed, second.gather(-1, first.clamp(0, second.shape[-1] - 1)), first)
 
@@ -93,11 +92,11 @@ def compose_clusters(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def cluster_maps(
     assignments: Sequence[torch.Tensor], config: CLCAViTConfig, num_patches: int | None = None
 ) -> torch.Tensor:
-    """The row of the sequence after each stage that holds the largest part of a patch, or of the token it was in before:
-    (B, S, P) integers, -1 where no row holds any.
+    """Return the index of the token that holds the largest part of each patch (or of the token that held the patch before) after each
+    stage: (B, S, P) integers, -1 for none.
 
     Raises:
-        ValueError: another number of assignments than the model has stages.
+        ValueError: if the number of assignments differs from that of stages.
     """
     stages = stage_layers(config)
     if len(assignments) != len(stages):
@@ -107,7 +106,9 @@ def cluster_maps(
         )
     num_patches = config.num_patches if num_patches is None else num_patches
     clusters = torch.arange(num_patches, device=assignments[0].device) + config.num_prefix_tokens
-    clusters = clusters.expand(len(assignments[0]), -1)  # rows that the cache appends do not move those before
+    clusters = clusters.expand(
+        len(assignments[0]), -1
+    )  # tokens appended from the cache do not change the indices of earlier tokens
     maps = []
     for assignment in assignments:
         share, row = assignment.max(dim=1)  # (B, N)
@@ -117,11 +118,12 @@ def cluster_maps(
 
 
 def patch_depths(kept: np.ndarray, layers: Sequence[int], num_layers: int) -> np.ndarray:
-    """Layers in which each patch had a token of its own, counted to where it lost it: (B, P), from `kept` (B, S, P).
+    """Return the depth of each patch, (B, P), from `kept` (B, S, P).
 
     Args:
-        layers: of the S stages.
-        num_layers: of the model, the depth of patches that are never lost.
+        kept: booleans, see `kept_patches`.
+        layers: layer index of each of the S stages.
+        num_layers: number of layers; the depth of patches that are always kept.
     """
     depths = np.full((kept.shape[0], kept.shape[2]), num_layers)
     for stage in reversed(range(len(layers))):
@@ -130,21 +132,20 @@ def patch_depths(kept: np.ndarray, layers: Sequence[int], num_layers: int) -> np
 
 
 def intersection_over_union(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of kept sets (..., P): patches that both keep over patches that either keeps, (...); NaN where neither keeps any."""
+    """Compute the IoU (...) of sets of kept patches (..., P); NaN if both sets are empty."""
     either = (first | second).sum(axis=-1)
     return np.where(either > 0, (first & second).sum(axis=-1) / np.maximum(either, 1), math.nan)
 
 
 def cluster_agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """How well two cluster maps (P,) of an image agree, whatever their clusters are called.
+    """Compute the agreement of two cluster maps (P,) of an image, independent of the cluster indices.
 
     Returns:
-        Homogeneity (each cluster of `second` lies in one of `first`), completeness (the other way round) and their harmonic
-        mean, the normalised mutual information (NMI), each in [0, 1] (https://aclanthology.org/D07-1043). Dropped patches, -1,
-        are a cluster.
+        Homogeneity (each cluster of `second` lies in one of `first`), completeness (the reverse) and their harmonic mean, the
+        normalized mutual information (NMI), each in [0, 1] (https://aclanthology.org/D07-1043). Dropped patches (-1) form a cluster.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        ImportError: if scikit-learn is not installed.
     """
     try:
         from sklearn.metrics import homogeneity_completeness_v_measure
@@ -154,13 +155,13 @@ def cluster_agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
 
 
 class PatternStatistics:
-    """What a reduction does to the patches of many images, in one pass.
+    """Statistics of the patterns of kept patches over many images, in one pass.
 
     Args:
-        config: of a model with a reduction.
+        config: configuration of a model with a reduction.
 
     Raises:
-        ValueError: a model without one.
+        ValueError: if the model has no reduction.
     """
 
     def __init__(self, config: CLCAViTConfig) -> None:
@@ -169,35 +170,35 @@ class PatternStatistics:
         self.grid = config.image_grid
         patches = config.num_patches
         self.depth = RunningMean((patches,))
-        self.kept = RunningMean((len(self.layers), patches))  # how often
-        self.share = RunningMean((len(self.layers),))  # of the patches of an image
+        self.kept = RunningMean((len(self.layers), patches))  # frequency
+        self.share = RunningMean((len(self.layers),))  # of kept patches per image
 
     def update(self, kept: np.ndarray) -> None:
-        """Add what `kept_patches` (B, S, P) says of a batch."""
+        """Add a batch of `kept_patches`, (B, S, P)."""
         self.depth.update(patch_depths(kept, self.layers, self.num_layers))
         self.kept.update(kept)
         self.share.update(kept.mean(axis=2))
 
     def maps(self) -> dict[str, np.ndarray]:
-        """(rows, columns) each: mean and deviation of the depth, and how often each stage keeps the patch (`kept_stage_0`, ...)."""
+        """Return maps (rows, columns): mean and std of the depth, and the frequency with which each stage keeps a patch (`kept_stage_0`, ...)."""
         values = {"depth_mean": self.depth.mean, "depth_std": self.depth.std}
         values |= {f"kept_stage_{stage}": kept for stage, kept in enumerate(self.kept.mean)}
         return {name: value.reshape(self.grid) for name, value in values.items()}
 
     def stages(self) -> list[dict[str, Any]]:
-        """A row per stage: its layer, mean and deviation over images of the share of patches that it keeps."""
+        """Return a row per stage: its layer, and mean and std over images of the share of kept patches."""
         rows = zip(self.layers, self.share.mean.tolist(), self.share.std.tolist(), strict=True)
         return [{"stage": i, "layer": a, "kept_mean": b, "kept_std": c} for i, (a, b, c) in enumerate(rows)]
 
 
 class PatternAgreement:
-    """How alike the patterns of two models are, stage by stage, over many images in one pass.
+    """Agreement of the patterns of two models, stage by stage, over many images in one pass.
 
     Args:
-        first, second: their configurations.
+        first, second: configurations of the models.
 
     Raises:
-        ValueError: models that `check_comparable` refuses.
+        ValueError: see `check_comparable`.
     """
 
     MEASURES = ("iou", "homogeneity", "completeness", "nmi")
@@ -210,8 +211,8 @@ class PatternAgreement:
     def update(
         self, kept: tuple[np.ndarray, np.ndarray], clusters: tuple[np.ndarray, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Add a batch, what `kept_patches` and `cluster_maps` (B, S, P) say of the same images for each model; the measures of
-        these images, (B, S) each."""
+        """Add a batch: `kept_patches` and `cluster_maps`, (B, S, P), of each model for the same images. Returns the measures of these
+        images, (B, S) each."""
         agreement = [
             [cluster_agreement(first, second) for first, second in zip(*stages, strict=True)]
             for stages in zip(*clusters, strict=True)
@@ -224,8 +225,8 @@ class PatternAgreement:
         return values
 
     def stages(self) -> list[dict[str, Any]]:
-        """A row per stage: its layers, mean and deviation over images of each measure, and the number of images in the mean of
-        the IoU, which is not defined where no model keeps a patch."""
+        """Return a row per stage: its layers, mean and std over images of each measure, and the number of images with an IoU, which is
+        undefined if neither model keeps a patch."""
         rows = []
         for stage, layers in enumerate(zip(*self.layers, strict=True)):
             row: dict[str, Any] = {"stage": stage, "layer_a": layers[0], "layer_b": layers[1]}
@@ -236,19 +237,19 @@ class PatternAgreement:
 
 
 def gap_correlation(similarities: Sequence[float], gaps: Sequence[float]) -> dict[str, float]:
-    """Rank correlations of a similarity of pairs of models with the gaps between their accuracies.
+    """Compute rank correlations between a similarity of pairs of models and the gaps between their accuracies.
 
     Args:
-        similarities: one number a pair.
-        gaps: |accuracy of one - accuracy of the other|, in the same order.
+        similarities: one number per pair.
+        gaps: absolute difference of the accuracies, in the same order.
 
     Returns:
-        `spearman` and `kendall` (tau-b) in [-1, 1], `spearman_p` and `kendall_p` of the hypothesis that there is no relation,
-        and the number of `pairs`, those with a NaN left out. NaN where all similarities, or all gaps, are equal.
+        `spearman` and `kendall` (tau-b) in [-1, 1]; `spearman_p` and `kendall_p`, the p-values for no correlation; and the number
+        of `pairs` without NaN. NaN if all similarities, or all gaps, are equal.
 
     Raises:
-        ValueError: another number of gaps, or fewer than three pairs.
-        ImportError: SciPy is not installed.
+        ValueError: if the numbers of similarities and gaps differ, or there are fewer than three pairs.
+        ImportError: if SciPy is not installed.
     """
     try:
         from scipy import stats

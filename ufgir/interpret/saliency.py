@@ -1,8 +1,7 @@
-"""How similar two heat maps over the patches of an image are: the metrics of saliency research
-(https://huggingface.co/papers/1604.03605), on maps of any grid.
+"""Similarity metrics for heat maps over the patches of an image (https://huggingface.co/papers/1604.03605), on any grid.
 
-Maps are (rows, columns), not negative. Where a metric takes them as distributions they are scaled to sum to one. Logarithms are
-to base 2, so divergences are in bits and Jensen-Shannon's is at most one.
+Maps are (rows, columns), non-negative. Metrics of distributions scale each map to sum to one. Logarithms are to base 2, so
+divergences are in bits and the Jensen-Shannon divergence is at most one.
 """
 
 import math
@@ -23,7 +22,7 @@ def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for name, values in (("a", a), ("b", b)):
         if not np.isfinite(values).all() or values.min() < 0 or values.max() == 0:
             raise ValueError(
-                f"`{name}` must be a map of finite numbers that are not negative, and not all zero, got values from "
+                f"`{name}` must be a map of finite, non-negative numbers that are not all zero, got values from "
                 f"{values.min():g} to {values.max():g}."
             )
     return a, b
@@ -42,33 +41,33 @@ def _kl(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def kl_divergence(a: np.ndarray, b: np.ndarray) -> float:
-    """Kullback-Leibler divergence KL(a ‖ b) = sum a log2(a / b), from 0; infinite where b is zero and a is not.
+    """Compute the Kullback-Leibler divergence KL(a ‖ b) = sum a log2(a / b), at least 0; infinite if b is zero where a is not.
 
-    The `KL` of the original code is that of its second map from the first, `kl_divergence(map2, map1)`.
+    The `KL` of the original code for (map1, map2) is `kl_divergence(map2, map1)`.
 
     Raises:
-        ValueError: as all functions here: maps over different grids, of negative numbers, or of zeros only.
+        ValueError: as in all functions of this module: if the grids differ, or a map has negative values or only zeros.
     """
     return _kl(*_distributions(a, b))
 
 
 def js_divergence(a: np.ndarray, b: np.ndarray) -> float:
-    """Jensen-Shannon divergence, (KL(a ‖ m) + KL(b ‖ m)) / 2 with m the mean of both, in [0, 1]."""
+    """Compute the Jensen-Shannon divergence, (KL(a ‖ m) + KL(b ‖ m)) / 2 with m the mean of both, in [0, 1]."""
     p, q = _distributions(a, b)
     mean = (p + q) / 2
     return (_kl(p, mean) + _kl(q, mean)) / 2
 
 
 def js_reverse(a: np.ndarray, b: np.ndarray) -> float:
-    """(KL(m ‖ a) + KL(m ‖ b)) / 2 with m the mean of both: what the original code calls JS. Unlike Jensen-Shannon's it has no
-    bound, and is infinite where one map is zero and the other is not."""
+    """Compute (KL(m ‖ a) + KL(m ‖ b)) / 2 with m the mean of both, called JS in the original code. Unlike the Jensen-Shannon
+    divergence, it is unbounded, and infinite if one map is zero where the other is not."""
     p, q = _distributions(a, b)
     mean = (p + q) / 2
     return (_kl(mean, p) + _kl(mean, q)) / 2
 
 
 def pearson_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Linear correlation of the cells (PCC), in [-1, 1]; NaN for a constant map."""
+    """Compute the linear correlation of the cells (PCC), in [-1, 1]; NaN for a constant map."""
     a, b = _checked(a, b)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
@@ -76,7 +75,7 @@ def pearson_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def spearman_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the cells' ranks (SCC), in [-1, 1]; NaN for a constant map."""
+    """Compute the rank correlation of the cells (SCC), in [-1, 1]; NaN for a constant map."""
     try:
         from scipy.stats import rankdata
     except ImportError as error:
@@ -86,8 +85,8 @@ def spearman_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def map_similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Histogram intersection (SIM): both maps scaled from their smallest cell to their largest and then to sum to one, the sum
-    of the smaller values, in [0, 1]; NaN for a constant map."""
+    """Compute the histogram intersection (SIM), in [0, 1]: subtract the minimum of each map, scale it to sum to one, and sum the smaller
+    of the two values of each cell. NaN for a constant map."""
     a, b = _checked(a, b)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
@@ -96,16 +95,16 @@ def map_similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ground_distances(rows: int, columns: int) -> np.ndarray:
-    """Euclidean distances between the cells of a grid, counted row by row: (rows * columns, rows * columns), in cells."""
+    """Return the Euclidean distances, in cells, between the cells of a grid in row-major order: (rows * columns, rows * columns)."""
     cells = np.indices((rows, columns)).reshape(2, -1).T.astype(np.float64)
     return np.linalg.norm(cells[:, None] - cells, axis=-1)
 
 
 def earth_movers_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The least work that turns one map into the other (EMD): share moved times distance in cells, by POT's exact solver.
+    """Compute the earth mover's distance (EMD): the minimal sum of moved share times distance in cells, by POT's exact solver.
 
-    (The original counts the cells of its distances column by column and those of its maps row by row. On square grids that
-    gives the same number; on others its EMD is another.)
+    The original code enumerates distances column by column but maps row by row. On square grids the result is the same; on other
+    grids its EMD differs from this one.
     """
     try:
         import ot
@@ -129,10 +128,10 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def compare_maps(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """All metrics of two maps, by the names of `METRICS`.
+    """Compute all `METRICS` of two maps.
 
     Raises:
-        ValueError: maps over different grids, of negative numbers, or of zeros only.
-        ImportError: SciPy or POT is not installed.
+        ValueError: if the grids differ, or a map has negative values or only zeros.
+        ImportError: if SciPy or POT is not installed.
     """
     return {name: metric(a, b) for name, metric in METRICS.items()}

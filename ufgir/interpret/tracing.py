@@ -1,6 +1,6 @@
-"""From tokens back to patches: what the assignments of all stages, and the cache between them, add up to.
+"""Traces of tokens to patches: compose the assignments of all stages and the cache between them.
 
-Shapes: B batch, N tokens in, M tokens out, S sources, P patches of the image.
+Shapes: B batch, N tokens in, M tokens out, S sources, P patches per image.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from clca.dense_clca import Step, TokenTracker, by_layer, patch_shares, regroup,
 
 
 class Trace(NamedTuple):
-    """Shares of each patch, or of any other source, in each token.
+    """Share of each patch, or of any other source, in each token.
 
     Attributes:
-        stages: one (B, M, P) per reduction stage, for the rows that left it.
-        final: (B, N, P) for the rows the final norm sees, recalled ones included.
-        entered: one (B, N, P) per layer, for the rows that entered it.
-        left: one (B, M, P) per layer, for the rows that left it, before the cache was recalled.
+        stages: one (B, M, P) per reduction stage, for its output tokens.
+        final: (B, N, P) for the tokens at the final norm, including those retrieved from the cache.
+        entered: one (B, N, P) per layer, for its input tokens.
+        left: one (B, M, P) per layer, for its output tokens, before tokens are retrieved from the cache.
     """
 
     stages: list[torch.Tensor]
@@ -33,30 +33,31 @@ def trace_patches(
     assignments: Sequence[torch.Tensor],
     config: CLCAViTConfig,
     num_patches: int | None = None,
-    recall: bool = True,
+    retrieve: bool = True,
 ) -> Trace:
     """Compose the assignments of a forward pass with `output_assignments=True`.
 
-    Row m of a trace says how much of each patch went into token m: a kept patch has a single one, a merged token the
-    weights of its patches, a recalled GAP those of the rows it averaged. CLS, registers and CLR come from no patch.
+    Row m of a trace holds the share of each patch in token m. A kept patch has a share of one in its token, a merged token holds the
+    weights of its patches, and a GAP token retrieved from the cache holds the mean of the tokens it averaged. CLS, registers and CLR
+    hold no patch.
 
     Args:
-        assignments: one (B, M, N) per stage, as the model returns them.
+        assignments: one (B, M, N) per stage, as returned by the model.
         config: the model's configuration.
-        num_patches: patches of the images, if not those of `config.image_size`.
-        recall: whether recalled rows hold what they summarise. If not, a patch is only in the tokens that took its place.
+        num_patches: patches per image; None for those of `config.image_size`.
+        retrieve: whether tokens retrieved from the cache hold the patches they summarize. If False, they hold none.
 
     Raises:
-        ValueError: no assignments, another number of them than the model has stages, or another number of patches.
+        ValueError: if there are no assignments, or the number of assignments or patches does not match.
     """
     if not assignments:
         raise ValueError(
-            "`assignments` must hold one matrix per stage, got none. A model without a reduction has nothing to trace, nor "
-            "has a method that reports no assignments."
+            "`assignments` must hold one matrix per stage, got none. Use a model with a reduction whose method reports "
+            "assignments."
         )
     num_patches = config.num_patches if num_patches is None else num_patches
     rows = patch_shares(config, num_patches, assignments[0].shape[0], assignments[0].device)
-    return carry(rows, assignments, config, recall=recall)
+    return carry(rows, assignments, config, retrieve=retrieve)
 
 
 def carry(
@@ -64,23 +65,23 @@ def carry(
     assignments: Sequence[torch.Tensor],
     config: CLCAViTConfig,
     step: Step = regroup,
-    recall: bool = True,
+    retrieve: bool = True,
 ) -> Trace:
-    """Send shares through the network on the way that its tokens took, through all stages and the cache.
+    """Propagate shares through all stages and the cache, as the forward pass propagates tokens.
 
     Args:
-        rows: (B, N, S), what each embedded row (CLS, registers, patches, CLR) holds of each source.
-        assignments: as of `trace_patches`; none for a model without a reduction.
+        rows: (B, N, S), share of each source in each embedded token (CLS, registers, patches, CLR).
+        assignments: see `trace_patches`; empty for a model without a reduction.
         config: the model's configuration.
-        step: what each layer does to the rows. Rows of zeros are padding, or not visible, and must stay so.
-        recall: as of `trace_patches`.
+        step: function that each layer applies to the shares. Zero rows are padding or masked tokens and must remain zero.
+        retrieve: see `trace_patches`.
 
     Raises:
-        ValueError: another number of assignments than the model has stages, or assignments that do not fit the rows.
+        ValueError: if the number of assignments differs from that of stages, or an assignment does not fit the tokens.
     """
     stages = by_layer(assignments, config)
     dtype = reduce(torch.promote_types, (a.dtype for a in assignments), torch.promote_types(rows.dtype, torch.float32))
-    tracker = TokenTracker(rows.to(dtype), config, recall)
+    tracker = TokenTracker(rows.to(dtype), config, retrieve)
     entered, left = [], []
     for index in range(config.num_hidden_layers):
         entered.append(tracker.rows)

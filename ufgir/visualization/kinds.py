@@ -108,7 +108,7 @@ def kept_columns(view: View) -> list[Column]:
         ValueError: if the model has no reduction.
     """
     assignments, names = _assignments(view)
-    stages = trace_patches(assignments, view.model.config, math.prod(view.grid), recall=False).stages
+    stages = trace_patches(assignments, view.model.config, math.prod(view.grid), retrieve=False).stages
     columns = []
     for name, stage in zip(names, stages, strict=True):
         shares = on_grid(stage.amax(dim=1).clamp(0, 1), view.grid)
