@@ -65,7 +65,7 @@ class _Shown(nn.Module):
         if self.model.config.reduction is None:
             return (self.model(pixel_values).logits,)
         output = self.model(pixel_values, output_assignments=True)
-        stages = trace_patches(output.assignments, self.model.config, recall=False).stages
+        stages = trace_patches(output.assignments, self.model.config, retrieve=False).stages
         return output.logits, torch.stack([stage.amax(dim=1) for stage in stages], dim=1)
 
 
