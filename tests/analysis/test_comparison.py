@@ -30,7 +30,7 @@ def test_padding_is_not_among_the_tokens(pixels):
     model = float_model(reduction="ats", keep_rate=0.9)
     with torch.no_grad(), LayerOutputs(model, [2]) as outputs:
         model(pixels)
-        (tokens,), seen = outputs.all_tokens(), outputs.visible[2]
+        (tokens,), seen = outputs.all_tokens(), outputs.masks[2]
     assert not seen.all()
     assert not tokens[~seen].any()
 

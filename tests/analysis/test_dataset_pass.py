@@ -139,7 +139,7 @@ def test_another_model_starts_over_and_never_overwrites(dataset, tmp_path):
         analyze(float_model(), Fragile(dataset), tmp_path / "out", **options)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="`output`"):
         analyze(float_model(), dataset, tmp_path / "mine", **options)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 

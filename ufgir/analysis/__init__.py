@@ -1,5 +1,5 @@
-"""Statistics over whole data sets and between models: one pass that stores what a model says of every image, comparison of two models,
-embeddings of features, and their figures."""
+"""Analysis of whole data sets and comparison of models: a pass that stores the model's output for every image, similarity of two
+models, embeddings of features, and figures of the results."""
 
 from .. import _moved
 from .comparison import compare_models

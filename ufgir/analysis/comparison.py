@@ -1,4 +1,4 @@
-"""Two models, or the layers of one, compared on the same images in one pass (`ufgir compare`).
+"""Compare two models, or the layers of one model, on the same images in one pass (`ufgir compare`).
 
 Shapes: R and C layers of the first and the second model.
 """
@@ -35,16 +35,16 @@ NAMES = ("the first model", "the second model")
 
 
 class Comparison(NamedTuple):
-    """What came of `compare_models`.
+    """The result of `compare_models`.
 
     Attributes:
-        images: that were compared.
-        layers: of each model, R and C of them; the same ones twice for one model alone.
+        images: number of compared images.
+        layers: layer indices of both models, R and C; the same twice if there is only one model.
         matrices: measure -> (R, C).
-        norms: a row per model and layer: means and deviations of `TokenSpread`.
-        stages: a row per stage: means and deviations of `PatternAgreement`, and the share of patches that each model keeps.
-        maps: of each model, name -> (rows, columns), see `PatternStatistics.maps`.
-        map_metrics: of the mean depths of both models, see `saliency.METRICS`.
+        norms: a row per model and layer: means and stds of `TokenSpread`.
+        stages: a row per stage: means and stds of `PatternAgreement`, and the share of patches that each model keeps.
+        maps: for each model, name -> (rows, columns), see `PatternStatistics.maps`.
+        map_metrics: `saliency.METRICS` of the mean depths of both models.
     """
 
     images: int
@@ -56,8 +56,8 @@ class Comparison(NamedTuple):
     map_metrics: dict[str, float]
 
     def scalars(self) -> dict[str, float]:
-        """One number for each measure, to be set against other pairs of models: matrices give the value of each layer that
-        both have, and the mean of these; patterns the mean of each stage, and the mean of these."""
+        """Return one number per measure, for comparisons across pairs of models. Matrices give the value of each layer index that both
+        models have, and the mean of these values; patterns give the mean of each stage, and the mean over stages."""
         values = {}
         for measure, matrix in self.matrices.items():
             rows, columns = self.layers
@@ -77,11 +77,11 @@ class Comparison(NamedTuple):
 def check_comparison(
     configs: Sequence[CLCAViTConfig], what: Sequence[str], features: str, names: Sequence[str] = NAMES
 ) -> None:
-    """Refuse what cannot be compared, before any image is read.
+    """Check the arguments of a comparison before any image is read.
 
     Raises:
-        ValueError: an unknown measure or feature; measures of CLS for other features or for a model without CLS; patterns of
-            one model alone, of a model without a reduction, or on different grids.
+        ValueError: if a measure or feature is unknown, if a measure of CLS is combined with other features or a model without CLS, or
+            if patterns are compared for a single model, a model without a reduction, or different grids.
     """
     if unknown := [name for name in what if name not in WHAT] or ([] if what else ["nothing"]):
         raise ValueError(f"`what` must be some of {', '.join(WHAT)}, got {unknown[0]}.")
@@ -90,7 +90,7 @@ def check_comparison(
     of_cls = [name for name in what if name in MEASURES]
     if features == "tokens" and of_cls:
         raise ValueError(
-            f"`what` {of_cls[0]} compares CLS features: tokens of two layers may differ in number. Use cka, or "
+            f"`what` {of_cls[0]} compares CLS features only, since layers may differ in the number of tokens. Use `what` cka or "
             "`features` cls."
         )
     if of_cls or ("cka" in what and features == "cls"):
@@ -98,23 +98,23 @@ def check_comparison(
             check_cls(config, name, f"`what` {of_cls[0] if of_cls else 'cka'} of CLS features")
     if "patterns" in what:
         if len(configs) != 2:
-            raise ValueError("`what` patterns compares two models: name a second one, or analyse the one there is.")
+            raise ValueError("`what` patterns needs two models, got one. Pass a second model, or use `ufgir analyze`.")
         PatternAgreement(*configs)
 
 
 def check_images(configs: Sequence[CLCAViTConfig], what: Sequence[str], count: int) -> None:
-    """Refuse too few images for a measure, before any is read.
+    """Check that there are enough images for the measures before any image is read.
 
     Args:
-        configs: of the models.
-        what: some of `WHAT`.
-        count: images there are.
+        configs: configurations of the models.
+        what: any of `WHAT`.
+        count: number of images.
 
     Raises:
-        ValueError: the same as the measure itself would raise after the pass.
+        ValueError: if there are too few images.
     """
     if "cka" in what and count < FEWEST_UNBIASED:
-        raise ValueError(f"`what` cka, which is unbiased, needs at least {FEWEST_UNBIASED} images, got {count}.")
+        raise ValueError(f"`what` cka needs at least {FEWEST_UNBIASED} images, got {count}.")
     if CANONICAL & set(what):
         check_canonical(max(config.hidden_size for config in configs), count - 1)
 
@@ -128,22 +128,22 @@ def compare_models(
     features: str = "cls",
     names: Sequence[str] = NAMES,
 ) -> Comparison:
-    """Compare two models, or the layers of one, in one pass and in memory that does not grow with the images.
+    """Compare two models, or the layers of one model, in one pass. The memory in use does not depend on the number of images.
 
     Args:
-        models: one or two; they may differ in all but what is compared.
-        batches: of the images, see `analysis_inputs.batches`, with `pixel_values` and, where the second model sees others,
-            `pixel_values_2`.
-        what: some of `WHAT`. `cka`: unbiased linear CKA in batches. `cka-plain`: linear CKA of all images at once. `pwcca`,
-            `cca`, `cca-squared`, `procrustes`: as in `ufgir.interpret.similarity`. `norms`: of tokens, and distances between them.
+        models: one or two models; they may differ in everything except what is compared.
+        batches: batches of images, see `ufgir.analysis.inputs.batches`, with `pixel_values` and, if the second model has a different
+            preprocessing, `pixel_values_2`.
+        what: any of `WHAT`. `cka`: unbiased linear CKA in batches. `cka-plain`: linear CKA of all images at once. `pwcca`, `cca`,
+            `cca-squared`, `procrustes`: see `ufgir.interpret.similarity`. `norms`: norms of tokens, and distances between them.
             `patterns`: kept and merged patches.
-        layers: 0-based, of each model; None for all.
-        features: `cls`, or `tokens` to take all tokens of a layer for `cka`. Row i of one image then meets row i of another,
-            whichever patches these are.
-        names: of the models, for messages.
+        layers: 0-based layer indices of each model; None for all layers.
+        features: `cls`, or `tokens` to use all tokens of a layer for `cka`. Tokens are compared by index, whichever patches they
+            hold.
+        names: names of the models, for messages.
 
     Raises:
-        ValueError: what `check_comparison` refuses, a layer that does not exist, no images, or too few for a measure.
+        ValueError: as `check_comparison`, if there is no such layer, or if there are no images or too few for a measure.
     """
     configs = [model.config for model in models]
     check_comparison(configs, what, features, names)
@@ -166,17 +166,17 @@ def compare_models(
         if moments is not None:
             moments.update(*(side.cls for side in found))
         for side, of_layers in zip(found, spreads, strict=False):
-            for spread, (tokens, mask) in zip(of_layers, side.rows, strict=True):
+            for spread, (tokens, mask) in zip(of_layers, side.tokens_and_masks, strict=True):
                 spread.update(tokens, mask)
         if agreement is not None:
             agreement.update(tuple(side.kept for side in found), tuple(side.clusters for side in found))
             for one, side in zip(statistics, found, strict=True):
                 one.update(side.kept)
     if images == 0:
-        raise ValueError("there are no images to compare the models on.")
+        raise ValueError("no images to compare: `batches` is empty.")
     if left_out:
         logger.warning(
-            "%d images of %d came in batches too small for unbiased CKA, and are not in it", left_out, images
+            "%d of %d images were in batches too small for unbiased CKA and are not included in it", left_out, images
         )
     matrices = {name: moments.matrix(name) for name in measures}
     matrices |= {"cka": cka.matrix()} if cka is not None else {}
@@ -207,10 +207,10 @@ def compare_models(
 
 
 class _Side(NamedTuple):
-    """What one model says of a batch."""
+    """The output of one model for a batch."""
 
-    rows: list[tuple[torch.Tensor, torch.Tensor | None]]
-    cls: list[torch.Tensor]  # row 0, which is CLS in a model that has one
+    tokens_and_masks: list[tuple[torch.Tensor, torch.Tensor | None]]
+    cls: list[torch.Tensor]  # token 0, which is CLS in a model that has one
     tokens: list[torch.Tensor]
     kept: np.ndarray | None
     clusters: np.ndarray | None
@@ -222,10 +222,10 @@ def _run(model: CLCAViTForImageClassification, batch: Batch, side: int, layers: 
         pixels = batch.columns.get("pixel_values_2", pixels)
     with evaluation_mode(model), LayerOutputs(model, layers) as outputs:
         output = model.vit(pixels.to(model.device), output_assignments=patterns)
-        rows = [(outputs.tokens[layer], outputs.visible[layer]) for layer in layers]
+        tokens_and_masks = [(outputs.tokens[layer], outputs.masks[layer]) for layer in layers]
         cls, tokens = outputs.cls(), outputs.all_tokens()
     kept = clusters = None
     if patterns:
         kept = kept_patches(output.assignments, model.config).cpu().numpy()
         clusters = cluster_maps(output.assignments, model.config).cpu().numpy()
-    return _Side(rows, cls, tokens, kept, clusters)
+    return _Side(tokens_and_masks, cls, tokens, kept, clusters)

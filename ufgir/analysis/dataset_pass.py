@@ -1,10 +1,9 @@
-"""One pass over any number of images: what a model says of each of them, as parquet files, and statistics of all.
+"""Run a model over any number of images and store its output as parquet files, with statistics of all images.
 
-Memory holds one shard of images, whatever their number: a shard is written when it is full, and the statistics so far after it.
-An interrupted pass goes on after its last whole shard. All is made in `_<name>.partial/` beside the result, which appears
-complete.
+Memory holds one shard of images: a full shard is written to disk, followed by the statistics so far. An interrupted pass resumes
+after the last complete shard. All files are written to `_<name>.partial/` next to the output folder, which is renamed at the end.
 
-Shapes: B images of a batch, K classes, S stages, P patches, D width.
+Shapes: B images per batch, K classes, S stages, P patches, D width.
 """
 
 import hashlib
@@ -44,13 +43,13 @@ STATE = "state.npz"
 
 
 class Analysis(NamedTuple):
-    """What came of `analyze`."""
+    """The result of `analyze`."""
 
     path: Path
-    images: int  # rows written
-    metrics: dict[str, float]  # of images whose class is known, fractions in [0, 1], and the mean loss
-    broken: list[str]  # images left out
-    resumed_at: int  # images that an interrupted call had done
+    images: int  # number of rows written
+    metrics: dict[str, float]  # fractions in [0, 1] and the mean loss, over images of known class
+    broken: list[str]  # skipped images
+    resumed_at: int  # images finished by an interrupted call
 
 
 def analyze(
@@ -71,38 +70,38 @@ def analyze(
     record: Mapping[str, Any] | None = None,
     figure: Callable[[Path, PatternStatistics], None] | None = None,
 ) -> Analysis:
-    """Write what a model says of each image, and statistics of all images, into a folder.
+    """Write the model's output for each image, and statistics of all images, into a folder.
 
-    `images-00000.parquet` and so on have a row for each image: `index`, `file`, `label`, `prediction`, `probability`, `loss`,
-    `logits`; of a model with a reduction, for each stage i, `kept_i`, the patches with a token of their own, counted row by row;
-    with `assignments` also `cluster_i`, for each patch the row of the sequence after the stage that holds most of it, -1 for
-    none, and `share_i`, how much of that row it is; `cls_3` is CLS after layer 3. Labels and predictions are class indices, or
-    lists of them where images have several classes; unknown labels, and their losses, are null.
+    `images-00000.parquet` and so on have a row per image: `index`, `file`, `label`, `prediction`, `probability`, `loss`, `logits`. For a
+    model with a reduction, each stage i adds `kept_i`, the patches that have their own token, in row-major order. With
+    `assignments`, it also adds `cluster_i`, the index of the token that holds the largest part of each patch after the stage (-1 for
+    none), and `share_i`, the share of the patch in that token. `cls_3` is CLS after layer 3. Labels and predictions are class indices,
+    or lists of them for multi-label data; unknown labels, and their losses, are null.
 
-    `classes.csv` has a row a class, `stages.csv` a row a stage, `maps.csv` a row a patch: its mean depth and how often it is
+    `classes.csv` has a row per class, `stages.csv` a row per stage, `maps.csv` a row per patch: its mean depth and how often it is
     kept. `analysis.json` holds the metrics and `record`.
 
     Args:
-        model: a CLCA classifier, on the device that it is to run on.
-        dataset: `TransformedImages`, `StreamedImages`, or the like.
-        output: the folder. If it is there it must be of the same call, and then nothing is done.
-        layers: 0-based, whose CLS features are written.
-        assignments: write which token holds each patch.
-        class_names: K names; by default the model's.
-        files: names of the images by index, for the rows and for messages.
-        batch_size: images a batch.
-        num_workers: processes that load images.
-        shard_size: images of a file, rounded up to whole batches.
-        skip_broken: leave images that cannot be read out.
-        progress: show a bar.
-        data: what tells these images from others that have the same names or, as those of streams, none: data set, split and
-            options. A result of other data is never taken for this one's.
-        record: what else to say in `analysis.json`.
-        figure: draws the statistics of the reduction into the folder.
+        model: a CLCA classifier, on the device to run on.
+        dataset: a `TransformedImages`, `StreamedImages` or similar data set.
+        output: the folder. If it exists, it must hold the result of the same call, which is then returned.
+        layers: 0-based indices of the layers whose CLS features are written.
+        assignments: also write which token holds each patch.
+        class_names: K names; None for those of the model.
+        files: returns the file name of an image by index, for the rows and for messages.
+        batch_size: images per batch.
+        num_workers: number of processes that load images.
+        shard_size: images per file, rounded up to whole batches.
+        skip_broken: skip images that cannot be read.
+        progress: show a progress bar.
+        data: identifies the images in addition to their names, e.g. by data set, split and options. A result for other data is not
+            reused.
+        record: additional content of `analysis.json`.
+        figure: function that draws the statistics of the reduction into the folder.
 
     Raises:
-        ValueError: an empty data set, an image that cannot be read, assignments of a model without a reduction, CLS features of
-            a model without CLS, a number out of range, or a folder that holds something else or is being written.
+        ValueError: if the data set is empty, an image cannot be read, assignments or CLS features are requested of a model without a
+            reduction or CLS token, a number is out of range, or the folder has other content or is in use by another process.
     """
     config, output = model.config, Path(output)
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
@@ -118,20 +117,18 @@ def analyze(
     shard_size = -(-shard_size // batch_size) * batch_size
     same = {
         "model": hash_weights(model),
-        "data": _digest([identity_of_data(dataset, files), dict(data or {})]),
+        "data": _hash([identity_of_data(dataset, files), dict(data or {})]),
         "options": [list(layers), assignments, batch_size, shard_size],
         "classes": names,
     }
-    with only_one(
-        output, f"{output} is being written by another process: wait for it to end, or choose another folder."
-    ):
+    with only_one(output, f"{output} is in use by another process. Wait for it to finish or choose another folder."):
         if finished := _finished(output, same):
             return finished
         statistics = Statistics(config)
         pass_ = _Pass(output, same, statistics)
         start = pass_.begin()
         if start:
-            logger.info("%s: an interrupted analysis goes on after %d images", output, start)
+            logger.info("Resuming the interrupted analysis %s after %d images", output, start)
         began, rows, held = time.perf_counter(), [], 0
         done = not isinstance(dataset, IterableDataset) and start >= len(dataset) > 0
         source = (
@@ -144,7 +141,7 @@ def analyze(
                 num_workers=num_workers,
                 files=files,
                 skip_broken=skip_broken,
-                progress="Analysing" if progress else None,
+                progress="Analyzing" if progress else None,
             )
         )
         for batch in source:
@@ -158,17 +155,17 @@ def analyze(
         if held:
             pass_.save(rows, writer.schema, held)
         if statistics.images == 0:
-            raise ValueError("`dataset` has no image that can be read: there is nothing to analyse.")
+            raise ValueError("`dataset` contains no readable image.")
         seconds = time.perf_counter() - began
         about = {"images": statistics.images, "broken": pass_.broken, "seconds": seconds, "resumed_at": start}
         return pass_.finish(names, about | dict(record or {}), figure, start)
 
 
-# What is written of an image
+# Rows of the images
 
 
 class _Writer:
-    """Rows of a shard, and the type of its table."""
+    """Computes the rows of a shard and the schema of its table."""
 
     def __init__(self, config: CLCAViTConfig, layers: list[int], assignments: bool) -> None:
         self.config, self.layers, self.assignments = config, layers, assignments
@@ -187,7 +184,7 @@ class _Writer:
     def rows(
         self, model: nn.Module, batch: Batch, files: Sequence[str | None], statistics: "Statistics"
     ) -> pa.RecordBatch:
-        """Of the images of a batch, which are added to the statistics."""
+        """Return the rows of a batch, and add the batch to the statistics."""
         with evaluation_mode(model), LayerOutputs(model, self.layers) as outputs:
             pixels = batch.columns["pixel_values"].to(model.device, non_blocking=True)
             output = model(pixel_values=pixels, output_assignments=bool(self.stages))
@@ -200,23 +197,23 @@ class _Writer:
             for i in np.flatnonzero(known):
                 losses[i] = classification_loss(logits[i : i + 1], labels[i : i + 1], self.config)
         probabilities = (logits.double().sigmoid() if self.several else logits.double().softmax(dim=1)).amax(dim=1)
-        ranks = (-logits.double().numpy()).argsort(axis=1, kind="stable")  # of equals the lower class first
+        ranks = (-logits.double().numpy()).argsort(axis=1, kind="stable")  # ties: the lower class first
         if self.several:
             chosen = logits.numpy() > 0
             predictions = [np.flatnonzero(row) for row in chosen]
             targets = labels.numpy() > 0 if labels is not None else np.zeros_like(chosen)
-            told = [np.flatnonzero(row) if k else None for row, k in zip(targets, known, strict=True)]
+            known_labels = [np.flatnonzero(row) if k else None for row, k in zip(targets, known, strict=True)]
         else:
             predictions = ranks[:, 0]
-            told = [int(labels[i]) if known[i] else None for i in range(len(logits))]
+            known_labels = [int(labels[i]) if known[i] else None for i in range(len(logits))]
             columns = np.arange(logits.shape[1])
             chosen = predictions[:, None] == columns
-            targets = np.array([[-1 if k is None else k] for k in told]) == columns
+            targets = np.array([[-1 if k is None else k] for k in known_labels]) == columns
         statistics.update(chosen[known], targets[known], ranks[known], losses[known], len(logits))
         columns = [
             batch.indices,
             list(files),
-            told,
+            known_labels,
             list(predictions),
             probabilities.numpy(),
             [None if np.isnan(loss) else loss for loss in losses],
@@ -245,10 +242,10 @@ class _Writer:
 
 
 class Statistics:
-    """Of all images so far, in memory that does not grow with them.
+    """Statistics over all images so far, in constant memory.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
     """
 
     def __init__(self, config: CLCAViTConfig) -> None:
@@ -256,7 +253,7 @@ class Statistics:
         classes = config.num_labels
         self.images = 0
         self.known = 0  # images whose class is known
-        self.hits = np.zeros(2, np.int64)  # class among the 1, the 5 highest
+        self.hits = np.zeros(2, np.int64)  # correct class among the top 1, the top 5
         self.right, self.predicted, self.labelled = (np.zeros(classes, np.int64) for _ in range(3))
         self.loss = RunningMean()
         self.class_loss = RunningMean((classes,))
@@ -268,10 +265,11 @@ class Statistics:
         """Add the images of a batch whose classes are known.
 
         Args:
-            chosen, targets: (B, K) booleans, classes that are predicted, and that are right.
-            ranks: (B, K) classes from the highest logit to the lowest.
+            chosen: (B, K) booleans, the predicted classes.
+            targets: (B, K) booleans, the correct classes.
+            ranks: (B, K) classes in descending order of their logits.
             losses: (B,).
-            images: of the batch, those of unknown class included.
+            images: images in the batch, including those of unknown class.
         """
         self.images += images
         self.known += len(chosen)
@@ -284,7 +282,7 @@ class Statistics:
         self.class_loss.update(np.where(targets, losses[:, None], np.nan))
 
     def metrics(self) -> dict[str, float]:
-        """Nothing if no class is known."""
+        """Return the metrics; empty if no class is known."""
         if not self.known:
             return {}
         total = self.predicted + self.labelled
@@ -299,7 +297,7 @@ class Statistics:
         return metrics | {"loss": self.loss.mean, "loss_std": self.loss.std}
 
     def classes(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """A row a class: images of it, how many were predicted as it, recall, precision, mean loss."""
+        """Return a row per class: number of images, number of predictions, recall, precision, mean loss."""
         with np.errstate(invalid="ignore"):
             recall, precision = self.right / self.labelled, self.right / self.predicted
         columns = (names, self.labelled, self.predicted, recall, precision, self.class_loss.mean)
@@ -308,14 +306,14 @@ class Statistics:
         return [dict(zip(keys, ["" if v != v else v for v in row], strict=True)) for row in rows]
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` takes."""
+        """Return the state for `restore`."""
         found = {name: np.asarray(getattr(self, name)) for name in self._counts()}
         for name, mean in self._means().items():
             found |= {f"{name}/{key}": value for key, value in mean.state().items()}
         return found
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from a `state`."""
+        """Restore a `state`."""
         for name in self._counts():
             value = state[name]
             setattr(self, name, int(value) if value.ndim == 0 else np.array(value))
@@ -334,30 +332,30 @@ class Statistics:
 # Files
 
 
-def _digest(value: Any) -> str:
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _finished(output: Path, same: Mapping[str, Any]) -> Analysis | None:
-    """The result of an earlier call that did the same."""
+    """Return the result of an earlier call with the same arguments, or None."""
     if output.is_file():
-        raise ValueError(f"`output` {output} is a file: choose a folder.")
+        raise ValueError(f"`output` must be a folder, got the file {output}.")
     if not output.is_dir() or not any(output.iterdir()):
         return None
     try:
         found = json.loads((output / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"`output` {output} holds something else than an analysis: choose a new folder.") from error
+        raise ValueError(f"`output` {output} exists and does not hold an analysis. Choose a new folder.") from error
     if found.get("same") != same:
         raise ValueError(
-            f"`output` {output} holds an analysis of another model, other images or with other options: choose a new "
-            "folder, or delete it."
+            f"`output` {output} holds an analysis of another model, other images or with other options. Choose a new "
+            "folder or delete it."
         )
     return Analysis(output, found["images"], found["metrics"], found["broken"], found["images"])
 
 
 class _Pass:
-    """Shards, and the statistics up to the last one."""
+    """Writes the shards, and the statistics after each."""
 
     def __init__(self, output: Path, same: Mapping[str, Any], statistics: Statistics) -> None:
         self.output, self.same, self.statistics = output, same, statistics
@@ -366,7 +364,7 @@ class _Pass:
         self.shards = self.done = 0
 
     def begin(self) -> int:
-        """Images that are done: what an interrupted call left is taken up if that did the same, else dropped."""
+        """Resume an interrupted call with the same arguments, or delete what it left. Returns the number of finished images."""
         try:
             with np.load(self.folder / STATE, allow_pickle=False) as state:
                 found = json.loads(str(state["about"]))
@@ -374,17 +372,17 @@ class _Pass:
                     self.shards, self.done, self.broken = found["shards"], found["done"], found["broken"]
                     self.statistics.restore(state)
                     return self.done
-            logger.info("%s is dropped: it is of another model, other data or other options", self.folder)
+            logger.info("Deleting %s: it belongs to another model, other data or other options", self.folder)
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError) as error:
-            logger.warning("%s is dropped: its state cannot be read: %s", self.folder, error)
+            logger.warning("Deleting %s: its state could not be read: %s", self.folder, error)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         return 0
 
     def save(self, rows: list[pa.RecordBatch], schema: pa.Schema, images: int) -> None:
-        """A whole shard, then the state that says so."""
+        """Write a complete shard, then the state that includes it."""
         temporary = self.folder / "writing.tmp"
         pq.write_table(pa.Table.from_batches(rows, schema=schema), temporary, compression="zstd")
         os.replace(temporary, self.folder / f"images-{self.shards:05d}.parquet")
@@ -397,7 +395,7 @@ class _Pass:
         os.replace(temporary, self.folder / STATE)
 
     def finish(self, names: Sequence[str], about: Mapping[str, Any], figure: Callable | None, start: int) -> Analysis:
-        """Tables and record, and the folder under its name."""
+        """Write the tables and the record, and give the folder its final name."""
         statistics, patterns = self.statistics, self.statistics.patterns
         if statistics.known:
             write_csv(self.folder / "classes.csv", statistics.classes(names))
@@ -411,7 +409,7 @@ class _Pass:
             write_csv(self.folder / "maps.csv", rows)
             if figure is not None:
                 figure(self.folder, patterns)
-        for stale in self.folder.glob("images-*.parquet"):  # of a call that died between shard and state
+        for stale in self.folder.glob("images-*.parquet"):  # left by a call that was killed between shard and state
             if int(stale.stem.removeprefix("images-")) >= self.shards:
                 stale.unlink()
         write_text_atomically(self.folder / RECORD, as_json(record))

@@ -1,4 +1,4 @@
-"""Features of images laid out in the plane: t-SNE and PCA, by scikit-learn (`ufgir embed`).
+"""Embed image features in two dimensions with scikit-learn: t-SNE and PCA (`ufgir embed`).
 
 Shapes: n images, F features.
 """
@@ -24,15 +24,15 @@ from .inputs import Batch, LayerOutputs, check_cls
 METHODS = ("tsne", "pca")
 FEATURES = ("cls", "cla", "pooled")
 MISSING = "embeddings need scikit-learn: pip install 'clca-vit[analysis]'"
-_FEWEST = 4  # images
-_BEFORE_TSNE = 50  # principal components that t-SNE starts from, as its authors do
+_FEWEST = 4  # minimal number of images
+_BEFORE_TSNE = 50  # principal components as input of t-SNE, as in its authors' code
 
 
 def check_features(config: CLCAViTConfig, features: str, name: str = "the model") -> None:
-    """Refuse features that a model does not have.
+    """Check that a model has the requested features.
 
     Raises:
-        ValueError: unknown ones; CLS of a model without; CLA of a model whose head aggregates nothing.
+        ValueError: if `features` is unknown, is `cls` and the model has no CLS token, or is `cla` and its head does not aggregate.
     """
     if features not in FEATURES:
         raise ValueError(f"`features` must be one of {', '.join(FEATURES)}, got {features!r}.")
@@ -40,43 +40,43 @@ def check_features(config: CLCAViTConfig, features: str, name: str = "the model"
         check_cls(config, name, "`features` cls")
     if features == "cla" and config.head not in heads_reading("cls_tokens"):
         raise ValueError(
-            f"{name} has `head`={config.head!r}, which aggregates no CLS tokens: use `features` cls or pooled, or a model with "
+            f"{name} has `head`={config.head!r}, which aggregates no CLS tokens. Use `features` cls or pooled, or a model with "
             f"the head {' or '.join(heads_reading('cls_tokens'))}."
         )
 
 
 def check_images(count: int) -> None:
-    """Refuse too few images to lay out, before any is read.
+    """Check the number of images before any is read.
 
     Raises:
-        ValueError: fewer than four.
+        ValueError: if there are fewer than four.
     """
     if count < _FEWEST:
         raise ValueError(f"an embedding needs at least {_FEWEST} images, got {count}.")
 
 
 class Features(NamedTuple):
-    """What `collect_features` found."""
+    """The result of `collect_features`."""
 
     values: np.ndarray  # (n, F), float32
     indices: list[int]  # of the images in the data set
-    labels: list[int]  # classes, -1 where unknown; of several classes the first
+    labels: list[int]  # class indices, -1 if unknown; the first of several classes
 
 
 def collect_features(
     model: CLCAViTForImageClassification, batches: Iterable[Batch], features: str = "cls", layer: int | None = None
 ) -> Features:
-    """Features of all images, held in memory.
+    """Compute the features of all images and hold them in memory.
 
     Args:
         model: a CLCA classifier.
-        batches: of the images, see `analysis_inputs.batches`.
-        features: `cls`, CLS after a layer, not normalised; `cla`, what the aggregation head (CLA, IFA) makes of the CLS tokens of
-            its layers and classifies; `pooled`, what `config.pooling` makes of the tokens.
-        layer: of CLS, 0-based; None for the last.
+        batches: batches of images, see `ufgir.analysis.inputs.batches`.
+        features: `cls`: CLS after a layer, not normalized. `cla`: the aggregated CLS tokens that an aggregation head (CLA, IFA)
+            classifies. `pooled`: the tokens pooled by `config.pooling`.
+        layer: 0-based index of the layer for `cls`; None for the last layer.
 
     Raises:
-        ValueError: what `check_features` refuses, a layer that does not exist, or no images.
+        ValueError: as `check_features`, if there is no such layer, or if there are no images.
     """
     check_features(model.config, features)
     layers = checked_layers([model.config.num_hidden_layers - 1 if layer is None else layer], model.config)
@@ -105,7 +105,7 @@ def collect_features(
             if handle is not None:
                 handle.remove()
     if not values:
-        raise ValueError("there are no images to embed.")
+        raise ValueError("no images to embed: `batches` is empty.")
     return Features(np.concatenate(values), indices, labels)
 
 
@@ -118,17 +118,17 @@ def _single(labels: torch.Tensor | None, count: int) -> list[int]:
 
 
 def embed(features: np.ndarray, method: str = "tsne", seed: int = 0, perplexity: float = 30.0) -> np.ndarray:
-    """Features (n, F) as points (n, 2).
+    """Embed features (n, F) as points (n, 2).
 
     Args:
-        features: of n images, finite.
-        method: `tsne` (https://jmlr.org/papers/v9/vandermaaten08a.html), started from the first principal components, or `pca`.
-        seed: of t-SNE.
-        perplexity: of t-SNE, about the number of neighbours; (n - 1) / 3 where that is less.
+        features: (n, F), finite.
+        method: `tsne` (https://jmlr.org/papers/v9/vandermaaten08a.html), initialized with the first principal components, or `pca`.
+        seed: random seed of t-SNE.
+        perplexity: perplexity of t-SNE, about the number of neighbors; at most (n - 1) / 3 is used.
 
     Raises:
-        ValueError: another method, fewer than four images, features that are not finite, or a perplexity below 1.
-        ImportError: scikit-learn is not installed.
+        ValueError: if the method is unknown, there are fewer than four images, features are not finite, or `perplexity` is below 1.
+        ImportError: if scikit-learn is not installed.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be {' or '.join(METHODS)}, got {method!r}.")
@@ -136,7 +136,7 @@ def embed(features: np.ndarray, method: str = "tsne", seed: int = 0, perplexity:
     if perplexity < 1:
         raise ValueError(f"`perplexity` must be at least 1, got {perplexity}.")
     if not np.isfinite(features).all():
-        raise ValueError("`features` must be finite: the model gives NaN or infinite numbers for some images.")
+        raise ValueError("`features` must be finite, got NaN or infinite values for some images.")
     try:
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
@@ -153,10 +153,12 @@ def embed(features: np.ndarray, method: str = "tsne", seed: int = 0, perplexity:
 
 
 def spread_out(points: np.ndarray, count: int, apart: float = 0.0) -> list[int]:
-    """Indices of points (n, 2) that lie far from one another: each is the farthest from those before it.
+    """Return indices of points (n, 2) that are far from each other: each is the farthest from all before it.
 
     Args:
-        count: as many, or fewer if the next one would be closer than `apart`, a share of the width and of the height.
+        points: (n, 2).
+        count: number of points; fewer are returned if the next one would be closer than `apart`.
+        apart: minimal distance, as a share of the width or of the height.
     """
     if count == 0:
         return []
@@ -172,17 +174,17 @@ def spread_out(points: np.ndarray, count: int, apart: float = 0.0) -> list[int]:
     return chosen
 
 
-def thumbnail(picture: Image.Image, side: int) -> Image.Image:
-    """A small copy, its longer side `side` pixels."""
-    picture = to_rgb(picture).copy()
-    picture.thumbnail((side, side))
-    return picture
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """Return a small RGB copy whose longer side is `side` pixels."""
+    image = to_rgb(image).copy()
+    image.thumbnail((side, side))
+    return image
 
 
 def point_rows(
     points: np.ndarray, found: Features, class_names: Sequence[str], files: Sequence[str | None]
 ) -> list[dict[str, Any]]:
-    """A row for each image: index, file, label, x, y."""
+    """Return a row per image: index, file, label, x, y."""
     return [
         {
             "index": index,

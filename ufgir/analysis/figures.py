@@ -1,7 +1,7 @@
 """Figures of the analysis: similarity of layers, norms of tokens, heat maps over the patches, embeddings.
 
-All are drawn inside `figures.style()`. Colours of numbers are those of cividis, which colour-blind readers see as others do and
-which stays in order in grey.
+Call these functions inside `ufgir.utils.plotting.style()`. Values are drawn with the cividis color map, which is readable for
+color-blind people and in gray.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 NUMBERS = "cividis"
 MARKERS = "osD^vP"
-_MOST_WRITTEN = 14  # rows or columns whose cells have numbers in them
+_MOST_WRITTEN = 14  # maximal number of rows or columns with numbers in the cells
 _POINTS_SIZE = (6.4, 4.8)  # inches
-_MOST_NAMED = 24  # classes with an own look and a place in the legend
+_MOST_NAMED = 24  # maximal number of classes with their own style and a legend entry
 
 
-# of `comparison.WHAT`: what the colours say, and whether alike layers have 0, as distances do
+# measure of `comparison.WHAT` -> label of the color bar, and whether it is a distance
 MEASURES = {
     "cka": ("Linear CKA, unbiased", False),
     "cka-plain": ("Linear CKA", False),
@@ -36,9 +36,9 @@ MEASURES = {
 
 
 def _heat(axes: "Axes", values: np.ndarray, high: float, digits: int, reverse: bool = False) -> Any:
-    """Cells with colours from 0 to `high`, with numbers if there are few, and a dash where there is none."""
+    """Draw cells with colors from 0 to `high`, with numbers if there are few cells, and a dash for missing values."""
     colors = NUMBERS + ("_r" if reverse else "")
-    picture = axes.imshow(np.ma.masked_invalid(values), cmap=colors, vmin=0, vmax=high, aspect="equal")
+    cells = axes.imshow(np.ma.masked_invalid(values), cmap=colors, vmin=0, vmax=high, aspect="equal")
     axes.grid(visible=False)
     few = max(values.shape) <= _MOST_WRITTEN
     for row, column in np.ndindex(*values.shape):
@@ -49,37 +49,37 @@ def _heat(axes: "Axes", values: np.ndarray, high: float, digits: int, reverse: b
             dark = value > 0.4 * high if reverse else value < 0.6 * high
             text = f"{value:.{digits}f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else "black")
-    return picture
+    return cells
 
 
 def draw_layers(
     matrix: np.ndarray, layers: tuple[Sequence[int], Sequence[int]], names: tuple[str, str], measure: str
 ) -> "Figure":
-    """A measure of every pair of layers, (R, C); layers of the first model go up, as from its input to its output.
+    """Draw a measure of every pair of layers, (R, C); the layers of the first model go from bottom to top.
 
     Args:
-        matrix: (R, C), from 0 on.
-        layers: the numbers of the R and of the C layers.
-        names: of the models.
-        measure: of `comparison.WHAT`, or what to write beside the colours. Bright is alike.
+        matrix: (R, C), non-negative.
+        layers: indices of the R and of the C layers.
+        names: names of the models.
+        measure: one of `comparison.WHAT`, or the label of the color bar. Similar layers are bright.
     """
     figure, axes = new_figure()
     rows, columns = matrix.shape
     cell = 3.2 / max(rows, columns)  # inches
     figure.set_size_inches(max(cell * columns, 0.8) + 1.4, max(cell * rows, 1.2) + 0.6)
     text, is_distance = MEASURES.get(measure, (measure, False))
-    picture = _heat(axes, matrix, max(1.0, float(np.nanmax(matrix, initial=1.0))), 2, reverse=is_distance)
+    cells = _heat(axes, matrix, max(1.0, float(np.nanmax(matrix, initial=1.0))), 2, reverse=is_distance)
     axes.invert_yaxis()
     step = 1 if max(matrix.shape) <= _MOST_WRITTEN else 3
     axes.set_xticks(range(0, columns, step), layers[1][::step])
     axes.set_yticks(range(0, rows, step), layers[0][::step])
     label(axes, x=f"Layer of {names[1]}", y=f"Layer of {names[0]}", legend=False)
-    figure.colorbar(picture, ax=axes, label=text)
+    figure.colorbar(cells, ax=axes, label=text)
     return figure
 
 
 def draw_spread(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> "Figure":
-    """Norms of tokens and their distances over layers, a line a model, with the deviation as a band."""
+    """Draw norms of tokens and distances between them over the layers, a line per model, with the std as a band."""
     kinds = {
         "norm": "Norm of a token",
         "distance": "Distance of two tokens",
@@ -101,22 +101,22 @@ def draw_spread(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> "Fig
 
 
 def draw_maps(maps: Mapping[str, np.ndarray], high: float, measure: str) -> "Figure":
-    """Heat maps over the patches of an image, side by side, with the same colours from 0 to `high`.
+    """Draw heat maps over the patches of an image, side by side, with the same colors from 0 to `high`.
 
     Args:
         maps: title -> (rows, columns).
-        high: the value of the brightest colour.
-        measure: what the colours say.
+        high: value of the brightest color.
+        measure: label of the color bar.
     """
     figure, panels = new_figure(1, len(maps), squeeze=False)
     rows, columns = next(iter(maps.values())).shape
     figure.set_size_inches(3.1 * len(maps) * columns / rows + 0.9, 3.4)
     for axes, (title, values) in zip(panels[0], maps.items(), strict=True):
-        picture = _heat(axes, values, high, 1)
+        cells = _heat(axes, values, high, 1)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(title)
-    figure.colorbar(picture, ax=list(panels[0]), label=measure)
+    figure.colorbar(cells, ax=list(panels[0]), label=measure)
     return figure
 
 
@@ -128,18 +128,18 @@ def draw_points(
     title: str | None = None,
     thumbnails: Mapping[int, "Image.Image"] | None = None,
 ) -> "Figure":
-    """An embedding in the plane, (n, 2), coloured by class.
+    """Draw an embedding, (n, 2), colored by class.
 
-    Up to 24 classes that occur differ in colour and marker, and stand in a legend; more have a colour of a scale each, and their
-    numbers stand at the middle of their points. Points of unknown class (below 0) are grey crosses.
+    Up to 24 classes differ in color and marker, and have a legend. More classes are drawn on a color scale, with the class index at
+    the median of the points. Points of unknown class (negative label) are gray crosses.
 
     Args:
         points: (n, 2).
-        labels: (n,) classes.
-        class_names: by class.
-        axis_names: of both axes.
-        title: above the figure.
-        thumbnails: index of a point -> its picture, drawn there.
+        labels: (n,) class indices.
+        class_names: names by class index.
+        axis_names: labels of both axes.
+        title: title of the figure.
+        thumbnails: index of a point -> image to draw there.
     """
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     from matplotlib.patheffects import withStroke
@@ -166,11 +166,11 @@ def draw_points(
             x, y = np.median(points[labels == k], axis=0)
             stroke = [withStroke(linewidth=1.5, foreground="white")]
             axes.text(x, y, str(k), fontsize=6, ha="center", va="center", path_effects=stroke, zorder=4)
-    for index, picture in (thumbnails or {}).items():
+    for index, image in (thumbnails or {}).items():
         k = classes.index(labels[index]) if labels[index] >= 0 else None
         edge = "#999999" if k is None or len(classes) > _MOST_NAMED else PALETTE[k % len(PALETTE)]
         box = AnnotationBbox(
-            OffsetImage(np.asarray(picture), zoom=1.0),
+            OffsetImage(np.asarray(image), zoom=1.0),
             points[index],
             pad=0.1,
             bboxprops={"edgecolor": edge, "lw": 1.2},
@@ -181,11 +181,11 @@ def draw_points(
     axes.set_yticks([])
     label(axes, x=axis_names[0], y=axis_names[1], title=title, legend=False)
     if axes.get_legend_handles_labels()[0]:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
-        axes.legend(**beside, fontsize=7, handlelength=1.0, markerscale=1.5, ncols=1 + (len(classes) > 12))
+        legend = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+        axes.legend(**legend, fontsize=7, handlelength=1.0, markerscale=1.5, ncols=1 + (len(classes) > 12))
     return figure
 
 
 def thumbnail_share(side: int) -> float:
-    """The share of the height of `draw_points` that a thumbnail of so many pixels takes, with its frame."""
+    """Return the height of a thumbnail of `side` pixels, with its frame, as a share of the height of `draw_points`."""
     return (side + 6) / 72 / _POINTS_SIZE[1]

@@ -1,6 +1,6 @@
-"""What the analysis works on: images in batches, and the features that a model has on the way.
+"""Inputs of the analysis: batches of images, and the features of intermediate layers.
 
-Shapes: B images of a batch, N tokens, D width.
+Shapes: B images per batch, N tokens, D width.
 """
 
 import functools
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 def no_file(index: int) -> str | None:
-    """The file name of an image that has none."""
+    """Return None: the image has no file name."""
     return None
 
 
 class Batch(NamedTuple):
-    """Images that could be read."""
+    """A batch of images."""
 
     indices: list[int]  # in the data set
-    columns: Mapping[str, torch.Tensor]  # None if there are no such images
-    size: int  # with those that could not be read
-    broken: list[str]  # what these are called
+    columns: Mapping[str, torch.Tensor]  # None if no image could be read
+    size: int  # including images that could not be read
+    broken: list[str]  # names of the images that could not be read
 
 
 def batches(
@@ -50,19 +50,19 @@ def batches(
     skip_broken: bool = False,
     progress: str | None = None,
 ) -> Iterator[Batch]:
-    """The images of a data set from `start` on, in order, with a progress bar.
+    """Yield the images of a data set in order, starting at `start`.
 
     Args:
-        dataset: `TransformedImages`, `StreamedImages`, or the like.
-        batch_size: images a batch, the last one excepted.
-        start: images to pass over.
-        num_workers: processes that load images.
-        files: their names, for messages.
-        skip_broken: leave images that cannot be read out, with a warning, instead of raising. Not for streams.
-        progress: what the bar is called; None for no bar.
+        dataset: a `TransformedImages`, `StreamedImages` or similar data set.
+        batch_size: images per batch; the last batch may be smaller.
+        start: number of images to skip.
+        num_workers: number of processes that load images.
+        files: returns the file name of an image by index, for messages.
+        skip_broken: log and skip images that cannot be read instead of raising. Not for streams.
+        progress: label of the progress bar; None for no bar.
 
     Raises:
-        ValueError: an empty data set, or an image that cannot be read.
+        ValueError: if the data set is empty, or an image cannot be read.
     """
     streamed, total = isinstance(dataset, IterableDataset), None
     if streamed:
@@ -70,7 +70,7 @@ def batches(
     else:
         total = len(dataset)
         if total == 0:
-            raise ValueError("`dataset` is empty: there is nothing to analyse.")
+            raise ValueError("`dataset` is empty.")
         dataset = GuardedImages(Subset(dataset, range(start, total)))
     loader = DataLoader(
         dataset,
@@ -86,23 +86,23 @@ def batches(
                 name = name_of(first + position, files(first + position))
                 if not skip_broken:
                     raise ValueError(
-                        f"{name} cannot be read: {why}. `--skip-broken` leaves such images out."
+                        f"{name} cannot be read: {why}. Use `--skip-broken` to skip such images."
                     ) from None
-                logger.warning("%s cannot be read and is left out: %s", name, why)
+                logger.warning("Skipping %s, which cannot be read: %s", name, why)
                 broken.append(name)
             indices = [first + position for position in range(size) if position not in problems]
             yield Batch(indices, columns, size, broken)
             first += size
             bar.update(size)
     if first == 0:
-        raise ValueError("`dataset` is empty: there is nothing to analyse.")
+        raise ValueError("`dataset` is empty.")
 
 
 # Features
 
 
 class LayerOutputs:
-    """In this context, the tokens that leave chosen layers of a model, before the cache is recalled.
+    """Context manager that records the output tokens of chosen layers, before tokens are retrieved from the cache.
 
     with LayerOutputs(model, [3, 6]) as outputs:
         model(pixels)
@@ -110,13 +110,13 @@ class LayerOutputs:
 
     Attributes:
         tokens: layer -> (B, N, D), of the last forward pass.
-        visible: layer -> (B, N), which of the rows are no padding; None for all.
+        masks: layer -> (B, N), False for padding; None if there is no padding.
     """
 
     def __init__(self, model: CLCAViTForImageClassification, layers: Sequence[int]) -> None:
         self.model, self.layers = model, layers
         self.tokens: dict[int, torch.Tensor] = {}
-        self.visible: dict[int, torch.Tensor | None] = {}
+        self.masks: dict[int, torch.Tensor | None] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> "LayerOutputs":
@@ -127,38 +127,38 @@ class LayerOutputs:
 
     def _take(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
         hidden_states, state = output
-        self.tokens[layer], self.visible[layer] = hidden_states, self.model.vit.method.visible(state)
+        self.tokens[layer], self.masks[layer] = hidden_states, self.model.vit.method.visible(state)
 
     def cls(self) -> list[torch.Tensor]:
-        """CLS (B, D) after each layer."""
+        """Return CLS (B, D) after each layer."""
         return [self.tokens[layer][:, 0] for layer in self.layers]
 
     def all_tokens(self) -> list[torch.Tensor]:
-        """(B, N, D) of each layer; padding is zero."""
-        rows = ((self.tokens[layer], self.visible[layer]) for layer in self.layers)
-        return [tokens if seen is None else tokens * seen.unsqueeze(-1) for tokens, seen in rows]
+        """Return the tokens (B, N, D) after each layer; padding is zero."""
+        pairs = ((self.tokens[layer], self.masks[layer]) for layer in self.layers)
+        return [tokens if mask is None else tokens * mask.unsqueeze(-1) for tokens, mask in pairs]
 
     def __exit__(self, *exception: Any) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self.tokens, self.visible = {}, {}
+        self.tokens, self.masks = {}, {}
 
 
 def check_cls(config: CLCAViTConfig, name: str, what: str) -> None:
-    """Refuse a model without a CLS token, saying for `what` it is needed.
+    """Check that a model has a CLS token; `name` and `what` are part of the error message.
 
     Raises:
-        ValueError: `use_class_token` is False.
+        ValueError: if `use_class_token` is False.
     """
     if not config.use_class_token:
-        raise ValueError(f"{name} has no CLS token (`use_class_token` is False), and {what} needs one.")
+        raise ValueError(f"{name} has no CLS token (`use_class_token` is False), but {what} needs one.")
 
 
 # Records
 
 
 def as_json(record: Mapping[str, Any]) -> str:
-    """A record as text; numbers that JSON does not have, such as NaN, become null."""
+    """Serialize a record. Numbers that JSON does not support, such as NaN, become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
