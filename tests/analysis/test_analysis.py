@@ -65,7 +65,7 @@ def test_analyze_command(checkpoints, tmp_path, capsys, monkeypatch):
         assert "zz.png" in capsys.readouterr().out
         with pytest.raises(SystemExit):
             main([*arguments, str(tmp_path / "stops")])
-        assert "`--skip-broken` leaves such images out" in capsys.readouterr().err
+        assert "`--skip-broken`" in capsys.readouterr().err
     finally:
         (checkpoints / "leaves" / "test" / "ash" / "zz.png").unlink()
 

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, TrainerState, ViTImageProcessorPil
 from clca import CLCAImageProcessor
 from ufgir.data.splits import random_subset
 from ufgir.data.transformed import SetEpoch, TransformedImages
-from ufgir.transforms.images import open_picture, to_rgb
+from ufgir.transforms.images import open_image, to_rgb
 from ufgir.transforms.preprocessing import (
     EvalTransform,
     TrainTransform,
@@ -20,13 +20,13 @@ from ufgir.transforms.preprocessing import (
 )
 
 
-def picture(mode: str, width: int = 41, height: int = 57, seed: int = 0) -> Image.Image:
+def make_image(mode: str, width: int = 41, height: int = 57, seed: int = 0) -> Image.Image:
     generator = np.random.default_rng(seed)
     channels = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4}.get(mode)
     if mode == "P":
-        return picture("RGB", width, height, seed).quantize(16)
+        return make_image("RGB", width, height, seed).quantize(16)
     if mode == "1":
-        return picture("L", width, height, seed).convert("1")
+        return make_image("L", width, height, seed).convert("1")
     pixels = generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
     return (
         Image.fromarray(pixels.squeeze(), mode=None)
@@ -36,17 +36,17 @@ def picture(mode: str, width: int = 41, height: int = 57, seed: int = 0) -> Imag
 
 
 def transparent_palette() -> Image.Image:
-    image = picture("P")
+    image = make_image("P")
     image.info["transparency"] = 3
     return image
 
 
 def rows(count: int = 12, size: int = 40) -> list[dict]:
-    return [{"image": picture("RGB", size, size, seed=i), "label": i % 3} for i in range(count)]
+    return [{"image": make_image("RGB", size, size, seed=i), "label": i % 3} for i in range(count)]
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """A picture whose pixels hold their own row and column."""
+    """Return an image whose pixels hold their own row and column."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0] = np.arange(height)[:, None]
     pixels[..., 1] = np.arange(width)[None, :]
@@ -61,7 +61,7 @@ def processor() -> CLCAImageProcessor:
 @pytest.mark.parametrize("resize_size", [None, 24, 31])  # an odd margin: which side gets the pixel?
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA", "1", "CMYK", "transparent palette"])
 def test_eval_transform_is_the_image_processor(mode, resize_size):
-    image = transparent_palette() if mode == "transparent palette" else picture(mode)
+    image = transparent_palette() if mode == "transparent palette" else make_image(mode)
     processor = make_image_processor(24, resize_size)
     expected = processor(image, return_tensors="pt").pixel_values[0]
     actual = EvalTransform(processor)(image)
@@ -73,7 +73,7 @@ def test_eval_transform_is_the_saved_and_reloaded_processor(tmp_path):
     processor = make_image_processor(24, 30, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     processor.save_pretrained(tmp_path)
     reloaded = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-    image = picture("RGB")
+    image = make_image("RGB")
     expected = reloaded(image, return_tensors="pt").pixel_values[0]
     assert torch.equal(EvalTransform(processor)(image), expected)
     again = make_image_processor(24, saved=processor)  # its numbers survive, although 30 is not 24 / 0.875
@@ -84,7 +84,7 @@ def test_eval_transform_is_the_saved_and_reloaded_processor(tmp_path):
 
 
 def test_the_aspect_ratio_is_not_kept(processor):
-    """A black left half stays the left half, however wide the picture."""
+    """A black left half stays the left half, however wide the image."""
     wide = Image.new("RGB", (200, 20), "white")
     wide.paste("black", (0, 0, 100, 20))
     pixels = EvalTransform(processor)(wide)
@@ -119,7 +119,7 @@ def test_train_transform_crops_everywhere_and_flips_half(processor):
 @pytest.mark.parametrize("probability, flips", [(0.0, False), (1.0, True)])
 def test_flip_probability(processor, probability, flips):
     plain = make_image_processor(24, 24)
-    image = picture("RGB", 24, 24)
+    image = make_image("RGB", 24, 24)
     pixels = TrainTransform(plain, probability)(image, np.random.default_rng(0))
     expected = EvalTransform(plain)(image)
     torch.testing.assert_close(pixels, expected.flip(-1) if flips else expected)
@@ -144,7 +144,7 @@ def test_random_resized_crop(processor):
     assert top.max() > 60 and left.max() > 50
 
 
-def test_random_resized_crop_of_a_long_picture(processor):
+def test_random_resized_crop_of_a_long_image(processor):
     """Where no rectangle of that shape is large enough, the middle."""
     transform = TrainTransform(processor, flip_probability=0.0, random_resized_crop=0.9)
     pixels = transform(coordinates(20, 255), np.random.default_rng(0))
@@ -198,7 +198,7 @@ def test_labels_and_length(processor):
 
 
 def test_several_labels(processor):
-    data = [{"image": picture("RGB"), "label": labels} for labels in ([0, 2], [], [1])]
+    data = [{"image": make_image("RGB"), "label": labels} for labels in ([0, 2], [], [1])]
     dataset = TransformedImages(data, EvalTransform(processor), num_labels=4)
     labels = next(iter(DataLoader(dataset, batch_size=3)))["labels"]
     assert labels.dtype == torch.float32
@@ -207,8 +207,8 @@ def test_several_labels(processor):
         TransformedImages(data, EvalTransform(processor), num_labels=2)[0]
 
 
-def test_pictures_without_labels(processor):
-    dataset = TransformedImages([{"image": picture("RGB")}], EvalTransform(processor), label_column=None)
+def test_images_without_labels(processor):
+    dataset = TransformedImages([{"image": make_image("RGB")}], EvalTransform(processor), label_column=None)
     assert set(dataset[0]) == {"pixel_values"}
 
 
@@ -232,7 +232,7 @@ def test_an_augmentation_gets_8_bit_images_and_the_same_generator(processor):
         def draw(self, generator):
             return torch.tensor([generator.random()])
 
-    image = picture("RGB")
+    image = make_image("RGB")
     sample = TrainTransform(processor, augmentation=Numbers())(image, np.random.default_rng(1))
     assert sample["pixel_values"].dtype == torch.uint8
     generator = np.random.default_rng(1)
@@ -272,7 +272,7 @@ def test_to_rgb_lays_transparency_over_white():
 def test_more_than_8_bits_are_scaled_and_not_cut_off(tmp_path, numbers, levels):
     file = tmp_path / "a.tif"
     Image.fromarray(numbers).save(file)
-    image = open_picture(file)
+    image = open_image(file)
     assert image.mode == "RGB" and np.asarray(image)[0].tolist() == [[level] * 3 for level in levels]
 
 
@@ -283,19 +283,19 @@ def test_numbers_that_are_no_brightness_are_refused_by_name(tmp_path, numbers):
     file = tmp_path / "heights.tif"
     Image.fromarray(numbers.astype(np.int32 if numbers.dtype == int else np.float32)).save(file)
     with pytest.raises(ValueError, match=r"heights\.tif: .*8 or 16 bits"):
-        open_picture(file)
+        open_image(file)
 
 
 def test_a_transparent_grey_of_16_bits_becomes_white(tmp_path):
     Image.fromarray(np.array([[7, 65535 // 5]], np.uint16)).save(tmp_path / "a.png", transparency=7)
-    assert np.asarray(open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 51]
+    assert np.asarray(open_image(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 51]
 
 
-def test_pictures_are_turned_as_the_camera_says(tmp_path):
+def test_images_follow_the_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # the top is on the right
     coordinates(2, 3).save(tmp_path / "a.png", exif=exif)
-    image = open_picture(tmp_path / "a.png")
+    image = open_image(tmp_path / "a.png")
     assert image.size == (2, 3) and image.getpixel((0, 0))[:2] == (1, 0)
     assert to_rgb(image) is image  # once
 

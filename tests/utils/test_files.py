@@ -17,8 +17,8 @@ from ufgir.utils import files
 from ufgir.utils.files import (
     DiskFull,
     new_folder,
+    raise_disk_full,
     remove_leftovers,
-    telling_full_disk,
     whole_file,
     whole_files,
     write_text_atomically,
@@ -74,9 +74,9 @@ def test_no_space(tmp_path: Path, write: Callable[[Path], None]) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
 def test_only_missing_space_is_told_as_such(tmp_path: Path, number: int) -> None:
     kind = PermissionError if number == errno.EACCES else DiskFull
-    with pytest.raises(kind), telling_full_disk(tmp_path / "a", 10**6):
+    with pytest.raises(kind), raise_disk_full(tmp_path / "a", 10**6):
         raise OSError(number, os.strerror(number))
-    with pytest.raises(RuntimeError, match="of something else"), telling_full_disk(tmp_path / "a"):
+    with pytest.raises(RuntimeError, match="of something else"), raise_disk_full(tmp_path / "a"):
         raise RuntimeError("of something else")
 
 

@@ -15,7 +15,7 @@ from clca.configuration_clca import as_pair
 
 from ..checkpoints import loading
 from ..checkpoints.config_options import config_options, fields_of
-from ..transforms.images import open_picture
+from ..transforms.images import open_image as read_image
 from ..utils.text import one_sentence, shortened
 
 
@@ -144,7 +144,7 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
 def open_image(file: str) -> Image.Image:
     """A picture, read completely, upright and RGB; ValueError if it is none."""
     try:
-        return open_picture(file)
+        return read_image(file)
     except FileNotFoundError as error:
         raise ValueError(f"there is no picture {file}.") from error
     except Image.DecompressionBombError as error:

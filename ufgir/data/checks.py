@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import datasets
 from tqdm.auto import tqdm
 
-from ..transforms.images import open_picture
+from ..transforms.images import open_image
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def problem_of(image: Any) -> str | None:
         return "the file does not exist"
     try:
         source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-        open_picture(source)
+        open_image(source)
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
         return f"{type(error).__name__}: {error}"
     return None

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..utils.files import telling_full_disk
+from ..utils.files import raise_disk_full
 from .metrics import average_precision
 
 
@@ -144,7 +144,7 @@ class Shard:
     def append(self, lines: Iterable[bytes], records: np.ndarray) -> None:
         """Append lines and records; the records contain the lengths of the lines."""
         for file, content in zip(self._open, (b"".join(lines), records.tobytes()), strict=True):
-            with telling_full_disk(Path(file.name), len(content)):
+            with raise_disk_full(Path(file.name), len(content)):
                 file.write(content)
                 file.flush()
 
@@ -164,7 +164,7 @@ def join(shards: Sequence[Shard], table: PredictionTable, temporary: Path, outpu
         output: the result.
         block: number of images that are assigned to the shards in turn; None if each shard has a contiguous range.
     """
-    with telling_full_disk(output), temporary.open("wb") as result:
+    with raise_disk_full(output), temporary.open("wb") as result:
         result.write(table.header())
         files = [shard.lines.open("rb") for shard in shards]
         try:

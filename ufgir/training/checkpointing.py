@@ -34,8 +34,8 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
-from ..utils.checksums import FILE_LIST, unlike_the_list, write_file_list
-from ..utils.files import remove, share, telling_full_disk, to_disk, whole_files, write_text_atomically
+from ..utils.checksums import FILE_LIST, find_differences, write_file_list
+from ..utils.files import raise_disk_full, remove, share, to_disk, whole_files, write_text_atomically
 from ..utils.provenance import as_read
 from ..utils.signals import Ended, ending_signals, pending_signal, raised_signal
 from ..utils.text import differences, one_sentence, shortened
@@ -90,7 +90,7 @@ def what_is_missing(checkpoint: str | os.PathLike, to_resume: bool = True, read:
         return f"{TRAINER_STATE_NAME} is missing"
     try:
         listed = (folder / FILE_LIST).exists()
-        problem = next(unlike_the_list(folder, read) if listed else _unreadable(folder), None)
+        problem = next(find_differences(folder, read) if listed else _unreadable(folder), None)
     except _UNEXPECTED:
         return f"{TRAINER_STATE_NAME} or another list in it cannot be read"
     problem = problem or _odd_state(folder / TRAINER_STATE_NAME)
@@ -582,7 +582,7 @@ class CheckpointMixin:
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful()).stateful_callbacks
         self._aside = True
         try:
-            with telling_full_disk(folder, self._space_needed()):
+            with raise_disk_full(folder, self._space_needed()):
                 super()._save_checkpoint(model, trial)
                 if self.state.best_global_step == self.state.global_step:
                     self.state.best_model_checkpoint = str(target)
@@ -600,7 +600,7 @@ class CheckpointMixin:
         if self.args.should_save:
             about = {"settings": as_read(dict(self.settings or {})), "images": self.images_digest}
             try:
-                with telling_full_disk(folder, self._space_needed()):
+                with raise_disk_full(folder, self._space_needed()):
                     complete_checkpoint(folder, target, **self._step(), **about)
             finally:
                 remove(folder.parent)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
-from ..utils.files import new_folder, telling_full_disk
+from ..utils.files import new_folder, raise_disk_full
 from .adapters import merge
 from .checkpoint_files import EMA_FILE, EMA_FOLDER
 
@@ -102,7 +102,7 @@ class EMACallback(TrainerCallback):
     def save_to_checkpoint(self, folder: Path) -> None:
         """Write the average into a checkpoint that is being made."""
         weights = {name: value.contiguous() for name, value in self.average.module.state_dict().items()}
-        with telling_full_disk(
+        with raise_disk_full(
             folder / EMA_FILE, sum(value.numel() * value.element_size() for value in weights.values())
         ):
             save_file(weights, folder / EMA_FILE, {"format": "pt", "n_averaged": str(int(self.average.n_averaged))})

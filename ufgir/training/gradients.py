@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..utils.files import telling_full_disk, whole_file
+from ..utils.files import raise_disk_full, whole_file
 from ..utils.plotting import label, new_figure, plain_style, save_figure, style
 from .checkpoint_files import GRADIENTS_FILE
 
@@ -198,7 +198,7 @@ def _append(path: Path, columns: Mapping[str, Any]) -> None:
         header += missing
         _rewrite(path, header, lines)
     text = [[f"{value:.7g}" for value in columns[name]] if name in columns else None for name in header]
-    with telling_full_disk(path), path.open("a", newline="", encoding="utf-8") as file:
+    with raise_disk_full(path), path.open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(zip(*(t or [""] * len(columns["step"]) for t in text), strict=True))
 
 

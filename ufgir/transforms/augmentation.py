@@ -1,17 +1,17 @@
-"""How training images are changed at random, and how their labels change with them.
+"""Random augmentation of training images and their labels.
 
-    in the picture      crop, flip                              `ufgir.transforms.preprocessing.TrainTransform`, a worker process
-    in the image        TrivialAugment or RandAugment, erasing  `Augmentation`, a worker process or the device
-    between two images  MixUp or CutMix, label smoothing        `Augmentation`, likewise
+    crop, flip                              `ufgir.transforms.preprocessing.TrainTransform`, in a worker process
+    TrivialAugment or RandAugment, erasing  `Augmentation`, in a worker process or on the device
+    MixUp or CutMix, label smoothing        `Augmentation`, likewise
 
-What is done to a sample is drawn by the data set from (seed, epoch, sample index, copy) and from nothing else, and
-travels with the sample as a row of numbers, `draws`. `Augmentation` only carries it out. So images do not depend on
-where, in which process, or beside which others they are augmented, nor on whether training was interrupted before.
+The data set draws all random numbers of a sample from a generator seeded with (seed, epoch, sample index, copy), and returns them
+with the sample as a vector, `draws`. `Augmentation` applies them without further randomness. The result therefore does not depend
+on the process, the device or the batch that augments a sample, or on whether training was resumed.
 
-The partner of an image in MixUp and CutMix is its neighbour in the order of the sampler: the first with the second, the
-third with the fourth. That order depends on the seed and the epoch. As long as the batch of a process is even, which
-is asked for, a pair is never torn apart, and the number of processes changes no partner either. What is left: the last,
-incomplete batch of an epoch, which several processes fill up with images from its beginning.
+In MixUp and CutMix, the partner of an image is its neighbor in the order of the sampler: the first is mixed with the second, the
+third with the fourth. The order depends on the seed and the epoch. Batches per process must have an even size, so that a pair is
+always in one batch and partners do not depend on the number of processes. The only exception is the last, incomplete batch of an
+epoch, which several processes fill with images from the beginning of the epoch.
 """
 
 import importlib.util
@@ -32,24 +32,24 @@ from .preprocessing import TrainTransform, normalization, random_rectangle
 
 @dataclass
 class AugmentationArguments(OptionGroup):
-    """Random changes of the training images. The defaults are the paper's: random crop and flip, nothing else."""
+    """Random augmentation of the training images. The defaults are those of the paper: random crop and flip only."""
 
     _argument_group_name = "augmentation"
 
-    flip_probability: float = option("chance of a flip from left to right", 0.5)
+    flip_probability: float = option("probability of a horizontal flip", 0.5)
     random_resized_crop: float | None = option(
-        "crop a random rectangle of at least this share of the picture's area, in (0, 1], instead of the random crop "
-        "from the resized square; its aspect ratio is between 3:4 and 4:3 [none]"
+        "crop a random rectangle of at least this share of the image's area, in (0, 1], instead of a random crop of the "
+        "resized square; its aspect ratio is between 3:4 and 4:3 [none]"
     )
     trivial_augment: bool = option(
-        "TrivialAugment, wide: one of 14 operations an image, at random strength; needs kornia", False
+        "TrivialAugment (wide): one of 14 operations per image, at random strength; needs kornia", False
     )
-    rand_augment_ops: int = option("RandAugment: operations an image, 0 for none; needs kornia", 0)
+    rand_augment_ops: int = option("RandAugment: number of operations per image, 0 for none; needs kornia", 0)
     rand_augment_magnitude: int = option("RandAugment: strength of the operations, 0 to 30", 9)
     augment_interpolation: str = option(
-        "pixels of sheared, moved and rotated images: nearest, as TrivialAugment, or bilinear", "nearest"
+        "interpolation for shear, translation and rotation: nearest, as in TrivialAugment, or bilinear", "nearest"
     )
-    random_erasing_probability: float = option("chance of erasing a random rectangle", 0.0)
+    random_erasing_probability: float = option("probability of erasing a random rectangle", 0.0)
     random_erasing_area: list[float] = field(
         default_factory=lambda: [0.02, 0.4],
         metadata={"help": "random erasing: smallest and largest share of the image's area [0.02 0.4]"},
@@ -58,24 +58,27 @@ class AugmentationArguments(OptionGroup):
         default_factory=lambda: [0.3, 3.3],
         metadata={"help": "random erasing: smallest and largest height / width [0.3 3.3]"},
     )
-    random_erasing_count: int = option("random erasing: rectangles an image, each with the probability", 1)
-    random_erasing_fill: str = option("random erasing: mean, the colour image_mean, or noise", "mean")
+    random_erasing_count: int = option(
+        "random erasing: number of rectangles per image, each erased with the given probability", 1
+    )
+    random_erasing_fill: str = option("random erasing: mean, the color image_mean, or noise", "mean")
     repeated_augmentation: int = option(
-        "copies of an image, augmented differently, that stand together; an epoch has as many steps as without and "
-        "sees that many times fewer images",
+        "number of consecutive, differently augmented copies of an image; the number of steps per epoch is unchanged, so "
+        "an epoch uses that many times fewer images",
         1,
     )
-    mixup_alpha: float = option("MixUp: the weight of an image is drawn from Beta(alpha, alpha); 0 for no MixUp", 0.0)
-    cutmix_alpha: float = option("CutMix: the same for the area of the image; 0 for no CutMix", 0.0)
-    mix_probability: float = option("chance that an image is mixed with another, by MixUp or CutMix", 1.0)
-    mix_switch_probability: float = option("chance of CutMix rather than MixUp if both are on", 0.5)
+    mixup_alpha: float = option("MixUp: draw the weight of an image from Beta(alpha, alpha); 0 for no MixUp", 0.0)
+    cutmix_alpha: float = option("CutMix: draw the area of the image from Beta(alpha, alpha); 0 for no CutMix", 0.0)
+    mix_probability: float = option("probability that an image is mixed with another, by MixUp or CutMix", 1.0)
+    mix_switch_probability: float = option("probability of CutMix rather than MixUp if both are enabled", 0.5)
     label_smoothing: float = option(
-        "share of the target that all classes get alike, in [0, 1); instead of transformers' label_smoothing_factor",
+        "share of the target that is distributed evenly over all classes, in [0, 1); replaces transformers' "
+        "label_smoothing_factor",
         0.0,
     )
     augmentation_device: str = option(
-        "where images are augmented after crop and flip: cpu, by the worker processes of the data; device, where the "
-        "model is; auto, device unless that is a CPU",
+        "where to augment images after crop and flip: cpu, in the data loader's worker processes; device, on the device "
+        "of the model; auto, device unless that is a CPU",
         "auto",
     )
 
@@ -143,30 +146,30 @@ class AugmentationArguments(OptionGroup):
 
     @property
     def num_operations(self) -> int:
-        """Operations an image."""
+        """Number of operations per image."""
         return 1 if self.trivial_augment else self.rand_augment_ops
 
     @property
     def num_erasings(self) -> int:
-        """Rectangles an image that may be erased."""
+        """Maximal number of erased rectangles per image."""
         return self.random_erasing_count if self.random_erasing_probability > 0 else 0
 
     @property
     def beyond_crop_and_flip(self) -> bool:
-        """Whether there is anything for `Augmentation` to do."""
+        """Whether any augmentation other than crop and flip is enabled."""
         return bool(self.num_operations or self.num_erasings or self.mixes or self.label_smoothing)
 
     def check(self, args: TrainingArguments) -> None:
-        """What does not go together with the arguments of Trainer.
+        """Check the compatibility with the arguments of Trainer.
 
         Raises:
-            ValueError: `label_smoothing_factor` is set; images are to be mixed in odd batches; copies of images are to be
-                sampled in an order other than random; columns would be removed.
+            ValueError: if `label_smoothing_factor` is set, images are mixed in batches of odd size, repeated augmentation is combined with a
+                sampling strategy other than random, or unused columns are removed.
         """
         if args.label_smoothing_factor:
             raise ValueError(
-                "`label_smoothing_factor` must be 0, use `label_smoothing`: transformers' own leaves out the losses of "
-                f"reductions, heads and teachers, got {args.label_smoothing_factor}."
+                f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor}. Use `label_smoothing` instead: transformers' "
+                "option ignores the losses of reductions, heads and teachers."
             )
         if self.mixes and args.per_device_train_batch_size % 2:
             raise ValueError(
@@ -174,7 +177,7 @@ class AugmentationArguments(OptionGroup):
                 f"got {args.per_device_train_batch_size}."
             )
         if self.beyond_crop_and_flip and args.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be false: what is drawn for an image is a column, too.")
+            raise ValueError("`remove_unused_columns` must be false, since the draws of an image are a column.")
         if self.repeated_augmentation > 1 and args.train_sampling_strategy != "random":
             raise ValueError(
                 "`train_sampling_strategy` must be random with `repeated_augmentation`, which has a sampler of its "
@@ -183,17 +186,17 @@ class AugmentationArguments(OptionGroup):
 
 
 class Augmentation:
-    """Draws what happens to an image after crop and flip, and does it to a batch.
+    """Draws the random numbers for the augmentation of an image, and applies them to a batch.
 
-    The draws of an image are a row of D numbers, in this order and as many as the arguments ask for:
+    The draws of an image are a vector of D numbers in this order; D depends on the arguments:
 
-        operations   index and value, see `image_operations.apply_operations`, of each operation
-        erasings     top, left, height, width and seed of the noise of each rectangle; an empty one erases nothing
-        mixing       weight of the image in MixUp; top, left, height, width of what the partner covers in CutMix
+        operations   index and value of each operation, see `ufgir.transforms.operations.apply_operations`
+        erasings     top, left, height, width and noise seed of each rectangle; an empty one erases nothing
+        mixing       weight of the image in MixUp; top, left, height, width of the area replaced by the partner in CutMix
 
     Args:
-        arguments: what is wanted.
-        image_processor: size, mean and deviation of the images, see `transforms`.
+        arguments: the augmentation options.
+        image_processor: gives size, mean and std of the images.
         num_labels: K, the number of classes.
     """
 
@@ -204,7 +207,7 @@ class Augmentation:
         self.num_labels = num_labels
 
     def draw(self, generator: np.random.Generator) -> torch.Tensor:
-        """The draws of one image, (D,), float32."""
+        """Draw the random numbers of one image, (D,), float32."""
         options = self.arguments
         draws: list[float] = []
         for _ in range(options.num_operations):
@@ -214,7 +217,10 @@ class Augmentation:
             wanted = generator.random() < options.random_erasing_probability
             limits = (options.random_erasing_area, options.random_erasing_aspect)
             rectangle = random_rectangle(generator, self.size, self.size, *limits) if wanted else None
-            draws += [*(rectangle or (0, 0, 0, 0)), generator.integers(2**24)]  # a seed that float32 holds
+            draws += [
+                *(rectangle or (0, 0, 0, 0)),
+                generator.integers(2**24),
+            ]  # a seed that float32 represents exactly
         if options.mixes:
             draws += self._draw_mixing(generator)
         return torch.tensor(draws, dtype=torch.float32)
@@ -240,29 +246,31 @@ class Augmentation:
     def __call__(
         self, pixel_values: torch.Tensor, draws: torch.Tensor, labels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Augment a batch, on the device it is on.
+        """Augment a batch on its device.
 
         Args:
             pixel_values: (B, 3, H, W), uint8, cropped and flipped.
             draws: (B, D), see `draw`.
-            labels: classes (B,), or zeros and ones (B, K) for images of several classes, or None.
+            labels: classes (B,), or zeros and ones (B, K) for multi-label data, or None.
 
         Returns:
-            (B, 3, H, W) float32, normalised, and the labels: (B, K) float32 if they were mixed or smoothed.
+            Images (B, 3, H, W), float32, normalized, and the labels: (B, K) float32 if they were mixed or smoothed.
         """
         draws = draws.cpu()
-        # A CPU is faster with one image at a time, which stays in its cache.
+        # On a CPU, one image at a time is faster, since it fits into the CPU cache.
         size = 1 if pixel_values.device.type == "cpu" else len(pixel_values)
         parts = zip(pixel_values.split(size), draws.split(size), strict=True)
         pixels = torch.cat([self.change_images(*part) for part in parts])
         if not self.arguments.mixes:
             return pixels, self._soft_labels(labels)
-        partners = [min(row ^ 1, len(pixels) - 1) for row in range(len(pixels))]  # a last one alone: itself
+        partners = [
+            min(index ^ 1, len(pixels) - 1) for index in range(len(pixels))
+        ]  # the last image of an odd batch has itself as partner
         pixels, shares = self._mix(pixels, partners, draws[:, -5:])
         return pixels, self._soft_labels(labels, partners, shares)
 
     def change_images(self, pixel_values: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """What is done to every image by itself: operations, normalisation, erasing. Arguments as `__call__`."""
+        """Apply the operations, normalization and erasing of each image. Arguments as in `__call__`."""
         options = self.arguments
         pixels = from_levels(pixel_values)
         for i in range(options.num_operations):
@@ -278,7 +286,7 @@ class Augmentation:
         return pixels
 
     def _erase(self, pixels: torch.Tensor, rectangles: torch.Tensor) -> None:
-        """Fill a rectangle of each image, in place. After normalisation zero is the mean colour."""
+        """Fill a rectangle of each image in place. After normalization, zero is the mean color."""
         for image, rectangle in zip(pixels, rectangles.int().tolist(), strict=True):
             top, left, height, width, seed = rectangle
             if height * width == 0:
@@ -293,7 +301,7 @@ class Augmentation:
     def _mix(
         self, pixels: torch.Tensor, partners: Sequence[int], mixing: torch.Tensor
     ) -> tuple[torch.Tensor, list[float]]:
-        """Images mixed with their partners, and the share of each that is its own."""
+        """Mix images with their partners; return them and the share of each original image."""
         mixed, shares = pixels.clone(), []
         for image, original, partner, draws in zip(mixed, pixels, pixels[partners], mixing.tolist(), strict=True):
             weight, (top, left, height, width) = draws[0], map(int, draws[1:])
@@ -307,7 +315,7 @@ class Augmentation:
     def _soft_labels(
         self, labels: torch.Tensor | None, partners: Sequence[int] = (), shares: Sequence[float] = ()
     ) -> torch.Tensor | None:
-        """Labels mixed as the images were, then smoothed; classes (B,) become (B, K), unless nothing is to be done."""
+        """Mix labels as the images, then smooth them. Classes (B,) become (B, K), unless neither applies."""
         smoothing = self.arguments.label_smoothing
         if labels is None or (not shares and smoothing == 0):
             return labels
@@ -316,4 +324,6 @@ class Augmentation:
         if shares:
             share = torch.tensor(shares, device=labels.device)[:, None]
             targets = share * targets + (1 - share) * targets[partners]
-        return (1 - smoothing) * targets + smoothing / (self.num_labels if one_class else 2)  # else yes or no
+        return (1 - smoothing) * targets + smoothing / (
+            self.num_labels if one_class else 2
+        )  # multi-label targets are binary

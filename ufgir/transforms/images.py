@@ -1,18 +1,17 @@
-"""Open image files and convert them to RGB, whatever their mode, orientation or depth.
+"""Open image files and convert them to RGB, for any mode, orientation or bit depth.
 
-The conversion is part of the image processor that is saved with a model, `clca.image_processing_clca`. Pillow tells the format
-of a file by its content, and opens MPO and AVIF itself. It opens HEIC where pillow-heif is installed, which is registered here.
+The conversion is implemented in `clca.image_processing_clca`, which is saved with a model. Pillow detects the format from the content
+of the file, and supports MPO and AVIF. It supports HEIC if pillow-heif is installed; this module registers it.
 """
 
 import importlib.util
 
-from clca.image_processing_clca import open_image as open_picture
-from clca.image_processing_clca import to_rgb
+from clca.image_processing_clca import open_image, to_rgb
 
 
-if importlib.util.find_spec("pillow_heif"):  # an optional package, with which Pillow opens HEIC
+if importlib.util.find_spec("pillow_heif"):  # optional package that adds HEIC to Pillow
     importlib.import_module("pillow_heif").register_heif_opener()
 
 HEIF_SUFFIXES = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 
-__all__ = ["HEIF_SUFFIXES", "open_picture", "to_rgb"]
+__all__ = ["HEIF_SUFFIXES", "open_image", "to_rgb"]

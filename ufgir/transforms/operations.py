@@ -1,9 +1,10 @@
-"""The fourteen operations of TrivialAugment (wide) and RandAugment, each image of a batch with its own strength.
+"""The fourteen operations of TrivialAugment (wide) and RandAugment on batches, with a different strength per image.
 
-TrivialAugment: https://huggingface.co/papers/2103.10158, RandAugment: https://huggingface.co/papers/1909.13719. What an
-operation does is Pillow's word, as in both papers' code: enhancing with a factor of 1 + strength, 8-bit levels for
-posterize, solarize and equalize, black where a moved image leaves nothing, a rotation about the centre and a shear that
-leaves the upper left corner where it is. Shapes: B batch, H, W height and width, pixels.
+TrivialAugment: https://huggingface.co/papers/2103.10158, RandAugment: https://huggingface.co/papers/1909.13719. The operations follow
+Pillow, as in the code of both papers: enhancement with a factor of 1 + strength; 8-bit levels for posterize, solarize and equalize;
+black where a transformed image has no pixels; rotation about the center; shear about the upper left corner.
+
+Shapes: B batch, H, W height and width in pixels.
 """
 
 import math
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 
 
-HIGHEST_LEVEL = 30  # levels of strength: 0, which changes little or nothing, to 30
+HIGHEST_LEVEL = 30  # levels of strength range from 0 (little or no change) to 30
 
 
 class Operation(NamedTuple):
-    """Strength at the highest level: in TrivialAugment, in RandAugment, and whether its sign is drawn."""
+    """Strength at the highest level, in TrivialAugment and in RandAugment, and whether the sign is random."""
 
     trivial: float = 0.0
     rand: float = 0.0
@@ -27,7 +28,7 @@ class Operation(NamedTuple):
 
 OPERATIONS: dict[str, Operation] = {
     "identity": Operation(),
-    "shear_x": Operation(0.99, 0.3, signed=True),  # pixels sideways a pixel downwards
+    "shear_x": Operation(0.99, 0.3, signed=True),  # horizontal pixels per vertical pixel
     "shear_y": Operation(0.99, 0.3, signed=True),
     "translate_x": Operation(32.0, 150 / 331, signed=True),  # pixels; RandAugment: share of the side
     "translate_y": Operation(32.0, 150 / 331, signed=True),
@@ -36,8 +37,8 @@ OPERATIONS: dict[str, Operation] = {
     "color": Operation(0.99, 0.9, signed=True),
     "contrast": Operation(0.99, 0.9, signed=True),
     "sharpness": Operation(0.99, 0.9, signed=True),
-    "posterize": Operation(6.0, 4.0),  # bits taken away
-    "solarize": Operation(255.0, 255.0),  # what the threshold falls by
+    "posterize": Operation(6.0, 4.0),  # removed bits
+    "solarize": Operation(255.0, 255.0),  # decrease of the threshold
     "autocontrast": Operation(),
     "equalize": Operation(),
 }
@@ -47,17 +48,18 @@ MOVEMENTS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
 def operation_value(name: str, level: int, negative: bool, side: int, trivial: bool) -> float:
-    """What `apply_operations` takes for an operation at a level.
+    """Return the value that `apply_operations` takes for an operation at a level.
 
     Args:
         name: one of `OPERATIONS`.
         level: 0 to `HIGHEST_LEVEL`.
-        negative: turn the sign of the strength, where the operation has one.
-        side: of the image, pixels.
-        trivial: strengths of TrivialAugment rather than RandAugment.
+        negative: invert the sign of the strength, if the operation has one.
+        side: image size, pixels.
+        trivial: use the strengths of TrivialAugment rather than RandAugment.
 
     Returns:
-        Shear, whole pixels, degrees, factor, bits left, threshold in 0 to 255, or 0 where there is nothing to choose.
+        Shear, translation in whole pixels, rotation in degrees, factor, remaining bits, threshold in 0 to 255, or 0 for operations
+        without a strength.
     """
     operation = OPERATIONS[name]
     largest = operation.trivial if trivial else operation.rand
@@ -76,7 +78,8 @@ def operation_value(name: str, level: int, negative: bool, side: int, trivial: b
 
 
 def draw_operation(generator: np.random.Generator, side: int, level: int | None = None) -> tuple[int, float]:
-    """(index in `NAMES`, value): TrivialAugment's, all operations, levels and signs alike, or RandAugment's at `level`."""
+    """Draw (index in `NAMES`, value). Without a `level`, as in TrivialAugment, operations, levels and signs are uniform; with a `level`, as
+    in RandAugment, it is fixed."""
     index = int(generator.integers(len(NAMES)))
     drawn, negative = int(generator.integers(HIGHEST_LEVEL + 1)), bool(generator.integers(2))
     name, trivial = NAMES[index], level is None
@@ -84,52 +87,53 @@ def draw_operation(generator: np.random.Generator, side: int, level: int | None 
 
 
 def from_levels(levels: torch.Tensor) -> torch.Tensor:
-    """8-bit levels -> float32 in [0, 1].
+    """Convert 8-bit levels to float32 in [0, 1].
 
-    (Divided by a tensor: CUDA multiplies by the inverse of a number, and 255 * x of that may lie below the level.)
+    The divisor is a tensor, because CUDA replaces division by a number with multiplication by its inverse, after which 255 * x can be
+    slightly below the level.
     """
     return levels.float() / torch.full((), 255.0, device=levels.device)
 
 
 def to_levels(pixels: torch.Tensor) -> torch.Tensor:
-    """[0, 1] -> the nearest 8-bit levels, uint8."""
+    """Convert values in [0, 1] to the nearest 8-bit levels, uint8."""
     return (pixels * 255).round().to(torch.uint8)
 
 
 def apply_operations(
     pixels: torch.Tensor, operations: torch.Tensor, values: torch.Tensor, interpolation: str = "nearest"
 ) -> torch.Tensor:
-    """One operation an image. Images that drew the same one go through it together.
+    """Apply one operation to each image. Images with the same operation are processed together.
 
     Args:
-        pixels: (B, 3, H, W), float32 in [0, 1], 8-bit levels over 255.
+        pixels: (B, 3, H, W), float32 in [0, 1], multiples of 1/255.
         operations: (B,), indices in `NAMES`, on the CPU.
         values: (B,), see `operation_value`, on the CPU.
-        interpolation: `nearest` or `bilinear`, for images that are sheared, moved or turned.
+        interpolation: `nearest` or `bilinear`, for shear, translation and rotation.
 
     Returns:
-        Of the same shape, in [0, 1], on the device of `pixels`.
+        (B, 3, H, W), in [0, 1], on the device of `pixels`.
     """
     names = [NAMES[int(index)] for index in operations]
     groups: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        groups.setdefault("move" if name in MOVEMENTS else name, []).append(row)
+    for index, name in enumerate(names):
+        groups.setdefault("move" if name in MOVEMENTS else name, []).append(index)
     groups.pop("identity", None)
     changed = pixels.clone()
-    for group, rows in groups.items():
-        chosen, strength = pixels[rows], values[rows]
+    for group, indices in groups.items():
+        chosen, strength = pixels[indices], values[indices]
         if group == "move":
-            moves = zip((names[row] for row in rows), strength.tolist(), strict=True)
+            moves = zip((names[index] for index in indices), strength.tolist(), strict=True)
             matrices = [_source_to_target(name, value, *pixels.shape[-2:]) for name, value in moves]
-            changed[rows] = _move(chosen, torch.tensor(matrices), interpolation)
+            changed[indices] = _move(chosen, torch.tensor(matrices), interpolation)
         else:
-            changed[rows] = _FUNCTIONS[group](chosen, strength.to(pixels.device))
+            changed[indices] = _FUNCTIONS[group](chosen, strength.to(pixels.device))
     return changed
 
 
 def _source_to_target(name: str, value: float, height: int, width: int) -> list[list[float]]:
-    """The 2 x 3 matrix from where a pixel is to where it goes. Pixels have their centres at whole numbers."""
-    if name == "shear_x":  # the corner of the image is half a pixel away from the centre of its first pixel
+    """Return the 2 x 3 matrix that maps the source position of a pixel to its target position. Pixel centers are integers."""
+    if name == "shear_x":  # the image corner is half a pixel from the center of the first pixel
         return [[1.0, -value, -value / 2], [0.0, 1.0, 0.0]]
     if name == "shear_y":
         return [[1.0, 0.0, 0.0], [-value, 1.0, -value / 2]]
@@ -180,12 +184,14 @@ def _posterize(pixels: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
 def _solarize(pixels: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     from kornia.enhance import solarize
 
-    return solarize(pixels, (threshold.ceil() - 0.5) / 255)  # halfway between two levels: rounding decides nothing
+    return solarize(
+        pixels, (threshold.ceil() - 0.5) / 255
+    )  # halfway between two levels, so that rounding has no effect
 
 
 def _autocontrast(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     low, high = pixels.amin(dim=(2, 3), keepdim=True), pixels.amax(dim=(2, 3), keepdim=True)
-    return torch.where(high > low, (pixels - low) / (high - low), pixels)  # a channel of one value stays as it is
+    return torch.where(high > low, (pixels - low) / (high - low), pixels)  # a constant channel is unchanged
 
 
 def _equalize(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,16 @@
-"""From a picture to `pixel_values`, for training and for evaluation.
+"""Image preprocessing for training and evaluation: from an image to `pixel_values`.
 
-Both transforms take every number from the image processor that is saved with the model, so a model and its
-`preprocessor_config.json` cannot disagree. Its `crop_pct` is the ratio of the two squares:
+Both transforms read all sizes and constants from the image processor that is saved with the model, so they always match its
+`preprocessor_config.json`. `crop_pct` is the ratio of the crop size to the resized size:
 
-    evaluation   upright RGB -> resize to a square -> centre crop `size` -> rescale -> normalise
-    training     upright RGB -> resize to a square -> random crop `size` -> horizontal flip -> rescale -> normalise
+    evaluation   upright RGB -> resize to a square -> center crop `size` -> rescale -> normalize
+    training     upright RGB -> resize to a square -> random crop `size` -> horizontal flip -> rescale -> normalize
 
-The resize does not keep the aspect ratio: the original squashes every picture into a square. What training may do
-besides is `ufgir.transforms.augmentation`.
+The resize does not keep the aspect ratio, as in the original code. For further training augmentation, see
+`ufgir.transforms.augmentation`.
 
-Random decisions come from a generator seeded with (seed, epoch, sample index) and from nothing else. A sample therefore
-looks the same whatever the number of workers or processes, and whether or not training was interrupted before it.
+All random decisions are drawn from a generator seeded with (seed, epoch, sample index). A sample therefore does not depend on the
+number of workers or processes, or on whether training was resumed.
 """
 
 import logging
@@ -39,19 +39,19 @@ logger = logging.getLogger(__name__)
 
 
 def read_image_processor(source: str | os.PathLike[str], revision: str | None = None) -> Any:
-    """Load the image processor of a model, without torchvision and without running code of the model's folder.
+    """Load the image processor of a model without torchvision and without remote code.
 
     Args:
         source: folder or Hub repository.
-        revision: of the Hub repository.
+        revision: revision of the Hub repository.
 
     Returns:
-        A `CLCAImageProcessor` for those of this project, of any version, and of ViT. Otherwise transformers' class that the
-        file names, its Pillow variant where it has one.
+        A `CLCAImageProcessor` for image processors of this project (any version) and of ViT. Otherwise an instance of the transformers
+        class named in the file, in its Pillow variant if there is one.
 
     Raises:
-        OSError: there is no such folder or repository, or it has no image processor.
-        ValueError: the file is invalid, or names a class that transformers does not have.
+        OSError: if the folder or repository does not exist, or has no image processor.
+        ValueError: if the file is invalid or names an unknown class.
     """
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
@@ -103,18 +103,18 @@ def make_image_processor(
     image_std: Sequence[float] | None = None,
     saved: Any = None,
 ) -> CLCAImageProcessor:
-    """An image processor that resizes to a square, bicubic, and crops the centre: evaluation as the original does it.
+    """Create an image processor that resizes to a square with bicubic interpolation and crops the center, as the original evaluation.
 
     Args:
         image_size: side of the crop and of the model's input, pixels.
-        resize_size: side of the square, pixels; by default that of `saved` if its crop has this `image_size`, or else
-            `int(image_size / 0.875)`.
-        image_mean, image_std: three numbers each, of red, green and blue in [0, 1]; by default those of `saved`, or
-            ImageNet's.
-        saved: image processor of the model that is trained on, see `ufgir.checkpoints.load_image_processor`.
+        resize_size: side of the square before the crop, pixels. None for that of `saved` if its crop size is `image_size`, and
+            `int(image_size / 0.875)` otherwise.
+        image_mean: three numbers in [0, 1] for red, green and blue. None for those of `saved`, or of ImageNet.
+        image_std: likewise.
+        saved: image processor of the model that is fine-tuned, see `ufgir.checkpoints.load_image_processor`.
 
     Raises:
-        ValueError: `resize_size` is smaller than `image_size`, or not three numbers.
+        ValueError: if `resize_size` is smaller than `image_size`, or mean or std are not three numbers.
     """
     if resize_size is None:
         resize_size = int(image_size / 0.875)
@@ -137,9 +137,9 @@ def make_image_processor(
 
 
 def sizes_of(image_processor: Any) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-    """What an image processor resizes images to, and what is left after the centre crop: height and width each, pixels.
+    """Return the (height, width) to which an image processor resizes images, and the (height, width) after the center crop, pixels.
 
-    None stands for a size that is not given by height and width, such as one by the shortest edge.
+    None for a size that is not given by height and width, such as one given by the shortest edge.
     """
     size = _height_and_width(image_processor.size)
     if size is not None and getattr(image_processor, "crop_pct", None) is not None:
@@ -155,7 +155,7 @@ def _height_and_width(size: Any) -> tuple[int, int] | None:
 
 
 def normalization(image_processor: Any) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """(scale, mean, std): 8-bit levels times scale, less the mean, over the std, are `pixel_values`."""
+    """Return (scale, mean, std), where `pixel_values` = (8-bit levels * scale - mean) / std."""
     scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
     mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else ([0], [1])
     mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
@@ -163,13 +163,13 @@ def normalization(image_processor: Any) -> tuple[float, torch.Tensor, torch.Tens
 
 
 class _Transform:
-    """The numbers that both transforms share, read from an image processor.
+    """Base class of both transforms: sizes and constants read from an image processor.
 
     Args:
         image_processor: a `CLCAImageProcessor`, or another one that resizes and crops to squares.
 
     Raises:
-        ValueError: a size is not a square, or the crop is larger than the resized picture.
+        ValueError: if a size is not a square, or the crop is larger than the resized image.
     """
 
     def __init__(self, image_processor: Any) -> None:
@@ -203,10 +203,10 @@ class _Transform:
 
 
 class EvalTransform(_Transform):
-    """Resize to a square, crop the centre: what calling the image processor itself gives."""
+    """Resize to a square and crop the center, with the same result as the image processor."""
 
     def __call__(self, image: Image.Image, generator: np.random.Generator | None = None) -> torch.Tensor:
-        """A picture of any mode and size -> (3, crop_size, crop_size), float32. `generator` is not used."""
+        """Transform an image of any mode and size to (3, crop_size, crop_size), float32. `generator` is ignored."""
         margin = (self.resize_size - self.crop_size) // 2
         return self._to_tensor(self._crop(self._resize(image), margin, margin))
 
@@ -214,13 +214,14 @@ class EvalTransform(_Transform):
 def random_rectangle(
     generator: np.random.Generator, height: int, width: int, areas: Sequence[float], aspects: Sequence[float]
 ) -> tuple[int, int, int, int] | None:
-    """A random rectangle inside a picture.
+    """Draw a random rectangle inside an image.
 
     Args:
-        generator: where chance comes from.
-        height, width: of the picture, pixels.
-        areas: smallest and largest share of the picture's area; all between are alike.
-        aspects: smallest and largest height / width; all ratios between are alike.
+        generator: random generator.
+        height: image height, pixels.
+        width: image width, pixels.
+        areas: smallest and largest share of the image's area; uniform.
+        aspects: smallest and largest height / width; log-uniform.
 
     Returns:
         Top, left, height and width in pixels, or None if ten rectangles did not fit.
@@ -238,20 +239,20 @@ def random_rectangle(
 
 
 class RandomDraws(Protocol):
-    """What `TrainTransform` asks of an augmentation: the numbers that it will need for one image."""
+    """The interface of an augmentation that `TrainTransform` uses: draw the random numbers of one image."""
 
     def draw(self, generator: np.random.Generator) -> torch.Tensor: ...
 
 
 class TrainTransform(_Transform):
-    """Resize to a square, crop anywhere, flip left to right.
+    """Resize to a square, crop at a random position and flip horizontally at random.
 
     Args:
         image_processor: see `_Transform`.
-        flip_probability: chance of a horizontal flip, in [0, 1].
-        random_resized_crop: where given, crop a random rectangle of at least this share of the picture's area, in (0, 1],
-            3:4 to 4:3 in shape, and resize that (https://huggingface.co/papers/1409.4842).
-        augmentation: what happens to the image next, elsewhere, see `ufgir.transforms.augmentation`.
+        flip_probability: probability of a horizontal flip, in [0, 1].
+        random_resized_crop: if given, crop a random rectangle of at least this share of the image's area, in (0, 1], with an aspect
+            ratio of 3:4 to 4:3, and resize it (https://huggingface.co/papers/1409.4842).
+        augmentation: the augmentation that is applied later, see `ufgir.transforms.augmentation`.
     """
 
     def __init__(
@@ -271,9 +272,10 @@ class TrainTransform(_Transform):
         self.augmentation = augmentation
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> torch.Tensor | dict[str, torch.Tensor]:
-        """A picture of any mode and size -> (3, crop_size, crop_size), all chance drawn from `generator`.
+        """Transform an image of any mode and size to (3, crop_size, crop_size), with random numbers from `generator`.
 
-        float32, normalised; with an augmentation instead `{"pixel_values": uint8, not normalised, "draws": (D,)}`.
+        Returns:
+            float32, normalized; with an augmentation, `{"pixel_values": uint8, not normalized, "draws": (D,)}` instead.
         """
         if self.random_resized_crop is None:
             top, left = generator.integers(0, self.resize_size - self.crop_size + 1, size=2)
@@ -289,7 +291,7 @@ class TrainTransform(_Transform):
     def _resize_random_crop(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         width, height = image.size
         box = random_rectangle(generator, height, width, (self.random_resized_crop, 1.0), (3 / 4, 4 / 3))
-        if box is None:  # a very long picture: as much of its middle as the shape allows
+        if box is None:  # very long image: the largest centered rectangle with an allowed aspect ratio
             own_height, own_width = min(height, math.ceil(width * 4 / 3)), min(width, math.ceil(height * 4 / 3))
             box = (height - own_height) // 2, (width - own_width) // 2, own_height, own_width
         top, left, own_height, own_width = box
@@ -298,7 +300,7 @@ class TrainTransform(_Transform):
 
 
 class ImageTransform(Protocol):
-    """What `TransformedImages` applies: a picture and a generator in, (3, H, W) or several columns out."""
+    """The interface of a transform for `TransformedImages`: an image and a generator to (3, H, W) or several columns."""
 
     def __call__(
         self, image: Image.Image, generator: np.random.Generator

@@ -1,6 +1,6 @@
-"""The list of a checkpoint's files: their sizes and checksums, to be compared before anything is loaded from it.
+"""File list of a checkpoint: sizes and checksums, compared before loading.
 
-The checksums are XXH3 of 128 bits: they show every damage of a disk or a copy, but not the work of somebody who wants to deceive.
+The checksums are 128-bit XXH3. They detect accidental damage, but do not protect against deliberate manipulation.
 """
 
 import json
@@ -19,7 +19,7 @@ _CHUNK = 2**20  # bytes
 
 
 def checksum(path: Path) -> str:
-    """The checksum of a file, with the name of its kind."""
+    """Return the checksum of a file, prefixed with the name of the algorithm."""
     hashed, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
@@ -28,12 +28,12 @@ def checksum(path: Path) -> str:
 
 
 def write_file_list(folder: Path, files: Sequence[Path], about: Mapping[str, Any]) -> Path:
-    """Write the list into `folder`.
+    """Write the file list of a checkpoint.
 
     Args:
-        folder: of the checkpoint.
-        files: in it, at any depth.
-        about: what else the list says.
+        folder: folder of the checkpoint.
+        files: files in the folder, at any depth.
+        about: additional content of the list.
     """
     names = [file.relative_to(folder).as_posix() for file in files]
     content = {
@@ -45,16 +45,16 @@ def write_file_list(folder: Path, files: Sequence[Path], about: Mapping[str, Any
     return folder / FILE_LIST
 
 
-def unlike_the_list(folder: Path, read: bool, names: Sequence[str] = ("*",)) -> Iterator[str]:
-    """What differs from the list of a checkpoint, in a few words each.
+def find_differences(folder: Path, read: bool, names: Sequence[str] = ("*",)) -> Iterator[str]:
+    """Yield a short description of each difference between a checkpoint and its file list.
 
     Args:
-        folder: of the checkpoint, with a list.
-        read: compare checksums, too, where the list has them (those of earlier versions have none): all is read.
-        names: patterns of the names of the files to look at.
+        folder: folder of a checkpoint with a file list.
+        read: also compare checksums, which reads all files. Lists of earlier versions have none.
+        names: patterns of the names of the files to compare.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: the list cannot be read.
+        OSError, ValueError, KeyError, TypeError, AttributeError: if the list cannot be read.
     """
     content = json.loads((folder / FILE_LIST).read_text(encoding="utf-8"))
     checksums = content.get("checksums", {})
@@ -68,21 +68,21 @@ def unlike_the_list(folder: Path, read: bool, names: Sequence[str] = ("*",)) -> 
         elif found != size:
             yield f"{name} has {found} of {size} bytes"
         elif read and name in checksums and checksum(file) != checksums[name]:
-            yield f"{name} is damaged, its checksum is not the one it was saved with"
+            yield f"{name} is damaged (its checksum differs from the saved one)"
 
 
 def check_weights(checkpoint: str | os.PathLike) -> None:
-    """Compare the weights in a folder with its list, if it has one.
+    """Compare the weights in a folder with its file list, if there is one.
 
     Raises:
-        ValueError: they are not those that were saved.
+        ValueError: if they differ.
     """
     folder = Path(checkpoint)
     if not (folder / FILE_LIST).is_file():
         return
     try:
-        problem = next(unlike_the_list(folder, True, WEIGHTS), None)
+        problem = next(find_differences(folder, True, WEIGHTS), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        problem = f"{FILE_LIST} in it cannot be read"
+        problem = f"{FILE_LIST} cannot be read"
     if problem is not None:
-        raise ValueError(f"{folder} is not as it was saved: {problem}. Use another checkpoint")
+        raise ValueError(f"{folder} differs from the saved checkpoint: {problem}. Use another checkpoint")

@@ -1,11 +1,11 @@
-"""Helpers for several processes."""
+"""Helpers for distributed training."""
 
 import torch
 from torch import nn
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers, such as a BatchNorm's statistics. Nothing happens in one process."""
+    """Copy the buffers of the first process, such as BatchNorm statistics, to all processes. No effect in a single process."""
     if torch.distributed.is_initialized():
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)

@@ -1,7 +1,7 @@
-"""Write files and folders whole: they appear complete or not at all.
+"""Atomic writing of files and folders: they appear complete or not at all.
 
-What is being written lies beside its target as `_NAME.<eight characters>.tmp`: uploads to the Hub leave out names that begin with
-`_`, and `remove_leftovers` removes what a killed process has left.
+Data is first written next to its target as `_NAME.<eight characters>.tmp`. Uploads to the Hub ignore names that begin with `_`, and
+`remove_leftovers` removes the temporary files of killed processes.
 """
 
 import csv
@@ -20,29 +20,29 @@ from typing import Any
 
 
 TEMPORARY, REPLACED = ".tmp", ".old"
-# Names of what is being written, and of what it is about to replace; earlier versions began them with a dot.
+# Names of temporary files and folders, and of those about to be replaced; in earlier versions they began with a dot.
 _LEFTOVER = re.compile(r"[._](?P<target>.+)\.(?:[a-z0-9_]{8}|\d+)\.(?:tmp|old)")
-_FILES = "_files."  # how the folder of `whole_files` begins
-_STALE = 3600.0  # seconds after which a temporary file belongs to no process that still writes it
+_FILES = "_files."  # prefix of the folder of `whole_files`
+_STALE = 3600.0  # seconds after which a temporary file is considered abandoned
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFull(OSError):
-    """A file could not be written whole, as there is no space for it; its text is a sentence for people."""
+    """A file could not be written completely because there is no space. The message is a full sentence."""
 
 
 @contextmanager
-def telling_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Within, `path` is written: where the space ends, raise DiskFull with the file and the space that it needs.
+def raise_disk_full(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Context manager that raises DiskFull, with the file and the required space, if there is no space to write `path`.
 
-    torch and safetensors raise errors of their own kinds, some with a trace of C++ in their text.
+    torch and safetensors raise their own error types for a full disk, some with a C++ stack trace in the message.
 
     Args:
-        path: a file; or a folder, of which the file written last is named.
-        needed: bytes; None if it is not known.
+        path: a file, or a folder, whose most recently written file is named in the message.
+        needed: required bytes; None if unknown.
 
     Raises:
-        DiskFull: the disk, a quota or the limit of a file's size is reached.
+        DiskFull: if the disk is full, or a quota or the file size limit is reached.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def _what_is_full(path: Path, needed: int | None, error: Exception) -> str:
 
 
 def _final(file: Path) -> Path:
-    """A path as it will be when what is being written has its name."""
+    """Return the path that a temporary file or folder will have when it is complete."""
     found = ((part, _LEFTOVER.fullmatch(part)) for part in file.parts)
     return Path(*(match["target"] if match else part for part, match in found if not part.startswith(_FILES)))
 
@@ -86,21 +86,21 @@ def _megabytes(size: int) -> str:
 
 
 def _for_everyone(path: Path) -> None:
-    """Give a file or folder the permissions that the umask leaves; mkstemp, mkdtemp and safetensors give them to the owner only."""
+    """Set the permissions given by the umask; mkstemp, mkdtemp and safetensors restrict them to the owner."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def share(folder: Path) -> None:
-    """Give all that is in a folder, and the folder, the permissions that the umask leaves."""
+    """Set the permissions given by the umask for a folder and its content."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
             _for_everyone(path)
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or the list of names of a folder, is on the disk."""
+    """Wait until a file, or the entries of a folder, are written to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -109,7 +109,7 @@ def to_disk(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -117,15 +117,15 @@ def remove(path: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a name is one of those that this module gives to what is being written."""
+    """Return whether a name is that of a temporary file or folder of this module."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove what killed processes have left of files and folders that they were writing into `folder`.
+    """Remove the temporary files and folders of killed processes from `folder`.
 
-    A folder that was about to be replaced gets its name back if its replacement did not come. Only for a process that alone
-    writes into `folder`.
+    A folder that was about to be replaced is restored if its replacement is missing. Call this only if no other process writes to
+    `folder`.
     """
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -137,28 +137,28 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove what a process that was killed long ago has left of this target."""
+    """Remove old temporary files and folders of this target, left by killed processes."""
     for name in glob.glob(f"[._]{glob.escape(target.name)}.*{TEMPORARY}", root_dir=target.parent, include_hidden=True):
         path = target.parent / name
         try:
             if time.time() - path.stat().st_mtime > _STALE and _LEFTOVER.fullmatch(name):
                 remove(path)
-        except OSError:  # it has just got its name
+        except OSError:  # it was renamed in the meantime
             continue
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the place of `target` when the block ends, and vanishes if it fails.
+    """Context manager that yields a temporary folder, which replaces `target` at the end of the block and is deleted if the block fails.
 
     Raises:
-        DiskFull: there is no space for what is written.
+        DiskFull: if there is no space.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"_{target.name}.", suffix=TEMPORARY))
     try:
-        with telling_full_disk(temporary):
+        with raise_disk_full(temporary):
             yield temporary
         share(temporary)
         if target.is_dir() and any(target.iterdir()):
@@ -179,21 +179,20 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """A folder whose files take their places in `folder` when the block ends, one after the other, and vanish if it fails.
-
-    What else is in `folder` stays.
+    """Context manager that yields a temporary folder, whose files are moved to `folder` one by one at the end of the block, and deleted if
+    the block fails. Other files in `folder` are kept.
 
     Raises:
-        DiskFull: there is no space for what is written.
+        DiskFull: if there is no space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_FILES, suffix=TEMPORARY))
     try:
-        with telling_full_disk(temporary):
+        with raise_disk_full(temporary):
             yield temporary
         for file in sorted(
             (file for file in temporary.rglob("*") if file.is_file()), reverse=True
-        ):  # parts before a whole
+        ):  # shards before their index
             target = folder / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             _for_everyone(file)
@@ -205,24 +204,25 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[Path]:
-    """A file that takes the place of `path` when the block ends, and vanishes if it fails; folders are made.
+    """Context manager that yields a temporary file, which replaces `path` at the end of the block and is deleted if the block fails.
+    Missing folders are created.
 
     Args:
         path: the file to write.
-        needed: bytes, for the message if there is no space.
+        needed: required bytes, for the error message; None if unknown.
 
     Raises:
-        DiskFull: there is no space for it.
+        DiskFull: if there is no space.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path)
-    with telling_full_disk(path, needed):
+    with raise_disk_full(path, needed):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"_{path.name}.", suffix=TEMPORARY)
     os.close(handle)
     temporary = Path(name)
     try:
-        with telling_full_disk(path, needed):
+        with raise_disk_full(path, needed):
             yield temporary
             _for_everyone(temporary)
             to_disk(temporary)
@@ -233,10 +233,10 @@ def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[P
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
-    """Write `text` as UTF-8 so that `path` holds the old content or all of the new one, never a part of it.
+    """Write `text` as UTF-8 atomically: `path` holds either the old content or all of the new.
 
     Raises:
-        DiskFull: there is no space for it.
+        DiskFull: if there is no space.
     """
     content = text.encode()
     with whole_file(path, len(content)) as temporary:
@@ -248,7 +248,7 @@ Row = dict[str, Any]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> Path:
-    """The rows as CSV, atomically; numbers to seven digits."""
+    """Write rows as CSV atomically, with numbers to seven digits."""
 
     def cell(value: Any) -> Any:
         return f"{value:.7g}" if isinstance(value, float) else "" if value is None else value

@@ -7,22 +7,22 @@ from pathlib import Path
 import filelock
 
 
-PATIENCE = 10.0  # seconds that the workers of a process that was killed may hold on to its lock
+PATIENCE = 10.0  # seconds for which the workers of a killed process may still hold its lock
 
 
 @contextlib.contextmanager
 def only_one(target: Path, refusal: str) -> Iterator[None]:
-    """Let no other process that asks for the same file or folder into its block.
+    """Context manager that locks a file or folder: only one process at a time runs a block with the same target.
 
-    The lock is a file `.NAME.lock` beside the target. It is no longer held when its process has ended in whatever way, and is
-    deleted at the end of the block.
+    The lock is a file `.NAME.lock` next to the target. It is released when the process ends in any way, and deleted at the end of
+    the block.
 
     Args:
-        target: what is written in the block; its parent is made if it is not there.
-        refusal: a sentence for the second process.
+        target: the file or folder to write; its parent folder is created if missing.
+        refusal: error message for another process that requests the lock.
 
     Raises:
-        ValueError: another process is at work.
+        ValueError: if another process holds the lock.
     """
     target = target.resolve()
     file = target.with_name(f".{target.name}.lock")
@@ -35,6 +35,6 @@ def only_one(target: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # as Windows refuses to delete an open file
-            file.unlink()  # while it is held: afterwards it may be another's
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file
+            file.unlink()  # while it is held: afterwards another process may own it
         lock.release()

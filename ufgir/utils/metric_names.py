@@ -1,10 +1,10 @@
-"""Names of the metrics of a run: as they are stored, and as they are shown."""
+"""Names of metrics: in stored results, on the Hub, and for display."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-# our metric -> (name on the Hub, name for people)
+# stored name -> (name on the Hub, display name)
 METRIC_NAMES = {
     "top1": ("accuracy", "top-1"),
     "top5": ("accuracy", "top-5"),
@@ -15,6 +15,6 @@ METRIC_NAMES = {
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Those of `METRIC_NAMES` that any of the rows has."""
+    """Return those of `METRIC_NAMES` that occur in any of the rows."""
     rows = list(rows)
     return [key for key in METRIC_NAMES if any(key in row for row in rows)]

@@ -1,12 +1,12 @@
-"""Options that contradict others, and options without effect: one mechanism for the script, the commands and calls from Python.
+"""Checks for conflicting options and options without effect, shared by the script, the commands and the Python API.
 
-A `Requirement` says what some options need. `check_options` looks at the options that were given: those that contradict others
-raise ValueError, those without effect are named in one warning.
+A `Requirement` states what some options need. `check_options` checks the options that were given: conflicting options raise
+ValueError, and one warning lists all options without effect.
 
     WARMUP = Requirement(("ema_warmup",), "`ema_decay`", lambda group: group.ema_decay)
     check_options(group, ["ema_warmup"], [WARMUP])      # Options without effect: `ema_warmup` needs `ema_decay`.
 
-A caller that checks in several steps logs one warning for all of them:
+To log a single warning for several checks:
 
     with collected() as without_effect:
         ...                                             # any number of `check_options`
@@ -28,13 +28,13 @@ _names: ContextVar[Mapping[str, str] | None] = ContextVar("names", default=None)
 
 
 class Requirement(NamedTuple):
-    """What some options need.
+    """A requirement of some options.
 
     Attributes:
-        options: their names; one that ends in _ stands for all that begin with it.
-        needs: what they need, in words that follow "needs".
-        holds: whether that is there, of the subject of `check_options`.
-        refused: without it the options contradict others. Otherwise they have no effect.
+        options: names of the options; a name that ends in _ is a prefix.
+        needs: what they need, as the object of "needs".
+        holds: returns whether the requirement is met, given the subject of `check_options`.
+        refused: whether the options conflict with others if it is not met. Otherwise they have no effect.
     """
 
     options: tuple[str, ...]
@@ -43,23 +43,23 @@ class Requirement(NamedTuple):
     refused: bool = False
 
     def concerns(self, name: str) -> bool:
-        """Whether `name` is one of the options."""
+        """Return whether `name` is one of the options."""
         return any(name.startswith(o) if o.endswith("_") else name == o for o in self.options)
 
 
 def check_options(subject: Any, given: Collection[str], requirements: Sequence[Requirement]) -> dict[str, str]:
-    """Refuse options that contradict others, and warn once of those without effect.
+    """Raise an error for conflicting options, and log one warning for options without effect.
 
     Args:
-        subject: what the requirements look at, e.g. an instance of a dataclass of options.
+        subject: argument of `Requirement.holds`, e.g. an instance of a dataclass of options.
         given: names of the options that were given.
-        requirements: to check.
+        requirements: the requirements to check.
 
     Returns:
-        Option -> what it needs, for the options without effect, under the names that the caller uses (see `called`).
+        Option without effect -> what it needs, under the caller's names (see `called`).
 
     Raises:
-        ValueError: an option contradicts others.
+        ValueError: if an option conflicts with others.
     """
     found: dict[str, str] = {}
     for requirement in requirements:
@@ -78,7 +78,7 @@ def check_options(subject: Any, given: Collection[str], requirements: Sequence[R
 
 @contextmanager
 def collected() -> Iterator[dict[str, str]]:
-    """Within this context the options without effect are added to the dict that it yields, and nothing is logged."""
+    """Context manager that collects options without effect in the dict it yields, instead of logging them."""
     token = _collector.set(found := {})
     try:
         yield found
@@ -87,10 +87,10 @@ def collected() -> Iterator[dict[str, str]]:
 
 
 def warn_of(found: Mapping[str, str]) -> None:
-    """Log one warning that names options without effect, if there are any.
+    """Log one warning that lists options without effect, if there are any.
 
     Args:
-        found: option -> what it needs, as `check_options` returns it.
+        found: option -> what it needs, as returned by `check_options`.
     """
     if found:
         parts = [_sentence([n for n in found if found[n] == needs], needs) for needs in dict.fromkeys(found.values())]
@@ -102,13 +102,13 @@ def _sentence(names: Sequence[str], needs: str) -> str:
 
 
 def changed_fields(group: Any) -> list[str]:
-    """The fields of a dataclass instance that differ from their defaults."""
+    """Return the names of the fields of a dataclass instance that differ from their defaults."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(group)}
     return [name for name, default in defaults.items() if getattr(group, name) != default]
 
 
 class OptionGroup:
-    """Base of dataclasses of options: making one checks its `requirements`, of the fields that differ from their defaults."""
+    """Base class for dataclasses of options; checks `requirements` for fields that differ from their defaults."""
 
     requirements: tuple[Requirement, ...] = ()
 
@@ -118,10 +118,10 @@ class OptionGroup:
 
 @contextmanager
 def called(names: Mapping[str, str]) -> Iterator[None]:
-    """Within this context messages call arguments as the caller does.
+    """Context manager in which messages use the caller's names of arguments.
 
     Args:
-        names: argument -> what the caller calls it.
+        names: argument -> the caller's name.
     """
     token = _names.set(names)
     try:
@@ -131,7 +131,7 @@ def called(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def argument(name: str) -> str:
-    """An argument for a message, in backticks: under its own name, or as the caller calls it (see `called`)."""
+    """Return the name of an argument for a message, in backticks; the caller's name inside `called`."""
     return f"`{_called(name)}`"
 
 

@@ -1,6 +1,6 @@
-"""Figures in one style: colours that colour-blind readers tell apart, and a line style and a marker for print in grey.
+"""Consistent figure style: colors that color-blind readers can distinguish, with line styles and markers for gray-scale print.
 
-Each method of token reduction, and each of base, CLC, CLA and CLCA, looks the same in every figure:
+Each reduction method, and each of base, CLC, CLA and CLCA, has the same style in every figure:
 
     with style():
         figure, axes = new_figure()
@@ -8,7 +8,7 @@ Each method of token reduction, and each of base, CLC, CLA and CLCA, looks the s
         label(axes, x="Keep rate", y="Test top-1 (%)")
         save_figure(figure, "accuracy.png")
 
-matplotlib is imported when a figure is drawn, not with this module; no window is opened and pyplot is not used.
+matplotlib is imported on first use. pyplot is not used, and no window is opened.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color), without its yellow, which white paper swallows.
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color), without its yellow, which is hard to see on white.
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = [
     "#000000",
     "#E69F00",
@@ -38,14 +38,14 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = [
 ]
 PALETTE = (BLUE, ORANGE, GREEN, RED, SKY, PINK, BLACK)
 
-# Name -> what `Axes.plot` takes.
+# Name -> arguments of `Axes.plot`.
 VARIANT_STYLES: dict[str, dict[str, Any]] = {
     "base": {"color": BLACK, "linestyle": ":", "marker": "o"},
     "CLC": {"color": ORANGE, "linestyle": "--", "marker": "s"},
     "CLA": {"color": SKY, "linestyle": "-.", "marker": "^"},
     "CLCA": {"color": BLUE, "linestyle": "-", "marker": "D"},
 }
-# Name -> what its bars and boxes are filled with, to be told apart in grey.
+# Name -> hatch of its bars and boxes, to distinguish them in gray.
 VARIANT_HATCHES = {"base": "", "CLC": "//", "CLA": "..", "CLCA": "\\\\"}
 OTHER_HATCHES = ("xx", "++", "oo", "--")
 METHOD_STYLES: dict[str, dict[str, Any]] = {
@@ -65,8 +65,8 @@ METHOD_STYLES: dict[str, dict[str, Any]] = {
     "tome": {"color": BLUE, "linestyle": "--", "marker": "<"},
 }
 
-# What a method looks like that is not in METHOD_STYLES: lines and markers that none of those has. Their numbers have no common
-# divisor with each other, so that 3 * 7 * 8 = 168 names in a row look different.
+# Styles of methods that are not in METHOD_STYLES: other line styles and markers. The numbers of line styles, colors and markers
+# are coprime, so that 3 * 7 * 8 = 168 consecutive numbers give different styles.
 OTHER_LINES = ("-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 OTHER_MARKERS = (">", "d", "H", "8", "1", "2", "3", "4")
 
@@ -85,10 +85,10 @@ _RC: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "legend.frameon": False,
-    "legend.handlelength": 3.0,  # long enough to tell dashes apart
+    "legend.handlelength": 3.0,  # long enough to distinguish dashes
     "errorbar.capsize": 2.5,
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "ufgir",  # the same figure, the same file
+    "svg.hashsalt": "ufgir",  # reproducible files
     "pdf.fonttype": 42,
 }
 
@@ -103,49 +103,54 @@ def _matplotlib() -> Any:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Draw in the project's style inside this context; matplotlib's settings are as before after it.
+    """Context manager that applies the project's figure style and restores matplotlib's settings afterwards.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     with _matplotlib().rc_context(_RC):
         yield
 
 
 def new_figure(rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple["Figure", Any]:
-    """A figure and its axes, one `Axes` or an array of them; to be called inside `style()`.
+    """Create a figure and its axes, one `Axes` or an array of them. Call it inside `style()`.
 
     Args:
-        rows, columns: of axes; each adds its own width and height to the figure.
-        kwargs: more arguments of `matplotlib.figure.Figure.subplots`, such as `sharey`.
+        rows: number of rows of axes; each adds its height to the figure.
+        columns: number of columns of axes; each adds its width to the figure.
+        kwargs: further arguments of `matplotlib.figure.Figure.subplots`, such as `sharey`.
     """
     figure = _matplotlib().figure.Figure(figsize=(_WIDTH * columns, _HEIGHT * rows))
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def label(axes: "Axes", x: str, y: str, title: str | None = None, legend: bool = True) -> None:
-    """Name the axes, with units, and put the legend where it hides least."""
+    """Label the axes, with units, and add a legend where it covers the least."""
     axes.set(xlabel=x, ylabel=y, title=title)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend()
 
 
 def variant_style(name: str) -> dict[str, Any]:
-    """What `Axes.plot` takes for base, CLC, CLA or CLCA, the label included; ValueError for another name."""
+    """Return arguments of `Axes.plot` for base, CLC, CLA or CLCA, including the label.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
     if name not in VARIANT_STYLES:
         raise ValueError(f"`variant` must be one of {', '.join(VARIANT_STYLES)}, got {name!r}.")
     return {"label": name, **VARIANT_STYLES[name]}
 
 
 def method_style(name: str | None) -> dict[str, Any]:
-    """What `Axes.plot` takes for a method of token reduction or for None, the dense model, the label included. A method that is
-    not in `METHOD_STYLES` has a style that follows from its name, the same in every figure."""
+    """Return arguments of `Axes.plot` for a reduction method, or for None, the model without reduction, including the label. The style of
+    a method that is not in `METHOD_STYLES` is derived from its name, so it is the same in every figure."""
     name = name or "none"
     return {"label": name, **METHOD_STYLES.get(name, _other_style(name))}
 
 
 def _other_style(name: str) -> dict[str, Any]:
-    number = zlib.crc32(name.encode())  # `hash` differs from process to process
+    number = zlib.crc32(name.encode())  # `hash` differs between processes
     return {
         "color": PALETTE[number % len(PALETTE)],
         "linestyle": OTHER_LINES[number % len(OTHER_LINES)],
@@ -154,26 +159,26 @@ def _other_style(name: str) -> dict[str, Any]:
 
 
 def plain_style(name: str, position: int = 0) -> dict[str, Any]:
-    """What `Axes.plot` takes for anything: the style of the variant or method that `name` begins with, such as
-    `CLCA 53.2 %`, or else the colour at `position` of the palette, counted round and round; the label included."""
+    """Return arguments of `Axes.plot` for any name, including the label: the style of the variant or method that `name` begins with, such
+    as `CLCA 53.2 %`, or otherwise the color at `position` of the palette, modulo its length."""
     word = (name.split() or [""])[0].rstrip(",:;").lower()
     styles = {known.lower(): look for known, look in (METHOD_STYLES | VARIANT_STYLES).items()}
     return {"label": name, **styles.get(word, {"color": PALETTE[position % len(PALETTE)], "linestyle": "-"})}
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> Path:
-    """Write a figure as .png, .svg or .pdf, whole or not at all; folders are made; to be called inside `style()`.
+    """Save a figure as .png, .svg or .pdf. The file is written atomically; missing folders are created. Call it inside `style()`.
 
     Raises:
-        ValueError: another ending.
-        OSError: the file cannot be written.
+        ValueError: if the extension is another one.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"`path` of a figure must end in .png, .svg or .pdf, got {path}.")
-    # no date inside: the same numbers give the same file
+    # no date, so that files are reproducible
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-    with whole_file(path) as beside:
-        figure.savefig(beside, format=kind, metadata=undated)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=kind, metadata=undated)
     return path

@@ -1,4 +1,4 @@
-"""Where a result comes from: the time, the machine, its memory, and the versions of packages."""
+"""Provenance of a result: time, machine, memory and package versions."""
 
 import json
 import os
@@ -14,22 +14,22 @@ import torch
 
 PREDICTIONS_FILE = "predictions.csv"  # unless `predictions_file` says otherwise
 PACKAGES = ("clca-vit", "torch", "transformers", "accelerate", "datasets")
-# of a configuration: names of classes, and what says where and how it was saved instead of what the model is
+# fields of a configuration that do not describe the model: class names, and where and how it was saved
 NOT_STORED = {"id2label", "label2id", "architectures", "auto_map", "dtype", "_name_or_path"}
 
 
 def as_read(value: Any) -> Any:
-    """A value as it is when it has been written to a JSON file and read again."""
+    """Return a value as it would be read back from a JSON file."""
     return json.loads(json.dumps(value, default=str))
 
 
 def now() -> str:
-    """Date and time with the offset from UTC, to the second."""
+    """Return date and time with the UTC offset, to the second."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def describe_host() -> str:
-    """The machine in a few words: accelerators, cores, processor."""
+    """Return a short description of the machine: accelerators, cores, processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -41,7 +41,7 @@ def describe_host() -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes at the highest: `host`, resident, of this process; `gpu`, allocated by torch, on its fullest GPU."""
+    """Return peak memory in bytes: `host`, the resident size of this process; `gpu`, memory allocated by torch, the maximum over GPUs."""
     memory = {}
     try:
         import resource  # not on Windows

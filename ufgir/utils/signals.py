@@ -1,6 +1,7 @@
-"""Signals that end a run: Ctrl-C, and what queues of clusters send before they kill. Each ends it with one sentence and a status.
+"""Signals that end a run: Ctrl-C, and those that cluster schedulers send before they kill a job. Each ends the run with one sentence
+and an exit status.
 
-Imports nothing heavy: a script calls `end_quietly` before its own imports, which take seconds.
+This module has no slow imports: a script calls `end_quietly` before its own imports, which take seconds.
 """
 
 import os
@@ -13,21 +14,21 @@ from types import FrameType
 from typing import Any
 
 
-# SIGTERM: Slurm, Kubernetes, torchrun, shutdown. The others: `--signal` of Slurm, `-notify` and limits of Grid Engine and LSF, and
-# a terminal that is closed.
+# SIGTERM: Slurm, Kubernetes, torchrun, shutdown. The others: Slurm's `--signal`, `-notify` and limits of Grid Engine and LSF, and
+# closing the terminal.
 ENDING = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
-    if hasattr(signal, name)  # Windows has few of them
+    if hasattr(signal, name)  # Windows lacks most of them
 )
-_BURST = 1.0  # seconds in which further signals are of the same event: a terminal's and torchrun's
+_BURST = 1.0  # seconds in which further signals, from the terminal or torchrun, belong to the same event
 
 
 class Ended(KeyboardInterrupt):
-    """A signal ends the run.
+    """Raised when a signal ends the run.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -36,12 +37,12 @@ class Ended(KeyboardInterrupt):
 
     @classmethod
     def of(cls, error: KeyboardInterrupt) -> "Ended":
-        """The same for an exception that is perhaps Python's own."""
+        """Convert a KeyboardInterrupt, possibly raised by Python itself, to `Ended`."""
         return error if isinstance(error, cls) else cls(signal.SIGINT)
 
     @property
     def status(self) -> int:
-        """The exit status that shells and queues expect."""
+        """Exit status that shells and schedulers expect."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -49,10 +50,10 @@ class Ended(KeyboardInterrupt):
 
 
 def end_quietly(name: str) -> None:
-    """Let Ctrl-C end this process at once, with one line: for the time before there is anything to leave in order.
+    """End this process immediately on Ctrl-C, with one line. For use before there is any state to save.
 
     Args:
-        name: of the program, for the line.
+        name: name of the program, for the line.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -63,7 +64,7 @@ def end_quietly(name: str) -> None:
 
 
 class _Handler:
-    """Raises `Ended` at the first signal, or notes it for `pending` while signals wait; ends the process at a later one."""
+    """Raises `Ended` at the first signal, or stores it for `pending` in waiting mode; ends the process at a later signal."""
 
     def __init__(self, name: str) -> None:
         self.name, self.process = name, os.getpid()
@@ -85,10 +86,10 @@ class _Handler:
             os._exit(128 + number)
 
     def _in_child(self, number: int, frame: FrameType | None) -> None:
-        """In a process that was forked: a worker, which its parent ends."""
+        """Handle a signal in a forked process: a worker, which its parent ends."""
         if number == signal.SIGINT:
             signal.default_int_handler(number, frame)
-        elif number == signal.SIGTERM:  # of its parent
+        elif number == signal.SIGTERM:  # sent by its parent
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -98,15 +99,15 @@ _active: _Handler | None = None
 
 @contextmanager
 def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> Iterator[None]:
-    """Within, a signal of `ENDING` raises `Ended`; a second one, later than a second, ends the process at once.
+    """Context manager in which a signal of `ENDING` raises `Ended`. A second signal, more than a second later, ends the process.
 
-    Signals that are ignored (`nohup`) or have handlers of their own stay so; outside the main thread nothing is changed. May be
-    nested: then `wait` and `again` hold for the inner block.
+    Ignored signals (`nohup`) and signals with other handlers are unchanged. No effect outside the main thread. In nested blocks, `wait`
+    and `again` of the inner block apply.
 
     Args:
-        name: of the program, for the line at a second signal.
-        wait: raise nothing but note the first signal for `pending_signal`; Ctrl-C does not wait.
-        again: a later signal raises `Ended` again, as the block has others to end, and does so at once then.
+        name: name of the program, for the message at a second signal.
+        wait: instead of raising, store the first signal for `pending_signal`; Ctrl-C still raises.
+        again: a later signal raises `Ended` again, for blocks that end other processes and exit themselves.
     """
     global _active
     if threading.current_thread() is not threading.main_thread():
@@ -130,10 +131,10 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
 
 
 def pending_signal() -> int | None:
-    """The signal that waits; None if none came."""
+    """Return the stored signal, or None."""
     return None if _active is None else _active.pending
 
 
 def raised_signal() -> int | None:
-    """The signal for which `Ended` was raised; None if none came."""
+    """Return the signal for which `Ended` was raised, or None."""
     return None if _active is None else _active.raised

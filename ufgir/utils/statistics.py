@@ -1,4 +1,4 @@
-"""Means and deviations in one pass, without keeping the values."""
+"""Running mean and std, without storing the values."""
 
 import math
 from typing import Any
@@ -7,19 +7,19 @@ import numpy as np
 
 
 class RunningMean:
-    """Mean and deviation of numbers, or of arrays element by element, that come in batches; NaN are left out.
+    """Running mean and std of numbers, or of arrays element by element, that are added in batches. NaN values are ignored.
 
-    Batches are merged by the formula of Chan et al. (https://doi.org/10.1080/00031305.1983.10483115), which does not suffer
-    where the mean is much larger than the deviation.
+    Batches are merged by the formula of Chan et al. (https://doi.org/10.1080/00031305.1983.10483115), which is accurate even if the mean
+    is much larger than the std.
 
     Args:
-        shape: of one value.
+        shape: shape of one value.
     """
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         self._count = np.zeros(shape)
         self._mean = np.zeros(shape)
-        self._squares = np.zeros(shape)  # of the distances from the mean, summed
+        self._squares = np.zeros(shape)  # sum of squared distances from the mean
 
     def update(self, values: np.ndarray) -> None:
         """Add values (n, *shape)."""
@@ -39,26 +39,26 @@ class RunningMean:
 
     @property
     def count(self) -> Any:
-        """Values that were not NaN."""
+        """Number of values that are not NaN."""
         return self._plain(self._count)
 
     @property
     def mean(self) -> Any:
-        """NaN where there were no values."""
+        """Mean; NaN if there are no values."""
         return self._plain(np.where(self._count > 0, self._mean, math.nan))
 
     @property
     def std(self) -> Any:
-        """Population deviation; NaN where there were no values."""
+        """Population std; NaN if there are no values."""
         variance = self._squares / np.maximum(self._count, 1)
         return self._plain(np.where(self._count > 0, np.sqrt(variance), math.nan))
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` takes."""
+        """Return the state for `restore`."""
         return {"count": self._count, "mean": self._mean, "squares": self._squares}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Go on from a `state`."""
+        """Restore a `state`."""
         self._count, self._mean, self._squares = (np.array(state[name]) for name in ("count", "mean", "squares"))
 
     @staticmethod

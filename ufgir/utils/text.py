@@ -1,4 +1,4 @@
-"""Text for people: one sentence of an error, shortened values, lists of problems, aligned tables, differences of options."""
+"""Text formatting: error messages, shortened values, lists of problems, aligned tables, differences of options."""
 
 import re
 import textwrap
@@ -7,23 +7,23 @@ from typing import Any
 
 
 def listed(problems: Sequence[str], most: int = 12) -> str:
-    """Problems in one sentence; a whole network's worth of them is cut short."""
+    """Join problems in one sentence; only the first `most` are listed."""
     rest = len(problems) - most
     return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def one_sentence(error: Exception) -> str:
-    """The text of an error on one line; but an error with `has_list` keeps the lines of its list."""
+    """Return the text of an error on one line; an error with the attribute `has_list` keeps its lines."""
     lines = str(error).splitlines() if getattr(error, "has_list", False) else [str(error)]
     return "\n  ".join(" ".join(line.split()) for line in lines)
 
 
 def shortened(text: str, most: int = 160) -> str:
-    """The beginning of a text, on one line: up to the end of a sentence if one ends there, else up to that of a word.
+    """Shorten a text to one line, at the end of a sentence if possible, otherwise at the end of a word.
 
     Args:
-        text: any.
-        most: characters it may have.
+        text: any text.
+        most: maximal number of characters.
     """
     text = " ".join(text.split())
     if len(text) <= most:
@@ -33,17 +33,17 @@ def shortened(text: str, most: int = 160) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], where: str) -> str:
-    """What two sets of options disagree on, for a sentence: ``` `seed` (1 in runs/a, not set now)```."""
+    """Describe the differences between two sets of options: ``` `seed` (1 in runs/a, not set now)```."""
 
-    def told(values: dict[str, Any], name: str) -> str:
+    def shown(values: dict[str, Any], name: str) -> str:
         return str(values[name]) if name in values else "not set"
 
     names: Iterable[str] = (n for n in dict.fromkeys([*old, *new]) if (n in old, old.get(n)) != (n in new, new.get(n)))
-    return ", ".join(f"`{n}` ({told(old, n)} in {where}, {told(new, n)} now)" for n in names)
+    return ", ".join(f"`{n}` ({shown(old, n)} in {where}, {shown(new, n)} now)" for n in names)
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """A table of text, the first column to the left and the others to the right."""
+    """Format a table of text, with the first column left-aligned and the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
