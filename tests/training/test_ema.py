@@ -116,6 +116,17 @@ def test_average_is_resumed_bit_by_bit(tmp_path, step):
     assert resumed.average.n_averaged == 12
 
 
+def test_one_average_is_one_file(tmp_path):
+    """Byte by byte, whichever process writes it: or else the checksums of resumed trainings would differ at random."""
+    ema = EMACallback(0.9)
+    ema.on_train_begin(None, None, None, model=torch.nn.BatchNorm1d(3))
+    files = set()
+    for _ in range(20):
+        ema.save_to_checkpoint(tmp_path)
+        files.add((tmp_path / "ema.safetensors").read_bytes())
+    assert len(files) == 1
+
+
 def test_checkpoint_without_an_average_starts_one_with_a_warning(tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 4}
     make_trainer(tmp_path, max_steps=4, **saving).train()

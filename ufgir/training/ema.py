@@ -105,7 +105,8 @@ class EMACallback(TrainerCallback):
         with raise_disk_full(
             folder / EMA_FILE, sum(value.numel() * value.element_size() for value in weights.values())
         ):
-            save_file(weights, folder / EMA_FILE, {"format": "pt", "n_averaged": str(int(self.average.n_averaged))})
+            # safetensors writes several entries in an order that it draws: with one, the same average is the same bytes
+            save_file(weights, folder / EMA_FILE, {"n_averaged": str(int(self.average.n_averaged))})
 
     def load_from_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Go on with the average that a checkpoint holds; with a warning, start a new one where it holds none."""
