@@ -1,4 +1,5 @@
-"""The options and assembly of training callbacks; the guard against NaN and the record of the last model are here."""
+"""The options and assembly of training callbacks; the guards against NaN and batches of one image and
+the record of the last model are here."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
+
+from clca.heads_clca import SwitchableBatchNorm
 
 from ..utils.arguments import option
 from ..utils.files import new_folder
@@ -18,6 +21,10 @@ from .checkpoint_files import LAST_FOLDER
 from .distributed import is_sharded
 from .ema import EMACallback
 from .gradients import GradientRecorder
+
+
+# Those that see one value of a channel an image, or few
+_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, SwitchableBatchNorm)
 
 
 @dataclass
@@ -243,6 +250,40 @@ def _is_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether all values are finite (or else so large that the norm of a tensor is not): one fused kernel, one number."""
     parts = [part for part in map(_local, tensors) if part.numel()]
     return not parts or math.isfinite(torch.stack(torch._foreach_norm(parts)).sum().item())
+
+
+class SingleImageGuard(TrainerCallback):
+    """Refuses a training whose last batch of an epoch would hold a single image, with which a CLA head's BatchNorm cannot be
+    trained: before the first step, not at the end of the first epoch.
+
+    For any `transformers.Trainer`; a `UFGIRTrainer` has one. It looks at the number of images, the batch size and the steps, where
+    the images have a length and one process trains: of several, accelerate fills up the last batches. A frozen BatchNorm counts,
+    too. Nothing is refused if the model has none of one dimension, such as BatchNorm2d alone, which sees many values of an image.
+
+    Raises, when training begins:
+        ValueError: a batch of one image would come.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        batches = getattr(train_dataloader, "batch_sampler", None)
+        size, drop_last = getattr(batches, "batch_size", None), getattr(batches, "drop_last", False)
+        sources = (getattr(batches, "sampler", None), getattr(train_dataloader, "dataset", None))
+        images = next((source for source in sources if source is not None and has_length(source)), None)
+        if size is None or images is None or args.world_size > 1 or drop_last:
+            return
+        if not any(isinstance(module, _BATCH_NORMS) for module in model.modules()):
+            return
+        count = len(images)
+        comes = state.max_steps * args.gradient_accumulation_steps >= math.ceil(
+            count / size
+        )  # the last batch of an epoch
+        if size == 1 or (count % size == 1 and comes):
+            raise ValueError(
+                f"`per_device_train_batch_size` {args.per_device_train_batch_size} leaves a last batch of one image of {count}, "
+                "and the head's BatchNorm needs at least two: set `dataloader_drop_last` true, or choose another batch size."
+            )
 
 
 class LastModel(TrainerCallback):

@@ -1,7 +1,6 @@
 """What `run_ufgir.py` adds to transformers' loading and Trainer: care with weights, checkpoints and the model card."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,24 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer import hf_api
 
-from clca.heads_clca import SwitchableBatchNorm
-
 from ..checkpoints.loading import load_pretrained as load_pretrained  # beside the Trainer, where a script looks for it
 from .augmentation import AugmentationMixin
-from .callbacks import ObserverMixin
+from .callbacks import ObserverMixin, SingleImageGuard
 from .checkpointing import CheckpointMixin
 from .distillation import Distillation
 from .distributed import DistributedMixin
 from .keep_rates import draw_keep_rate
 from .optimization import OptimizationMixin
-
-
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, SwitchableBatchNorm)
-
-
-def _length(data: Any) -> int | None:
-    """The number of images, None where it is not known."""
-    return len(data) if hasattr(data, "__len__") else None
 
 
 class UFGIRTrainer(
@@ -52,6 +41,7 @@ class UFGIRTrainer(
     def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._forget_jit_callback()
+        self.add_callback(SingleImageGuard)
         self.distillation = distillation
         self._loss_terms: dict[str, list[torch.Tensor]] = {}  # name -> values since the last log line
 
@@ -93,31 +83,6 @@ class UFGIRTrainer(
             logs |= {f"loss_{name}": torch.stack(v).mean().item() for name, v in self._loss_terms.items()}
             self._loss_terms = {}
         super().log(logs, *args, **kwargs)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of training images.
-
-        Raises:
-            ValueError: the last one of an epoch has a single image, and a BatchNorm is to be trained, which fails then.
-        """
-        loader, args = super().get_train_dataloader(), self.args
-        size, length = args.train_batch_size, _length(self.train_dataset)
-        trains = any(
-            isinstance(m, _BATCH_NORMS) and any(p.requires_grad for p in m.parameters()) for m in self.model.modules()
-        )
-        # Of several processes, the last batches are filled up with images from the beginning.
-        alone = length is not None and args.world_size == 1 and (length % size == 1 or size == 1)
-        if (
-            trains
-            and alone
-            and not args.dataloader_drop_last
-            and not 0 < args.max_steps * args.gradient_accumulation_steps < math.ceil(length / size)
-        ):
-            raise ValueError(
-                f"`per_device_train_batch_size` {args.per_device_train_batch_size} leaves a last batch of one image of {length}, and "
-                "the head's BatchNorm needs at least two: set `dataloader_drop_last` true, or choose another batch size."
-            )
-        return loader
 
     @contextlib.contextmanager
     def _keeping_last_batch(self) -> Iterator[None]:
