@@ -44,7 +44,7 @@ KINDS = pytest.mark.parametrize("kind", [UFGIRTrainer, plain])
 @KINDS
 @pytest.mark.parametrize(
     ("images", "options"),
-    [(9, {}), (4, {"per_device_train_batch_size": 1}), (9, {"max_steps": 3}), (9, {"gradient_accumulation_steps": 2})],
+    [(9, {}), (9, {"max_steps": 3}), (9, {"gradient_accumulation_steps": 2})],
 )
 def test_one_image_is_left(kind: Any, images: int, options: dict[str, Any], tmp_path: Path) -> None:
     one = trainer(kind, tmp_path, images, **options)
@@ -63,6 +63,15 @@ def test_one_image_is_left(kind: Any, images: int, options: dict[str, Any], tmp_
 def test_no_image_is_left_alone(kind: Any, images: int, options: dict[str, Any], tmp_path: Path) -> None:
     """Or it does not matter: the batch is dropped or never comes, or the head has no BatchNorm."""
     assert trainer(kind, tmp_path, images, **options).train().global_step > 0
+
+
+@KINDS
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_every_image_is_alone(kind: Any, drop_last: bool, tmp_path: Path) -> None:
+    one = trainer(kind, tmp_path, 4, per_device_train_batch_size=1, dataloader_drop_last=drop_last)
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` 1"):
+        one.train()
+    assert one.state.global_step == 0
 
 
 def test_a_frozen_head_needs_two_images_too(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""The options and assembly of training callbacks; the guards against NaN and batches of one image and
-the record of the last model are here."""
+"""The options and assembly of training callbacks; the guards against NaN and batches of one image, and the record of the last
+model, are here."""
 
 import math
 from dataclasses import dataclass
@@ -254,7 +254,7 @@ def _is_finite(tensors: list[torch.Tensor]) -> bool:
 
 class SingleImageGuard(TrainerCallback):
     """Refuses a training whose last batch of an epoch would hold a single image, with which a CLA head's BatchNorm cannot be
-    trained: before the first step, not at the end of the first epoch.
+    trained: before the first step, not at the end of the first epoch. Batches of one image are refused, too.
 
     For any `transformers.Trainer`; a `UFGIRTrainer` has one. It looks at the number of images, the batch size and the steps, where
     the images have a length and one process trains: of several, accelerate fills up the last batches. A frozen BatchNorm counts,
@@ -271,17 +271,19 @@ class SingleImageGuard(TrainerCallback):
         size, drop_last = getattr(batches, "batch_size", None), getattr(batches, "drop_last", False)
         sources = (getattr(batches, "sampler", None), getattr(train_dataloader, "dataset", None))
         images = next((source for source in sources if source is not None and has_length(source)), None)
-        if size is None or images is None or args.world_size > 1 or drop_last:
+        if size is None or args.world_size > 1 or not any(isinstance(m, _BATCH_NORMS) for m in model.modules()):
             return
-        if not any(isinstance(module, _BATCH_NORMS) for module in model.modules()):
-            return
-        count = len(images)
-        comes = state.max_steps * args.gradient_accumulation_steps >= math.ceil(
-            count / size
-        )  # the last batch of an epoch
-        if size == 1 or (count % size == 1 and comes):
+        if size == 1:
             raise ValueError(
-                f"`per_device_train_batch_size` {args.per_device_train_batch_size} leaves a last batch of one image of {count}, "
+                "`per_device_train_batch_size` 1 makes batches of one image, and the head's BatchNorm needs at least two: "
+                "choose a larger one."
+            )
+        if images is None or drop_last or len(images) % size != 1:
+            return
+        last = math.ceil(len(images) / size)  # of the batches of an epoch
+        if state.max_steps * args.gradient_accumulation_steps >= last:
+            raise ValueError(
+                f"`per_device_train_batch_size` {args.per_device_train_batch_size} leaves a last batch of one image of {len(images)}, "
                 "and the head's BatchNorm needs at least two: set `dataloader_drop_last` true, or choose another batch size."
             )
 
