@@ -68,19 +68,19 @@ def test_a_folder_is_written_once(tmp_path: Path, evit_file: Path, evit: Golden)
     assert convert_file(evit_file, output)
     assert not convert_file(evit_file, output)
     written = (output / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match="with other options: set `overwrite`"):
+    with pytest.raises(ValueError, match="other options.*`overwrite`"):
         convert_file(evit_file, output, image_size=48)
     assert (output / "model.safetensors").stat().st_mtime_ns == written
     assert convert_file(evit_file, output, image_size=48, overwrite=True)
     assert json.loads((output / "config.json").read_text())["image_size"] == 48
-    with pytest.raises(ValueError, match=r"`class_names` holds 2 names, and .* has 7 classes"):
+    with pytest.raises(ValueError, match=r"`class_names` .*7.*2"):
         convert_file(evit_file, output, class_names=["a", "b"], overwrite=True)
     assert (output / MARKER).is_file()
 
     foreign = tmp_path / "foreign"
     save(foreign / "thesis.txt", 1)
     for overwrite in (False, True):  # never deleted
-        with pytest.raises(ValueError, match="was not made by a conversion"):
+        with pytest.raises(ValueError, match="not written by a conversion"):
             convert_file(evit_file, foreign, overwrite=overwrite)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["foreign", "out", EVIT_NAME])
 
@@ -157,7 +157,7 @@ def test_two_files_for_one_folder(tmp_path: Path, evit: Golden) -> None:
     save(tmp_path / "in" / "a.pt", evit.payload())
     save(tmp_path / "in" / "a.pth", Golden("topk_base").payload())
     outcome = convert_folder(tmp_path / "in", tmp_path / "out")
-    assert outcome.converted == ["a.pt"] and "made of another file" in outcome.failed["a.pth"]
+    assert outcome.converted == ["a.pt"] and "`overwrite`" in outcome.failed["a.pth"]
 
 
 def test_class_names(tmp_path: Path, evit: Golden) -> None:
@@ -179,7 +179,7 @@ def test_class_names(tmp_path: Path, evit: Golden) -> None:
     save(tmp_path / "in" / "soygene_x.pth", evit.payload())
     outcome = convert_folder(tmp_path / "in", tmp_path / "out", read_class_names(names))
     assert outcome.converted == ["cotton_x.pth", "soyageing_x.pth"]
-    assert "holds 2 names" in outcome.failed["soygene_x.pth"]
+    assert "`class_names`" in outcome.failed["soygene_x.pth"]
     labels = json.loads((tmp_path / "out" / "cotton_x" / "config.json").read_text())["id2label"]
     assert labels["6"] == "z"
 
@@ -189,7 +189,7 @@ def test_the_command(tmp_path: Path, evit_file: Path, evit: Golden, capsys: pyte
     output = tmp_path / "out"
     argv = ["convert", str(evit_file), "--output", str(output)]
     assert cli.main(argv) == 0 and capsys.readouterr().out == f"wrote {output}\n"
-    assert cli.main(argv) == 0 and "already there" in capsys.readouterr().out
+    assert cli.main(argv) == 0 and "already exists" in capsys.readouterr().out
     assert cli.main([*argv, "--overwrite", "--image-size", "48"]) == 0
     capsys.readouterr()
 

@@ -216,5 +216,5 @@ def test_the_header_is_read_without_the_weights(models: Path) -> None:
     contents = json.loads((models / "clca" / "config.json").read_text())
     check_header(contents, header, "here")
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_channels"):
-        with pytest.raises(ValueError, match=f"`{name}`.*here.* {MOST[name]}, and its weights have {contents[name]}"):
+        with pytest.raises(ValueError, match=f"`{name}`.*here.* {MOST[name]}, .*weights have {contents[name]}"):
             check_header(contents | {name: MOST[name]}, header, "here")

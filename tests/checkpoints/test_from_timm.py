@@ -94,7 +94,7 @@ def test_projection_head_of_moco_is_left_out(caplog):
     with caplog.at_level(logging.INFO, logger="ufgir"):
         model = load_timm(state, "vit_base_patch16_224.in1k_mocov3", **spec["config"])
     assert max(differences(model, expected)) <= 2e-5
-    assert "`head.0.weight` is left out" in caplog.text
+    assert "`head.0.weight`" in caplog.text
 
 
 def test_half_precision_becomes_float32():
@@ -136,7 +136,7 @@ def test_reduction_and_its_off_state():
 def test_distilled_head_is_left_out_by_name(caplog):
     with caplog.at_level(logging.INFO, logger="ufgir"):
         load("deit_distilled")
-    assert "`head_dist.weight` is left out" in caplog.text
+    assert "`head_dist.weight`" in caplog.text
 
 
 def test_other_pooling():
@@ -148,7 +148,7 @@ def test_other_pooling():
 def test_no_classifier_in_the_source():
     assert load("dino").config.num_labels == 0
     assert load("dino", num_labels=4).classifier.out_features == 4
-    with pytest.raises(ValueError, match="`num_labels` must be given"):
+    with pytest.raises(ValueError, match="`num_labels`"):
         load("dino", head="cla", reduction_layers=[0])
 
 
@@ -215,12 +215,12 @@ def test_repository_that_is_not_there(monkeypatch):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
     monkeypatch.setattr(from_timm, "hf_hub_download", download)
-    with pytest.raises(ValueError, match="`source` nobody/nothing is no folder or Hub repository"):
+    with pytest.raises(ValueError, match="`source` nobody/nothing is not a folder or Hub repository"):
         load_timm("nobody/nothing")
     with pytest.raises(ValueError, match="is neither a file, nor a folder, nor a Hub repository"):
         monkeypatch.undo()
         load_timm("no such/folder/anywhere")
-    with pytest.raises(ValueError, match="is no folder or Hub repository"):  # offline
+    with pytest.raises(ValueError, match="is not a folder or Hub repository"):  # offline
         load_timm("nobody/nothing")
     monkeypatch.setattr(from_timm, "hf_hub_download", download)
     with pytest.raises(ValueError, match="has no weights"):
@@ -260,9 +260,9 @@ def test_unknown_architecture():
 
 
 def test_architecture_is_needed(tmp_path):
-    with pytest.raises(ValueError, match="`architecture` must be given"):
+    with pytest.raises(ValueError, match="`architecture`"):
         load_timm(read("vit")[0])
-    with pytest.raises(ValueError, match="no folder or Hub repository with a config"):
+    with pytest.raises(ValueError, match="not a folder or Hub repository with a config"):
         load_timm(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="is not timm's"):
@@ -278,20 +278,20 @@ def test_architecture_is_needed(tmp_path):
         (lambda state: state.pop("blocks.1.mlp.fc2.bias"), "vit.layers.1.mlp.fc2.bias is missing"),
         (
             lambda state: state.update({"blocks.0.attn.gate": torch.ones(1)}),
-            "no place in this model: blocks.0.attn.gate",
+            "`source` .*: blocks.0.attn.gate",
         ),
         (
             lambda state: state.update({f"other.{i:02}": torch.ones(1) for i in range(60)}),
-            r"no place in this model: other\.00; .*other\.11; and 48 more\.$",
+            r"`source` .*: other\.00; .*other\.11; and 48 more\.$",
         ),
         (
             lambda state: state.update({"blocks.2.norm1.weight": torch.ones(8)}),
             "layernorm_before.weight is unexpected",
         ),
         (lambda state: state.update({"norm.weight": torch.ones(9)}), r"vit.layernorm.weight has the shape \(9,\)"),
-        (lambda state: state.update({"pos_embed": torch.ones(1, 15, 8)}), "`pos_embed` of the `source` has 15 rows"),
+        (lambda state: state.update({"pos_embed": torch.ones(1, 15, 8)}), "`pos_embed` of the `source` has 15"),
         (lambda state: state.pop("pos_embed"), "position_embeddings is missing"),
-        (lambda state: state.clear(), "`state_dict` holds no tensors"),
+        (lambda state: state.clear(), "`state_dict` .*no tensors"),
     ],
 )
 def test_weights_that_do_not_fit(change, message):
@@ -305,7 +305,7 @@ def test_another_architecture_does_not_fit():
     state, _, spec = read("vit")
     with pytest.raises(ValueError, match=r"layer_scale1\.lambda1 is missing"):
         load_timm(state, "vit_base_patch14_dinov2.lvd142m", **spec["config"])
-    with pytest.raises(ValueError, match="Is it another architecture"):
+    with pytest.raises(ValueError, match="Check `architecture`"):
         load_timm(state, "vit_base_patch16_siglip_224.webli", **spec["config"])
 
 
@@ -313,18 +313,18 @@ def test_damaged_files(tmp_path):
     folder = write_folder(tmp_path)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_timm(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no weights"):
         load_timm(folder)
     torch.save({"model": read("vit")[0], "hook": print}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="a pickle with other things than tensors"):
+    with pytest.raises(ValueError, match="other objects than tensors"):
         load_timm(folder)
 
 
 def test_model_args_that_are_not_known(tmp_path):
-    with pytest.raises(ValueError, match="`model_args` that are not known: block_fn"):
+    with pytest.raises(ValueError, match="`model_args`: block_fn"):
         load_timm(write_folder(tmp_path, model_args={"block_fn": "parallel", "drop_path_rate": 0.1}))
 
 

@@ -38,7 +38,7 @@ class TestErrors:
 
     def test_a_clca_model(self):
         model = load_transformers(make_source("vit"))
-        with pytest.raises(ValueError, match="is a CLCA model already"):
+        with pytest.raises(ValueError, match="`source` .*CLCA model"):
             load_transformers(model)
 
     def test_no_config(self, tmp_path):
@@ -81,7 +81,7 @@ class TestErrors:
     def test_a_pickle_with_code_is_not_run(self, tmp_path):
         ViTConfig(**NARROW).save_pretrained(tmp_path)
         torch.save({"layernorm.weight": Dangerous(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match="which is not run") as caught:
+        with pytest.raises(ValueError, match="contains code") as caught:
             load_transformers(tmp_path)
         assert not (tmp_path / "ran").exists() and "weights_only" not in str(caught.value)
 
@@ -109,7 +109,7 @@ class TestErrors:
     def test_unexpected_weights_are_named(self):
         source = make_source("vit")
         source.adapter = torch.nn.Linear(2, 2)
-        with pytest.raises(ValueError, match=r"no place in this model: adapter\.weight; adapter\.bias"):
+        with pytest.raises(ValueError, match=r"`source` .*: adapter\.weight; adapter\.bias"):
             load_transformers(source)
 
     @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_command_draws_grids(capsys, checkpoints) -> None:
     text, image = visualize(capsys, checkpoints, f"--what grid --of similarity --to mean {models}")
     assert image.width == 4 * 36 + 4 and text.count("\n") == 1
     text, _ = visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
-    assert f"{checkpoints / 'evit'} holds no weights of sit: its 14 are random" in text
+    assert f"{checkpoints / 'evit'} does not contain weights of sit: its 14 are random" in text
     assert text.count("holds no weights") == 2
     first = (checkpoints / "out.png").read_bytes()
     visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")

@@ -1,5 +1,5 @@
-"""From any weights to a `CLCAViTForImageClassification`, and back: load CLCA checkpoints, ViTs of transformers and timm, and files of the
-original code; convert folders; write model cards."""
+"""Load `CLCAViTForImageClassification` from CLCA checkpoints, ViTs of transformers and timm, and files of the original code; convert
+folders; write model cards."""
 
 from .. import _moved
 from .from_original import load_original, load_original_file

@@ -1,7 +1,7 @@
-"""What is checked of a source before anything is made of it, and the one place where faults of its files become a sentence.
+"""Checks of a source before a model is built, and conversion of file errors to one sentence.
 
-No number that a file states may size an allocation: `check_contents` bounds the numbers of a config.json, and `check_header`
-compares them with the names and shapes in the header of the weights. Neither makes a model.
+Numbers in a file must not determine the size of an allocation: `check_contents` limits the numbers of a config.json, and
+`check_header` compares them with names and shapes in the header of the weights. Neither builds a model.
 """
 
 import json
@@ -18,13 +18,13 @@ from ..utils.text import one_sentence, shortened
 
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # of weights in several files
+INDEX = "model.safetensors.index.json"  # index of weights in several files
 
-# The largest numbers of a config.json that are believed without a look at the weights: several times what any published ViT has.
+# Largest numbers accepted in a config.json, several times those of any published ViT.
 MOST = {
     "num_labels": 100_000,
     "num_hidden_layers": 1000,
-    "depth": 1000,  # as timm names them
+    "depth": 1000,  # timm's name
     "hidden_size": 65_536,
     "embed_dim": 65_536,
     "intermediate_size": 1_048_576,
@@ -43,29 +43,29 @@ MOST = {
     "cla_multiplier": 4096,
     "num_selected_features": 100_000_000,
 }
-LARGEST_RESIZE = 4  # sides of an image before the crop over those of the model's input,
-ALWAYS_RESIZED = 1024  # but up to so many pixels in any case
+LARGEST_RESIZE = 4  # largest ratio of the image side before the crop to that of the model's input
+ALWAYS_RESIZED = 1024  # side in pixels that is always accepted
 _FRACTIONS = ("mlp_ratio",)
-_PARTS = ("vision_config", "model_args")  # objects inside a config.json that hold such numbers
-_WITHOUT_FLOATS = r".*(num_batches_tracked|position_ids)"  # names of tensors that hold integers
+_PARTS = ("vision_config", "model_args")  # nested objects of config.json with such numbers
+_WITHOUT_FLOATS = r".*(num_batches_tracked|position_ids)"  # names of integer tensors
 
 
 class Stored(NamedTuple):
-    """A tensor as the header of a safetensors file describes it."""
+    """Shape and dtype of a tensor in the header of a safetensors file."""
 
     shape: tuple[int, ...]
-    dtype: str  # as safetensors names it: F32, I8, ...
+    dtype: str  # name in safetensors: F32, I8, ...
 
 
 @contextmanager
 def in_one_sentence(what: str) -> Iterator[None]:
-    """Raise a ValueError about `what` for whatever the readers of its files raise, but for errors that are sentences already.
+    """Convert errors of file readers to a ValueError; keep ValueError and OSError, which are readable already.
 
     Args:
-        what: is read, for the message: the weights of a folder, for example.
+        what: object that is read, for the message, such as "the weights of X".
 
     Raises:
-        ValueError: naming it.
+        ValueError: if reading fails; the message begins with `what`.
     """
     try:
         yield
@@ -75,19 +75,19 @@ def in_one_sentence(what: str) -> Iterator[None]:
         raise
     except (MemoryError, RecursionError) as error:
         raise ValueError(f"{what} cannot be read: {type(error).__name__}.") from error
-    except Exception as error:  # readers raise whatever stands in the files
+    except Exception as error:  # file readers raise many kinds of errors
         raise ValueError(f"{what} cannot be read: {type(error).__name__}: {shortened(one_sentence(error))}") from error
 
 
 def check_contents(contents: Mapping[str, Any], where: str) -> None:
-    """Refuse values of a config.json that no model has, or whose type is wrong.
+    """Check the types and ranges of values in a config.json.
 
     Args:
-        contents: of the file.
-        where: it is, for the message.
+        contents: contents of the file.
+        where: description of the file, for the message.
 
     Raises:
-        ValueError: naming the first value.
+        ValueError: for the first invalid value.
     """
     for values in (contents, *(part for name in _PARTS if isinstance(part := contents.get(name), Mapping))):
         for name, most in MOST.items():
@@ -104,14 +104,14 @@ def check_contents(contents: Mapping[str, Any], where: str) -> None:
         ids = values.get("id2label") or {}
         if not all(str(index).isdecimal() for index in ids):
             raise ValueError(
-                f"`id2label` in {where} must have the numbers of the classes as keys, got {shortened(str(list(ids)[:5]))}."
+                f"`id2label` in {where} must have class indices as keys, got {shortened(str(list(ids)[:5]))}."
             )
         for name in ("dtype", "torch_dtype"):
             dtype = values.get(name)
             if dtype is not None and not isinstance(
                 getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype
             ):
-                raise ValueError(f"`{name}` in {where} must be a type of torch, such as float32, got {dtype!r}.")
+                raise ValueError(f"`{name}` in {where} must be a torch dtype, such as float32, got {dtype!r}.")
 
 
 def _check_number(name: str, value: Any, most: int, where: str) -> None:
@@ -127,10 +127,10 @@ def _check_number(name: str, value: Any, most: int, where: str) -> None:
 
 
 def read_header(folder: str | Path) -> dict[str, Stored] | None:
-    """Names, shapes and types of the weights in a folder, from the headers of its safetensors files; None if it has none.
+    """Read the names, shapes and dtypes of a folder's weights from the headers of its safetensors files; None if it has none.
 
     Raises:
-        ValueError: a header that cannot be read.
+        ValueError: if a header cannot be read.
     """
     folder = Path(folder)
     files = [WEIGHTS]
@@ -156,39 +156,41 @@ def _header_of(file: Path) -> dict[str, Stored]:
         entries = {name: entry for name, entry in entries.items() if name != "__metadata__"}
         needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if needed > size:
-            raise ValueError(f"it has {size:,} bytes of {needed:,}")
+            raise ValueError(f"truncated, {size:,} of {needed:,} bytes")
         return {name: Stored(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"the weights of {file.parent} cannot be read: {file.name}: {one_sentence(error)}") from error
 
 
 def check_header(contents: Mapping[str, Any], header: Mapping[str, Stored], where: str) -> None:
-    """Refuse a config.json whose sizes the weights do not bear out, and weights that are no floating-point numbers.
+    """Check that the sizes in config.json match the weights, and that weights are floating-point numbers.
 
     Args:
-        contents: of the config.json, of a ViT of ours or of transformers.
-        header: as `read_header` returns it.
-        where: they are, for the message.
+        contents: contents of config.json, for a ViT of ours or of transformers.
+        header: result of `read_header`.
+        where: source, for the message.
 
     Raises:
-        ValueError: naming the size, or the weight.
+        ValueError: if a size or dtype does not match.
     """
     if "quantization_config" not in contents:
         for name, (_, dtype) in header.items():
             if not dtype.startswith(("F", "BF")) and not re.fullmatch(_WITHOUT_FLOATS, name):
-                raise ValueError(f"the weights of {where} must be floating-point numbers, and {name} is {dtype}.")
+                raise ValueError(f"the weights of {where} must be floating-point numbers, but {name} is {dtype}.")
     values = contents.get("vision_config") if isinstance(contents.get("vision_config"), Mapping) else contents
     stored = {name: entry.shape for name, entry in header.items() if not name.startswith(("text_model.", "decoder."))}
-    for name, said, borne_out in _sizes(values, contents, stored):
-        if said is not None and borne_out is not None and said != borne_out:
-            raise ValueError(f"`{name}` in the config.json of {where} is {said}, and its weights have {borne_out}.")
+    for name, configured, stored_size in _sizes(values, contents, stored):
+        if configured is not None and stored_size is not None and configured != stored_size:
+            raise ValueError(
+                f"`{name}` in the config.json of {where} is {configured}, but its weights have {stored_size}."
+            )
     _check_patches(values, stored, where)
 
 
 def _sizes(
     values: Mapping[str, Any], contents: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """(name of a size, what the configuration says, what the weights have), None where one does not tell."""
+    """Yield (name of a size, value in the configuration, value in the weights); None if unknown."""
 
     def shape(pattern: str, rank: int) -> tuple[int, ...] | tuple[None, ...]:
         found = (shape for name, shape in stored.items() if re.search(pattern, name) and len(shape) == rank)
@@ -207,17 +209,17 @@ def _sizes(
 
 
 def _check_patches(values: Mapping[str, Any], stored: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse an `image_size` of more patches than there are position embeddings."""
+    """Check that an `image_size` does not have more patches than there are position embeddings."""
     tables = [shape for name, shape in stored.items() if re.search(r"(?<!clr_)position_embeddings?(\.weight)?$", name)]
     size, patch = values.get("image_size"), values.get("patch_size")
     if not tables or len(tables[0]) < 2 or size is None or patch is None:
         return
     sizes, patches = (list(n) if isinstance(n, list | tuple) else [n, n] for n in (size, patch))
     if min(*sizes, *patches) < 1:
-        return  # the configuration says what is wrong
+        return  # reported by the configuration
     count = math.prod(side // patch for side, patch in zip(sizes, patches, strict=False))
     if count > tables[0][-2]:
         raise ValueError(
-            f"`image_size` {size} in the config.json of {where} makes {count} patches, and its weights have position embeddings "
+            f"`image_size` {size} in the config.json of {where} gives {count} patches, but its weights have position embeddings "
             f"for {tables[0][-2]}."
         )

@@ -1,7 +1,7 @@
-"""The options of a model: name, type, default and help of each, read from the fields of `CLCAViTConfig` and its docstring.
+"""Options of a model: name, type, default and help, read from the fields of `CLCAViTConfig` and its docstring.
 
-A field that the docstring documents is an option of `run_ufgir.py` (`ufgir.training.arguments.ModelArguments`), and the commands of
-`ufgir` take theirs from here, too (`ufgir.cli.common`). So a new field of the configuration is an option once it is documented.
+Each documented field is an option of `run_ufgir.py` (`ufgir.training.arguments.ModelArguments`), and the `ufgir` commands take their
+options from here as well (`ufgir.cli.common`). A new field becomes an option once it is documented.
 """
 
 import inspect
@@ -20,8 +20,8 @@ from clca.heads_clca import HEADS
 
 FIELDS = {*CLCAViTConfig.__dataclass_fields__, "num_labels"}
 _CLASSES = ("id2label", "label2id", "problem_type")
-# Fields that the code sets, and none that a model is trained with; label smoothing, which `run_ufgir.py` does to the labels; and
-# what only backbones of dense predictions use.
+# Fields that are set by the code, not by users; label smoothing, which `run_ufgir.py` applies to the labels; and fields of backbones
+# for dense prediction.
 NOT_OPTIONS = (
     "vqt_original_slicing",
     "first_patch_as_cls",
@@ -33,39 +33,39 @@ NOT_OPTIONS = (
     "feature_fill",
     "apply_layernorm",
 )
-# Defaults of a new model that differ from those of `ViTConfig`, in words; see `ufgir.checkpoints.loading.new_config`.
+# Defaults of new models that differ from `ViTConfig`, as text; see `ufgir.checkpoints.loading.new_config`.
 OF_NEW_MODELS = {"layer_norm_eps": "1e-6", "intermediate_size": "4 x hidden_size"}
 
 
 def layer(text: str) -> int | str:
-    """The type of a value of `reduction_layers`: a number, or "all" in place of all numbers."""
+    """Parse a value of `reduction_layers`: a number, or "all"."""
     return text if text == "all" else int(text)
 
 
 def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that were given, by name, as fields of a configuration: those that are none, and those unset, are left out."""
+    """Return the given options that are configuration fields; None counts as not given."""
     given = {name: value for name, value in values.items() if value is not None and name in FIELDS}
-    if given.get("reduction_layers") == ["all"]:  # as a command line has it
+    if given.get("reduction_layers") == ["all"]:  # as parsed from a command line
         given["reduction_layers"] = "all"
     return given
 
 
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, str, dict)}
 _TYPES |= {"list[int]": list[int], "list[float]": list[float]}
-# What the documentation calls a name of something -> the names.
+# Registry named in the documentation -> its names.
 _NAMES = {"clca.REDUCTIONS": sorted(REDUCTIONS), "clca.heads_clca.HEADS": list(HEADS)}
-# `name (`type` or `type`, ...): text`, the text also on lines that are indented further
+# `name (`type` or `type`, ...): text`; the text may continue on indented lines
 _ENTRY = re.compile(r"^ {4}(\w+) \(([^)]*)\):(.*(?:\n {8}.*)*)", flags=re.MULTILINE)
 
 
 class ConfigOption(NamedTuple):
-    """An option of the model.
+    """Option of a model.
 
     Attributes:
-        name: of the field.
-        type: bool, int, float, str, list[int], list[float] or dict, which a command line takes as JSON.
-        default: of a new model, in words.
-        help: the first sentence of the documentation, and the default in brackets.
+        name: name of the field.
+        type: bool, int, float, str, list[int], list[float] or dict, which is JSON on a command line.
+        default: default of a new model, as text.
+        help: first sentence of the documentation, and the default in brackets.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ConfigOption(NamedTuple):
 
 @cache
 def config_options() -> dict[str, ConfigOption]:
-    """Name -> option, in the order of the docstring of `CLCAViTConfig`."""
+    """Return the options by name, in the order of the docstring of `CLCAViTConfig`."""
     declared = {field.name: field for field in fields(CLCAViTConfig)}
     arguments = inspect.cleandoc(CLCAViTConfig.__doc__).partition("\nArgs")[2].partition("\n\n")[0]
     options = {}
@@ -87,13 +87,13 @@ def config_options() -> dict[str, ConfigOption]:
             default = OF_NEW_MODELS.get(name) or _in_words(value)
             kind = _TYPES[re.findall(r"`([^`]+)`", types.partition(", defaults")[0])[-1]]
             if name == "reduction_layers":
-                kind = GenericAlias(list, layer)  # whose argument reads a word of a command line
+                kind = GenericAlias(list, layer)  # its argument parses one word of a command line
             options[name] = ConfigOption(name, kind, default, f"{_summary(text)} [{default}]")
     return options
 
 
 def _summary(text: str) -> str:
-    """The first sentence, as the help of an option begins."""
+    """Return the first sentence as the help of an option."""
     sentence = re.split(r"\.\s+(?=[A-Z])", " ".join(text.replace("`", "").split()))[0].rstrip(".")
     for place, names in _NAMES.items():
         sentence = sentence.replace(f"a name of {place}", f"one of {', '.join(names)}")
@@ -102,26 +102,26 @@ def _summary(text: str) -> str:
 
 
 def _in_words(value: Any) -> str:
-    """A default as an option would be given."""
+    """Format a default as the value of an option."""
     if isinstance(value, list | tuple):
         return " ".join(map(_in_words, value))
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def changed_config(config: CLCAViTConfig, values: Mapping[str, Any]) -> CLCAViTConfig:
-    """A configuration with `values` in place of its own, checked. `CLCAViTConfig.from_dict` says what gives way to them.
+    """Return a checked configuration, overridden by `values`. `CLCAViTConfig.from_dict` documents which fields they reset.
 
     Args:
-        config: stays as it is.
-        values: fields by name; classes also as `id2label`, `label2id` and `problem_type`.
+        config: configuration; it is not changed.
+        values: fields by name, including `id2label`, `label2id` and `problem_type`.
 
     Raises:
-        ValueError: a value out of range, or a name that is no field.
+        ValueError: if a value is out of range, or a name is not a field.
     """
     check_fields([name for name in values if name not in _CLASSES], "CLCAViTConfig")
     values = dict(values)
     if values.get("num_labels") == config.num_labels and "id2label" not in values:
-        del values["num_labels"]  # and the names of the classes stay
+        del values["num_labels"]  # keep the class names
     elif {"num_labels", "id2label"} & set(values):
         values = {"problem_type": None} | values
     changed = CLCAViTConfig.from_dict(config.to_dict(), **values)
@@ -130,14 +130,14 @@ def changed_config(config: CLCAViTConfig, values: Mapping[str, Any]) -> CLCAViTC
 
 
 def check_fields(names: Iterable[str], what: str) -> None:
-    """Refuse names that are no fields of a configuration: transformers would keep them, and nothing would read them.
+    """Check that names are fields of a configuration, because transformers accepts other names, which have no effect.
 
     Args:
-        names: of fields.
-        what: where they come from, for the message.
+        names: names of fields.
+        what: source of the names, for the message.
 
     Raises:
-        ValueError: naming the first, and what may be meant.
+        ValueError: for the first unknown name, with a suggestion.
     """
     for name in names:
         if name not in FIELDS:

@@ -1,4 +1,4 @@
-"""Any pretrained ViT, of transformers or of timm, as the folder of a CLCA model."""
+"""Convert a pretrained ViT of transformers or timm to a CLCA model folder."""
 
 import json
 from collections.abc import Mapping
@@ -16,39 +16,39 @@ from .model_card import describe_model, describe_preprocessing, on_the_hub
 from .sources import KINDS, find_source, timm_architecture
 
 
-MARKER = "conversion.json"  # in a converted folder: what it was made of
+MARKER = "conversion.json"  # file in a converted folder that records its source and options
 
 
 def convert_pretrained(
     source: str | Path, output: str | Path, architecture: str | None = None, overwrite: bool = False, **config: Any
 ) -> None:
-    """Write the folder of a CLCA model with the weights of a pretrained one: configuration, weights, code, image processor
-    and model card. The folder appears complete or not at all.
+    """Convert a pretrained model to a CLCA model folder: configuration, weights, code, image processor and model card. The folder is
+    written completely or not at all.
 
-    Weights that the source lacks, a new classifier for example, are left out of the folder: whoever loads it is told that they are
-    random, and nothing takes the model for a trained one.
+    Weights that the source does not contain, such as a new classifier, are not written, so that loading the folder reports them as
+    random.
 
     Args:
-        source: folder or Hub repository of a model of transformers or timm, timm's name of one, or a file of timm's weights.
-        output: folder to make; it may exist if it is empty.
-        architecture: timm's name of the architecture, for weights without timm's config.json.
-        overwrite: replace a folder that another conversion made.
-        config: fields of `CLCAViTConfig`, in place of the source's.
+        source: folder or Hub repository of a transformers or timm model, timm's model name, or a file of timm's weights.
+        output: folder to create; it may exist if it is empty.
+        architecture: timm's architecture name, for weights without timm's config.json.
+        overwrite: replace the folder of an earlier conversion.
+        config: fields of `CLCAViTConfig` that override the source's.
 
     Raises:
-        OSError: there is no such source, or the Hub cannot be reached.
-        ValueError: as `load`; `source` is a CLCA model already; or `output` holds something that may not be replaced.
+        OSError: if there is no such source, or the Hub cannot be reached.
+        ValueError: as `load`; if `source` is already a CLCA model; or if `output` must not be replaced.
     """
     output = Path(output).resolve()
     made_of = {"source": str(source), "architecture": architecture, **config}
     if is_made_of(output, made_of, overwrite) and not overwrite:
         raise ValueError(
-            f"`output` {output} is already there, made of the same source: set `overwrite` to make it again."
+            f"`output` {output} already exists, converted from the same source: set `overwrite` to replace it."
         )
     kind, found = find_source(source, architecture=architecture)
     if found.contents.get("model_type") == CLCAViTConfig.model_type:
         raise ValueError(
-            f"`source` {source} is a CLCA model already: load it with CLCAViTForImageClassification.from_pretrained."
+            f"`source` {source} is already a CLCA model: load it with CLCAViTForImageClassification.from_pretrained."
         )
     wanted = checkpoint_config(source, config, architecture=architecture)
     model, untrained = load_with_report(source, wanted, architecture=architecture, ignore_mismatched_sizes=True)
@@ -84,7 +84,7 @@ _BODY = """# {title}
 
 {model} {parameters} parameters.
 
-The weights are those of `{source}`, converted by `ufgir convert`.{untrained}
+The weights come from `{source}`, converted by `ufgir convert`.{untrained}
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -94,14 +94,14 @@ image_processor = AutoImageProcessor.from_pretrained("path/to/{title}", trust_re
 ```
 {preprocessing}"""
 
-_UNTRAINED = """ What that model does not have is not trained yet and not in the file: {names}."""
+_UNTRAINED = """ The following weights are not in that model; they are not trained and not stored: {names}."""
 
 
 def is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether `output` is there, converted from the same source in the same way, and is to stay.
+    """Return whether `output` already contains this conversion and should be kept.
 
     Raises:
-        ValueError: it is something else; or another conversion, and `overwrite` is not set.
+        ValueError: if it contains something else, or another conversion and `overwrite` is not set.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -109,10 +109,12 @@ def is_made_of(output: Path, made_of: Mapping[str, Any], overwrite: bool) -> boo
         found = json.loads((output / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`output` {output} exists and was not made by a conversion: choose another place."
+            f"`output` {output} exists and was not written by a conversion: choose another folder."
         ) from error
     if found == made_of and not overwrite:
         return True
     if not overwrite:
-        raise ValueError(f"`output` {output} was made of another file or with other options: set `overwrite`.")
+        raise ValueError(
+            f"`output` {output} was converted from another source or with other options: set `overwrite` to replace it."
+        )
     return False

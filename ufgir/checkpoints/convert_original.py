@@ -1,4 +1,4 @@
-"""Convert checkpoint files of the original code, one or a folder of them, into model folders."""
+"""Convert a checkpoint file of the original code, or a folder of them, to model folders."""
 
 import csv
 import hashlib
@@ -28,14 +28,14 @@ SUFFIXES = (".pth", ".pt")
 
 
 class Outcome(NamedTuple):
-    """What became of the files of a folder, by their paths relative to it."""
+    """Results of converting the files of a folder, by their relative paths."""
 
     converted: list[str]
-    skipped: list[str]  # complete already
-    failed: dict[str, str]  # file -> why
+    skipped: list[str]  # already complete
+    failed: dict[str, str]  # file -> reason
 
     def summary(self) -> str:
-        """Counts, and a line for each of the first failures."""
+        """Return the counts and the first failures, one per line."""
         counts = f"converted {len(self.converted)}, skipped {len(self.skipped)}, failed {len(self.failed)}"
         shown = [f"  {name}: {reason}" for name, reason in list(self.failed.items())[:20]]
         more = [f"  and {len(self.failed) - 20} more"] if len(self.failed) > 20 else []
@@ -50,23 +50,23 @@ def convert_file(
     overwrite: bool = False,
     **overrides: Any,
 ) -> bool:
-    """Turn a checkpoint file into a model folder: configuration, weights, code, image processor and model card.
+    """Convert a checkpoint file to a model folder: configuration, weights, code, image processor and model card.
 
-    The folder appears complete or not at all.
+    The folder is written completely or not at all.
 
     Args:
         path: the file.
-        output: folder to make; it may exist if it is empty.
+        output: folder to create; it may exist if it is empty.
         class_names: names of the classes, by index.
-        overwrite: replace a folder that another conversion made.
+        overwrite: replace the folder of an earlier conversion.
         overrides: fields of `CLCAViTConfig`, see `load_original_file`.
 
     Returns:
-        Whether the folder was written; False if it is already there, made of the same file in the same way.
+        Whether the folder was written; False if it already exists, converted from the same file with the same options.
 
     Raises:
-        ValueError: as `load_original_file`; another number of class names than classes; or `output` is something else.
-        OSError: the folder cannot be written.
+        ValueError: as `load_original_file`; if the numbers of class names and classes differ; or if `output` must not be replaced.
+        OSError: if the folder cannot be written.
     """
     path, output = Path(path), Path(output).resolve()
     if not path.is_file():
@@ -84,7 +84,7 @@ def convert_file(
     if class_names is not None:
         if len(class_names) != model.config.num_labels:
             raise ValueError(
-                f"`class_names` holds {len(class_names)} names, and `{path}` has {model.config.num_labels} classes."
+                f"`class_names` must have {model.config.num_labels} names for the classes of `{path}`, got {len(class_names)}."
             )
         model.config.id2label = dict(enumerate(class_names))
         model.config.label2id = {name: index for index, name in enumerate(class_names)}
@@ -103,19 +103,19 @@ def convert_folder(
     class_names: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     **options: Any,
 ) -> Outcome:
-    """Convert all checkpoint files below a folder, one after the other, each into `output` / its path without suffix.
+    """Convert all checkpoint files below a folder, each to `output` / its relative path without suffix.
 
-    What is already there is skipped, so the same call goes on where another was interrupted. A file that cannot be converted
-    is logged and left out. `conversion_report.json` in `output` says what became of each.
+    Existing conversions are skipped, so that the same call continues an interrupted one. Files that cannot be converted are logged
+    and skipped. `conversion_report.json` in `output` lists the result of each file.
 
     Args:
-        folder: it is searched with all its folders for .pth and .pt files.
+        folder: folder that is searched recursively for .pth and .pt files.
         output: folder for the results.
-        class_names: names of the classes, by index; or a mapping to such from the names of data sets.
+        class_names: names of the classes, by index; or a mapping from data set names to such lists.
         options: further arguments of `convert_file`.
 
     Raises:
-        ValueError: there is no checkpoint file below `folder`.
+        ValueError: if there is no checkpoint file below `folder`.
     """
     folder, output = Path(folder), Path(output)
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
@@ -128,9 +128,9 @@ def convert_folder(
             try:
                 names = _names_for(path, class_names) if isinstance(class_names, Mapping) else class_names
                 written = convert_file(path, output / name.with_suffix(""), class_names=names, **options)
-            except Exception as error:  # whatever is wrong with one file, the others are converted
+            except Exception as error:  # convert the other files anyway
                 outcome.failed[str(name)] = one_sentence(error) or type(error).__name__
-                logger.warning("%s is left out: %s", name, outcome.failed[str(name)])
+                logger.warning("Skipping %s: %s", name, outcome.failed[str(name)])
             else:
                 (outcome.converted if written else outcome.skipped).append(str(name))
     finally:
@@ -139,12 +139,12 @@ def convert_folder(
 
 
 def read_class_names(path: str | os.PathLike) -> list[str] | dict[str, list[str]]:
-    """Names of classes by index: from a file of one name a line, or of a CSV table with `class_id` and `class_name`.
+    """Read the class names by index from a text file with one name per line, or a CSV file with `class_id` and `class_name`.
 
-    A folder of such files gives a dictionary from the names of the files, which are those of data sets, to their classes.
+    For a folder of such files, return a dictionary from file names without suffix (the data sets) to their classes.
 
     Raises:
-        ValueError: no such file, or ids that are not all numbers from 0, or from 1.
+        ValueError: if there is no such file, or ids are not consecutive numbers from 0 or 1.
     """
     path = Path(path)
     if path.is_dir():
@@ -170,18 +170,18 @@ def _class_names(path: Path) -> list[str]:
         raise ValueError(f"`class_names`: each row of {path} must have a `class_id` and a `class_name`.") from error
     if len(rows) != len(lines) - 1 or sorted(rows) not in (list(range(len(rows))), list(range(1, len(rows) + 1))):
         raise ValueError(
-            f"`class_names`: the {len(lines) - 1} ids in {path} must be different, from 0 or 1, without gaps."
+            f"`class_names`: the {len(lines) - 1} ids in {path} must be unique and consecutive, starting from 0 or 1."
         )
     return [rows[index] for index in sorted(rows)]
 
 
 def _names_for(path: Path, class_names: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    """The classes of the data set that the file's name begins with; None if there are none for it."""
+    """Return the classes of the data set at the beginning of the file name; None if there are none."""
     return class_names.get(path.name.partition("_")[0])
 
 
 def _fingerprint(path: Path, most: int = 1 << 16) -> str:
-    """Hash of both ends of a file. At its end a checkpoint, which is a zip archive, holds a checksum of every tensor."""
+    """Hash both ends of a file. The end of a checkpoint, a zip archive, contains a checksum of every tensor."""
     with path.open("rb") as file:
         head = file.read(most)
         file.seek(max(path.stat().st_size - most, 0))
@@ -189,7 +189,7 @@ def _fingerprint(path: Path, most: int = 1 << 16) -> str:
 
 
 def _card(file: OriginalFile, model: CLCAViTForImageClassification, processor: Any, title: str) -> str:
-    """README.md of a converted model."""
+    """Return the README.md of a converted model."""
     config, options = model.config, file.options
     tags = ["clca", "token-reduction", "fine-grained", "vision"] + ([config.reduction] if config.reduction else [])
     data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=tags, model_name=title)
@@ -198,13 +198,13 @@ def _card(file: OriginalFile, model: CLCAViTForImageClassification, processor: A
         kept = f"{_listed(config.keep_tokens)} tokens kept"
     rows = {
         "file": f"`{file.path.name}`",
-        "model, as the original calls it": f"`{file.model_name}`",
+        "model name in the original code": f"`{file.model_name}`",
         "method": "none" if config.reduction is None else f"`{config.reduction}`, {kept}",
         "data set": options.get("dataset_name"),
         "classes": config.num_labels,
-        "epochs of the training, as set": options.get("epochs"),
+        "training epochs (configured)": options.get("epochs"),
         "seed": options.get("seed"),
-        "weights": "`model_ema`: averaged over the training, which scored best" if file.averaged else None,
+        "weights": "`model_ema`: the averaged weights, which had the best score" if file.averaged else None,
     }
     rows |= {f"{name}, as reported by the file": f"{value:g}" for name, value in file.reported.items()}
     body = _BODY.format(
@@ -225,19 +225,19 @@ _BODY = """# {title}
 
 {model} {parameters} parameters.
 
-The weights were not trained with this code: they are those of a checkpoint file of the original implementation of CLCA,
-cross-layer cache aggregation for token reduction in ultra-fine-grained image recognition
-([paper](https://huggingface.co/papers/2501.00243)), converted by `ufgir convert`. Their licence is that of the file.
+The weights come from a checkpoint file of the original implementation of CLCA, cross-layer cache aggregation for token
+reduction in ultra-fine-grained image recognition ([paper](https://huggingface.co/papers/2501.00243)), converted by
+`ufgir convert`. They have the license of the file.
 
 | | |
 | --- | --- |
 {table}
 
-What is marked as reported by the file was copied from it, not measured again.
+Values marked "as reported by the file" were copied from it and not measured again.
 
 ## How to load
 
-The code of the model comes with it, hence `trust_remote_code=True`. FOLDER is this folder, or its repository on the Hub.
+The folder contains the code of the model, which requires `trust_remote_code=True`. FOLDER is this folder, or its Hub repository.
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline

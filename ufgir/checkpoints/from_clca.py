@@ -1,4 +1,4 @@
-"""CLCA checkpoints, and ViTs and DeiTs of transformers, which hold the same weights: loaded by `from_pretrained`."""
+"""Load CLCA checkpoints, and ViTs and DeiTs of transformers, which have the same weights, through `from_pretrained`."""
 
 import pickle
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ MODEL_TYPES = (CLCAViTConfig.model_type, "vit", "deit")
 
 
 def clca_config(path: str, values: Mapping[str, Any], revision: str | None = None) -> CLCAViTConfig:
-    """The configuration of a checkpoint with `values` in place of its own, checked.
+    """Return the checked configuration of a checkpoint, overridden by `values`.
 
-    `CLCAViTConfig` lets counts of tokens give way to rates, and a method's options to another method. Several keep rates that it
-    was trained for give way, too: to counts, to a method that has one rate only, and to none.
+    `CLCAViTConfig` resets token counts if rates are given, and a method's options for another method. `train_keep_rates` is reset by
+    token counts, by a method with a single keep rate, and by no method.
 
     Args:
         path: folder or Hub repository.
-        values: fields of the configuration.
-        revision: of the Hub repository.
+        values: configuration fields.
+        revision: branch, tag or commit of the Hub repository.
 
     Raises:
-        OSError: there is no such checkpoint, or its configuration cannot be read.
-        ValueError: a value is out of range.
+        OSError: if there is no such checkpoint, or its configuration cannot be read.
+        ValueError: if a value is out of range.
     """
     values = dict(values)
     if values.get("keep_tokens") is not None or ("reduction" in values and has_one_rate(values["reduction"])):
@@ -42,21 +42,20 @@ def clca_config(path: str, values: Mapping[str, Any], revision: str | None = Non
 
 
 def load_clca(path: str, config: CLCAViTConfig, revision: str | None = None, **options: Any) -> Found:
-    """A model made from `config` with the weights of a checkpoint, in float32.
+    """Load the weights of a checkpoint into a model of `config`, in float32.
 
-    Position embeddings and patch projection are resampled where `config` has another size; a token that is new to the checkpoint
-    starts as the model starts it. A CLA head that was trained for several keep rates serves a `config` without `train_keep_rates`
-    with its statistics at the rate of `config`.
+    Position embeddings and patch projection are resampled for another size; new tokens are initialized. If `config` has no
+    `train_keep_rates`, a CLA head trained for several keep rates uses its batch norm statistics at the rate of `config`.
 
     Args:
         path: folder or Hub repository.
-        config: of the model wanted.
-        revision: of the Hub repository.
-        options: more arguments of `from_pretrained`, such as `attn_implementation`.
+        config: configuration of the model.
+        revision: branch, tag or commit of the Hub repository.
+        options: further arguments of `from_pretrained`, such as `attn_implementation`.
 
     Raises:
-        OSError: there are no weights.
-        ValueError: weights that cannot be read.
+        OSError: if there are no weights.
+        ValueError: if weights cannot be read.
     """
     options = {"revision": revision, "dtype": torch.float32, **options}
     saved = CLCAViTConfig.get_config_dict(path, revision=revision)[0]
@@ -64,7 +63,9 @@ def load_clca(path: str, config: CLCAViTConfig, revision: str | None = None, **o
         loaded = CLCAViTForImageClassification.from_pretrained(
             path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
-        model, info = cast("tuple[CLCAViTForImageClassification, dict[str, Any]]", loaded)  # with that information
+        model, info = cast(
+            "tuple[CLCAViTForImageClassification, dict[str, Any]]", loaded
+        )  # because of `output_loading_info`
         missing = set(info["missing_keys"])
         if rates := None if config.train_keep_rates else saved.get("train_keep_rates"):
             whole = CLCAViTForImageClassification.from_pretrained(path, **options).state_dict()

@@ -1,6 +1,6 @@
-"""Weights of timm's VisionTransformer, turned into `CLCAViTForImageClassification`, without timm.
+"""Convert weights of timm's VisionTransformer to `CLCAViTForImageClassification`, without timm.
 
-What can be loaded stands in `ufgir.checkpoints.timm_architectures`. With the reduction off, the model computes what timm's does.
+`ufgir.checkpoints.timm_architectures` lists the supported architectures. Without reduction, the model computes the same as timm's.
 """
 
 import json
@@ -36,18 +36,18 @@ State = dict[str, torch.Tensor]
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# Where files keep the weights: under one of these keys, with one of these before every name.
+# Keys under which files store the weights, and prefixes of their names.
 _WRAPPERS = ("state_dict", "model", "encoder", "teacher")
 _PREFIXES = ("module.", "backbone.", "base_encoder.", "visual.trunk.")
 
-# Parts of checkpoints that are no part of the encoder, and why they are not needed.
+# Parts of checkpoints outside the encoder, and why they are skipped.
 _LEFT_OUT = (
-    (r"mask_token|decoder[._].*", "serves pretraining"),
+    (r"mask_token|decoder[._].*", "is only used in pretraining"),
     (r"head\.\d+\..*", "is a projection head of the pretraining"),
-    (r"head_dist\..*", "reads the distillation token: the logits are those of the class token's head"),
+    (r"head_dist\..*", "uses the distillation token; only the classifier on CLS is loaded"),
 )
 
-# What stands beside an encoder with a prefix: the other tower of CLIP, the other network of MoCo and DINO, heads of pretraining.
+# Parts next to an encoder with a prefix: the text tower of CLIP, the second network of MoCo and DINO, heads of pretraining.
 _OTHER_PARTS = (
     r"(text|token_embedding|positional_embedding|text_projection|ln_final|transformer\.|logit_(scale|bias)|attn_mask|visual\."
     r"|momentum_encoder|predictor|queue|decoder|mask_token|head|fc\.|projector|teacher|student|center|dino_|ibot_)"
@@ -67,13 +67,13 @@ _OPENAI_KEYS = (
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
 )
-# DINOv2 as its authors name it -> timm.
+# DINOv2 names of its authors -> timm.
 _DINOV2_KEYS = (
     (r"blocks\.(\d+)\.mlp\.w12\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
     (r"blocks\.(\d+)\.mlp\.w3\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
 )
 
-# Arguments of timm's VisionTransformer, as `model_args` of its config.json has them -> fields of `CLCAViTConfig`.
+# Arguments of timm's VisionTransformer (`model_args` in config.json) -> fields of `CLCAViTConfig`.
 _MODEL_ARGS = {
     "img_size": "image_size",
     "patch_size": "patch_size",
@@ -88,7 +88,7 @@ _MODEL_ARGS = {
     "reg_tokens": "num_register_tokens",
     "pre_norm": "pre_norm",
 }
-# Others of them that change no weight and no value in evaluation, or that the weights and other entries tell.
+# Further arguments without effect on evaluation, or that follow from the weights and other entries.
 _IRRELEVANT_ARGS = (
     r"num_classes|global_pool|fc_norm|(.*_)?drop(_path|out)?_rate|drop_rate|dynamic_img_size|dynamic_img_pad|"
     r"fix_init|weight_init|strict_img_size"
@@ -96,12 +96,12 @@ _IRRELEVANT_ARGS = (
 
 
 class TimmSource(NamedTuple):
-    """What was found at a source.
+    """Contents of a source.
 
     Attributes:
-        state_dict: tensors as the file names them, not yet converted.
-        architecture: of the network.
-        label_names: of the classes, where they are known.
+        state_dict: tensors under the names of the file.
+        architecture: architecture of the network.
+        label_names: names of the classes, if known.
     """
 
     state_dict: Mapping[str, Any]
@@ -116,25 +116,25 @@ def load_timm(
     revision: str | None = None,
     **config: Any,
 ) -> CLCAViTForImageClassification:
-    """A model with the weights of timm's VisionTransformer, in evaluation mode, in float32 (or float64 if they are).
+    """Load the weights of timm's VisionTransformer, in evaluation mode, in float32 (float64 if all weights are float64).
 
-    Position embeddings and patch projection are resampled where `image_size` or `patch_size` are not those of the weights
-    (`clca.resample_clca`). New, and made as for an untrained model, are only: CLR tokens, which start from CLS, and their
-    positions; the classifier, if the number of classes, the head or the pooling is not the source's; parameters of the
-    reduction and of the pooling. The second head of a distilled DeiT is left out.
+    Position embeddings and patch projection are resampled if `image_size` or `patch_size` differ from the weights
+    (`clca.resample_clca`). The following are initialized: CLR tokens (from CLS) and their positions; the classifier, if the number
+    of classes, the head or the pooling differs from the source; parameters of the reduction and of the pooling. The second head
+    of a distilled DeiT is skipped.
 
     Args:
-        source: a state dict of timm (or of DINOv2, MAE, MoCo v3, I-JEPA or OpenAI's CLIP as their authors published them);
-            a file that holds one; a folder or Hub repository with timm's config.json and the weights.
-        architecture: name in `ufgir.checkpoints.timm_architectures`, such as "deit3_base_patch16_224.fb_in1k"; may be left out if
+        source: a state dict of timm (or of DINOv2, MAE, MoCo v3, I-JEPA or OpenAI's CLIP as published by their authors); a
+            file that contains one; or a folder or Hub repository with timm's config.json and the weights.
+        architecture: name in `ufgir.checkpoints.timm_architectures`, such as "deit3_base_patch16_224.fb_in1k"; optional if
             the source has a config.json.
-        revision: of the Hub repository.
-        config: fields of `CLCAViTConfig`, in place of the architecture's. `num_labels` is by default that of the weights,
-            0 (logits are the pooled features) if they have no classifier.
+        revision: branch, tag or commit of the Hub repository.
+        config: fields of `CLCAViTConfig` that override the architecture's. By default, `num_labels` is that of the weights,
+            or 0 (logits are the pooled features) if they have no classifier.
 
     Raises:
-        ValueError: unknown architecture; nothing to load at the source, or a file that cannot be read; weights that do
-            not belong, are missing, or have other shapes than the configuration says, all of them named.
+        ValueError: if the architecture is unknown, the source cannot be read, or weights are unexpected, missing, or of other
+            shapes than the configuration requires; all of them are listed.
 
     Example:
 
@@ -156,13 +156,13 @@ def open_timm(
     revision: str | None = None,
     shapes_only: bool = False,
 ) -> Weights:
-    """The weights of a source and the configuration that fits them, at the image size that the weights have.
+    """Read the weights of a source, and a configuration with the image size of the weights.
 
     Args:
         source: file, folder or Hub repository, see `load_timm`.
-        architecture: its name, where there is no config.json.
-        revision: of the Hub repository.
-        shapes_only: do not read the weights: tensors are on the meta device.
+        architecture: name of the architecture, if there is no config.json.
+        revision: branch, tag or commit of the Hub repository.
+        shapes_only: read only names and shapes; tensors are on the meta device.
 
     Raises:
         ValueError: as `load_timm`.
@@ -174,15 +174,15 @@ def open_timm(
 def timm_image_processor(
     architecture: str | Architecture, image_size: int | Sequence[int] | None = None
 ) -> CLCAImageProcessor:
-    """The image processor that belongs to a pretraining: its mean and deviation, its resampling and its margin around the
-    centre crop. As everywhere here the resize does not keep the aspect ratio, which timm's does.
+    """Return the image processor of a pretrained model: its mean and std, resampling, and margin around the center crop. Unlike timm,
+    the resize does not keep the aspect ratio.
 
     Args:
-        architecture: name in `ufgir.checkpoints.timm_architectures`, or what `read_architecture` returns.
+        architecture: name in `ufgir.checkpoints.timm_architectures`, or the result of `read_architecture`.
         image_size: side of the model's input, or height and width, pixels; by default the architecture's.
 
     Raises:
-        ValueError: unknown architecture.
+        ValueError: if the architecture is unknown.
     """
     if isinstance(architecture, str):
         architecture = find_architecture(architecture)
@@ -190,7 +190,7 @@ def timm_image_processor(
     return CLCAImageProcessor(
         do_convert_rgb=True,
         size={"height": height, "width": width},
-        crop_pct=[side / math.floor(side / architecture.crop_pct) for side in (height, width)],  # as timm rounds it
+        crop_pct=[side / math.floor(side / architecture.crop_pct) for side in (height, width)],  # rounded as in timm
         resample=Image.Resampling[architecture.resample.upper()],
         image_mean=list(architecture.mean),
         image_std=list(architecture.std),
@@ -198,16 +198,16 @@ def timm_image_processor(
 
 
 def read_architecture(source: str | Path, revision: str | None = None) -> Architecture:
-    """The architecture of a folder or Hub repository of timm, by its config.json, normalisation of the pixels and all.
+    """Read the architecture, including pixel normalization, from the config.json of a timm folder or Hub repository.
 
     Raises:
-        ValueError: there is none, or it is not one of `ufgir.checkpoints.timm_architectures`.
+        ValueError: if there is no config.json, or its architecture is not in `ufgir.checkpoints.timm_architectures`.
     """
     return _read_description(source, revision)[0]
 
 
 def is_timm_source(source: str | Path) -> bool:
-    """Whether a local folder, or a Hub repository, holds timm's config.json."""
+    """Return whether a folder or Hub repository has timm's config.json."""
     try:
         return "architecture" in _read_config(source, None)
     except (OSError, ValueError):
@@ -220,15 +220,15 @@ def read_source(
     revision: str | None = None,
     shapes_only: bool = False,
 ) -> TimmSource:
-    """Weights (or tensors of their shapes on the meta device), architecture and class names of a source, see `load_timm`.
+    """Read the weights (with `shapes_only`, meta tensors), architecture and class names of a source, see `load_timm`.
 
     Raises:
-        ValueError: no architecture, or an unknown one; nothing at the source; a file that cannot be read.
+        ValueError: if the architecture is missing or unknown, or the source does not exist or cannot be read.
     """
     known = find_architecture(architecture) if isinstance(architecture, str) else architecture
     if isinstance(source, Mapping) or Path(source).is_file():
         if known is None:
-            raise ValueError("`architecture` must be given: weights alone do not tell it.")
+            raise ValueError("`architecture` is required: it cannot be determined from weights alone.")
         return TimmSource(source if isinstance(source, Mapping) else _read_weights(Path(source), shapes_only), known)
     labels = None
     if known is None:
@@ -237,11 +237,11 @@ def read_source(
         file = _find_file(source, name, revision)
         if file is not None:
             return TimmSource(_read_weights(file, shapes_only), known, labels)
-    raise ValueError(f"`source` {source} has no weights: neither {' nor '.join(WEIGHT_FILES)}.")
+    raise ValueError(f"`source` {source} has no weights: found neither {' nor '.join(WEIGHT_FILES)}.")
 
 
 def _find_file(source: str | Path, name: str, revision: str | None) -> Path | None:
-    """A file of a folder or Hub repository; None if it has no such file."""
+    """Return a file of a folder or Hub repository; None if it does not exist."""
     if Path(source).is_dir():
         file = Path(source) / name
         return file if file.is_file() else None
@@ -251,7 +251,7 @@ def _find_file(source: str | Path, name: str, revision: str | None) -> Path | No
     except HFValidationError as error:
         raise ValueError(f"`source` {source} is neither a file, nor a folder, nor a Hub repository.") from error
     except (OSError, HfHubHTTPError) as error:
-        logger.debug("no %s of %s: %s", name, source, error)
+        logger.debug("could not find %s of %s: %s", name, source, error)
         return None
 
 
@@ -259,14 +259,14 @@ def _read_config(source: str | Path, revision: str | None) -> dict[str, Any]:
     file = _find_file(source, "config.json", revision)
     if file is None:
         raise ValueError(
-            f"`source` {source} is no folder or Hub repository with a config.json: check its name, or give `architecture`."
+            f"`source` {source} is not a folder or Hub repository with a config.json: check its name, or set `architecture`."
         )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`source` {source}: its config.json cannot be read.") from error
     if not isinstance(data, dict):
-        raise ValueError(f"`source` {source}: its config.json is no object of names and values.")
+        raise ValueError(f"`source` {source}: its config.json must contain a JSON object.")
     return data
 
 
@@ -275,19 +275,19 @@ def _read_description(source: str | Path, revision: str | None) -> tuple[Archite
     try:
         return _described(data, source)
     except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"`source` {source}: its config.json has a value of the wrong kind: {error}.") from error
+        raise ValueError(f"`source` {source}: its config.json has a value of the wrong type: {error}.") from error
 
 
 def _described(data: Mapping[str, Any], source: str | Path) -> tuple[Architecture, Sequence[str] | None]:
-    """The architecture, and the class names if any, that timm's config.json describes."""
+    """Return the architecture of timm's config.json, and its class names if any."""
     if "architecture" not in data:
-        raise ValueError(f"`source` {source}: its config.json is not timm's, it names no `architecture`.")
-    described = data.get("pretrained_cfg") or data  # older files have its entries at the top
+        raise ValueError(f"`source` {source}: its config.json is not timm's: `architecture` is missing.")
+    described = data.get("pretrained_cfg") or data  # older files have its entries at the top level
     name, tag = data["architecture"], described.get("tag")
     try:
         architecture = find_architecture(f"{name}.{tag}" if tag and "." not in name else name)
     except ValueError:
-        architecture = find_architecture(name)  # a tag of one's own
+        architecture = find_architecture(name)  # an unknown tag
     own = dict(architecture.fields)
     if "input_size" in described:
         channels, height, width = described["input_size"]
@@ -301,11 +301,11 @@ def _described(data: Mapping[str, Any], source: str | Path) -> tuple[Architectur
     if pooling in ("token", "avg", "map") and pooling != _timm_pooling(own.get("pooling", "cls")):
         own["pooling"] = {"token": "cls", "avg": "mean", "map": "map"}[pooling]
     other = {"mean": "mean", "std": "std", "crop_pct": "crop_pct", "resample": "interpolation", "licence": "license"}
-    told = {ours: described[theirs] for ours, theirs in other.items() if described.get(theirs)}
-    told |= {name: tuple(told[name]) for name in ("mean", "std") if name in told}
-    if told.get("resample", "bicubic").upper() not in Image.Resampling.__members__:
-        del told["resample"]
-    return replace(architecture, fields=own, **told), described.get("label_names") or data.get("label_names")
+    found = {ours: described[theirs] for ours, theirs in other.items() if described.get(theirs)}
+    found |= {name: tuple(found[name]) for name in ("mean", "std") if name in found}
+    if found.get("resample", "bicubic").upper() not in Image.Resampling.__members__:
+        del found["resample"]
+    return replace(architecture, fields=own, **found), described.get("label_names") or data.get("label_names")
 
 
 def _timm_pooling(pooling: str) -> str:
@@ -324,33 +324,31 @@ def _fields_of_model_args(args: Mapping[str, Any], own: Mapping[str, Any], sourc
     others = set(args) - set(_MODEL_ARGS) - {"no_embed_class", "mlp_ratio"}
     unknown = sorted(name for name in others if not re.fullmatch(_IRRELEVANT_ARGS, name))
     if unknown:
-        raise ValueError(
-            f"`source` {source}: its config.json has `model_args` that are not known: {', '.join(unknown)}."
-        )
+        raise ValueError(f"`source` {source}: its config.json has unknown `model_args`: {', '.join(unknown)}.")
     return found
 
 
 def _read_weights(file: Path, shapes_only: bool = False) -> dict[str, Any]:
-    """Tensors of a .safetensors file, or of a pickle that holds nothing but tensors."""
+    """Read the tensors of a .safetensors file, or of a pickle that contains only tensors."""
     try:
         if file.suffix == ".safetensors":
             return tensor_shapes(file) if shapes_only else load_file(file)
         return torch.load(file, map_location="meta" if shapes_only else "cpu", weights_only=True)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no complete safetensors file: {error}.") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}.") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(
-            f"{file} cannot be read as weights alone: it is damaged, or a pickle with other things than tensors in it. If you "
-            "trust it, load it yourself and save its tensors with `safetensors.torch.save_file`."
+            f"{file} cannot be read: it is damaged, or a pickle that contains other objects than tensors. If you trust it, "
+            "load it yourself and save its tensors with `safetensors.torch.save_file`."
         ) from error
 
 
 def to_timm_names(state_dict: Mapping[str, Any]) -> State:
-    """The encoder's tensors under the names of timm's VisionTransformer: taken out of what wraps them, prefixes stripped,
-    the layouts of OpenAI's CLIP and DINOv2 converted, and what serves pretraining only left out.
+    """Rename the encoder's tensors to those of timm's VisionTransformer: unwrap nested state dicts, strip prefixes, convert the layouts of
+    OpenAI's CLIP and DINOv2, and skip weights that are only used in pretraining.
 
     Raises:
-        ValueError: no tensors in it.
+        ValueError: if there are no tensors, or unknown ones.
     """
     state = state_dict
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
@@ -364,10 +362,10 @@ def to_timm_names(state_dict: Mapping[str, Any]) -> State:
             inside |= _without_bias(state["visual.head.proj.weight"])
         outside = [key for key in state if not key.startswith(prefix)] if inside else []
         if strange := [key for key in outside if not re.match(_OTHER_PARTS, key)]:
-            raise ValueError(f"`state_dict` holds weights outside of {prefix}* with no place: {listed(strange)}.")
+            raise ValueError(f"`state_dict` contains unknown weights outside of {prefix}*: {listed(strange)}.")
         state = inside or state
     if not state:
-        raise ValueError("`state_dict` holds no tensors.")
+        raise ValueError("`state_dict` contains no tensors.")
     if "visual.class_embedding" in state:
         state = _from_openai(state)
     if "mask_token" in state and "pos_embed" in state:
@@ -378,7 +376,7 @@ def to_timm_names(state_dict: Mapping[str, Any]) -> State:
         if reason is None:
             kept[key] = tensor
         else:
-            logger.info("`%s` is left out: it %s", key, reason)
+            logger.info("Skipping `%s`: it %s", key, reason)
     return kept
 
 
@@ -387,7 +385,7 @@ def _without_bias(weight: torch.Tensor) -> State:
 
 
 def _from_openai(state: Mapping[str, torch.Tensor]) -> State:
-    """The image tower of OpenAI's CLIP under timm's names. Names that are not known keep theirs."""
+    """Rename the image tower of OpenAI's CLIP to timm's names; keep unknown names."""
     converted = {}
     for key, tensor in state.items():
         if not key.startswith("visual."):
@@ -406,7 +404,7 @@ def _from_openai(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def _from_dinov2(state: Mapping[str, torch.Tensor]) -> State:
-    """DINOv2 under timm's names. With registers, CLS takes its position in: the prefix has positions all or not at all."""
+    """Rename DINOv2 to timm's names. With registers, add its position to CLS: the prefix tokens all have positions or none."""
     converted = {translate(key, _DINOV2_KEYS) or key: tensor for key, tensor in state.items()}
     if "register_tokens" in converted:
         converted["reg_token"] = converted.pop("register_tokens")
@@ -417,9 +415,9 @@ def _from_dinov2(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def _wanted_config(state: State, found: TimmSource, config: Mapping[str, Any]) -> CLCAViTConfig:
-    """The configuration of the model to make."""
+    """Return the configuration of the model to build."""
     own = dict(found.architecture.fields)
-    if own.get("pooling") in ("mean", "normed_mean"):  # the name of the final norm tells where it stands
+    if own.get("pooling") in ("mean", "normed_mean"):  # the name of the final norm shows its position
         own["pooling"] = "mean" if "fc_norm.weight" in state else "normed_mean"
     elif own.get("pooling") == "map" and "fc_norm.weight" in state:
         own["pooling"] = "map_then_norm"
@@ -428,7 +426,7 @@ def _wanted_config(state: State, found: TimmSource, config: Mapping[str, Any]) -
         num_labels = state["head.weight"].shape[0] if "head.weight" in state else 0
         if num_labels == 0 and wanted.get("head", "linear") != "linear":
             raise ValueError(
-                f"`num_labels` must be given: these weights have no classifier, and `head` is {wanted['head']}."
+                f"`num_labels` is required: the weights have no classifier, and `head` is {wanted['head']}."
             )
         wanted["num_labels"] = num_labels
         if found.label_names and len(found.label_names) == num_labels:
@@ -458,16 +456,16 @@ def _to_our_names(state: State, wanted: CLCAViTConfig) -> State:
         else:
             unexpected.append(key)
     if unexpected:
-        raise ValueError(f"`source` holds weights with no place in this model: {listed(unexpected)}.")
+        raise ValueError(f"`source` contains weights that do not belong to this model: {listed(unexpected)}.")
     return converted
 
 
 def _saved_config(weights: State, architecture: Architecture, wanted: CLCAViTConfig) -> CLCAViTConfig:
-    """A configuration with the image and patch size that the weights themselves have."""
+    """Return a configuration with the image and patch size of the weights."""
     projection = weights.get("vit.embeddings.patch_embeddings.projection.weight")
     positions = weights.get("vit.embeddings.position_embeddings")
     if projection is None or projection.dim() != 4 or positions is None or positions.dim() != 3:
-        return wanted  # `fill` says what is wrong
+        return wanted  # `fill_model` reports the problem
     patch = tuple(projection.shape[-2:])
     count = positions.shape[1] - wanted.num_prefix_tokens * wanted.prefix_position_embeddings
     size, root = as_pair(architecture.image_size), math.isqrt(max(count, 0))
@@ -476,6 +474,6 @@ def _saved_config(weights: State, architecture: Architecture, wanted: CLCAViTCon
             sizes = {"image_size": (rows * patch[0], columns * patch[1]), "patch_size": patch}
             return changed_config(wanted, {n: size[0] if size[0] == size[1] else size for n, size in sizes.items()})
     raise ValueError(
-        f"`pos_embed` of the `source` has {positions.shape[1]} rows: with a prefix of {positions.shape[1] - count} they are "
-        "neither the patches of this architecture nor of a square. Is it another architecture?"
+        f"`pos_embed` of the `source` has {positions.shape[1]} positions. Without {positions.shape[1] - count} prefix tokens, they match "
+        "neither the patch grid of this architecture nor a square one. Check `architecture`."
     )

@@ -1,11 +1,11 @@
-"""Vision Transformers of transformers, turned into `CLCAViTForImageClassification`.
+"""Convert Vision Transformers of transformers to `CLCAViTForImageClassification`.
 
 Families: ViT (https://huggingface.co/papers/2010.11929), DeiT (2012.12877), DINOv2 (2304.07193) and with registers
 (2309.16588), CLIP (2103.00020), SigLIP (2303.15343), the encoder of ViT-MAE (2111.06377) and I-JEPA (2301.08243).
 
-What a family is stands in one table, `FAMILIES`: a function from its configuration to ours, and the names of its weights
-beside ours. With the reduction off, the converted model's last hidden state is the source's. That of CLIP is taken after
-the final norm, which transformers' CLIP applies to CLS alone.
+The table `FAMILIES` describes each family: a function from its configuration to ours, and a mapping of weight names. Without
+reduction, the converted model has the same last hidden state as the source. For CLIP it is taken after the final norm, which
+CLIP of transformers applies to CLS only.
 """
 
 import logging
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 Rules = tuple[tuple[str, str], ...]
 State = dict[str, torch.Tensor]
 
-# Regular expression of a name of theirs, without the prefix of the backbone -> our name. `{q|k|v}` in ours: equal parts of the
-# rows of their tensor go to one name each.
+# Regular expression of a source name, without the prefix of the backbone -> our name. `{q|k|v}` in our name splits the rows of
+# the tensor into equal parts, one per name.
 _CLASSIFIER: Rules = ((r"classifier\.(weight|bias)", r"classifier.\1"),)
 _VIT: Rules = (
     (r"embeddings\.(cls_token|position_embeddings)", r"vit.embeddings.\1"),
@@ -60,7 +60,7 @@ _DINOV2: Rules = (
         r"encoder\.layer\.(\d+)\.(attention\.[qkvo]_proj|mlp\.fc[12]|mlp\.(?:gate|up|down)_proj)\.(weight|bias)",
         r"vit.layers.\1.\2.\3",
     ),
-    # as transformers below 5.18 names them
+    # names before transformers 5.18
     *(
         (
             rf"encoder\.layer\.(\d+)\.attention\.attention\.{theirs}\.(weight|bias)",
@@ -95,30 +95,30 @@ _SIGLIP: Rules = (
     (r"head\.mlp\.(fc[12])\.(weight|bias)", r"vit.attention_pooling.mlp.\1.\2"),
 )
 
-# Weights that serve other tasks and have no place in a classifier: they are left behind.
+# Weights for other tasks, which a classifier does not use: they are skipped.
 _OTHER_TASKS = (r"pooler\.dense\..*", r"embeddings\.mask_token", r"decoder\..*")
 _TEXT = (r"text_model\..*", r"(?:text|visual)_projection\..*", r"logit_(?:scale|bias)", r"embeddings\.position_ids")
 
 
 class Family(NamedTuple):
-    """How the models of one `model_type` become ours.
+    """Conversion of the models of one `model_type`.
 
     Args:
-        config: their configuration -> arguments of `CLCAViTConfig`, without the classes.
-        rules: their names -> ours.
-        classes: names of their classes, the one that a file without a known class is read as first.
-        prefix: of the backbone's weights in a class with a head.
-        left_behind: regular expressions of weights that have no place in a classifier.
-        merge_class_position: their CLS token has a position embedding and their registers have none.
-        classifier_reads: the `pooling` whose features their classifier is linear on; None if we have no such features: then it
-            is left behind.
+        config: function from the source configuration to arguments of `CLCAViTConfig`, without the classes.
+        rules: source names -> our names.
+        classes: class names of the source; the first one reads files that do not name a known class.
+        prefix: prefix of the backbone's weights in a class with a head.
+        skipped: regular expressions of weights that a classifier does not use.
+        merge_class_position: the CLS token has a position embedding and the register tokens have none.
+        classifier_reads: the `pooling` whose features the source classifier uses; None if our model has no such features, and
+            the classifier is skipped.
     """
 
     config: Callable[[PreTrainedConfig], dict[str, Any]]
     rules: Rules
     classes: tuple[str, ...]
     prefix: str
-    left_behind: tuple[str, ...] = _OTHER_TASKS
+    skipped: tuple[str, ...] = _OTHER_TASKS
     merge_class_position: bool = False
     classifier_reads: str | None = None
 
@@ -126,11 +126,11 @@ class Family(NamedTuple):
 def _common(config: PreTrainedConfig) -> dict[str, Any]:
     names = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
     options = {name: getattr(config, name) for name in (*names, "hidden_act", "layer_norm_eps")}
-    # Theirs drop the pixels beyond the last whole patch, as those of 384 pixels in patches of 14 do; ours has no such sizes.
+    # transformers drops the pixels after the last complete patch (384 pixels in patches of 14); our models require a multiple.
     sides = zip(as_pair(config.image_size), as_pair(config.patch_size), strict=True)
     whole = tuple(side // patch * patch for side, patch in sides)
     if min(whole) > 0 and whole != as_pair(config.image_size):
-        logger.warning("`image_size` %s is not a multiple of the patch: it becomes %s.", config.image_size, whole)
+        logger.warning("`image_size` %s is not a multiple of `patch_size`; using %s.", config.image_size, whole)
         options["image_size"] = whole[0] if whole[0] == whole[1] else whole
     optional = ("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob", "qkv_bias")
     return options | {name: getattr(config, name) for name in optional if hasattr(config, name)}
@@ -150,13 +150,14 @@ def _ijepa_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _dinov2_config(config: PreTrainedConfig) -> dict[str, Any]:
     inner = int(config.hidden_size * config.mlp_ratio)
-    if config.use_swiglu_ffn:  # has three projections where the MLP has two
+    if config.use_swiglu_ffn:  # three projections instead of two
         inner = (int(inner * 2 / 3) + 7) // 8 * 8
     num_registers = getattr(config, "num_register_tokens", 0)
     return _common(config) | {
         "intermediate_size": inner,
         "use_swiglu_ffn": config.use_swiglu_ffn,
-        "layerscale_value": config.layerscale_value or 1.0,  # an initial value; 0 would mean none to our configuration
+        "layerscale_value": config.layerscale_value
+        or 1.0,  # an initial value; 0 disables LayerScale in our configuration
         "drop_path_rate": config.drop_path_rate,
         "num_register_tokens": num_registers,
         "prefix_position_embeddings": num_registers == 0,
@@ -169,13 +170,13 @@ def _clip_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _siglip_config(config: PreTrainedConfig) -> dict[str, Any]:
-    pooling = "map" if getattr(config, "vision_use_head", True) else "mean"  # older transformers has no such field
+    pooling = "map" if getattr(config, "vision_use_head", True) else "mean"  # missing in older transformers
     dropout = {"attention_probs_dropout_prob": config.attention_dropout or 0.0}
     return _vit_config(config) | dropout | {"use_class_token": False, "pooling": pooling}
 
 
 def _two_towers(towers: Family, *classes: str) -> Family:
-    """The vision part of a model of pictures and texts."""
+    """Return the family of the vision part of an image-text model."""
     return towers._replace(config=lambda config: towers.config(config.vision_config), classes=classes)
 
 
@@ -233,27 +234,27 @@ def load_transformers(
     dtype: torch.dtype | None = None,
     **config: Any,
 ) -> CLCAViTForImageClassification:
-    """A CLCA model with the weights of a Vision Transformer of transformers, in evaluation mode.
+    """Load a Vision Transformer of transformers as a CLCA model, in evaluation mode.
 
-    What is new to the source starts as our model starts it: CLR tokens (as copies of CLS) and their positions, parameters
-    of the reduction, and the classifier, unless a ViT's, DeiT's or I-JEPA's fits. Of a `DeiTForImageClassificationWithTeacher`, the
-    classifier on CLS is taken. SigLIP's reads the mean of the normed tokens: `pooling` is "normed_mean" for it by default, and with
-    another it is left behind. DINOv2 and CLIP classify other features than our heads read, so a classifier of theirs is left behind
-    with a warning. ViT-MAE's fixed position embeddings become parameters as others are.
+    Weights that the source does not contain are initialized: CLR tokens (as copies of CLS) and their positions, parameters of the
+    reduction, and the classifier. The classifier of ViT, DeiT, I-JEPA and SigLIP is kept if it fits; SigLIP's uses the mean of the
+    normalized tokens, so `pooling` is "normed_mean" by default and another value skips it. For
+    `DeiTForImageClassificationWithTeacher`, the classifier on CLS is loaded. Classifiers of DINOv2 and CLIP use features that our
+    heads do not have, so they are skipped with a warning. The fixed position embeddings of ViT-MAE become parameters.
 
     Args:
-        source: folder or Hub repository of the model, or a live model, which is not changed. Of a model of pictures and
-            texts, the vision part is taken.
-        revision: of the Hub repository.
-        dtype: of the weights; by default the source's.
-        **config: arguments of `CLCAViTConfig` in place of what the source's configuration says, e.g. `reduction`,
-            `keep_rate`, `num_labels`, `head`. With another `image_size` or `patch_size` (an integer or height and width),
-            weights are resampled, see `resample_weights`. (The `image_size` in published DINOv2 configurations is 518,
-            their processors make pictures of 224.)
+        source: folder or Hub repository of the model, or a model object, which is not changed. Only the vision part of an
+            image-text model is loaded.
+        revision: branch, tag or commit of the Hub repository.
+        dtype: dtype of the weights; by default the source's.
+        **config: arguments of `CLCAViTConfig` that override the source's configuration, e.g. `reduction`, `keep_rate`,
+            `num_labels`, `head`. Weights are resampled for another `image_size` or `patch_size` (an integer, or height and
+            width), see `resample_weights`. (Published DINOv2 configurations have an `image_size` of 518, while their
+            processors produce images of 224 pixels.)
 
     Raises:
-        ValueError: no such model, a `model_type` that is not in `FAMILIES`, weights that are missing, unexpected or of
-            another shape, the first dozen by name, or what `CLCAViTConfig` refuses.
+        ValueError: if there is no such model, its `model_type` is not in `FAMILIES`, weights are missing, unexpected or of
+            another shape (the first dozen are listed), or `CLCAViTConfig` rejects a value.
     """
     if isinstance(source, PreTrainedModel):
         theirs, family = source.config, _family(source.config.model_type, type(source).__name__)
@@ -269,7 +270,7 @@ def load_transformers(
 
 
 class Opened(NamedTuple):
-    """A model of transformers before its weights are read: its configuration, its family, and the name of its class."""
+    """A transformers model before its weights are read: configuration, family and class name."""
 
     theirs: PreTrainedConfig
     family: Family
@@ -277,11 +278,11 @@ class Opened(NamedTuple):
 
     @property
     def classifies(self) -> bool:
-        """Whether it has a classifier."""
+        """Whether the model has a classifier."""
         return "ForImageClassification" in self.class_name
 
     def config(self) -> CLCAViTConfig:
-        """Our configuration of the model as it is, with the pooling that its classifier reads and its classes."""
+        """Return our configuration of the unchanged model, with its classes and the pooling that its classifier uses."""
         options = self.family.config(self.theirs)
         if self.classifies:
             if self.family.classifier_reads is not None:
@@ -292,35 +293,36 @@ class Opened(NamedTuple):
         return CLCAViTConfig(**options)
 
     def read(self, source: str | Path, revision: str | None, use_safetensors: bool | None = None) -> State:
-        """The weights of a folder or Hub repository under the names of the live class: transformers knows what its files have been
-        through."""
+        """Read the weights of a folder or Hub repository under the names of the model class. transformers handles renamed weights of
+        older files."""
         return _read_weights(source, revision, self, use_safetensors)
 
     def convert(self, state_dict: Mapping[str, torch.Tensor], name: str) -> Weights:
-        """Weights under the names of the live class as those of our model."""
+        """Convert weights with the names of the model class to those of our model."""
         state = convert_state(state_dict, self.family, name)
         if self.family.merge_class_position:
             state = _merge_class_position(state)
         return Weights(state, self.config())
 
     def warn_of_classifiers(self, weights: Weights, wanted: CLCAViTConfig) -> None:
-        """Warn where a classifier that the caller may count on is not taken, or is one of two."""
+        """Warn if the source classifier is not loaded, or only one of two is."""
         same = wanted.pooling == weights.config.pooling and self.family.classifier_reads is not None
         if self.classifies and not same and wanted.num_labels == self.theirs.num_labels:
             logger.warning(
-                "The classifier of %s reads other features than ours: a new one is to be trained.", self.class_name
+                "The classifier of %s uses other features than ours, so it is not loaded. Train a new one.",
+                self.class_name,
             )
         elif "WithTeacher" in self.class_name and wanted.num_labels == self.theirs.num_labels:
             logger.warning(
-                "Of the two classifiers of %s, whose logits it averages, the one on CLS is taken.", self.class_name
+                "%s averages the logits of two classifiers; only the one on CLS is loaded.", self.class_name
             )
 
 
 def open_transformers(source: str | Path, revision: str | None = None) -> Opened:
-    """The configuration of a folder or Hub repository, without running code that it may bring along.
+    """Read the configuration of a folder or Hub repository, without running its code.
 
     Raises:
-        ValueError: no such model, or a `model_type` that is not in `FAMILIES`.
+        ValueError: if there is no such model, or its `model_type` is not in `FAMILIES`.
     """
     theirs, family = _read_config(source, revision)
     named = (name for name in theirs.architectures or () if name in family.classes)
@@ -328,20 +330,20 @@ def open_transformers(source: str | Path, revision: str | None = None) -> Opened
 
 
 def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: str = "the source") -> State:
-    """Tensors under the names of a family's live models, under ours.
+    """Rename the tensors of a family's models to our names.
 
     Raises:
-        ValueError: names that belong neither to the family nor to the parts it leaves behind; the first dozen are named.
+        ValueError: if names belong neither to the family nor to its skipped parts; the first dozen are listed.
     """
     linear = family.classifier_reads is not None
     rules = (*family.rules, *_CLASSIFIER) if linear else family.rules
-    left_behind = family.left_behind if linear else (*family.left_behind, _CLASSIFIER[0][0])
+    skipped = family.skipped if linear else (*family.skipped, _CLASSIFIER[0][0])
     state, unexpected, left = {}, [], []
     for key, tensor in state_dict.items():
         theirs = key.removeprefix(family.prefix)
         ours = next((match.expand(to) for rule, to in rules if (match := re.fullmatch(rule, theirs))), None)
         if ours is None:
-            (left if _matches(theirs, left_behind) else unexpected).append(key)
+            (left if _matches(theirs, skipped) else unexpected).append(key)
         elif "{" in ours:
             before, parts, after = re.split(r"[{}]", ours)
             names = [f"{before}{part}{after}" for part in parts.split("|")]
@@ -351,29 +353,28 @@ def convert_state(state_dict: Mapping[str, torch.Tensor], family: Family, name: 
         else:
             state[ours] = tensor
     if unexpected:
-        raise ValueError(f"`source` {name} holds weights with no place in this model: {listed(unexpected)}.")
+        raise ValueError(f"`source` {name} contains weights that do not belong to this model: {listed(unexpected)}.")
     if left:
-        logger.info("Weights of %s for other tasks are left behind: %s.", name, ", ".join(left))
+        logger.info("Skipping weights of %s for other tasks: %s.", name, ", ".join(left))
     return state
 
 
 def load_transformers_processor(
     source: str | Path, image_size: int | tuple[int, int] | None = None, *, revision: str | None = None
 ) -> CLCAImageProcessor:
-    """The image processor that belongs to a model of transformers, to be saved with the converted model.
+    """Load the image processor of a transformers model, to save with the converted model.
 
-    Resampling, mean, deviation and whether the aspect ratio is kept are the source's. Where its pictures have another
-    size than asked for, resize and crop grow or shrink together. A source without an image processor gets
-    `make_image_processor`'s, with a warning.
+    Resampling, mean, std and the handling of the aspect ratio are the source's. If its image size differs from `image_size`,
+    resize and crop are scaled together. A source without an image processor gets that of `make_image_processor`, with a warning.
 
     Args:
         source: folder or Hub repository.
-        image_size: of the model's input, one number or height and width; by default that of the source's configuration.
-        revision: of the Hub repository.
+        image_size: size of the model's input, one number or height and width; by default that of the source's configuration.
+        revision: branch, tag or commit of the Hub repository.
 
     Raises:
-        ValueError: no such model, a `model_type` that is not in `FAMILIES`, or a size that is not positive or, in the
-            source's processor, not given by height and width or the shortest edge.
+        ValueError: if there is no such model, its `model_type` is not in `FAMILIES`, or a size is not positive, or is not
+            given by height and width or the shortest edge in the source's processor.
     """
     theirs, family = _read_config(source, revision)
     sides = as_pair(family.config(theirs)["image_size"] if image_size is None else image_size)
@@ -383,7 +384,7 @@ def load_transformers_processor(
     try:
         saved = read_image_processor(source, revision)
     except OSError:
-        logger.warning("%s has no image processor: ImageNet's mean and deviation are used", source)
+        logger.warning("%s has no image processor; using the mean and std of ImageNet", source)
         saved = make_image_processor(max(height, width))
     resized, target = sizes_of(saved)
     edge, crops = dict(saved.size).get("shortest_edge"), resized != target
@@ -393,10 +394,10 @@ def load_transformers_processor(
         target = target or resized
     elif resized is None or target is None:
         raise ValueError(
-            f"`size` of the image processor of {source} must be two sides or the shortest edge, got {saved.size}."
+            f"`size` of the image processor of {source} must give height and width, or the shortest edge, got {saved.size}."
         )
     if edge and target != (height, width) and (height != width or target[0] != target[1]):
-        edge = None  # an edge says nothing about both sides of a picture that is not square
+        edge = None  # the shortest edge does not determine both sides of an image that is not square
     scaled = [round(r * new / old) for r, new, old in zip(resized, (height, width), target, strict=True)]
     return CLCAImageProcessor(
         do_convert_rgb=True,
@@ -418,7 +419,7 @@ def _family(model_type: str | None, name: str | Path) -> Family:
         return FAMILIES[model_type]
     if model_type == CLCAViTConfig.model_type:
         raise ValueError(
-            f"`source` {name} is a CLCA model already: load it with CLCAViTForImageClassification.from_pretrained."
+            f"`source` {name} is already a CLCA model: load it with CLCAViTForImageClassification.from_pretrained."
         )
     raise ValueError(
         f"`source` {name} has the model_type {model_type!r}, which cannot be converted; supported are "
@@ -427,9 +428,9 @@ def _family(model_type: str | None, name: str | Path) -> Family:
 
 
 def _read_config(source: str | Path, revision: str | None) -> tuple[PreTrainedConfig, Family]:
-    """The source's configuration, without running code that it may bring along."""
+    """Read the source's configuration, without running its code."""
     if not isinstance(source, str | Path):
-        raise ValueError(f"`source` must be a folder or a Hub repository, got an object of {type(source).__name__}.")
+        raise ValueError(f"`source` must be a folder or a Hub repository, got {type(source).__name__}.")
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -441,11 +442,11 @@ def _read_config(source: str | Path, revision: str | None) -> tuple[PreTrainedCo
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"`source` {source} has no readable config.json: {_one_line(error)}") from error
     if not isinstance(contents, dict) or not isinstance(contents.get("model_type"), str | None):
-        raise ValueError(f"`source` {source} has an invalid config.json: it names no `model_type`.")
+        raise ValueError(f"`source` {source} has an invalid config.json: `model_type` is missing.")
     family = _family(contents.get("model_type"), source)
     try:
         return CONFIG_MAPPING[contents["model_type"]].from_dict(contents), family
-    except Exception as error:  # transformers' validators raise classes of their own
+    except Exception as error:  # the validators of transformers raise their own classes
         raise ValueError(f"`source` {source} has an invalid config.json: {_one_line(error)}") from error
 
 
@@ -460,16 +461,16 @@ def _read_weights(source: str | Path, revision: str | None, opened: Opened, use_
             ignore_mismatched_sizes=True,
             use_safetensors=use_safetensors,
         )
-    except pickle.UnpicklingError as error:  # torch's own message proposes to run what the file holds
+    except pickle.UnpicklingError as error:  # torch's message suggests running the code in the file
         raise ValueError(
-            f"`source` {source} cannot be read as {class_name}: its weights are no tensors, or a pickle with code beside "
-            "them, which is not run."
+            f"`source` {source} cannot be read as {class_name}: the file is damaged, or a pickle that contains code. "
+            "Use weights in the safetensors format."
         ) from error
-    except Exception as error:  # the readers of files raise what they like
+    except Exception as error:  # file readers raise many kinds of errors
         raise ValueError(f"`source` {source} cannot be read as {class_name}: {_one_line(error)}") from error
     problems = []
     for kind in ("missing", "unexpected"):
-        keys = [key for key in report[f"{kind}_keys"] if not _matches(key, family.left_behind, family.prefix)]
+        keys = [key for key in report[f"{kind}_keys"] if not _matches(key, family.skipped, family.prefix)]
         problems += [f"{key} is {kind}" for key in sorted(keys)]
     for key, shape, expected in sorted(report["mismatched_keys"]):
         problems.append(f"{key} has the shape {tuple(shape)}, not {tuple(expected)}")
@@ -479,7 +480,7 @@ def _read_weights(source: str | Path, revision: str | None, opened: Opened, use_
 
 
 def _merge_class_position(state: State) -> State:
-    """CLS takes its position embedding in, since our prefix has positions all together or not at all."""
+    """Add its position embedding to CLS, because our prefix tokens either all have positions or none."""
     positions = state["vit.embeddings.position_embeddings"]
     cls_token = state["vit.embeddings.cls_token"] + positions[:, :1]
     return state | {"vit.embeddings.cls_token": cls_token, "vit.embeddings.position_embeddings": positions[:, 1:]}
@@ -490,7 +491,7 @@ def _matches(key: str, patterns: Iterable[str], prefix: str = "") -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says first; its name, too, if it is no sentence."""
+    """Return the first line of an error message, with the class name if it is a single word."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
     return first if " " in first else f"{type(error).__name__} {first}".strip()

@@ -1,4 +1,4 @@
-"""Models trained for several keep rates, at one of them."""
+"""Convert models trained for several keep rates to one of them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +11,14 @@ from clca.reductions_clca import get_reduction
 
 
 def has_one_rate(reduction: str | None) -> bool:
-    """Whether a method, or no method, may have no `train_keep_rates`: its trained models have one keep rate."""
+    """Return whether trained models of a method (or of no method) have a single keep rate and cannot have `train_keep_rates`."""
     if reduction is None:
         return True
     return get_reduction(reduction).fixed_rate.__func__ is not TokenReduction.fixed_rate.__func__
 
 
 def rate_of(config: CLCAViTConfig) -> float:
-    """The keep rate of all stages that comes closest to what a model keeps in the end: 1 without a reduction."""
+    """Return the keep rate per stage that gives the final number of tokens of a model; 1 without a reduction."""
     if config.reduction is None:
         return 1.0
     if config.keep_tokens is None:
@@ -27,12 +27,12 @@ def rate_of(config: CLCAViTConfig) -> float:
 
 
 def at_one_rate(weights: Mapping[str, torch.Tensor], rates: Sequence[float], rate: float) -> dict[str, torch.Tensor]:
-    """Weights of a model with `train_keep_rates` as those of a model without: its batch norms have the statistics of a rate.
+    """Convert the weights of a model with `train_keep_rates` to one without: batch norms get the statistics of one rate.
 
     Args:
-        weights: a state dict.
+        weights: state dict.
         rates: its `train_keep_rates`.
-        rate: in (0, 1]; 1 for a model without a reduction.
+        rate: keep rate in (0, 1]; 1 for a model without a reduction.
     """
     settled = {}
     for name, value in weights.items():

@@ -1,9 +1,8 @@
-"""One door for models of any source: CLCA checkpoints, ViTs of transformers and timm, files of the original code.
+"""Load models of any source: CLCA checkpoints, ViTs of transformers and timm, files of the original code.
 
-`load` returns a model and `load_image_processor` what makes pixels of images for it. Commands and `run_ufgir.py` load in two
-steps, since they check or change the configuration before weights are read: `checkpoint_config` or `load_config`, then
-`load_model`, which refuses a model that is not trained, or `load_pretrained`, which trains it. What the kinds of sources are is
-told in `ufgir.checkpoints.sources`.
+`load` returns a model and `load_image_processor` its image processor. Commands and `run_ufgir.py` load in two steps, to check or
+change the configuration before weights are read: `checkpoint_config` or `load_config`, then `load_model` for a trained model, or
+`load_pretrained` for training. `ufgir.checkpoints.sources` describes the kinds of sources.
 """
 
 import logging
@@ -29,13 +28,13 @@ from .state_dicts import NEW_PARTS
 
 logger = logging.getLogger(__name__)
 
-EVERYTHING = ("",)  # the beginning of every name, for `load_model(spare=...)`
-HEAD = ("classifier.",)  # what a look at the tokens does not need
-_NAMED = 3  # weights in a message
+EVERYTHING = ("",)  # prefix of every name, for `load_model(spare=...)`
+HEAD = ("classifier.",)  # not needed to inspect tokens
+_NAMED = 3  # weights listed in a message
 
 
 class Loaded(NamedTuple):
-    """A model, and the names of its weights that the checkpoint lacks: they are random."""
+    """A model, and the names of its weights that the checkpoint does not contain, which are random."""
 
     model: CLCAViTForImageClassification
     untrained: list[str]
@@ -49,22 +48,22 @@ def load(
     attn_implementation: str | None = None,
     **config: Any,
 ) -> CLCAViTForImageClassification:
-    """Load a model from any source, in evaluation mode, in float32. What the source lacks is named in a warning: it must be trained.
+    """Load a model from any source, in evaluation mode, in float32. A warning lists weights that the source does not contain.
 
-    Position embeddings and patch projection are resampled for another `image_size` or `patch_size`. CLR tokens start from CLS.
-    A classifier of another number of classes than `num_labels` is re-initialized.
+    Position embeddings and patch projection are resampled for another `image_size` or `patch_size`. CLR tokens are copies of CLS.
+    A classifier with another number of classes than `num_labels` is re-initialized.
 
     Args:
-        source: folder or Hub repository of CLCA, of transformers (ViT, DeiT, DINOv2, DINOv2 with registers, CLIP, SigLIP, ViT-MAE,
-            I-JEPA) or of timm; timm's name of a pretraining; or a .pth file of the original code.
-        revision: of the Hub repository.
-        architecture: timm's name of it, for a file or folder of weights without timm's config.json.
-        attn_implementation: as `from_pretrained` takes it.
-        config: fields of `CLCAViTConfig` in place of the source's, such as `image_size`, `num_labels`, `reduction`, `head`.
+        source: folder or Hub repository of CLCA, transformers (ViT, DeiT, DINOv2, DINOv2 with registers, CLIP, SigLIP, ViT-MAE,
+            I-JEPA) or timm; timm's name of a pretrained model; or a .pth file of the original code.
+        revision: branch, tag or commit of the Hub repository.
+        architecture: timm's architecture name, for a file or folder of weights without timm's config.json.
+        attn_implementation: as in `from_pretrained`.
+        config: fields of `CLCAViTConfig` that override the source's, such as `image_size`, `num_labels`, `reduction`, `head`.
 
     Raises:
-        OSError: there is no such source, or the Hub cannot be reached.
-        ValueError: a source of another kind; weights that cannot be read, are missing or do not fit; or a value out of range.
+        OSError: if there is no such source, or the Hub cannot be reached.
+        ValueError: if the kind of source is unknown, weights cannot be read, are missing or do not fit, or a value is out of range.
 
     Example:
 
@@ -83,7 +82,9 @@ def load(
     )
     check_new(source, untrained)
     if untrained:
-        logger.warning("%s is not trained for this network: it has no %s. Train it first.", source, some_of(untrained))
+        logger.warning(
+            "%s does not contain %s. They are initialized: train the model first.", source, some_of(untrained)
+        )
     return model.eval()
 
 
@@ -97,19 +98,19 @@ def load_image_processor(
     revision: str | None = None,
     architecture: str | None = None,
 ) -> Any:
-    """Load the image processor that belongs to a model of any source.
+    """Load the image processor of a model of any source.
 
     Args:
         source: see `load`.
         image_size: side of the model's input, pixels; by default the source's.
-        resize_size: side of the square before the centre crop, pixels; by default in the source's proportion to `image_size`.
-        image_mean, image_std: three numbers each, in place of the source's.
-        revision: of the Hub repository.
-        architecture: timm's name of it, see `load`.
+        resize_size: side of the square before the center crop, pixels; by default in the source's proportion to `image_size`.
+        image_mean, image_std: three numbers each, instead of the source's.
+        revision: branch, tag or commit of the Hub repository.
+        architecture: timm's architecture name, see `load`.
 
     Raises:
-        OSError: there is no such source, or a CLCA model without an image processor.
-        ValueError: a source of another kind, or a size out of range.
+        OSError: if there is no such source, or a CLCA model has no image processor.
+        ValueError: if the kind of source is unknown, or a size is out of range.
     """
     kind, found = find_source(source, revision, architecture)
     with in_one_sentence(f"the image processor of {source}"):
@@ -133,10 +134,10 @@ def _check_size(image_processor: Any, image_size: Any, source: str | Path) -> No
 
 
 def check_new(source: str | Path, untrained: Sequence[str]) -> None:
-    """Refuse a source without weights that every backbone has.
+    """Check that a source contains the weights of the backbone.
 
     Raises:
-        ValueError: naming them.
+        ValueError: if some are missing; the message lists them.
     """
     if lacking := [name for name in untrained if not any(re.fullmatch(part, name) for part in NEW_PARTS)]:
         raise ValueError(f"weights of {source} do not fit the model: {listed([f'{n} is missing' for n in lacking])}.")
@@ -145,17 +146,17 @@ def check_new(source: str | Path, untrained: Sequence[str]) -> None:
 def checkpoint_config(
     checkpoint: str | Path, values: Mapping[str, Any], revision: str | None = None, architecture: str | None = None
 ) -> CLCAViTConfig:
-    """The configuration of the model that a source makes, with `values` in place of its own, checked.
+    """Return the checked configuration of a source's model, overridden by `values`.
 
     Args:
         checkpoint: source, see `load`.
-        values: fields of the configuration.
-        revision: of the Hub repository.
-        architecture: timm's name of it, see `load`.
+        values: configuration fields.
+        revision: branch, tag or commit of the Hub repository.
+        architecture: timm's architecture name, see `load`.
 
     Raises:
-        OSError: there is no such source, or its configuration cannot be read.
-        ValueError: a value is out of range.
+        OSError: if there is no such source, or its configuration cannot be read.
+        ValueError: if a value is out of range.
     """
     kind, source = find_source(checkpoint, revision, architecture)
     _check_weights(source)
@@ -170,17 +171,17 @@ def load_model(
     spare: Sequence[str] = (),
     **options: Any,
 ) -> Loaded:
-    """A model that is to be used as it is, in evaluation mode, in float32. What a source may lack is drawn with a fixed seed.
+    """Load a trained model in evaluation mode, in float32. Weights that may be missing are drawn with a fixed seed.
 
     Args:
         checkpoint: source, see `load`.
-        config: of the model wanted.
-        revision: of the Hub repository.
-        spare: beginnings of the names of weights that may be lacking, because nothing is asked of them.
+        config: configuration of the model.
+        revision: branch, tag or commit of the Hub repository.
+        spare: prefixes of the names of weights that may be missing because they are not used.
         options: `attn_implementation` and `use_safetensors` of `from_pretrained`.
 
     Raises:
-        ValueError: weights that are lacking, cannot be read, or have other shapes.
+        ValueError: if weights are missing, cannot be read, or have other shapes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -190,21 +191,20 @@ def load_model(
 
 
 def check_trained(checkpoint: str | Path, config: CLCAViTConfig, untrained: Sequence[str]) -> None:
-    """Refuse a model whose weights are random.
+    """Check that no weights are random.
 
     Raises:
-        ValueError: there are names in `untrained`.
+        ValueError: if `untrained` is not empty.
     """
     if untrained:
         of = f" of {config.reduction}" if any(".reduction." in name for name in untrained) else ""
         raise ValueError(
-            f"{checkpoint} is not trained for this network: it has no {some_of(untrained)}{of}. They would be random: train it "
-            "first."
+            f"{checkpoint} does not contain {some_of(untrained)}{of}. They would be random: train the model first."
         )
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Format the first few names and the number of the others."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -212,17 +212,16 @@ def some_of(names: Sequence[str]) -> str:
 def load_pretrained(
     checkpoint: str | Path, config: CLCAViTConfig, revision: str | None = None, **kwargs: Any
 ) -> CLCAViTForImageClassification:
-    """The weights of a source in a model that is to be trained, see `load_with_report`; weights that are lacking start as the
-    model starts them.
+    """Load the weights of a source for training, see `load_with_report`. Missing weights are initialized.
 
     Raises:
-        ValueError: weights that cannot be read, or of other shapes without `ignore_mismatched_sizes`.
+        ValueError: if weights cannot be read, or have other shapes and `ignore_mismatched_sizes` is not set.
     """
     return load_with_report(
         checkpoint,
         config,
         revision,
-        advice="perhaps for another number of classes; `ignore_mismatched_sizes` starts those anew",
+        advice="perhaps the number of classes differs: set `ignore_mismatched_sizes` to re-initialize them",
         **kwargs,
     ).model
 
@@ -234,26 +233,25 @@ def load_with_report(
     architecture: str | None = None,
     *,
     ignore_mismatched_sizes: bool = False,
-    advice: str = "load it with the options that it was trained with",
+    advice: str = "use the options that it was trained with",
     **options: Any,
 ) -> Loaded:
-    """The weights of a source in a model made from `config`, in float32.
+    """Load the weights of a source into a model of `config`, in float32.
 
-    Position embeddings and patch projection are resampled where `config` has another size, as `from_pretrained` does it; a token
-    that is new to the source starts as the model starts it.
+    Position embeddings and patch projection are resampled for another size, as in `from_pretrained`; new tokens are initialized.
 
     Args:
         checkpoint: source, see `load`.
-        config: of the model wanted, made by `checkpoint_config`.
-        revision: of the Hub repository.
-        architecture: timm's name of it, see `load`.
-        ignore_mismatched_sizes: start weights of other shapes anew.
+        config: configuration of the model, from `checkpoint_config`.
+        revision: branch, tag or commit of the Hub repository.
+        architecture: timm's architecture name, see `load`.
+        ignore_mismatched_sizes: re-initialize weights of other shapes.
         advice: what to do about such weights, for the message.
         options: `attn_implementation` and `use_safetensors` of `from_pretrained`.
 
     Raises:
-        ValueError: weights that cannot be read, are not as a training saved them, or have other shapes without
-            `ignore_mismatched_sizes`.
+        ValueError: if weights cannot be read, differ from their saved checksum, or have other shapes and
+            `ignore_mismatched_sizes` is not set.
     """
     check_weights(checkpoint)
     kind, source = find_source(checkpoint, revision, architecture)
@@ -265,18 +263,18 @@ def load_with_report(
         saved = kind.config(source, {})
         resized = (saved.image_grid, saved.patch_size) != (config.image_grid, config.patch_size)
         if resized and all(".reduction." in name for name, *_ in mismatched):
-            advice = "because of another `image_size` or `patch_size`"
+            advice = "because `image_size` or `patch_size` differs"
         raise ValueError(
-            f"weights of {checkpoint} have other shapes than the model's, {advice}: {name} is {there} there and {here} here"
+            f"weights of {checkpoint} do not fit the model, {advice}: {name} has the shape {there}, not {here}"
             + (f", and {len(mismatched) - 1} more." if len(mismatched) > 1 else ".")
         )
     return Loaded(model, sorted({*missing, *(name for name, *_ in mismatched)}))
 
 
 def _check_weights(source: Source) -> None:
-    """Compare config.json with the headers of the weights, where both are on this machine."""
+    """Compare config.json with the headers of the weights, if both are on this machine."""
     if not source.contents or "architecture" in source.contents:
-        return  # timm's sizes are read from the weights themselves
+        return  # timm's sizes are taken from the weights
     folder = source.path
     if not Path(folder).is_dir():
         cached = try_to_load_from_cache(source.path, WEIGHTS, revision=source.revision)
@@ -289,17 +287,16 @@ def _check_weights(source: Source) -> None:
 
 
 def new_config(values: Mapping[str, Any]) -> CLCAViTConfig:
-    """The configuration of a new model: `values`, and defaults as ViT-B/16 is trained with."""
+    """Return the configuration of a new model: `values`, and by default those of ViT-B/16."""
     width = values.get("hidden_size", CLCAViTConfig.hidden_size)
     return CLCAViTConfig(**{"layer_norm_eps": 1e-6, "intermediate_size": 4 * width, **values})
 
 
 def load_config(model: str | None, values: dict[str, Any], revision: str | None = None) -> CLCAViTConfig:
-    """The configuration of a source, or of ViT-B/16, with `values` in place of its own; checked. Values without effect are
-    named in a warning.
+    """Return the checked configuration of a source, or of ViT-B/16, overridden by `values`. Warn about values without effect.
 
     Raises:
-        ValueError: there is no such checkpoint, or a value is out of range.
+        ValueError: if there is no such checkpoint, or a value is out of range.
     """
     config = read_config(model, values, revision)
     check_meaning(values, [config])
@@ -307,7 +304,7 @@ def load_config(model: str | None, values: dict[str, Any], revision: str | None 
 
 
 def read_config(model: str | None, values: dict[str, Any], revision: str | None = None) -> CLCAViTConfig:
-    """As `load_config`, without the warning: of several configurations, values may have an effect on others."""
+    """Return the configuration as `load_config`, without the warning, for callers that compare several configurations."""
     if model is None:
         return new_config({"num_labels": 1000, **values})
     try:
@@ -316,11 +313,11 @@ def read_config(model: str | None, values: dict[str, Any], revision: str | None 
         if Path(model).is_dir():
             raise ValueError(f"the config.json of {model} cannot be read: {one_sentence(error)}") from error
         raise ValueError(
-            f"there is no checkpoint {model}: neither a folder with config.json nor on the Hub."
+            f"there is no checkpoint {model}: found neither a folder with config.json nor a Hub repository."
         ) from error
 
 
-REQUIREMENTS = (  # of the fields of a configuration
+REQUIREMENTS = (  # conditions under which configuration fields have an effect
     Requirement(
         ("keep_rate", "keep_tokens", "reduction_kwargs"), "a `reduction`", lambda config: config.reduction is not None
     ),
@@ -338,11 +335,11 @@ REQUIREMENTS = (  # of the fields of a configuration
 
 
 def check_meaning(values: Mapping[str, Any], configs: Sequence[CLCAViTConfig]) -> None:
-    """Warn of fields that have no effect on any of some configurations, such as a keep rate where nothing is reduced.
+    """Warn about fields without effect on all given configurations, such as a keep rate without a reduction.
 
     Args:
-        values: fields; None is as if it were not there.
-        configs: that came of them.
+        values: configuration fields; None counts as not given.
+        configs: configurations made with these fields.
     """
     given = [name for name, value in values.items() if value is not None]
     of_any = [r._replace(holds=lambda configs, holds=r.holds: any(map(holds, configs))) for r in REQUIREMENTS]

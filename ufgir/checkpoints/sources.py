@@ -1,6 +1,6 @@
-"""The kinds of sources that models are made of: how each is recognized, its configuration, its weights, its image processor.
+"""Kinds of sources of models: how to recognize a source, and how to load its configuration, weights and image processor.
 
-One record of `KINDS` per kind; `ufgir.checkpoints.loading` asks it. A further kind is a further record.
+Each kind is a record in `KINDS`, which `ufgir.checkpoints.loading` uses. To support another kind, add a record.
 """
 
 import json
@@ -26,17 +26,17 @@ from .timm_architectures import ARCHITECTURES, Architecture, find_architecture
 
 
 CONFIG = "config.json"
-WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")  # of weights
+WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")  # suffixes of weights files
 
 
 class Source(NamedTuple):
-    """Where a model comes from.
+    """Source of a model.
 
     Attributes:
         path: folder, file or Hub repository.
-        revision: of the Hub repository.
-        architecture: timm's name of it, for weights without a config.json.
-        contents: of its config.json; empty where there is none.
+        revision: branch, tag or commit of the Hub repository.
+        architecture: timm's architecture name, for weights without a config.json.
+        contents: contents of config.json; empty if there is none.
     """
 
     path: str
@@ -46,20 +46,20 @@ class Source(NamedTuple):
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file of weights."""
+        """Whether the source is a file of weights."""
         return Path(self.path).is_file()
 
 
 class Kind(NamedTuple):
-    """A kind of source.
+    """Kind of source.
 
     Attributes:
-        name: what people call it.
-        recognizes: whether a source is of this kind. The first kind of `KINDS` that recognizes it is taken.
-        config: the configuration of our model, with fields in place of the source's own.
-        load: a model made from a configuration, in float32, with the weights of the source; options are `attn_implementation` and
-            `use_safetensors` of `from_pretrained`.
-        image_processor: what makes pixels of images, at an image size (None: the source's own); None if the source has none.
+        name: name of the kind.
+        recognizes: return whether a source is of this kind. The first matching kind of `KINDS` is used.
+        config: return the configuration of our model, with overridden fields.
+        load: return a model of a configuration, in float32, with the weights of the source; options are `attn_implementation`
+            and `use_safetensors` of `from_pretrained`.
+        image_processor: return the image processor for an image size (None: the source's own); None if the source has none.
     """
 
     name: str
@@ -105,7 +105,7 @@ def _load_transformers(
 
 
 def _transformers_processor(source: Source, image_size: int | tuple[int, int] | None) -> Any:
-    """Squashed to a square, as everywhere here, where the source keeps the aspect ratio."""
+    """Load the source's image processor; resize to a square, as in the rest of this project, even if the source keeps the aspect ratio."""
     found = load_transformers_processor(source.path, image_size, revision=source.revision)
     edge = dict(found.size).get("shortest_edge")
     if edge is None:
@@ -129,7 +129,7 @@ def _load_timm(source: Source, config: CLCAViTConfig, use_safetensors: bool | No
 
 
 def timm_architecture(source: Source) -> Architecture:
-    """The architecture of a source of timm."""
+    """Return the architecture of a timm source."""
     if source.architecture is not None:
         return find_architecture(source.architecture)
     return read_architecture(source.path, source.revision)
@@ -193,17 +193,17 @@ KINDS = {
 def find_source(
     path: str | Path, revision: str | None = None, architecture: str | Architecture | None = None
 ) -> tuple[Kind, Source]:
-    """What a source is, without reading its weights.
+    """Determine the kind of a source, without reading its weights.
 
     Args:
         path: folder or Hub repository with a config.json of ours, transformers or timm; file of weights; or timm's name of a
-            pretraining, which stands for its Hub repository.
-        revision: of the Hub repository.
-        architecture: timm's name of it, for weights without a config.json.
+            pretrained model, for its Hub repository.
+        revision: branch, tag or commit of the Hub repository.
+        architecture: timm's architecture name, for weights without a config.json.
 
     Raises:
-        OSError: there is no such source, or the Hub cannot be reached.
-        ValueError: its config.json cannot be read, or it is of no kind of `KINDS`.
+        OSError: if there is no such source, or the Hub cannot be reached.
+        ValueError: if its config.json cannot be read, or no kind of `KINDS` matches.
     """
     path, name = str(path), architecture.name if isinstance(architecture, Architecture) else architecture
     if name is not None:
@@ -215,7 +215,7 @@ def find_source(
                 f"a model must be a folder, a Hub repository or a file of weights ({', '.join(WEIGHT_FILES)}), got the file {path}."
             )
         if Path(path).suffix == ".safetensors":
-            raise ValueError(f"`architecture` must be given for {path}: weights alone do not tell it.")
+            raise ValueError(f"`architecture` is required for {path}: it cannot be determined from weights alone.")
         return KINDS["original"], Source(path)
     if not Path(path).exists() and (path in ARCHITECTURES or path in _NETWORKS):
         path = f"timm/{find_architecture(path).name}"
@@ -225,7 +225,7 @@ def find_source(
         if kind.recognizes(source):
             return kind, source
     raise ValueError(
-        f"{path} has the `model_type` {source.contents.get('model_type')!r}, which cannot be loaded; supported are "
+        f"{path} has the `model_type` {source.contents.get('model_type')!r}, which is not supported. Supported are "
         f"{', '.join(sorted({*MODEL_TYPES, *FAMILIES}))} and timm's ViTs."
     )
 
@@ -234,19 +234,17 @@ _NETWORKS = {name.partition(".")[0] for name in ARCHITECTURES}
 
 
 def _contents(path: str, revision: str | None) -> dict[str, Any]:
-    """What config.json holds."""
+    """Read config.json."""
     if not Path(path).is_dir():
         with in_one_sentence(f"the {CONFIG} of {path}"):
             return PreTrainedConfig.get_config_dict(path, revision=revision)[0]
     file = Path(path, CONFIG)
-    if not file.is_file():  # transformers would take its defaults
-        raise ValueError(f"there is no checkpoint in the folder {path}: it has no {CONFIG}.")
+    if not file.is_file():  # transformers would use its defaults
+        raise ValueError(f"there is no checkpoint in the folder {path}: {CONFIG} is missing.")
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"the {CONFIG} of {path} cannot be read: {one_sentence(error)}") from error
     if not isinstance(contents, dict):
-        raise ValueError(
-            f"the {CONFIG} of {path} must hold an object of names and values, got a {type(contents).__name__}."
-        )
+        raise ValueError(f"the {CONFIG} of {path} must contain a JSON object, got {type(contents).__name__}.")
     return contents

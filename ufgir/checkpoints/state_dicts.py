@@ -19,7 +19,7 @@ from ..utils.text import listed
 
 logger = logging.getLogger(__name__)
 
-# Parts of our models that a backbone need not have: regular expressions of whole names.
+# Weights that a backbone may lack: regular expressions of complete names.
 NEW_PARTS = (
     r"vit\.embeddings\.clr_(?:tokens|position_embeddings)",
     r"vit\.layers\.\d+\.(?:reduction|probe)\..*",
@@ -29,19 +29,19 @@ NEW_PARTS = (
 
 
 class Weights(NamedTuple):
-    """Weights of a source under the names of our models, and the configuration of the model that they are all of."""
+    """Weights of a source under our names, with the configuration that they match."""
 
     state: Mapping[str, torch.Tensor]
     config: CLCAViTConfig
 
 
 class Found(NamedTuple):
-    """A model, and what its source did not have for it.
+    """Model, and the differences between its weights and the source.
 
     Attributes:
         model: in evaluation mode.
-        missing: names of its weights that the source lacks: they are new.
-        mismatched: (name, shape at the source, shape in the model) of weights that are new because their shapes differ.
+        missing: names of weights that are not in the source and were initialized.
+        mismatched: (name, shape in the source, shape in the model) of weights that were re-initialized because the shapes differ.
     """
 
     model: CLCAViTForImageClassification
@@ -56,18 +56,18 @@ def fit_model(
     dtype: torch.dtype | None = torch.float32,
     attn_implementation: str | None = None,
 ) -> Found:
-    """Make a model of another configuration from weights. Position embeddings and patch projection are resampled; of `NEW_PARTS`,
-    those that are lacking, that serve another head or pooling, or whose shapes differ start as the model starts them.
+    """Build a model of another configuration from weights. Position embeddings and patch projection are resampled. Weights in
+    `NEW_PARTS` are initialized if they are missing, belong to another head or pooling, or have another shape.
 
     Args:
-        weights: of the source.
-        config: of the model wanted.
-        source: what the weights are called in an error.
-        dtype: of the model.
-        attn_implementation: as `from_pretrained` takes it.
+        weights: weights of the source.
+        config: configuration of the model.
+        source: description of the weights, for errors.
+        dtype: dtype of the model.
+        attn_implementation: as in `from_pretrained`.
 
     Raises:
-        ValueError: other weights that are missing, unexpected, or of another shape, by name.
+        ValueError: if other weights are missing, unexpected, or of another shape; the message lists them.
     """
     saved, state = weights.config, resample_weights(weights.state, weights.config, config)
     if (saved.head, saved.pooling) != (config.head, config.pooling):
@@ -75,7 +75,7 @@ def fit_model(
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = CLCAViTForImageClassification._from_config(config, **attention).eval().to(dtype)
     new_parts = list(NEW_PARTS)
-    if HEADS[saved.head].before_norm:  # the original drops the final norm where the head reads CLS before it
+    if HEADS[saved.head].before_norm:  # the original code drops the final norm if the head uses CLS before it
         new_parts.append(r"vit\.layernorm\..*")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     mismatched = []
@@ -102,19 +102,19 @@ def fill_model(
     new_parts: Iterable[str] = (),
     source: str = "weights of the `source`",
 ) -> list[str]:
-    """Put weights into a model. What may be missing keeps its initial values, but CLR tokens start from CLS.
+    """Load weights into a model. Weights that may be missing keep their initial values, except CLR tokens, which are copies of CLS.
 
     Args:
-        model: the model; its dtype stays.
+        model: the model; its dtype is kept.
         weights: tensors under the model's names.
-        new_parts: regular expressions of whole names that may be missing.
-        source: what the weights are called in an error.
+        new_parts: regular expressions of complete names that may be missing.
+        source: description of the weights, for errors.
 
     Returns:
         The names of the weights that were missing.
 
     Raises:
-        ValueError: weights that are missing, unexpected, or of another shape, by name.
+        ValueError: if weights are missing, unexpected, or of another shape; the message lists them.
     """
     own, new_parts = model.state_dict(), tuple(new_parts)
     new = [key for key in own if key not in weights and _matches(key, new_parts)]
@@ -130,7 +130,7 @@ def fill_model(
         raise ValueError(f"{source} do not fit the model: {listed(problems)}.")
     check_finite(weights, source)
     if new:
-        logger.info("New, not from the source: %s.", ", ".join(new))
+        logger.info("Initialized weights that are not in the source: %s.", ", ".join(new))
     model.load_state_dict(weights, strict=False)
     embeddings = model.vit.embeddings
     if "vit.embeddings.clr_tokens" in new:
@@ -140,16 +140,16 @@ def fill_model(
 
 
 def common_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype | None:
-    """The dtype of all floating-point weights, if they have one in common."""
+    """Return the common dtype of all floating-point weights; None if they differ."""
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def tensor_shapes(file: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file on the meta device: names and shapes, read from its header.
+    """Read names and shapes of a safetensors file from its header, as tensors on the meta device.
 
     Raises:
-        SafetensorError: it is no complete safetensors file.
+        SafetensorError: if the file is not a complete safetensors file.
     """
     with safe_open(file, framework="pt") as tensors:
         return {name: torch.empty(tensors.get_slice(name).get_shape(), device="meta") for name in tensors.keys()}  # noqa: SIM118

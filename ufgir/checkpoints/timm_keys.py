@@ -1,4 +1,4 @@
-"""Names of timm's VisionTransformer, which the original CLCA code shares, and ours."""
+"""Map the weight names of timm's VisionTransformer, also used by the original CLCA code, to ours."""
 
 import re
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 
 
-# timm's key -> ours, by regular expression. Fused projections are split on the way, see `convert_timm_tensor`; `pos_embed`
-# and the classifier depend on the model and are left to the caller.
+# timm's key (regular expression) -> ours. `convert_timm_tensor` also splits fused projections. The caller converts `pos_embed`
+# and the classifier, which depend on the model.
 TIMM_KEYS = (
     (r"cls_token", "vit.embeddings.cls_token"),
     (r"reg_token", "vit.embeddings.register_tokens"),
@@ -26,12 +26,12 @@ TIMM_KEYS = (
     (r"attn_pool\.norm\.(weight|bias)", r"vit.attention_pooling.layernorm.\1"),
     (r"attn_pool\.mlp\.(fc[12])\.(weight|bias)", r"vit.attention_pooling.mlp.\1.\2"),
 )
-# Where the MLP is gated, `fc1` holds the gate and then what it gates (timm's SwiGLUPacked).
+# In a gated MLP, `fc1` contains the gate and then the gated projection (timm's SwiGLUPacked).
 _SWIGLU_KEYS = ((r"blocks\.(\d+)\.mlp\.fc2\.(weight|bias)", r"vit.layers.\1.mlp.down_proj.\2"),)
 
 
 def convert_timm_tensor(key: str, tensor: torch.Tensor, swiglu: bool = False) -> dict[str, torch.Tensor] | None:
-    """A tensor under timm's name under ours: one tensor, or the parts of a fused projection; None for an unknown name.
+    """Convert a tensor of timm to ours: one tensor, or the parts of a fused projection; None for an unknown name.
 
     Args:
         key: timm's name.
@@ -49,12 +49,12 @@ def convert_timm_tensor(key: str, tensor: torch.Tensor, swiglu: bool = False) ->
 
 
 def translate(key: str, rules: Iterable[tuple[str, str]]) -> str | None:
-    """The name that the first rule whose pattern is all of `key` makes of it; None if there is none."""
+    """Return the name given by the first rule that matches all of `key`; None if there is none."""
     return next((match.expand(ours) for pattern, ours in rules if (match := re.fullmatch(pattern, key))), None)
 
 
 def split_rows(tensor: torch.Tensor, name: str, parts: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Rows of a fused projection (len(parts) * D, ...) under one name per part."""
+    """Split the rows of a fused projection (len(parts) * D, ...) into one tensor per part."""
     parts = tuple(parts)
     chunks = tensor.chunk(len(parts), dim=0)
     return {name.format(part): chunk.clone() for part, chunk in zip(parts, chunks, strict=True)}

@@ -1,4 +1,4 @@
-"""What `ufgir analyze`, `compare` and `embed` share: their options, the models and images these name, and a record of both."""
+"""Options, models, images and provenance records shared by `ufgir analyze`, `compare` and `embed`."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_data_options(parser: argparse.ArgumentParser, batch_size: int = 64, streaming: bool = True) -> None:
-    """Options of the images and of how they are read."""
+    """Add the options that choose the images and how they are loaded."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--dataset",
@@ -48,29 +48,41 @@ def add_data_options(parser: argparse.ArgumentParser, batch_size: int = 64, stre
     )
     group.add_argument("--split", default="test", help="train, validation or test [%(default)s]")
     group.add_argument(
-        "--dataset-options", type=json_object, default={}, metavar="JSON", help="more arguments of load_ufgir_dataset"
+        "--dataset-options",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="further arguments of load_ufgir_dataset",
     )
     group.add_argument(
-        "--max-images", type=int, metavar="N", help="so many random images, of a stream the first [all]"
+        "--max-images", type=int, metavar="N", help="use N random images, or the first N of a stream [all]"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice [%(default)s]")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the choice of images [%(default)s]"
+    )
     if streaming:
-        group.add_argument("--streaming", action="store_true", help="read images while they are used [no]")
-    group.add_argument("--skip-broken", action="store_true", help="leave images out that cannot be read [stop there]")
-    group.add_argument("--batch-size", type=int, default=batch_size, metavar="N", help="images a batch [%(default)s]")
+        group.add_argument(
+            "--streaming",
+            action="store_true",
+            help="read images while they are used, without loading the data set first [no]",
+        )
+    group.add_argument("--skip-broken", action="store_true", help="skip images that cannot be read [raise an error]")
     group.add_argument(
-        "--num-workers", type=int, default=0, metavar="N", help="processes that load images [%(default)s]"
+        "--batch-size", type=int, default=batch_size, metavar="N", help="images per batch [%(default)s]"
     )
     group.add_argument(
-        "--device", default="auto", help="auto: an accelerator where there is one; cpu, cuda:1 [%(default)s]"
+        "--num-workers", type=int, default=0, metavar="N", help="number of processes that load images [%(default)s]"
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto (an accelerator if available), cpu or cuda:1 [%(default)s]"
     )
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:
-    """Refuse numbers that are too small: those of `add_data_options`, and more by the names of their options.
+    """Check the numeric options of `add_data_options`, and those named in `least` (option -> smallest value).
 
     Raises:
-        ValueError: naming the option.
+        ValueError: if a number is too small.
     """
     for name, value in ({"batch_size": 1, "num_workers": 0, "seed": 0, "max_images": 1} | least).items():
         given = getattr(args, name)
@@ -79,10 +91,10 @@ def check_numbers(args: argparse.Namespace, **least: int) -> None:
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that was asked for.
+    """Return the device that `--device` names.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: if the device is not available.
     """
     if args.device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -91,16 +103,16 @@ def device_of(args: argparse.Namespace) -> torch.device:
         device = torch.device(args.device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"`--device` {args.device} is not there: use auto or cpu.") from error
+        raise ValueError(f"`--device` {args.device} is not available: use auto or cpu.") from error
     return device
 
 
 def images_of(
     args: argparse.Namespace, models: Sequence["OpenModel"], class_names: Sequence[str] | None = None
 ) -> "OpenImages":
-    """The images that `add_data_options` names."""
+    """Load the images that the options of `add_data_options` name."""
     if getattr(args, "streaming", False) and args.skip_broken:
-        raise ValueError("`--skip-broken` cannot be used with `--streaming`: leave out one of them.")
+        raise ValueError("`--skip-broken` cannot be combined with `--streaming`: remove one of them.")
     return open_images(
         args.dataset,
         args.split,
@@ -117,16 +129,16 @@ def images_of(
 
 
 class OpenModel(NamedTuple):
-    """A model that was loaded, and where from."""
+    """A loaded model and its source."""
 
     name: str  # folder or Hub repository
     model: CLCAViTForImageClassification
     transform: EvalTransform
-    changes: Mapping[str, Any]  # fields of the configuration in place of the checkpoint's
-    untrained: list[str]  # weights that the checkpoint lacks
+    changes: Mapping[str, Any]  # configuration fields that override the checkpoint's
+    untrained: list[str]  # names of weights that the checkpoint does not contain
 
     def described(self) -> dict[str, Any]:
-        """For a record of provenance."""
+        """Return the entry of this model in a provenance record."""
         config = self.model.config
         fields = (
             "reduction",
@@ -146,10 +158,10 @@ class OpenModel(NamedTuple):
         }
 
     def notes(self) -> list[str]:
-        """What to say of weights that the checkpoint lacks."""
+        """Return a note about weights that the checkpoint does not contain; empty if it contains all of them."""
         if not self.untrained:
             return []
-        return [f"{self.name} is not trained: its {some_of(self.untrained)} are random (seed 0), and not used here."]
+        return [f"{self.name} is not fully trained: {some_of(self.untrained)} are random (seed 0), but not used here."]
 
 
 def open_model(
@@ -159,30 +171,30 @@ def open_model(
     device: torch.device | str = "cpu",
     spare: Sequence[str] = (),
 ) -> OpenModel:
-    """A checkpoint in evaluation mode, with what makes pixels of pictures for it.
+    """Load a checkpoint in evaluation mode, with the transform of its images.
 
     Args:
         name: folder or Hub repository.
         revision: branch, tag or commit of the Hub repository.
-        changes: fields of the configuration in place of the checkpoint's, such as `keep_rate`.
-        device: where to put it.
-        spare: beginnings of the names of weights that are not used, and may be lacking.
+        changes: configuration fields that override the checkpoint's, such as `keep_rate`.
+        device: device of the model.
+        spare: prefixes of the names of weights that are not used and may be missing.
 
     Raises:
-        ValueError: there is no such checkpoint, a field or value it cannot have, weights that are lacking or do not fit, or
-            images that are no squares.
+        ValueError: if there is no such checkpoint, a field or value in `changes` is invalid, weights are missing or do not
+            fit, or `image_size` is not square.
     """
     check_fields(changes or {}, "`changes`")
     config = load_config(name, dict(changes or {}), revision)
     height, width = as_pair(config.image_size)
     if height != width:
         raise ValueError(
-            f"{name} takes images of {height} x {width} pixels, but pictures are resized to squares only."
+            f"`image_size` of {name} must be square, got {height} x {width}: images are resized to squares."
         )
     try:
         transform = EvalTransform(load_image_processor(name, height, revision=revision))
     except OSError:
-        logger.warning("%s has no image processor: ImageNet's mean and std are used", name)
+        logger.warning("%s has no image processor; using the mean and std of ImageNet", name)
         transform = EvalTransform(make_image_processor(height))
     model, untrained = load_model(name, config, revision, spare)
     model.config._commit_hash = getattr(config, "_commit_hash", None)
@@ -193,17 +205,17 @@ def open_model(
 
 
 class OpenImages(NamedTuple):
-    """Images of a split, and what is known about them."""
+    """Images of a split, with their file names, classes and provenance."""
 
-    dataset: Dataset  # {"pixel_values": (3, H, W), "labels": ...}, of a second model also "pixel_values_2"
-    pictures: Any  # the `datasets.Dataset` or stream behind it
+    dataset: Dataset  # {"pixel_values": (3, H, W), "labels": ...}; with a second model also "pixel_values_2"
+    images: Any  # the `datasets.Dataset` or stream behind it
     files: Callable[[int], str | None]
     class_names: list[str]
-    described: dict[str, Any]  # for a record of provenance
+    described: dict[str, Any]  # entry of the provenance record
 
 
 class TwoTransforms:
-    """The pixels of a picture for two models."""
+    """Transform that prepares each image for two models."""
 
     def __init__(self, first: EvalTransform, second: EvalTransform) -> None:
         self.first, self.second = first, second
@@ -224,21 +236,21 @@ def open_images(
     seed: int = 0,
     **options: Any,
 ) -> OpenImages:
-    """The images of a split, for one model or two.
+    """Load the images of a split for one model or two.
 
     Args:
-        name: what `load_ufgir_dataset` takes.
+        name: data set, as `load_ufgir_dataset` takes it.
         split: train, validation or test.
-        transforms: of each model.
-        batch_size: images a batch; streams deal them out in such blocks.
-        class_names: the model's classes, onto which those of the data are mapped; None to take the data's.
-        streaming: read while they are used.
-        max_images: at most so many: drawn at random, of a stream the first.
-        seed: of that choice, and of what the data set draws.
-        options: more arguments of `load_ufgir_dataset`.
+        transforms: one transform per model.
+        batch_size: images per batch; streams yield blocks of this size.
+        class_names: classes of the model, to which those of the data set are mapped; None to use the data set's.
+        streaming: read images while they are used.
+        max_images: largest number of images: a random choice, or the first ones of a stream; None for all.
+        seed: random seed of this choice and of the data set.
+        options: further arguments of `load_ufgir_dataset`.
 
     Raises:
-        ValueError: there is no such split, it is empty, or data that cannot be used.
+        ValueError: if there is no such split, it is empty, or its data cannot be used.
     """
     given = {"seed": seed, "verify": False} | ({"validation_fraction": 0.0} if streaming else {}) | options
     try:
@@ -247,30 +259,30 @@ def open_images(
         raise DatasetError(str(error).replace("`name_or_path`", "`--dataset`")) from error
     if split not in splits:
         raise ValueError(f"`--split`: {name} has no {split} images; it has {', '.join(splits)}.")
-    pictures = splits[split]
+    images = splits[split]
     if max_images is not None and max_images < 1:
         raise ValueError(f"`--max-images` must be at least 1, got {max_images}.")
     if streaming:
-        pictures = pictures if max_images is None else pictures.take(max_images)
+        images = images if max_images is None else images.take(max_images)
     else:
-        if len(pictures) == 0:
-            raise ValueError(f"`--dataset`: the {split} split of {name} is empty: there is nothing to analyse.")
-        pictures = random_subset(pictures, max_images, seed)
-    label = pictures.features["label"]
+        if len(images) == 0:
+            raise ValueError(f"`--dataset`: the {split} split of {name} is empty; choose another `--split`.")
+        images = random_subset(images, max_images, seed)
+    label = images.features["label"]
     names = class_feature(label).names
     transform = transforms[0] if len(transforms) == 1 else TwoTransforms(*transforms)
     if streaming:
-        dataset = StreamedImages(pictures, transform, batch_size=batch_size)
+        dataset = StreamedImages(images, transform, batch_size=batch_size)
         files = no_file
     else:
-        dataset = TransformedImages(pictures, transform, num_labels=len(names) if is_multi_label(label) else None)
-        files = file_names(pictures)
-    about = {"dataset": name, "split": split, "images": None if streaming else len(pictures), **given}
-    return OpenImages(dataset, pictures, files, names, about | {"max_images": max_images, "streaming": streaming})
+        dataset = TransformedImages(images, transform, num_labels=len(names) if is_multi_label(label) else None)
+        files = file_names(images)
+    about = {"dataset": name, "split": split, "images": None if streaming else len(images), **given}
+    return OpenImages(dataset, images, files, names, about | {"max_images": max_images, "streaming": streaming})
 
 
 def provenance(models: Sequence[OpenModel], images: OpenImages | None, /, **more: Any) -> dict[str, Any]:
-    """Of what, how, when and where a result was made: for the JSON file beside it."""
+    """Return the provenance record of a result: command, date, host, models, data and package versions."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": now(),
@@ -283,14 +295,14 @@ def provenance(models: Sequence[OpenModel], images: OpenImages | None, /, **more
 
 
 def check_output(folder: str | os.PathLike, marker: str) -> Path:
-    """A folder that may be written: new, empty, or one that holds a former result of the same command and nothing else.
+    """Check that a folder can be written: it is new, empty, or contains only an earlier result of the same command.
 
     Args:
-        folder: that is to be replaced.
-        marker: the record of the result, as `complete` writes it.
+        folder: folder that will be replaced.
+        marker: name of the record file that `complete` writes.
 
     Raises:
-        ValueError: it holds something else, or cannot be written.
+        ValueError: if it contains other files, or cannot be written.
     """
     folder = Path(folder)
     check_folder(folder, whole=True)
@@ -300,11 +312,11 @@ def check_output(folder: str | os.PathLike, marker: str) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
     if others := sorted(there - own):
-        raise ValueError(f"`--output` {folder} holds other files, such as {others[0]}: choose a new folder.")
+        raise ValueError(f"`--output` {folder} contains other files, such as {others[0]}: choose a new folder.")
     return folder
 
 
 def complete(folder: Path, marker: str, record: Mapping[str, Any]) -> None:
-    """Write the record of a result beside its files, with their names: a later result may take their place."""
+    """Write the record of a result, including the names of its files, so that a later result may replace them."""
     files = sorted({path.name for path in folder.iterdir()} | {marker})
     write_text_atomically(folder / marker, as_json({**record, "files": files}))

@@ -1,4 +1,4 @@
-"""`ufgir analyze`: what a model says of every image of a data set, and statistics of all, in one pass."""
+"""`ufgir analyze`: predictions, kept patches and features of every image of a data set, with statistics, in one pass."""
 
 import argparse
 from pathlib import Path
@@ -17,9 +17,9 @@ from .outputs import check_folder
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: folder or Hub repository")
-    parser.add_argument("--revision", metavar="REV", help="of MODEL on the Hub [main]")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub [main]")
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="for parquet files, tables, figures and analysis.json"
+        "--output", required=True, metavar="FOLDER", help="folder for parquet files, tables, figures and analysis.json"
     )
     parser.add_argument(
         "--features",
@@ -27,18 +27,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="LAYER",
-        help="write CLS after these layers, from 0 [none]",
+        help="write the CLS token after these layers (0-based) [none]",
     )
-    parser.add_argument("--assignments", action="store_true", help="write which token holds each patch [no]")
+    parser.add_argument("--assignments", action="store_true", help="write the token that each patch ends up in [no]")
     parser.add_argument(
-        "--shard-size", type=int, default=1024, metavar="N", help="images a file, and between two states [%(default)s]"
+        "--shard-size",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="images per parquet file and per saved state [%(default)s]",
     )
     add_data_options(parser)
     add_reduction_options(parser)
 
 
 def run(args: argparse.Namespace) -> str | tuple[str, int]:
-    """Writes the folder; status 1 if images could not be read: the others are done."""
+    """Analyze the data set and write the folder; status 1 if some images could not be read."""
     check_numbers(args, shard_size=1)
     check_folder(args.output, whole=True)
     require("matplotlib")
@@ -70,10 +74,13 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
             figure=_draw,
         )
     except KeyboardInterrupt:
-        return "interrupted: the same command, given again, goes on after the last whole shard", 130
-    lines = [f"{result.images} images" + (f", {result.resumed_at} of them done before" if result.resumed_at else "")]
+        return "interrupted: run the same command again to continue after the last complete shard", 130
+    lines = [
+        f"{result.images} images"
+        + (f", {result.resumed_at} of them from the interrupted run" if result.resumed_at else "")
+    ]
     lines += [f"{name}: {value:.4f}" for name, value in result.metrics.items()]
-    lines += [f"wrote {result.path}: {RECORD} says of what"]
+    lines += [f"wrote {result.path} (provenance in {RECORD})"]
     if not result.broken:
         return "\n".join(lines)
     return "\n".join([*lines, f"{len(result.broken)} could not be read:", *map("  {}".format, result.broken)]), 1

@@ -1,4 +1,4 @@
-"""What several subcommands share: groups of options, loading a configuration, a table of text."""
+"""Helpers shared by several subcommands: option groups, configurations and images."""
 
 import argparse
 import json
@@ -19,9 +19,9 @@ from ..transforms.images import open_image as read_image
 from ..utils.text import one_sentence, shortened
 
 
-# What `--clca` stands for.
+# The configuration fields that `--clca` sets.
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
-FREE = "training-free"  # in place of names of methods: all that need no parameters of their own
+FREE = "training-free"  # in place of method names: all methods without parameters
 PROCESSOR = "preprocessor_config.json"
 
 
@@ -39,20 +39,22 @@ NETWORK += ("num_attention_heads", "intermediate_size", "num_register_tokens")
 
 
 def add_reduction_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the token reduction, unset unless given."""
-    add_config_options(parser.add_argument_group("reduction (unset: as the checkpoint says)"), REDUCTION)
+    """Add the options of the token reduction; their default is None."""
+    add_config_options(parser.add_argument_group("reduction (default: the checkpoint's)"), REDUCTION)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the network, unset unless given."""
-    group = parser.add_argument_group("network (unset: as the checkpoint says, or ViT-B/16)")
-    group.add_argument("--clca", action="store_true", help="cross-layer cache with one CLR, and the CLA head")
+    """Add the options of the network; their default is None."""
+    group = parser.add_argument_group("network (default: the checkpoint's, or ViT-B/16)")
+    group.add_argument(
+        "--clca", action="store_true", help="use the cross-layer cache with one CLR token, and the CLA head"
+    )
     add_config_options(group, NETWORK)
     group.add_argument("--num-labels", type=int, metavar="N", help="number of classes [1000]")
 
 
 def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
-    """Options for fields of a configuration, as `ufgir.checkpoints.config_options` describes them, unset unless given."""
+    """Add options for configuration fields, as `ufgir.checkpoints.config_options` describes them; their default is None."""
     for name in names:
         option, kind = config_options()[name], config_options()[name].type
         how: dict[str, Any] = {"type": kind}
@@ -68,7 +70,7 @@ def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> 
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The type of an option that is a JSON object."""
+    """Parse the value of an option that takes a JSON object."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -79,7 +81,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a configuration that were set on the command line."""
+    """Return the configuration fields that were set on the command line."""
     values = dict(CLCA) if getattr(args, "clca", False) else {}
     values |= fields_of(vars(args))
     if values.get("reduction") == "none":
@@ -88,10 +90,10 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_rates(rates: Sequence[float] | None, option: str) -> None:
-    """Refuse keep rates out of (0, 1], naming the option that holds several of them.
+    """Check that keep rates lie in (0, 1].
 
     Raises:
-        ValueError: for the first of them.
+        ValueError: if a rate is out of range; the message contains `option`.
     """
     for rate in rates or ():
         if not 0 < rate <= 1:
@@ -99,35 +101,35 @@ def check_rates(rates: Sequence[float] | None, option: str) -> None:
 
 
 def require(*packages: str, extra: str = "analysis") -> None:
-    """Say before a long pass that a package is missing, not after it.
+    """Check that packages are installed, before a long computation.
 
     Args:
-        packages: names to import.
-        extra: of this project, that installs them.
+        packages: import names.
+        extra: extra of this project that installs them.
 
     Raises:
-        ValueError: one of these importable names is not installed.
+        ValueError: if a package is not installed.
     """
     if missing := [name for name in packages if not _is_there(name)]:
-        raise ValueError(f"{', '.join(missing)} must be installed for this: pip install 'clca-vit[{extra}]'.")
+        raise ValueError(f"{', '.join(missing)} must be installed: pip install 'clca-vit[{extra}]'.")
 
 
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # it was imported in vain before
+    except ValueError:  # an earlier import failed
         return False
 
 
 def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcessor:
-    """The image processor that was saved with a model.
+    """Load the image processor that was saved with a model.
 
     Args:
         model: source, see `ufgir.checkpoints.load`.
-        config: of the model.
+        config: configuration of the model.
 
     Raises:
-        ValueError: it has none, or one that cannot be read.
+        ValueError: if there is no image processor, or it cannot be read.
     """
     try:
         return loading.load_image_processor(model)
@@ -135,19 +137,23 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
         if not Path(model).is_dir() or Path(model, PROCESSOR).is_file():
             raise ValueError(f"the {PROCESSOR} of {model} cannot be read: {shortened(one_sentence(error))}") from error
         raise ValueError(
-            f"{model} has no {PROCESSOR}, which says how pictures become pixels: copy it from the folder that the model was "
-            "trained in, or, for the mean and deviation of ImageNet, call "
+            f"{model} has no {PROCESSOR}. Copy it from the training folder of the model, or create one with the mean and std of "
+            "ImageNet: "
             f"ufgir.transforms.make_image_processor({as_pair(config.image_size)[0]}).save_pretrained({str(model)!r})."
         ) from error
 
 
 def open_image(file: str) -> Image.Image:
-    """A picture, read completely, upright and RGB; ValueError if it is none."""
+    """Read an image file completely, turn it upright and convert it to RGB.
+
+    Raises:
+        ValueError: if the file does not exist or is not an image.
+    """
     try:
         return read_image(file)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no picture {file}.") from error
+        raise ValueError(f"there is no image file {file}.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{file} is not opened: {one_sentence(error)}") from error
+        raise ValueError(f"{file} cannot be opened: {one_sentence(error)}") from error
     except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
-        raise ValueError(f"{file} is not a picture that can be read: {one_sentence(error)}") from error
+        raise ValueError(f"{file} cannot be read as an image: {one_sentence(error)}") from error

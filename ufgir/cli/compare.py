@@ -1,4 +1,4 @@
-"""`ufgir compare`: how alike two models, or the layers of one, are."""
+"""`ufgir compare`: measure how similar two models, or the layers of one model, are."""
 
 import argparse
 from collections.abc import Mapping
@@ -30,15 +30,15 @@ from .outputs import told_first
 
 RECORD = "comparison.json"
 EPILOG = """
-what is compared, on CLS features but where said:
-  cka          linear CKA, unbiased, averaged over batches; --features tokens for all tokens of a layer
+measures (on CLS features unless noted):
+  cka          unbiased linear CKA, averaged over batches; with --features tokens, on all tokens of a layer
   cka-plain    linear CKA of all images at once
-  pwcca        projection-weighted CCA, a distance; needs more images than channels, as do
-  cca          mean canonical correlation, and
-  cca-squared  mean squared canonical correlation
-  procrustes   squared distance after the best rotation, in [0, 2]
-  norms        of all tokens of a layer, and distances between them
-  patterns     which patches are kept and merged, stage by stage (needs two models on equal grids): IoU, homogeneity,
+  pwcca        projection-weighted CCA distance (needs more images than channels)
+  cca          mean canonical correlation (needs more images than channels)
+  cca-squared  mean squared canonical correlation (needs more images than channels)
+  procrustes   squared distance after optimal rotation, in [0, 2]
+  norms        norms of all tokens of a layer, and distances between them
+  patterns     patches kept and merged per stage (needs two models with equal patch grids): IoU, homogeneity,
                completeness, NMI, maps of the depth of each patch, and saliency metrics between these
 
   ufgir compare outputs/a --dataset leaves --output layers                      the layers of one model
@@ -52,28 +52,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     parser.add_argument("model_a", metavar="MODEL_A", help="checkpoint: folder or Hub repository")
     parser.add_argument(
-        "model_b", nargs="?", metavar="MODEL_B", help="another [the layers of MODEL_A among themselves]"
+        "model_b", nargs="?", metavar="MODEL_B", help="second model [compare the layers of MODEL_A with each other]"
     )
     parser.add_argument("--what", nargs="+", default=["cka"], metavar="MEASURE", help=f"{', '.join(WHAT)} [cka]")
-    parser.add_argument("--features", default="cls", metavar="NAME", help=f"of cka: {' or '.join(FEATURES)} [cls]")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="of both models, counted from 0 [all]")
-    parser.add_argument("--layers-b", type=int, nargs="+", metavar="LAYER", help="of MODEL_B, if others [as --layers]")
+    parser.add_argument(
+        "--features", default="cls", metavar="NAME", help=f"features for cka: {' or '.join(FEATURES)} [cls]"
+    )
+    parser.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="layers of both models (0-based) [all]")
+    parser.add_argument(
+        "--layers-b",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="layers of MODEL_B, if different (0-based) [same as --layers]",
+    )
     for side in "ab":
         name = f"MODEL_{side.upper()}"
-        parser.add_argument(f"--revision-{side}", metavar="REV", help=f"of {name} on the Hub [main]")
         parser.add_argument(
-            f"--changes-{side}", type=json_object, metavar="JSON", help=f"fields of {name}'s configuration to change"
+            f"--revision-{side}", metavar="REV", help=f"branch, tag or commit of {name} on the Hub [main]"
         )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="for tables, figures and comparison.json")
+        parser.add_argument(
+            f"--changes-{side}", type=json_object, metavar="JSON", help=f"configuration fields of {name} to override"
+        )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder for tables, figures and comparison.json"
+    )
     add_data_options(parser)
 
 
 def run(args: argparse.Namespace) -> str:
-    """Compares, and writes the folder."""
+    """Compare the models and write the folder."""
     check_numbers(args)
     output = check_output(args.output, RECORD)
     if args.model_b is None and (args.layers_b or args.changes_b or args.revision_b):
-        raise ValueError("`--layers-b`, `--changes-b` and `--revision-b` need a MODEL_B.")
+        raise ValueError("`--layers-b`, `--changes-b` and `--revision-b` require MODEL_B.")
     for side in "ab":
         check_fields(getattr(args, f"changes_{side}") or {}, f"`--changes-{side}`")
     what = list(dict.fromkeys(args.what))
@@ -116,15 +128,15 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _names(models: list[OpenModel]) -> tuple[str, str]:
-    """Short names that differ, with what was changed; of one model alone twice the same."""
-    names = [", ".join([Path(model.name).name, *_told(model.changes)]) for model in models]
+    """Return different short names of the models, including overridden fields; a single model's name twice."""
+    names = [", ".join([Path(model.name).name, *_short_changes(model.changes)]) for model in models]
     if len(names) == 2 and names[0] == names[1]:
         names = [f"{name} ({side})" for name, side in zip(names, "ab", strict=True)]
     return names[0], names[-1]
 
 
-def _told(changes: Mapping[str, Any]) -> list[str]:
-    """Changes as short as a figure needs them: keep rate 0.25."""
+def _short_changes(changes: Mapping[str, Any]) -> list[str]:
+    """Format overridden fields for a figure, such as "keep rate 0.25"."""
     return [
         f"{name.replace('_', ' ')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in changes.items()
@@ -164,7 +176,7 @@ def _write(folder: Path, result: Comparison, names: tuple[str, str], record: dic
 
 
 def map_rows(maps: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Maps over the patches, by model and name, as a row for each patch."""
+    """Return one table row per patch from maps over the patches, by model and map name."""
     return [
         {"model": model, "row": row, "column": column, **{n: float(v[row, column]) for n, v in named.items()}}
         for model, named in maps.items()

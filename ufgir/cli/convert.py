@@ -1,4 +1,4 @@
-"""`ufgir convert`: model folders of pretrained ViTs and of the original code's checkpoints."""
+"""`ufgir convert`: convert pretrained ViTs and checkpoints of the original code to model folders."""
 
 import argparse
 from pathlib import Path
@@ -15,21 +15,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="model of transformers or timm: folder or Hub repository, or with --architecture a file of weights; "
-        "of the original code: a .pth file, or a folder that is searched for them",
+        help="transformers or timm model: folder or Hub repository, or a weights file with --architecture; "
+        "original code: a .pth file, or a folder that is searched for .pth files",
     )
-    parser.add_argument("--architecture", metavar="NAME", help="timm's name, see `ufgir pretrained`")
-    parser.add_argument("--output", required=True, metavar="DIR", help="model folder, or folder for such folders")
+    parser.add_argument("--architecture", metavar="NAME", help="timm architecture name, see `ufgir pretrained`")
+    parser.add_argument("--output", required=True, metavar="DIR", help="model folder, or parent folder of several")
     parser.add_argument(
-        "--class-names", metavar="FILE", help="CSV of class_id,class_name, or one name a line; or a folder"
+        "--class-names",
+        metavar="FILE",
+        help="CSV with class_id,class_name, a text file with one name per line, or a folder of such files",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace folders that an earlier conversion made")
+    parser.add_argument("--overwrite", action="store_true", help="replace folders written by an earlier conversion")
     add_reduction_options(parser)
     add_network_options(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[str, int]:
-    """Writes one model folder, or one for each file that can be converted; status 1 if one cannot."""
+    """Write one model folder, or one per convertible file; status 1 if a file could not be converted."""
     source, output, values = Path(args.source), Path(args.output), config_values(args)
     check_folder(output, whole=True)
     if not source.exists() and (args.source.startswith(("/", ".", "~")) or args.source.endswith(("/", *WEIGHT_FILES))):
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     folder_of_files = args.architecture is None and source.is_dir() and not (source / "config.json").exists()
     if not folder_of_files and find_source(args.source, architecture=args.architecture)[0] is not KINDS["original"]:
         if args.class_names is not None:
-            raise ValueError("`--class-names` is for checkpoints of the original code.")
+            raise ValueError("`--class-names` only applies to checkpoints of the original code.")
         convert_pretrained(args.source, output, args.architecture, args.overwrite, **values)
         return f"wrote {output}", 0
     options = {**values, "overwrite": args.overwrite}
@@ -48,4 +50,4 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     if isinstance(class_names, dict):
         raise ValueError(f"`--class-names` must be a file for one checkpoint, got the folder {args.class_names}.")
     written = convert_file(source, output, class_names=class_names, **options)
-    return f"wrote {output}" if written else f"{output} is already there, made of the same file", 0
+    return f"wrote {output}" if written else f"{output} already exists, converted from the same file", 0

@@ -1,4 +1,4 @@
-"""`ufgir correlate`: does the similarity of models go with the gap between their accuracies?"""
+"""`ufgir correlate`: correlate the similarity of models with the gap between their accuracies."""
 
 import argparse
 import csv
@@ -21,21 +21,23 @@ from .outputs import check_file, told_first
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("comparisons", nargs="+", metavar="FOLDER", help="folders that `ufgir compare A B` wrote")
+    parser.add_argument("comparisons", nargs="+", metavar="FOLDER", help="output folders of `ufgir compare A B`")
     parser.add_argument(
         "--results",
         required=True,
         metavar="FOLDER|results.csv",
-        help="folders of the runs, or what `ufgir results` wrote",
+        help="folder of the runs, or results.csv of `ufgir results`",
     )
     parser.add_argument(
-        "--metric", default="top1", help="top1, macro_f1, ..., on test else on validation images, or a column [top1]"
+        "--metric", default="top1", help="top1, macro_f1, ... on the test split (else validation), or a column [top1]"
     )
-    parser.add_argument("--output", metavar="FILE.csv", help="table to write, with a .json beside it [print only]")
+    parser.add_argument(
+        "--output", metavar="FILE.csv", help="table to write, with a .json file next to it [print only]"
+    )
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table."""
+    """Return the table of correlations."""
     require("scipy")
     output = None if args.output is None else Path(args.output)
     if output is not None and output.suffix != ".csv":
@@ -54,15 +56,15 @@ def run(args: argparse.Namespace) -> str:
             rows.append({"measure": measure, **found})
     if not rows:
         raise ValueError(
-            f"a rank correlation needs at least three pairs of models with the same measure, got {len(pairs)} comparisons."
+            f"a rank correlation needs at least three comparisons with the same measure, got {len(pairs)}."
         )
     head = list(rows[0])
     cells = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     text = f"gap: |difference of {metric}|\n\n" + align([head, *cells])
     if output is None:
         return text
-    told = [{key: pair[key] for key in ("folder", "models", "scores", "gap")} for pair in pairs]
-    record = {"date": now(), "metric": metric, "pairs": told, "correlations": rows}
+    shown = [{key: pair[key] for key in ("folder", "models", "scores", "gap")} for pair in pairs]
+    record = {"date": now(), "metric": metric, "pairs": shown, "correlations": rows}
     with told_first([text]):
         write_csv(output, rows)
         write_text_atomically(output.with_suffix(".json"), as_json(record))
@@ -70,11 +72,11 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _scores(source: str, metric: str) -> tuple[str, dict[str, float]]:
-    """Name of the column, and the metric of each run by its folder."""
+    """Return the name of the metric's column, and the metric of each run by its folder."""
     if Path(source).is_dir():
         records = read_run_records([source]).finished
         if not records:
-            raise ValueError(f"`--results`: no run in {source} is finished.")
+            raise ValueError(f"`--results` {source} contains no finished run.")
         rows = run_rows(records)
     else:
         try:
@@ -83,9 +85,9 @@ def _scores(source: str, metric: str) -> tuple[str, dict[str, float]]:
                     {k: v if k == "run" else _number(v) for k, v in row.items()} for row in csv.DictReader(file)
                 ]
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"`--results` {source} is neither a folder nor a table that can be read.") from error
+            raise ValueError(f"`--results` {source} is neither a folder nor a readable CSV table.") from error
         if not rows or "run" not in rows[0]:
-            raise ValueError(f"`--results` {source} has no column `run`: give the results.csv of `ufgir results`.")
+            raise ValueError(f"`--results` {source} has no column `run`: pass the results.csv of `ufgir results`.")
     column = default_metric(rows, metric)
     return column, {
         os.path.realpath(row["run"]): row[column] for row in rows if isinstance(row.get(column), int | float)
@@ -100,24 +102,24 @@ def _number(text: str) -> Any:
 
 
 def _pair(folder: Path, scores: dict[str, float]) -> dict[str, Any]:
-    """What a comparison says of its two models, and the gap between these."""
+    """Return the scalars of a comparison of two models and the gap between their scores."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         models, scalars = list(record["models"]), record["scalars"]
         names = [model["name"] for model in models]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no {RECORD} of `ufgir compare`.") from error
+        raise ValueError(f"{folder} contains no valid {RECORD} of `ufgir compare`.") from error
     if len(names) != 2:
         raise ValueError(f"{folder} compares the layers of one model, not two models.")
     for model in models:
         if changes := model.get("changes"):
-            told = ", ".join(f"{field} {value}" for field, value in changes.items())
+            listed = ", ".join(f"{field} {value}" for field, value in changes.items())
             raise ValueError(
-                f"{folder} compares {model['name']} with {told}, whose accuracy is not that of the run: compare models as they "
-                "were trained."
+                f"{folder} compares {model['name']} with {listed}, so the accuracy of its run does not apply: compare models "
+                "without `--changes`."
             )
-    if lacking := [name for name in names if os.path.realpath(name) not in scores]:
-        raise ValueError(f"{folder} compares {lacking[0]}, which is not among the runs of `--results`.")
+    if missing := [name for name in names if os.path.realpath(name) not in scores]:
+        raise ValueError(f"{folder} compares {missing[0]}, which is not among the runs of `--results`.")
     found = [scores[os.path.realpath(name)] for name in names]
     return {
         "folder": str(folder),

@@ -1,4 +1,4 @@
-"""`ufgir data-report`: what is in a data set, and what is wrong with it."""
+"""`ufgir data-report`: report the contents and problems of a data set."""
 
 import argparse
 
@@ -9,48 +9,50 @@ from ..utils.text import align
 from .outputs import check_folder, told_first
 
 
-SHOWN = 20  # lines of a list; report.json has all
-LOADING = {  # arguments of load_ufgir_dataset that are options here
-    "image_column": "column with the images [found by its type]",
-    "label_column": "column with the classes [found by its type]",
-    "label_separator": "what stands between the classes of an image that has several, in a text [one class each]",
-    "csv_train": "name of the CSV file of train [train.csv]",
-    "csv_validation": "name of the CSV file of validation [val.csv]",
-    "csv_test": "name of the CSV file of test [test.csv]",
-    "csv_data_folder": "what the CSV's `dir` is relative to [found]",
+SHOWN = 20  # lines per list; report.json contains all
+LOADING = {  # load_ufgir_dataset argument -> help of its option
+    "image_column": "column with the images [detected by its type]",
+    "label_column": "column with the classes [detected by its type]",
+    "label_separator": "separator between the classes of an image in a text column [one class per image]",
+    "csv_train": "name of the CSV file of the train split [train.csv]",
+    "csv_validation": "name of the CSV file of the validation split [val.csv]",
+    "csv_test": "name of the CSV file of the test split [test.csv]",
+    "csv_data_folder": "folder that the `dir` column of the CSV files is relative to [detected]",
     "csv_class_names": "name of the CSV file with the class names [classid_classname.csv]",
-    "config_name": "of a dataset on the Hub [its default]",
-    "revision": "of a dataset on the Hub [main]",
-    "cache_dir": "where `datasets` keeps what it converts [its own cache]",
+    "config_name": "configuration of a data set on the Hub [its default]",
+    "revision": "branch, tag or commit of a data set on the Hub [main]",
+    "cache_dir": "cache folder of `datasets` [its default]",
 }
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("dataset", metavar="DATASET", help="synthetic_leaves, a folder, or a dataset on the Hub")
-    parser.add_argument("--output", metavar="FOLDER", help="write report.json and contact_sheet.png there [nothing]")
-    parser.add_argument("--html", action="store_true", help="write report.html there, too: one page with everything")
+    parser.add_argument("dataset", metavar="DATASET", help="synthetic_leaves, a folder, or a data set on the Hub")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for report.json and contact_sheet.png [print only]")
+    parser.add_argument("--html", action="store_true", help="also write report.html, a single page with everything")
     parser.add_argument(
         "--validation-fraction",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="last part of each class of train that is shown as validation, in [0, 1) [0: as stored]",
+        help="fraction of each train class, taken from its end, that is reported as validation, in [0, 1) [0: as stored]",
     )
-    parser.add_argument("--sheet-classes", type=int, default=24, metavar="N", help="rows of the contact sheet [24]")
-    parser.add_argument("--sheet-images", type=int, default=8, metavar="N", help="images of each of them [8]")
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="threads that decode [number of cores, at most 8]"
+        "--sheet-classes", type=int, default=24, metavar="N", help="classes (rows) in the contact sheet [24]"
     )
+    parser.add_argument(
+        "--sheet-images", type=int, default=8, metavar="N", help="images per row of the contact sheet [8]"
+    )
+    parser.add_argument("--num-workers", type=int, metavar="N", help="decoding threads [number of cores, at most 8]")
     group = parser.add_argument_group("loading")
     for name, text in LOADING.items():
         group.add_argument(f"--{name.replace('_', '-')}", metavar=name.rpartition("_")[2].upper(), help=text)
 
 
 def run(args: argparse.Namespace) -> str:
-    """A table of the splits, the images of a class, and what is wrong."""
+    """Return tables of the splits and of the images per class, and the problems found."""
     if args.html and args.output is None:
-        raise ValueError("`--html` writes into a folder: name it in `--output`.")
+        raise ValueError("`--html` requires `--output`, the folder for report.html.")
     if args.output is not None:
         check_folder(args.output)
     for name in ("sheet_classes", "sheet_images", "num_workers"):
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> str:
         lines = align([["images", "classes"], *rows]).split("\n")
         bars = ["", *("#" * round(40 * b["classes"] / most) for b in bins)]
         body = "\n".join(f"{line}  {bar}".rstrip() for line, bar in zip(lines, bars, strict=True))
-        parts.append(f"{split}: images of a class\n{body}")
+        parts.append(f"{split}: images per class\n{body}")
     for heading, lines in findings(numbers).items():
         if lines:
             more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []

@@ -1,4 +1,4 @@
-"""`ufgir datasets`: the wider fine-grained data sets, and how to get them."""
+"""`ufgir datasets`: list further fine-grained data sets and where to get them."""
 
 import argparse
 import json
@@ -8,22 +8,22 @@ from ..data.catalog import FINE_GRAINED, HEADER, find_dataset, markdown_table, t
 from ..utils.text import align
 
 
-NUMBERS = 5  # columns of the table that are aligned; those after it are text
+NUMBERS = 5  # number of aligned columns; the columns after them are text
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="say everything about one data set [a table of all]")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="describe one data set [a table of all]")
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true", help="a list of objects instead of a table")
-    shape.add_argument("--markdown", action="store_true", help="the table of docs/datasets.md, of all data sets")
+    shape.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    shape.add_argument("--markdown", action="store_true", help="print the table of docs/datasets.md")
 
 
 def run(args: argparse.Namespace) -> str:
-    """A table, Markdown, JSON, or a paragraph on one data set."""
+    """Return a table, Markdown or JSON of all data sets, or a paragraph about one."""
     if args.markdown:
         if args.name is not None:
-            raise ValueError(f"`--markdown` writes the table of all data sets: leave out NAME, {args.name}.")
+            raise ValueError(f"`--markdown` prints the table of all data sets: remove NAME ({args.name}).")
         return markdown_table()
     found = [find_dataset(args.name)] if args.name else list(FINE_GRAINED.values())
     if args.json:
@@ -35,4 +35,4 @@ def run(args: argparse.Namespace) -> str:
     texts = [(row[5], row[1]) for row in rows]
     width = max(len(hub) for hub, _ in texts)
     lines = [f"{line}  {hub.ljust(width)}  {title}" for line, (hub, title) in zip(numbers, texts, strict=True)]
-    return "\n".join([*lines, "", "ufgir datasets NAME says which columns it has, and where else it comes from."])
+    return "\n".join([*lines, "", "Run `ufgir datasets NAME` for the columns and other sources of a data set."])

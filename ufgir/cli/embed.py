@@ -1,4 +1,4 @@
-"""`ufgir embed`: features of images laid out in the plane, coloured by class."""
+"""`ufgir embed`: embed the features of images in two dimensions, colored by class."""
 
 import argparse
 
@@ -35,37 +35,43 @@ from .common import add_reduction_options, config_values, require
 
 RECORD = "embedding.json"
 OF_CLS = Requirement(("--layer",), "`--features` cls", lambda args: args.features == "cls")
-LARGEST_SEED = 2**32 - 1  # of scikit-learn
+LARGEST_SEED = 2**32 - 1  # largest seed of scikit-learn
 AXES = {"tsne": ("t-SNE 1", "t-SNE 2"), "pca": ("Principal component 1", "Principal component 2")}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: folder or Hub repository")
-    parser.add_argument("--revision", metavar="REV", help="of MODEL on the Hub [main]")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub [main]")
     parser.add_argument(
         "--features",
         default="cls",
         metavar="NAME",
-        help=f"{', '.join(FEATURES)}: CLS after a layer, what the CLA head classifies, or what a linear head reads [cls]",
+        help=f"{', '.join(FEATURES)}: the CLS token after a layer, the input of the CLA head, or the input of a linear head [cls]",
     )
-    parser.add_argument("--layer", type=int, metavar="LAYER", help="of CLS, counted from 0 [the last]")
+    parser.add_argument("--layer", type=int, metavar="LAYER", help="layer of the CLS token (0-based) [the last]")
     parser.add_argument(
         "--method", nargs="+", choices=METHODS, default=list(METHODS), help=f"{' and '.join(METHODS)} [both]"
     )
-    parser.add_argument("--perplexity", type=float, default=30.0, metavar="X", help="of t-SNE [%(default)s]")
-    parser.add_argument("--thumbnails", type=int, default=0, metavar="N", help="draw N of the pictures [%(default)s]")
     parser.add_argument(
-        "--thumbnail-size", type=int, default=28, metavar="PIXELS", help="longer side of these [%(default)s]"
+        "--perplexity", type=float, default=30.0, metavar="X", help="perplexity of t-SNE [%(default)s]"
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="for tables, figures and embedding.json")
+    parser.add_argument(
+        "--thumbnails", type=int, default=0, metavar="N", help="number of images to draw as thumbnails [%(default)s]"
+    )
+    parser.add_argument(
+        "--thumbnail-size", type=int, default=28, metavar="PIXELS", help="longer side of a thumbnail [%(default)s]"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="folder for tables, figures and embedding.json"
+    )
     add_data_options(parser, streaming=False)
     add_reduction_options(parser)
     parser.set_defaults(max_images=2000)
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes the folder."""
+    """Compute the embeddings and write the folder."""
     check_numbers(args, thumbnails=0, thumbnail_size=4, perplexity=1)
     if args.seed > LARGEST_SEED:
         raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
@@ -98,12 +104,12 @@ def run(args: argparse.Namespace) -> str:
         for method in dict.fromkeys(args.method):
             points = embed(found.values, method, args.seed, args.perplexity)
             write_csv(folder / f"{method}.csv", point_rows(points, found, images.class_names, files))
-            pictures = {
-                i: thumbnail(images.pictures[found.indices[i]]["image"], args.thumbnail_size)
+            thumbnails = {
+                i: thumbnail(images.images[found.indices[i]]["image"], args.thumbnail_size)
                 for i in spread_out(points, args.thumbnails, analysis_figures.thumbnail_share(args.thumbnail_size))
             }
             figure = analysis_figures.draw_points(
-                points, found.labels, images.class_names, AXES[method], thumbnails=pictures
+                points, found.labels, images.class_names, AXES[method], thumbnails=thumbnails
             )
             for kind in ("png", "pdf"):
                 figures.save_figure(figure, folder / f"{method}.{kind}")

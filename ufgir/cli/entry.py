@@ -16,62 +16,62 @@ from typing import NoReturn
 from ..utils.signals import Ended, ending_signals, raised_signal
 
 
-# name of the subcommand -> what it does. The module of the name, `-` being `_`, is imported only when it is called.
+# Subcommand -> description. The module of the same name (with `_` for `-`) is imported only when the command runs.
 COMMANDS = {
-    "analyze": "what a model says of every image, kept patches, features: parquet files and statistics, in one pass",
-    "app": "a web page that shows what a model keeps of a leaf, what it predicts and what that costs",
-    "benchmark": "time and memory of models beside the dense ViT of transformers, and of the input pipeline",
-    "compare": "how alike two models, or the layers of one, are: CKA, CCA, norms, kept and merged patches",
-    "convert": "turn a pretrained ViT, or checkpoint files of the original code, into model folders",
-    "correlate": "rank correlation of the similarity of models with the gap between their accuracies",
-    "data-report": "count, measure and look through a data set: classes, sizes, copies, leaks, broken images",
-    "datasets": "wider fine-grained data sets: classes, images, ids on the Hub, where they come from",
-    "embed": "lay the features of images out in the plane, by t-SNE and PCA, coloured by class",
-    "export": "write a model as ONNX or as a torch.export program, checked against the model",
-    "pretrained": "pretrainings of timm that can be loaded, and what they become",
-    "predict": "classify pictures whose classes are not known, any number of them",
-    "prepare": "turn a raw download of Ultra-FGVC into checked parquet files",
-    "profile": "tokens in each layer, parameters and multiply-adds of a model, beside those of the dense one",
-    "results": "gather runs into tables, mean and deviation over seeds, and draw the figures of the paper",
-    "sweep": "run a recipe with every combination of some options, as a queue that can be interrupted",
-    "visualize": "draw what a model keeps, merges and attends to, also side by side",
+    "analyze": "write predictions, kept patches and features of every image to parquet files, with statistics",
+    "app": "serve a web page that shows kept patches, predictions and cost of a model for an image",
+    "benchmark": "measure time and memory of models and the dense ViT of transformers, and the input pipeline",
+    "compare": "measure how similar two models, or the layers of one, are: CKA, CCA, norms, kept and merged patches",
+    "convert": "convert a pretrained ViT, or checkpoint files of the original code, to model folders",
+    "correlate": "correlate the similarity of models with the gap between their accuracies (rank correlation)",
+    "data-report": "check a data set: classes, image sizes, duplicates, leaks between splits, broken images",
+    "datasets": "list further fine-grained data sets: classes, images, Hub ids, sources",
+    "embed": "embed the features of images in two dimensions by t-SNE and PCA, colored by class",
+    "export": "export a model to ONNX or torch.export, checked against the model, or to a web page",
+    "pretrained": "list the pretrained timm models that can be loaded",
+    "predict": "classify image files and write a table of predictions",
+    "prepare": "convert a raw download of Ultra-FGVC to checked parquet files",
+    "profile": "count tokens per layer, parameters and multiply-adds of a model and its dense counterpart",
+    "results": "collect runs in tables (mean and std over seeds) and draw the figures of the paper",
+    "sweep": "run a recipe with every combination of given options, as a queue that can be resumed",
+    "visualize": "draw what a model keeps, merges and attends to, for one model or several side by side",
 }
 
 
-INTERRUPTED = 130  # of commands that say themselves how to go on
+INTERRUPTED = 130  # status of commands that print how to continue
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Argument parser that prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def usage() -> str:
-    """The list of subcommands."""
+    """Return the list of subcommands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ufgir COMMAND [...]",
             "",
-            "Tools around CLCA ViTs.",
+            "Tools for CLCA ViTs.",
             "",
             *lines,
             "",
-            "ufgir COMMAND --help says more.",
+            "Run `ufgir COMMAND --help` for the options of a command.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; 0, 1 if it says so, 2 after one sentence about a user's mistake, or 130 after Ctrl-C."""
+    """Run a subcommand. Return 0, the status of the command, 2 after a user error, or 130 after Ctrl-C."""
     try:
-        with ending_signals("ufgir"):  # also of the imports, which take seconds
+        with ending_signals("ufgir"):  # includes the imports, which take seconds
             text, status = _run(argv)
             if status == INTERRUPTED and (number := raised_signal()) is not None:
-                status = 128 + number  # of a command that has put things in order by itself
+                status = 128 + number  # the command has cleaned up by itself
     except KeyboardInterrupt as error:
         ended = Ended.of(error)
         text, status = str(ended), ended.status
@@ -80,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> tuple[str, int]:
-    """What the subcommand says, and its exit status."""
-    # --keep_rate, as run_ufgir.py spells its options, is --keep-rate
+    """Return the output of the subcommand and its exit status."""
+    # accept --keep_rate, the spelling of run_ufgir.py, for --keep-rate
     argv = [_dashes(a) if a.startswith("--") else a for a in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] in (["-h"], ["--help"]):
         sys.stdout.write(usage() + "\n")
@@ -99,7 +99,7 @@ def _run(argv: Sequence[str] | None) -> tuple[str, int]:
     command.configure(parser)
     args = parser.parse_args(argv[1:])
 
-    import transformers  # here, so that help and mistakes do not wait for it
+    import transformers  # here, so that help and usage errors do not wait for it
 
     from ..utils.text import one_sentence
     from .outputs import NotWritten
@@ -108,7 +108,7 @@ def _run(argv: Sequence[str] | None) -> tuple[str, int]:
     transformers.logging.disable_progress_bar()
     try:
         result = command.run(args)
-    except (ValueError, OSError, ImportError) as error:  # the last: a package of an extra that is not installed
+    except (ValueError, OSError, ImportError) as error:  # ImportError: a package of an extra is not installed
         if isinstance(error, NotWritten):
             sys.stdout.write(error.done + "\n")
             sys.stdout.flush()

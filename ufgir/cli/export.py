@@ -1,4 +1,4 @@
-"""`ufgir export`: a model as an ONNX file, a torch.export program, or a web page."""
+"""`ufgir export`: export a model to an ONNX file, a torch.export program or a web page."""
 
 import argparse
 import sys
@@ -20,43 +20,48 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: folder or Hub repository")
     parser.add_argument(
-        "--output", default="model.onnx", metavar="FILE", help="ends in .onnx or .pt2 (torch.export) [%(default)s]"
+        "--output",
+        default="model.onnx",
+        metavar="FILE",
+        help="file to write, .onnx or .pt2 (torch.export) [%(default)s]",
     )
     parser.add_argument(
         "--keep-rates",
         type=float,
         nargs="+",
         metavar="RATE",
-        help="write one file per keep rate, in (0, 1], its name with the rate [one file, the model's own rate]",
+        help="write one file per keep rate in (0, 1], with the rate in its name [one file at the model's rate]",
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-3,
-        help="largest difference of logits between file and model at which the file is written [%(default)s]",
+        help="largest accepted difference of logits between file and model [%(default)s]",
     )
     add_web_options(parser)
     add_reduction_options(parser)
 
 
 def add_web_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the web page."""
+    """Add the options of the web page."""
     group = parser.add_argument_group("web page")
     group.add_argument(
-        "--web", metavar="FOLDER", help="write a static page that runs the model in a browser, in place of a file"
+        "--web", metavar="FOLDER", help="write a static page that runs the model in the browser, instead of a file"
     )
     group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the page's weights; int8 is the smallest [%(default)s]",
+        help="precision of the page's weights; int8 is the smallest [%(default)s]",
     )
-    group.add_argument("--title", metavar="TEXT", help="of the page [the model's name]")
-    group.add_argument("--webgpu", action="store_true", help="run on a GPU where there is one: 12.5 MB more [off]")
+    group.add_argument("--title", metavar="TEXT", help="title of the page [the model's name]")
+    group.add_argument(
+        "--webgpu", action="store_true", help="run on a GPU if available; adds 12.5 MB to the page [off]"
+    )
     group.add_argument(
         "--runtime",
         metavar="PATH",
-        help=f"folder or .tgz of {PACKAGE} {VERSION}, where there is no network [fetched by npm, once]",
+        help=f"folder or .tgz of {PACKAGE} {VERSION}, for use without network [downloaded by npm, once]",
     )
     group.add_argument(
         "--serve",
@@ -64,12 +69,12 @@ def add_web_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=8000,
         metavar="PORT",
-        help="then serve the page on 127.0.0.1 until Ctrl-C; 0: any free port [not served; 8000]",
+        help="then serve the page on 127.0.0.1 until Ctrl-C; 0 for any free port [off; 8000 without PORT]",
     )
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes the files; a table of what was checked."""
+    """Write the files and return a table of the checks."""
     if args.web is not None:
         return make_page(args)
     for option, value in (
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> str:
         facts |= {name: getattr(processor, name) for name in ("image_mean", "image_std")}
         facts["resize_size"] = list(sizes_of(processor)[0])
     except (OSError, ValueError, KeyError, TypeError):
-        facts["image_mean"] = None  # the checkpoint does not say how its pixels were normalised
+        facts["image_mean"] = None  # the normalization of the pixels is unknown
     options = {"metadata": facts, "tolerance": args.tolerance}
     if args.keep_rates:
         exported = export_budgets(model, args.output, args.keep_rates, **options)
@@ -105,16 +110,20 @@ def run(args: argparse.Namespace) -> str:
 
 
 def check_keep_rates(args: argparse.Namespace) -> None:
-    """Refuse several keep rates beside one, or out of (0, 1]."""
+    """Check `--keep-rates`.
+
+    Raises:
+        ValueError: if it is combined with a single keep rate, or a rate is not in (0, 1].
+    """
     if args.keep_rates and (args.keep_rate or args.keep_tokens):
         raise ValueError(
-            "`--keep-rates` writes one file per rate, so `--keep-rate` and `--keep-tokens` have no place."
+            "`--keep-rates` cannot be combined with `--keep-rate` or `--keep-tokens`: remove one of them."
         )
     check_rates(args.keep_rates, "--keep-rates")
 
 
 def make_page(args: argparse.Namespace) -> str:
-    """Writes the web page, and serves it if asked to; a table of its files."""
+    """Write the web page, serve it with `--serve`, and return a table of its files."""
     check_keep_rates(args)
     check_folder(args.web, "--web")
     if args.serve is not None and not 0 <= args.serve <= 65535:
@@ -132,9 +141,9 @@ def make_page(args: argparse.Namespace) -> str:
         args.title or Path(args.model).name,
         args.tolerance,
     )
-    said = page_table(site)
+    text = page_table(site)
     if args.serve is not None:
-        sys.stdout.write(f"{said}\n")
+        sys.stdout.write(f"{text}\n")
 
         def ready(address: str) -> None:
             sys.stdout.write(f"The page is at {address} until Ctrl-C.\n")
@@ -142,28 +151,28 @@ def make_page(args: argparse.Namespace) -> str:
 
         serve_folder(site.folder, args.serve, ready)
         return "The page is closed."
-    return said
+    return text
 
 
 def page_table(site: Site) -> str:
-    """Parts and sizes of the page, and how far its graphs are from the model."""
+    """Return the sizes of the page's parts, and the difference between its graphs and the model."""
     parts: dict[str, list[tuple[int, int]]] = {}
     for name, sizes in site.sizes.items():
         part = name.partition("/")[0] if "/" in name else "page"
         parts.setdefault(part, []).append(sizes)
-    parts["together"] = list(site.sizes.values())
-    rows = [["part", "MB", "MB as gzip"]]
+    parts["total"] = list(site.sizes.values())
+    rows = [["part", "MB", "MB gzipped"]]
     for part, sizes in parts.items():
         rows.append([part, *(f"{sum(size[kind] for size in sizes) / 1e6:.2f}" for kind in (0, 1))])
     lines = [align(rows), ""]
     for _, graph in site.graphs:
         rate = "its own keep rate" if graph.keep_rate is None else f"keep rate {graph.keep_rate:g}"
-        lines.append(f"{rate}: {graph.macs / 1e9:.3g} GMACs; logits differ from the model's by {graph.difference:.1e}")
-    return "\n".join([*lines, f"The page is in {site.folder}: serve it, or push the folder as a static Space."])
+        lines.append(f"{rate}: {graph.macs / 1e9:.3g} GMACs; largest difference of logits {graph.difference:.1e}")
+    return "\n".join([*lines, f"wrote the page to {site.folder}: serve it, or push the folder as a static Space"])
 
 
 def table(exported: list[Exported]) -> str:
-    """File, size, nodes and the difference from the model."""
+    """Return a table of files: size, nodes, and the difference from the model."""
     rows = [["file", "MB", "nodes", "largest difference of logits"]]
     for one in exported:
         size = sum(f.stat().st_size for f in one.path.parent.glob(f"{one.path.name}*"))
@@ -172,16 +181,16 @@ def table(exported: list[Exported]) -> str:
 
 
 def notes(exported: list[Exported]) -> list[str]:
-    """What an ONNX file means for TensorRT."""
+    """Return notes about the support of the operators of an ONNX file in TensorRT."""
     if exported[0].path.suffix != ".onnx":
         return []
-    lacking = sorted({name for one in exported for name in one.not_in_tensorrt})
-    said = (
-        f"not in TensorRT's published list of operators: {', '.join(lacking)}"
-        if lacking
-        else ("all operators are in TensorRT's published list (TensorRT itself was not run)")
+    missing = sorted({name for one in exported for name in one.not_in_tensorrt})
+    note = (
+        f"operators missing from TensorRT's published list: {', '.join(missing)}"
+        if missing
+        else ("all operators are in TensorRT's published list (not run on TensorRT)")
     )
     doubtful = sorted({name for one in exported for name in one.doubtful_in_tensorrt})
     if doubtful:
-        said += f"; that list does not say whether it takes the reduction of {', '.join(doubtful)}"
-    return [said]
+        note += f"; the list does not state whether the reduction of {', '.join(doubtful)} is supported"
+    return [note]

@@ -1,4 +1,4 @@
-"""Files and folders that a subcommand is to write: tried before it computes, and what it computed is told if they fail."""
+"""Checks of output files and folders before a computation, and reporting of results when writing fails."""
 
 import os
 import tempfile
@@ -10,10 +10,10 @@ from ..utils.files import TEMPORARY
 
 
 class NotWritten(OSError):
-    """Something could not be written after the work was done.
+    """Raised if a file could not be written after the computation.
 
     Attributes:
-        done: what to tell of the work first.
+        done: text about the finished work, to print first.
     """
 
     def __init__(self, done: str, why: str) -> None:
@@ -22,50 +22,52 @@ class NotWritten(OSError):
 
 
 def check_folder(path: str | os.PathLike, option: str = "--output", whole: bool = False) -> None:
-    """Refuse, before a long computation, a folder that files cannot be written into. It is not made yet.
+    """Check, before a long computation, that files can be written into a folder. The folder is not created.
 
     Args:
-        path: the folder, there or not.
-        option: that names it.
-        whole: it will be made beside `path` and take its place, see `ufgir.utils.files.new_folder`.
+        path: the folder; it need not exist.
+        option: name of the option, for the message.
+        whole: the folder will be created next to `path` and replace it, see `ufgir.utils.files.new_folder`.
 
     Raises:
-        ValueError: it is a file, or lies in one, or nothing can be written there.
+        ValueError: if it is a file, is below a file, or cannot be written.
     """
     if os.path.isfile(path):
         raise ValueError(f"`{option}` must be a folder, got the file {path}.")
     if (file := _file_above(path)) is not None:
-        raise ValueError(f"`{option}` must be a folder, and {path} lies in {file}, which is a file: choose another.")
+        raise ValueError(
+            f"`{option}` must be a folder, but {path} is below {file}, which is a file: choose another path."
+        )
     if whole and os.path.ismount(path):
-        raise ValueError(f"`{option}` {path} is where a disk is mounted, and cannot be replaced: name a folder in it.")
+        raise ValueError(f"`{option}` {path} is a mount point and cannot be replaced: choose a folder in it.")
     place = Path(path).absolute()
     _try(place.parent if whole else place, place.name, option, path)
 
 
 def check_file(path: str | os.PathLike, option: str = "--output") -> None:
-    """Refuse, before a long computation, a file that cannot be written. It is not made yet, nor is its folder.
+    """Check, before a long computation, that a file can be written. Neither the file nor its folder is created.
 
     Args:
-        path: the file, there or not.
-        option: that names it.
+        path: the file; it need not exist.
+        option: name of the option, for the message.
 
     Raises:
-        ValueError: it is a folder, or lies in a file, or nothing can be written there.
+        ValueError: if it is a folder, is below a file, or cannot be written.
     """
     if os.path.isdir(path):
         raise ValueError(f"`{option}` must be a file, got the folder {path}.")
     if (file := _file_above(path)) is not None:
-        raise ValueError(f"`{option}` {path} lies in {file}, which is a file: choose another place.")
+        raise ValueError(f"`{option}` {path} is below {file}, which is a file: choose another path.")
     place = Path(path).absolute()
     _try(place.parent, place.name, option, path)
 
 
 def check_document(path: str | os.PathLike, option: str = "--into") -> None:
-    """Refuse, before a long computation, a document that cannot be written, or that cannot have `figures` beside it.
+    """Check, before a long computation, that a document and a folder `figures` next to it can be written.
 
     Args:
-        path: the document, which is there.
-        option: that names it.
+        path: the document, which exists.
+        option: name of the option, for the message.
 
     Raises:
         ValueError: see `check_file` and `check_folder`.
@@ -75,13 +77,13 @@ def check_document(path: str | os.PathLike, option: str = "--into") -> None:
 
 
 def _file_above(path: str | os.PathLike) -> Path | None:
-    """The file that stands where a folder above `path` should be."""
+    """Return the file at the path of a parent folder of `path`; None if there is none."""
     return next((above for above in Path(path).parents if os.path.isfile(above)), None)
 
 
 def _try(folder: Path, name: str, option: str, path: str | os.PathLike) -> None:
-    """Make a file in `folder`, or where that is not there yet, a folder in its place; and remove it. Only trying tells:
-    permissions say nothing of /proc, of a disk that is mounted for reading, or to root."""
+    """Check that `folder` is writable: create and remove a temporary file in it, or a folder in its place if it does not exist.
+    Permissions alone are not enough: they do not cover /proc, read-only mounts, or root."""
     try:
         if os.path.isdir(folder):
             with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{name}.", suffix=TEMPORARY):
@@ -91,22 +93,22 @@ def _try(folder: Path, name: str, option: str, path: str | os.PathLike) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"_{folder.name}.", suffix=TEMPORARY):
             return
     except OSError as error:
-        raise ValueError(f"`{option}` {path} cannot be written: {error.strerror}. Choose another place.") from error
+        raise ValueError(f"`{option}` {path} cannot be written: {error.strerror}. Choose another path.") from error
 
 
 @contextmanager
 def told_first(done: Sequence[str]) -> Iterator[None]:
-    """Within, files are written: if one fails, what was computed is told before the mistake.
+    """Context in which files are written: if writing fails, the results are printed before the error.
 
     Args:
-        done: paragraphs on what was computed and, appended within, on what was written.
+        done: paragraphs about the results; paragraphs about written files are appended within the context.
 
     Raises:
-        NotWritten: in place of the error.
+        NotWritten: instead of the original error.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         place = getattr(error, "filename2", None) or getattr(error, "filename", None)
         why = f"{place}: {error.strerror}" if place else getattr(error, "strerror", None) or str(error)
-        raise NotWritten("\n\n".join(done), f"not everything was written: {why}") from error
+        raise NotWritten("\n\n".join(done), f"could not write all files: {why}") from error

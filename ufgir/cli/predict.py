@@ -1,4 +1,4 @@
-"""`ufgir predict`: classify pictures whose classes are not known."""
+"""`ufgir predict`: classify images without labels."""
 
 import argparse
 import json
@@ -23,26 +23,30 @@ from .outputs import check_file
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: folder or Hub repository")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, or folders of them at any depth")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, or folders that are searched recursively"
+    )
     parser.add_argument(
         "--output",
         default="predictions.csv",
         metavar="FILE",
         help=f"table to write, {' or '.join(ENDINGS)} [%(default)s]",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time [%(default)s]")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="best guesses told of a picture [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch [%(default)s]")
     parser.add_argument(
-        "--num-workers", type=int, default=0, metavar="N", help="processes that read pictures [%(default)s]"
+        "--top", type=int, default=5, metavar="N", help="number of best classes to write per image [%(default)s]"
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU where one is [%(default)s]"
+        "--num-workers", type=int, default=0, metavar="N", help="number of processes that load images [%(default)s]"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu"), default="auto", help="auto: a GPU if available [%(default)s]"
     )
     add_reduction_options(parser)
 
 
 def run(args: argparse.Namespace) -> str | tuple[str, int]:
-    """Write the table and, beside it, what it was made of; status 1 if images could not be read: the others are done."""
+    """Write the table and its provenance record; status 1 if some images could not be read."""
     if Path(args.output).suffix not in ENDINGS:
         raise ValueError(f"`--output` must end in {' or '.join(ENDINGS)}, got {args.output}.")
     for name, least in (("batch_size", 1), ("top", 1), ("num_workers", 0)):
@@ -51,7 +55,9 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     check_file(args.output)
     record = record_of(args.output)
     if record.is_dir():
-        raise ValueError(f"`--output`: beside {args.output} belongs {record.name}, which is a folder: move it.")
+        raise ValueError(
+            f"`--output` {args.output} requires the file {record.name} next to it, which is a folder: move the folder."
+        )
     PartialState(cpu=args.device == "cpu")
     found = find_images(args.images)
     images = load_found_images(found, verify=False)
@@ -72,8 +78,8 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
             progress=True,
         )
     except KeyboardInterrupt:
-        return "interrupted: the same command, given again, goes on where it stopped", 130
-    rate = f"{result.predicted / result.seconds:.1f} images a second"
+        return "interrupted: run the same command again to continue", 130
+    rate = f"{result.predicted / result.seconds:.1f} images per second"
     if PartialState().is_main_process:
         write_text_atomically(
             record, json.dumps(_provenance(args, found, result), indent=1, ensure_ascii=False) + "\n"
@@ -87,12 +93,12 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
 
 
 def record_of(output: str | os.PathLike) -> Path:
-    """The file beside the table that says what the table was made of: `predictions.provenance.json`."""
+    """Return the path of the provenance record next to the table, such as `predictions.provenance.json`."""
     return Path(output).with_suffix(".provenance.json")
 
 
 def _provenance(args: argparse.Namespace, found: FoundImages, result: Predictions) -> dict[str, Any]:
-    """What the table was made of, and what is not in it."""
+    """Return the provenance of the table, including images that are not in it."""
     return {
         "created": now(),
         "host": describe_host(),

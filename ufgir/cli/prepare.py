@@ -1,4 +1,4 @@
-"""`ufgir prepare`: a raw download of Ultra-FGVC, checked, as parquet files."""
+"""`ufgir prepare`: convert a raw download of Ultra-FGVC to checked parquet files."""
 
 import argparse
 
@@ -11,30 +11,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("set", metavar="SET", choices=SETS, help=", ".join(SETS))
     parser.add_argument("--source", required=True, metavar="RAW", help="folder of the raw download")
-    parser.add_argument("--output", required=True, metavar="OUT", help="new folder; appears when all of it is there")
+    parser.add_argument(
+        "--output", required=True, metavar="OUT", help="new folder; created once all files are complete"
+    )
     parser.add_argument(
         "--validation",
         choices=("none", "last", "random"),
         default="none",
-        help="images of each class that leave train for a validation split; with none the loader splits off the last "
-        "20 %% of each class, as the original code does [none]",
+        help="how to move images of each class from train to a validation split; with none, the loader splits off the "
+        "last 20 %% of each class, as in the original code [none]",
     )
     parser.add_argument(
-        "--validation-fraction", type=float, metavar="SHARE", help="of each class, in (0, 1), at least one stays [0.2]"
+        "--validation-fraction",
+        type=float,
+        metavar="SHARE",
+        help="fraction of each class, in (0, 1); at least one image stays in train [0.2]",
     )
-    parser.add_argument("--shots", type=int, metavar="K", help="images of each class that stay in train [all]")
-    parser.add_argument("--seed", type=int, help="of `--validation random` and of --shots, which are drawn [0]")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad files out instead of writing nothing")
+    parser.add_argument("--shots", type=int, metavar="K", help="images per class to keep in train [all]")
+    parser.add_argument("--seed", type=int, help="random seed of `--validation random` and `--shots` [0]")
+    parser.add_argument("--skip-bad", action="store_true", help="skip bad files instead of raising an error")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="decoding threads [number of cores, at most 8]")
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="threads that decode [number of cores, at most 8]"
+        "--shard-size", default="256MB", metavar="BYTES", help="largest size of the images in one file [256MB]"
     )
-    parser.add_argument("--shard-size", default="256MB", metavar="BYTES", help="of images in a file at most [256MB]")
 
 
 def run(args: argparse.Namespace) -> str | tuple[str, int]:
-    """What was written, or every problem of the data with status 1."""
+    """Return a summary of the written files, or every problem of the data with status 1."""
     options = ("validation", "validation_fraction", "seed", "shots", "skip_bad", "num_workers", "shard_size")
     try:
         return prepare(SETS[args.set], args.source, args.output, **{name: getattr(args, name) for name in options})
     except UnsoundData as error:
-        return f"{error}\nnothing was written; --skip-bad leaves bad files out", 1
+        return f"{error}\nNothing was written. Use --skip-bad to skip bad files.", 1

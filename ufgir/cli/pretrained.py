@@ -1,4 +1,4 @@
-"""`ufgir pretrained`: the pretrainings of timm that can be loaded."""
+"""`ufgir pretrained`: list the pretrained timm models that can be loaded."""
 
 import argparse
 import json
@@ -10,15 +10,15 @@ from ..utils.text import align
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a glob [all]")
-    parser.add_argument("--json", action="store_true", help="a list of objects, with the whole configuration")
+    parser.add_argument("--json", action="store_true", help="print JSON with the complete configurations")
 
 
 def run(args: argparse.Namespace) -> str:
-    """A table, or JSON."""
+    """Return a table, or JSON."""
     found = select_architectures(args.pattern)
     if args.json:
         return json.dumps([vars(a) | {"fields": dict(a.fields)} for a in found], indent=2)
-    rows = [["name", "image", "patch", "layers", "width", "heads", "MLP", "mean", "std", "licence"]]
+    rows = [["name", "image", "patch", "layers", "width", "heads", "MLP", "mean", "std", "license"]]
     networks = ["network, method"]
     for architecture in found:
         sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")

@@ -1,4 +1,4 @@
-"""`ufgir profile`: what a model costs."""
+"""`ufgir profile`: count tokens, parameters and multiply-adds of a model."""
 
 import argparse
 from collections.abc import Iterator, Mapping
@@ -40,12 +40,11 @@ from .outputs import check_document, check_file, check_folder, told_first
 PAPER_LABELS = 1110
 PAPER_GMACS = {
     (224, 0.1): (5.64, 5.96),
-    (224, 0.25): (6.53, 6.97),  # the three base points at 224 px and 0.25, 0.5, 0.7: as the log has them for another
-    (224, 0.5): (
-        8.82,
-        9.32,
-    ),  # backbone of this shape. It has 6.45, 8.72 and 11.49 for the backbone of the figure, which
-    (224, 0.7): (11.61, 12.18),  # the original code, counted again, does not give.
+    # The base values at 224 px and 0.25, 0.5, 0.7 are logged for another backbone of this shape. For the backbone of the
+    # figure the log has 6.45, 8.72 and 11.49, which a recount with the original code does not reproduce.
+    (224, 0.25): (6.53, 6.97),
+    (224, 0.5): (8.82, 9.32),
+    (224, 0.7): (11.61, 12.18),
     (224, 1.0): (17.57, 18.38),
     (448, 0.1): (24.80, 25.18),
     (448, 0.25): (28.57, 29.00),
@@ -54,59 +53,65 @@ PAPER_GMACS = {
     (448, 1.0): (78.53, 79.52),
 }
 
-# Options of what runs: name -> help.
+# Options of timing and trace: name -> help.
 TIMING = {
-    "batch_size": "images [1]",
-    "threads": "of torch on a CPU [its default]",
-    "repetitions": "timings of each model, interleaved [9]",
+    "batch_size": "images per batch [1]",
+    "threads": "torch threads on a CPU [torch's default]",
+    "repetitions": "interleaved timings per model [9]",
 }
-COMMON_RATE = 0.25  # of --methods
+COMMON_RATE = 0.25  # default keep rate of --methods
 LAYERS = ("layers", "time", "trace", "output", "into", "device", *TIMING)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint: folder or Hub repository [ViT-B/16]")
-    parser.add_argument("--paper", action="store_true", help="all models of the paper's accuracy-over-FLOPs figure")
+    parser.add_argument(
+        "--paper", action="store_true", help="profile all models of the paper's accuracy-over-FLOPs figure"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="NAME",
-        help=f"a row for each of these methods: all, {FREE}, or names [one model]",
+        help=f"compare methods, one row each: all, {FREE}, or names [one model]",
     )
     parser.add_argument(
         "--target-gmacs",
         type=float,
         metavar="X",
-        help="instead of --keep-rate: the largest, the same for all stages, at which an image costs no more",
+        help="choose the largest keep rate, equal in all stages, with at most X GMACs per image (instead of --keep-rate)",
     )
     group = parser.add_argument_group("layers")
-    group.add_argument("--layers", action="store_true", help="tokens, parameters and multiply-adds of each layer")
-    group.add_argument("--time", action="store_true", help="and time, measured beside transformers' dense ViT")
+    group.add_argument("--layers", action="store_true", help="list tokens, parameters and multiply-adds of each layer")
+    group.add_argument(
+        "--time", action="store_true", help="also measure the time of each layer, and of transformers' dense ViT"
+    )
     group.add_argument(
         "--trace", metavar="FILE", help="write a Chrome trace of a forward pass, .json or .json.gz [none]"
     )
+    group.add_argument("--output", metavar="FOLDER", help="folder for the layers as CSV, JSON, Markdown and a figure")
     group.add_argument(
-        "--output", metavar="FOLDER", help="write the layers there, as CSV, JSON, Markdown and a picture"
-    )
-    group.add_argument(
-        "--into", metavar="FILE", help="fill the place `layers`, or `methods`, of a document; the picture beside it"
+        "--into",
+        metavar="FILE",
+        help="insert the result in a document, at its place `layers` or `methods`; the figure is written next to it",
     )
     for name, text in TIMING.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
     group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), help="of time and trace; auto: a GPU if there is one [auto]"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="device of --time and --trace; auto: a GPU if available [auto]",
     )
     add_reduction_options(parser)
     add_network_options(parser)
 
 
 def run(args: argparse.Namespace) -> str:
-    """Two tables."""
+    """Return the tables of the model, of the methods, or of the paper's models."""
     values = config_values(args)
     if args.paper:
         if values or args.model or any(getattr(args, name) for name in (*LAYERS, "methods", "target_gmacs")):
-            raise ValueError("`--paper` takes no model and no other option.")
+            raise ValueError("`--paper` cannot be combined with a MODEL or other options.")
         return paper_table()
     check_target(values, args.target_gmacs, "`--target-gmacs`")
     if args.methods:
@@ -123,9 +128,7 @@ def run(args: argparse.Namespace) -> str:
     dense_macs = count_macs(other)
     macs = macs_in_advance(config)
     if macs is None:
-        note = (
-            "Token counts differ by image: the table shows the most there can be, and GMACs cannot be said in advance."
-        )
+        note = "Token counts depend on the image: the table shows their upper bounds, and GMACs cannot be computed in advance."
         rows.append(["GMACs, one image", "-", f"{dense_macs / 1e9:.3f}", "-"])
     else:
         note = ""
@@ -133,8 +136,8 @@ def run(args: argparse.Namespace) -> str:
     shown = [describe(config), token_table(config), align(rows), note]
     shown = [part for part in shown if part]
     if args.layers or args.trace:
-        told, writing = layers(args, config)
-        shown += told
+        text, writing = layers(args, config)
+        shown += text
         with told_first(shown):
             for written in writing:
                 shown.append(written)
@@ -142,11 +145,11 @@ def run(args: argparse.Namespace) -> str:
 
 
 def methods_table(args: argparse.Namespace, values: Mapping[str, Any]) -> str:
-    """What each of some methods is and costs in one network, all at one keep rate or as nearly at one cost as can be."""
+    """Return a table of methods and their cost in one network, at one keep rate or at most one cost."""
     unwanted = [name for name in LAYERS if name != "into"] + ["reduction", "reduction_kwargs", "keep_tokens"]
     for name in unwanted:
         if getattr(args, name) is not None and getattr(args, name) is not False:
-            raise ValueError(f"`--{name.replace('_', '-')}` does not go with `--methods`.")
+            raise ValueError(f"`--{name.replace('_', '-')}` cannot be combined with `--methods`.")
     if len(args.keep_rate or []) > 1:
         raise ValueError(f"`--keep-rate` must be one number with `--methods`, got {args.keep_rate}.")
     every = args.methods in (["all"], [FREE])
@@ -165,36 +168,36 @@ def methods_table(args: argparse.Namespace, values: Mapping[str, Any]) -> str:
         try:
             facts.append(facts_about(config, name, rate, args.target_gmacs))
         except ValueError as error:
-            notes.append(f"{name} is left out: {shortened(one_sentence(error), 300)}")
+            notes.append(f"{name} is skipped: {shortened(one_sentence(error), 300)}")
     if args.methods == [FREE]:
         facts = [one for one in facts if one.training != "yes"]
     layers = ", ".join(map(str, config.reduction_layers))
-    title = f"{describe(config).partition(chr(10))[0]}; reduced in the layers {layers}"
-    said = [title, *([align(facts_table(facts))] if facts else []), *notes]
-    with told_first(said):
+    title = f"{describe(config).partition(chr(10))[0]}; reduced in layers {layers}"
+    shown = [title, *([align(facts_table(facts))] if facts else []), *notes]
+    with told_first(shown):
         if args.into is not None:
             content = "\n\n".join(
                 [markdown_table(facts_table(facts)), *notes, f"{title}. `{provenance()['command']}`"]
             )
             fill_in(Path(args.into), "methods", content)
-            said.append(f"filled in methods of {args.into}")
-    return "\n\n".join(said)
+            shown.append(f"filled in methods of {args.into}")
+    return "\n\n".join(shown)
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be wrong about the layers is said before anything is computed."""
+    """Check the options of the layers before anything is computed."""
     if not args.layers:
         for name in ("time", "output", "into"):
             if getattr(args, name):
-                raise ValueError(f"`--{name}` is about the layers: add `--layers`.")
+                raise ValueError(f"`--{name}` requires `--layers`.")
     for name in TIMING:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
         if value is not None and not (args.time or args.trace):
-            raise ValueError(f"`--{name.replace('_', '-')}` is about `--time` and `--trace`.")
+            raise ValueError(f"`--{name.replace('_', '-')}` requires `--time` or `--trace`.")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`--device` cuda needs a GPU: torch finds none here.")
+        raise ValueError("`--device` cuda requires a GPU, and torch found none: use cpu.")
     if args.trace is not None:
         check_trace(Path(args.trace))
         check_file(args.trace, "--trace")
@@ -208,7 +211,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], Iterator[str]]:
-    """What each layer costs: a table and how it was measured. And what writes them, and a trace, and tells of each file."""
+    """Profile each layer.
+
+    Returns:
+        Paragraphs (the table, and how it was measured), and an iterator that writes the files and yields a paragraph about each.
+    """
     there = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda" if there else "cpu")
     runs = args.time or args.trace is not None
@@ -221,27 +228,27 @@ def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], 
     generator = torch.Generator().manual_seed(0)
     batch = args.batch_size or 1
     pixels = torch.randn(batch, config.num_channels, *size, generator=generator).to(device) if runs else None
-    told, parts, seconds = [], None, None
+    text, parts, seconds = [], None, None
     if args.time:
         setting = Setting(config.image_size, batch)
-        rival = make_dense(config, setting).to(device).eval()
-        seconds = time_parts([model, rival], pixels, args.threads, args.repetitions or 9)
-        told.append(_timing(rival, pixels, args))
+        dense_model = make_dense(config, setting).to(device).eval()
+        seconds = time_parts([model, dense_model], pixels, args.threads, args.repetitions or 9)
+        text.append(_timing(dense_model, pixels, args))
     if args.layers:
         parts = profile_layers(model, dense, config, seconds)
-        told = [align(layer_table(parts)), *told]
+        text = [align(layer_table(parts)), *text]
 
     def write() -> Iterator[str]:
         if parts is not None:
-            yield from _written(args, config, parts, told[1:])
+            yield from _written(args, config, parts, text[1:])
         if args.trace is not None:
             yield f"wrote {write_trace(model, pixels, Path(args.trace))}: open it in https://ui.perfetto.dev"
 
-    return told, write()
+    return text, write()
 
 
 def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassification:
-    """The weights of a checkpoint, or random ones whose attention is as uneven as after training."""
+    """Load the weights of a checkpoint, or draw random ones whose attention is as uneven as after training."""
     if model is None:
         torch.manual_seed(0)
         config.initializer_range = ATTENTIVE / config.hidden_size**0.5
@@ -251,18 +258,18 @@ def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassifica
     return load_pretrained(model, config, ignore_mismatched_sizes=True)
 
 
-def _timing(rival: nn.Module, pixels: torch.Tensor, args: argparse.Namespace) -> str:
-    """How the times were measured."""
-    whose = "ours" if isinstance(rival, CLCAViTForImageClassification) else "transformers'"
+def _timing(dense_model: nn.Module, pixels: torch.Tensor, args: argparse.Namespace) -> str:
+    """Describe how the times were measured."""
+    whose = "ours" if isinstance(dense_model, CLCAViTForImageClassification) else "transformers'"
     threads = f", {args.threads or torch.get_num_threads()} threads" if pixels.device.type == "cpu" else ""
     return (
         f"Times: medians of {args.repetitions or 9} rounds, this model and the dense one ({whose}) in turn, batch "
-        f"{pixels.shape[0]}, float32, {pixels.device.type}{threads}. The rest of a model is what runs between its parts."
+        f'{pixels.shape[0]}, float32, {pixels.device.type}{threads}. The row "rest" covers operations between the parts.'
     )
 
 
 def _written(args: argparse.Namespace, config: CLCAViTConfig, parts: list[Part], remarks: list[str]) -> Iterator[str]:
-    """Write the layers where they are to be written; a paragraph about each."""
+    """Write the layers and yield a paragraph about each file."""
     facts = provenance()
     content = "\n\n".join([markdown_table(layer_table(parts)), *remarks, f"{origin(facts)}."])
     title = " ".join(describe(config).split("\n")[1:])
@@ -271,13 +278,13 @@ def _written(args: argparse.Namespace, config: CLCAViTConfig, parts: list[Part],
         yield "\n".join(f"wrote {file}" for file in files)
     if args.into is not None:
         document = Path(args.into)
-        picture = draw_layers(parts, document.parent / "figures" / "profile_layers.png", title)
-        fill_in(document, "layers", content, [picture])
+        figure = draw_layers(parts, document.parent / "figures" / "profile_layers.png", title)
+        fill_in(document, "layers", content, [figure])
         yield f"filled in layers of {document}"
 
 
 def token_table(config: CLCAViTConfig) -> str:
-    """Tokens that enter each layer, that leave it, and that the cache appends, CLS and all included."""
+    """Return a table of the tokens that enter and leave each layer and those retrieved from the cache, including CLS."""
     schedule = token_schedule(config)
     recovery = recovery_layers(config)
     rows = [["layer", "tokens in", "tokens out", "retrieved"]]
@@ -289,7 +296,7 @@ def token_table(config: CLCAViTConfig) -> str:
 
 
 def paper_table() -> str:
-    """Our counts beside the paper's, for all twenty models of its figure of accuracy over FLOPs."""
+    """Return our counts and the paper's for the twenty models of its accuracy-over-FLOPs figure."""
     rows = [["image", "keep rate", "EViT", "paper", "difference", "EViT + CLCA", "paper", "difference"]]
     for (size, rate), published in PAPER_GMACS.items():
         row = [f"{size} px", str(rate)]

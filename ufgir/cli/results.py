@@ -1,4 +1,4 @@
-"""`ufgir results`: runs gathered into tables and figures."""
+"""`ufgir results`: collect runs in tables and figures."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from .outputs import check_file, check_folder, told_first
 
 
 FIGURES = ("gmacs", "throughput", "box", "ablation", "gradients")
-PICTURES = (".png", ".svg", ".pdf")
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 EPILOG = """
   ufgir results runs/study                                   the table, as text
   ufgir results runs/study --output results                  results.csv, summary.csv, results.md and figures
-  ufgir results runs/study --output results.csv              a row a run
+  ufgir results runs/study --output results.csv              one row per run
   ufgir results runs/study --by variant,keep_rate --figure ablation --output results
   ufgir results results/summary.csv --where keep_rate=0.1 --figure box --output box.png
 
-Deviations are sample deviations over the runs of a row, which differ in nothing but the seed unless --by says so.
+The std is the sample std over the runs of a row, which differ only in the seed unless --by pools others.
 """
 
 
@@ -31,51 +31,51 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FOLDER|SUMMARY.csv",
-        help="folders with runs, at any depth; or one summary.csv that this command wrote",
+        help="folders that are searched for runs, or one summary.csv of this command",
     )
     parser.add_argument(
         "--by",
         metavar="COLUMN,COLUMN",
-        help="columns whose values have a row each [dataset, backbone, image_size, method, keep_rate, variant and what "
-        "else differs but the seed]",
+        help="columns to group the runs by, one row per combination of values [dataset, backbone, image_size, method, "
+        "keep_rate, variant and all other columns that differ, except the seed]",
     )
     parser.add_argument(
-        "--where", action="append", default=[], metavar="COLUMN=VALUE,VALUE", help="only such runs [all]"
+        "--where", action="append", default=[], metavar="COLUMN=VALUE,VALUE", help="only runs with these values [all]"
     )
     parser.add_argument(
         "--metric",
         default="top1",
-        help="top1, top5, macro_f1, ..., on test else on validation images, or a column [top1]",
+        help="top1, top5, macro_f1, ... on the test split (else validation), or a column [top1]",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER|FILE",
-        help="a folder for tables and figures; or one .csv, a row a run, one .md, or one picture [print the table only]",
+        help="folder for tables and figures, or one file: .csv (one row per run), .md, .png, .svg or .pdf [print only]",
     )
     parser.add_argument(
         "--figure",
         nargs="+",
         choices=FIGURES,
         metavar="NAME",
-        help=f"of {', '.join(FIGURES)}: as PNG and PDF in the folder [gmacs and throughput]",
+        help=f"figures to write as PNG and PDF: {', '.join(FIGURES)} [gmacs and throughput]",
     )
-    parser.add_argument("--title", help="above each figure [none]")
+    parser.add_argument("--title", help="title of each figure [none]")
 
 
 def run(args: argparse.Namespace) -> str:
-    """The table, what is not finished, and what was written."""
+    """Return the table, the unfinished runs and the written files."""
     from ..runs import tables as run_tables
 
     kind = args.output.suffix if args.output else None
     if args.figure and (args.output is None or kind in (".csv", ".md")):
-        raise ValueError("`--figure` needs as `--output` a folder, or for one figure a .png, .svg or .pdf file")
-    if kind in PICTURES and len(args.figure or ()) != 1:
+        raise ValueError("`--figure` requires `--output`: a folder, or for one figure a .png, .svg or .pdf file.")
+    if kind in FIGURE_SUFFIXES and len(args.figure or ()) != 1:
         raise ValueError(
-            f"`--output` {args.output} is one picture: name it with `--figure`, one of {', '.join(FIGURES)}"
+            f"`--output` {args.output} takes one figure: choose it with `--figure`, one of {', '.join(FIGURES)}."
         )
     if args.output is not None:
-        (check_file if kind in (".csv", ".md", *PICTURES) else check_folder)(args.output)
+        (check_file if kind in (".csv", ".md", *FIGURE_SUFFIXES) else check_folder)(args.output)
     by = [name.strip().replace("-", "_") for name in args.by.split(",")] if args.by else None
     rows, records = None, RunRecords([], {})
     if len(args.sources) == 1 and args.sources[0].suffix == ".csv":
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> str:
     else:
         records = read_run_records(args.sources)
         if not records.finished:
-            return f"No run is finished.\n{_unfinished(records)}"
+            return f"There is no finished run.\n{_unfinished(records)}"
         rows = run_tables.matching(run_tables.run_rows(records.finished), args.where)
         metric = run_tables.default_metric(rows, args.metric)
         by = [run_tables.known_column(name, rows, "--by") for name in by] if by else run_tables.default_factors(rows)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> str:
             written = [write_text_atomically(args.output, text + "\n")]
     else:
         written = _write_figures(args, rows, by, summary, text)
-    return "\n".join([text, "", *(f"written: {path}" for path in written)])
+    return "\n".join([text, "", *(f"wrote {path}" for path in written)])
 
 
 def _write_figures(
@@ -116,7 +116,9 @@ def _write_figures(
     from ..utils import plotting as figures
 
     if "gradients" in (args.figure or ()) and rows is None:
-        raise ValueError("`--figure` gradients needs the folders of the runs, a summary does not hold them")
+        raise ValueError(
+            "`--figure` gradients requires the folders of the runs; a summary does not contain gradients."
+        )
     speed = "model_images_per_second" if all(r["model_images_per_second"] for r in summary) else "images_per_second"
     draw = {
         "gmacs": lambda: paper_figures.draw_cost(summary, "gmacs", args.title),
@@ -130,13 +132,11 @@ def _write_figures(
     ]
     written = []
     with figures.style():
-        drawn = {
-            name: draw[name]() for name in names
-        }  # before anything is written: what cannot be drawn is told first
+        drawn = {name: draw[name]() for name in names}  # before anything is written, so that errors come first
         with told_first([text]):
-            if args.output.suffix in PICTURES:
+            if args.output.suffix in FIGURE_SUFFIXES:
                 return [figures.save_figure(drawn[names[0]], args.output)]
-            if rows is not None:  # from a summary only figures are asked for
+            if rows is not None:  # a summary gives figures only
                 written.append(write_csv(args.output / "results.csv", rows))
                 written.append(write_csv(args.output / "summary.csv", summary))
                 written.append(write_text_atomically(args.output / "results.md", text + "\n"))
@@ -149,11 +149,11 @@ def _unfinished(records: RunRecords) -> str:
     if not records.unfinished:
         return ""
     lines = [f"- {folder}: {why}" for folder, why in records.unfinished.items()]
-    return f"Not finished, and not in the table: {len(lines)} runs\n\n" + "\n".join(lines)
+    return f"Unfinished runs, not in the table: {len(lines)}\n\n" + "\n".join(lines)
 
 
 def _repeated(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> str:
-    """A warning if a seed stands twice for the same settings: the deviation would be too small."""
+    """Return a warning if runs have the same settings and the same seed, which makes the std too small; else an empty text."""
     seen: dict[tuple, str] = {}
     for row in rows:
         key = (*(str(row[name]) for name in by), row["seed"])

@@ -1,4 +1,4 @@
-"""`ufgir sweep`: a grid of runs."""
+"""`ufgir sweep`: run a grid of trainings."""
 
 import argparse
 import logging
@@ -15,23 +15,23 @@ EPILOG = """
   ufgir sweep recipes/demo.yaml --variant small:hidden_size=96,num_attention_heads=3 big:hidden_size=192,num_attention_heads=6 \\
       --output runs/sizes --devices cuda:0,cuda:1
 
-Commas stand between alternatives, blanks (or brackets) within a value that is a list. The same command, given again,
-goes on: finished runs are skipped, interrupted ones resumed from their last checkpoint, failed ones tried again. More
-values can be added to a grid at any time. Each run is one process, its output in FOLDER/logs. `ufgir results` gathers what
-came out.
+Commas separate alternatives; spaces (or brackets) separate the items of a list value. Run the same command again to
+continue: finished runs are skipped, interrupted runs resume from their last checkpoint, failed runs are tried again. You
+can add values to a grid at any time. Each run is one process with its output in FOLDER/logs. Collect the results with
+`ufgir results`.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML or JSON file of run_ufgir.py's options")
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML or JSON file with options of run_ufgir.py")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="OPTION=VALUE,VALUE",
-        help="an option of run_ufgir.py and the values to try; again for further options: all combinations are run",
+        help="option of run_ufgir.py and the values to try; repeat it for further options, all combinations are run",
     )
     parser.add_argument(
         "--variant",
@@ -39,31 +39,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME[:OPTION=VALUE,OPTION=VALUE]",
-        help="alternatives that set several options together; base, clc, cla and clca are known [none]",
+        help="alternatives that set several options together; base, clc, cla and clca are predefined [none]",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FOLDER", help="of the sweep, a folder a run in it"
+        "--output", required=True, type=Path, metavar="FOLDER", help="folder of the sweep, with one folder per run"
     )
     parser.add_argument(
         "--devices",
         default="",
         metavar="DEVICE,DEVICE",
-        help="cuda:0, ... or cpu, one process on each, or all GPUs: all [the first GPU, else the CPU]",
+        help="devices to run on, such as cuda:0,cuda:1 or cpu; all for all GPUs [the first GPU, else the CPU]",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once on each device [1]")
-    parser.add_argument(
-        "--max-failures", type=int, metavar="N", help="start no more runs after so many have failed [no limit]"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check and list the runs, and write nothing")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent processes per device [1]")
+    parser.add_argument("--max-failures", type=int, metavar="N", help="start no more runs after N failures [no limit]")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the runs without starting them")
 
 
 def run(args: argparse.Namespace) -> str | tuple[str, int]:
-    """The runs, or how they ended; status 1 if any failed, 130 after Ctrl-C."""
+    """Run the grid and return a summary, or list the runs; status 1 if any failed, 130 after Ctrl-C."""
     from ..runs.queue import RunQueue, make_slots
     from ..runs.sweep import Grid
 
     if args.max_failures is not None and args.max_failures < 1:
-        raise ValueError(f"`--max-failures` must be 1 or more, got {args.max_failures}")
+        raise ValueError(f"`--max-failures` must be at least 1, got {args.max_failures}.")
     slots = make_slots([device.strip() for device in args.devices.split(",") if device.strip()], args.jobs)
     queue = RunQueue(Grid(args.recipe, args.set, args.variant), args.output)
     if args.dry_run:
@@ -79,4 +77,4 @@ def run(args: argparse.Namespace) -> str | tuple[str, int]:
     return queue.summary(), 1 if queue.failed else 0
 
 
-_PLANS = {"start": "to start", "resume": "to go on from a checkpoint", "finished": "finished"}
+_PLANS = {"start": "to start", "resume": "to resume from a checkpoint", "finished": "finished"}

@@ -1,4 +1,4 @@
-"""`ufgir visualize`: pictures of what a model looks at, keeps and merges."""
+"""`ufgir visualize`: draw what a model attends to, keeps and merges."""
 
 import argparse
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from .common import add_reduction_options, check_rates, config_values, load_imag
 from .outputs import check_file
 
 
-GRID = "grid"  # the value of --what that puts several pictures side by side
+GRID = "grid"  # the value of --what for several figures side by side
 # The options of a grid.
 GRID_OPTIONS = {
-    "of": Option("kind of picture; the last column of it is shown", "kept", choices=KINDS),
-    "models": Option("checkpoints beside MODEL", nargs="+", metavar="MODEL"),
-    "methods": Option("names as of --reduction", "the checkpoint's", nargs="+", metavar="METHOD"),
-    "keep_rates": Option("in (0, 1]", "the checkpoint's", type=float, nargs="+", metavar="RATE"),
+    "of": Option("kind of figure, of which the last column is shown", "kept", choices=KINDS),
+    "models": Option("further checkpoints", nargs="+", metavar="MODEL"),
+    "methods": Option("methods, as for --reduction", "the checkpoint's", nargs="+", metavar="METHOD"),
+    "keep_rates": Option("keep rates in (0, 1]", "the checkpoint's", type=float, nargs="+", metavar="RATE"),
 }
 LARGEST_SIDE = 4096
 
@@ -34,7 +34,7 @@ LARGEST_SIDE = 4096
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint: folder or Hub repository")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files, one row each")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, one row per image")
     parser.add_argument(
         "--what",
         default="kept",
@@ -42,12 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=" ".join(f"{name}: {kind.help}." for name, kind in KINDS.items())
         + f" {GRID}: one of these for several models, methods or keep rates side by side [%(default)s]",
     )
-    parser.add_argument("--output", metavar="FILE", help="picture to write [kept_patches.png, else WHAT.png]")
-    parser.add_argument("--side", type=int, default=224, help="pixels of a picture's longer side [%(default)s]")
+    parser.add_argument("--output", metavar="FILE", help="figure to write [kept_patches.png, or WHAT.png]")
+    parser.add_argument("--side", type=int, default=224, help="longer side of a figure, pixels [%(default)s]")
     parser.add_argument(
-        "--interpolate-pos-encoding", action="store_true", help="accept images of another size than the model's [no]"
+        "--interpolate-pos-encoding", action="store_true", help="accept other image sizes than the model's [no]"
     )
-    group = parser.add_argument_group("what to draw, each for some kinds only")
+    group = parser.add_argument_group("options of some kinds of figures")
     for name, option in _options_of_kinds().items():
         _add(group, name, option)
     group = parser.add_argument_group("grid: what to put side by side")
@@ -57,12 +57,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _takers(option: str) -> list[str]:
-    """The kinds that take an option."""
+    """Return the kinds that take an option."""
     return [name for name, kind in KINDS.items() if option in kind.options]
 
 
 def _options_of_kinds() -> dict[str, Option]:
-    """The options of all kinds. The help names the kinds, and their defaults where those differ."""
+    """Return the options of all kinds. The help lists the kinds, and their defaults if these differ."""
     options = {}
     for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.options):
         takers = {kind: KINDS[kind].options[name] for kind in _takers(name)}
@@ -75,7 +75,7 @@ def _options_of_kinds() -> dict[str, Option]:
 
 
 def _add(group: argparse._ArgumentGroup, name: str, option: Option) -> None:
-    """Add the argument of an option. It is None unless it is given."""
+    """Add the argument of an option; its default is None."""
     group.add_argument(
         _flag(name),
         type=option.type,
@@ -94,10 +94,10 @@ def _flag(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Writes the picture."""
+    """Write the figure."""
     output = Path(args.output or ("kept_patches.png" if args.what == "kept" else f"{args.what}.png"))
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"`--output` must end in .png, .jpg or another picture format, got {output}.")
+        raise ValueError(f"`--output` must end in .png, .jpg or another image format, got {output}.")
     if not 1 <= args.side <= LARGEST_SIDE:
         raise ValueError(f"`--side` must be between 1 and {LARGEST_SIDE}, got {args.side}.")
     check_rates(args.keep_rates, "--keep-rates")
@@ -114,25 +114,25 @@ def run(args: argparse.Namespace) -> str:
     }
     if args.what == GRID:
         variants, rows, columns = _variants(args, values)
-        # all checked before any is loaded
+        # check all before loading any
         configs = [(path, _config(path, changes, args)) for path, changes in variants]
         check_meaning(variants[0][1] | values, [config for _, config in configs])
-        picture = comparison(kind, _load_all(configs, notes), columns, rows=rows, **shared)
+        figure = comparison(kind, _load_all(configs, notes), columns, rows=rows, **shared)
     else:
         config = _config(args.model, values, args)
         check_meaning(values, [config])
-        picture = draw(kind, *next(_load_all([(args.model, config)], notes)), **shared)
-    return "\n".join([f"wrote {save_image(picture, output)}", *notes])
+        figure = draw(kind, *next(_load_all([(args.model, config)], notes)), **shared)
+    return "\n".join([f"wrote {save_image(figure, output)}", *notes])
 
 
 def _titles(files: list[str]) -> list[str]:
-    """The files' names, with their folders where names repeat."""
+    """Return the file names, with their folders if names repeat."""
     names = [Path(file).name for file in files]
     return names if len({*names}) == len(names) else [str(Path(*Path(file).parts[-2:])) for file in files]
 
 
 def _name(args: argparse.Namespace) -> str:
-    """The name of the kind of picture, in a grid as well."""
+    """Return the kind of figure, also for a grid."""
     return (args.of or "kept") if args.what == GRID else args.what
 
 
@@ -141,7 +141,7 @@ def _kind(args: argparse.Namespace) -> Kind:
 
 
 def _warn_of_options(args: argparse.Namespace) -> None:
-    """Warn once of options that were given and that the picture does not take."""
+    """Warn once about given options that the kind of figure does not take."""
     taken = {*_kind(args).options, *(GRID_OPTIONS if args.what == GRID else ())}
     given = [name for name in (*_options_of_kinds(), *GRID_OPTIONS) if getattr(args, name) is not None]
     requirements = [
@@ -155,7 +155,7 @@ def _warn_of_options(args: argparse.Namespace) -> None:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the kind of picture that were given, as its function takes them."""
+    """Return the given options of the kind of figure, as arguments of its function."""
     options = _kind(args).options
     return {n: option.convert(getattr(args, n)) for n, option in options.items() if getattr(args, n) is not None}
 
@@ -163,12 +163,12 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _variants(
     args: argparse.Namespace, values: dict[str, Any]
 ) -> tuple[list[tuple[str, dict[str, Any]]], list[str], list[str]]:
-    """Checkpoints and changes to their configurations, row by row, and the names of rows and columns."""
+    """Return checkpoints with configuration changes, row by row, and the names of rows and columns."""
     if not (args.models or args.methods or args.keep_rates):
-        raise ValueError("`--what grid` needs something to put side by side: --models, --methods or --keep-rates.")
+        raise ValueError("`--what grid` requires `--models`, `--methods` or `--keep-rates`.")
     for several, one in (("methods", "reduction"), ("keep_rates", "keep_rate"), ("keep_rates", "keep_tokens")):
         if getattr(args, several) and getattr(args, one) is not None:
-            raise ValueError(f"`{_flag(several)}` takes the place of `{_flag(one)}`: give one.")
+            raise ValueError(f"`{_flag(several)}` cannot be combined with `{_flag(one)}`: remove one of them.")
     models = [args.model, *(args.models or [])]
     names, variants = [], []
     for model in models:
@@ -198,18 +198,18 @@ def _config(model: str, values: dict[str, Any], args: argparse.Namespace) -> CLC
 def _load_all(
     configs: list[tuple[str, CLCAViTConfig]], notes: list[str]
 ) -> Iterator[tuple[CLCAViTForImageClassification, BaseImageProcessor]]:
-    """Models and image processors, each when it is asked for; what is not trained is noted."""
+    """Load models and image processors one by one; append a note about untrained weights."""
     for path, config in configs:
         image_processor = load_image_processor(path, config)
         model, untrained = load_model(path, config, spare=EVERYTHING)
         new = [name for name in untrained if ".reduction." in name]
-        # no picture needs the head
+        # no figure needs the head
         others = [name for name in untrained if name not in new and not name.startswith(HEAD)]
         for names, what in (
             (new, f"weights of {config.reduction}: its {len(new)} are"),
             (others, some_of(others) + ": they are"),
         ):
-            note = f"{path} holds no {what} random (seed 0), not trained."
+            note = f"{path} does not contain {what} random (seed 0), not trained."
             if names and note not in notes:
                 notes.append(note)
         yield model, image_processor
