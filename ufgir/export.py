@@ -1,7 +1,7 @@
-"""A trained model as a file that runs without Python: ONNX, or a program of torch.export. Needs the extra `export` for ONNX.
+"""Export a trained model to ONNX (requires the extra `export`) or a torch.export program, which run without Python.
 
-What is exported maps normalised `pixel_values` (batch, 3, height, width) to `logits` (batch, classes), for any batch size,
-at the image size and keep rate of the model: token counts are written into the graph, so a keep rate has a file of its own.
+The exported program maps normalized `pixel_values` (batch, 3, height, width) to `logits` (batch, classes), for any batch size, at
+the image size and keep rate of the model. Token counts are constants of the graph, so each keep rate has its own file.
 """
 
 import copy
@@ -27,11 +27,11 @@ from .utils.files import whole_files
 logger = logging.getLogger(__name__)
 
 FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
-CHECKED_BATCHES = (1, 3)  # images in the batches that the file is compared with the model on
-LARGEST_ONNX = 2**31 - 2**20  # bytes that protobuf takes; weights beyond lie in a file beside
+CHECKED_BATCHES = (1, 3)  # batch sizes of the comparison between file and model
+LARGEST_ONNX = 2**31 - 2**20  # size limit of protobuf, bytes; larger weights are stored in a second file
 
-# Operators of the support matrix that onnx-tensorrt publishes (docs/operators.md, TensorRT 10), as far as ViTs and reductions
-# may use them. Written down by hand; nothing was run on TensorRT.
+# Operators in the support matrix of onnx-tensorrt (docs/operators.md, TensorRT 10) that ViTs and reductions may use. Copied by
+# hand; not tested on TensorRT.
 TENSORRT_OPERATORS = frozenset(
     [
         "Abs",
@@ -124,15 +124,15 @@ TENSORRT_OPERATORS = frozenset(
 
 
 class Exported(NamedTuple):
-    """What came of an export.
+    """Result of an export.
 
     Attributes:
         path: the file.
-        difference: the largest absolute difference of its logits from the model's.
-        operators: operator -> how often it stands in the graph; one that reduces what meets in a place is called by its
-            reduction, too: `ScatterElements (add)`.
-        not_in_tensorrt: those that TensorRT's published list lacks; of ONNX only.
-        doubtful_in_tensorrt: those that the list has, but without a word of the reduction that is asked of them here.
+        difference: largest absolute difference between its logits and the model's.
+        operators: operator -> number of occurrences in the graph; scatter operators with a reduction include its name:
+            `ScatterElements (add)`.
+        not_in_tensorrt: operators that TensorRT's published list does not contain; ONNX only.
+        doubtful_in_tensorrt: listed operators whose reduction the list does not mention.
     """
 
     path: Path
@@ -143,7 +143,7 @@ class Exported(NamedTuple):
 
 
 class _Logits(nn.Module):
-    """Pixels in, logits out."""
+    """Return only the logits of a model."""
 
     def __init__(self, model: CLCAViTForImageClassification) -> None:
         super().__init__()
@@ -154,22 +154,22 @@ class _Logits(nn.Module):
 
 
 def check_exportable(config: CLCAViTConfig) -> None:
-    """Refuse a model that no graph can hold.
+    """Check that a model can be exported.
 
     Raises:
-        ValueError: a method whose token counts depend on the image, or whose graph would be too large.
+        ValueError: if the method's token counts depend on the image, or its graph would be too large.
     """
     method = get_reduction(config.reduction)
     if not method.is_static(config):
         raise ValueError(
-            f"`reduction`={config.reduction!r} keeps another number of tokens of each image, which no exported graph can. "
-            'Set `reduction_kwargs` to {"pad_to_bound": true}: it then pads to the most there can be.'
+            f"`reduction`={config.reduction!r} keeps a different number of tokens for each image, so it cannot be exported. "
+            'Set `reduction_kwargs` to {"pad_to_bound": true} to pad to the upper bound.'
         )
     most = method.most_exported_patches
     if most is not None and config.num_patches > most:
         raise ValueError(
-            f"`reduction`={config.reduction!r} is exported for images of at most {most} patches, and the model's have "
-            f"{config.num_patches}: the graph would hold too many operators. Use smaller images or another method."
+            f"`reduction`={config.reduction!r} can be exported for at most {most} patches per image, got {config.num_patches}: "
+            "the graph would have too many operators. Use smaller images or another method."
         )
 
 
@@ -179,17 +179,17 @@ def export_model(
     metadata: Mapping[str, Any] | None = None,
     tolerance: float = 1e-3,
 ) -> Exported:
-    """Write `model` to `path`, atomically, once the file has been checked against it.
+    """Export `model` to `path` atomically, after comparing the file with the model.
 
     Args:
-        model: of any method with static shapes; it stays as it is.
-        path: ends in .onnx or .pt2.
-        metadata: stored in the file beside the model's own: reduction, keep rate, image size, class names. Values are JSON.
-        tolerance: the largest difference of logits between file and model on random images at which the file is written.
+        model: model with a method of static shapes; it is not changed.
+        path: file that ends in .onnx or .pt2.
+        metadata: JSON values to store in the file, in addition to reduction, keep rate, image size and class names.
+        tolerance: largest accepted difference of logits between file and model on random images.
 
     Raises:
-        ValueError: another ending, a folder, a method whose token counts depend on the image or whose graph would be too large, a
-            package that is missing, or a file whose logits differ.
+        ValueError: if `path` has another suffix or is a folder, token counts depend on the image, the graph would be too large, a
+            package is missing, or the logits differ by more than `tolerance`.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -216,7 +216,7 @@ def export_model(
         if not difference <= tolerance:
             raise ValueError(
                 f"the {FORMATS[path.suffix]} file differs from the model by {difference:.1e} in its logits, more than "
-                f"`tolerance`={tolerance}: it was not written."
+                f"`tolerance`={tolerance}. It was not written."
             )
     names = sorted(operators) if path.suffix == ".onnx" else []
     listed = [name for name in names if name.partition(" ")[0] in TENSORRT_OPERATORS]
@@ -227,14 +227,14 @@ def export_model(
 def export_budgets(
     model: CLCAViTForImageClassification, path: str | os.PathLike, keep_rates: list[float], **kwargs: Any
 ) -> list[Exported]:
-    """One file per keep rate of the same model: `leaves.onnx` becomes `leaves-keep0.1.onnx` and so on.
+    """Export a model at several keep rates, one file each: `leaves.onnx` becomes `leaves-keep0.1.onnx` and so on.
 
     Args:
         keep_rates: each in (0, 1], for all stages.
         kwargs: see `export_model`.
 
     Raises:
-        ValueError: see `budget_files`; what `export_model` and `set_keep_rate` refuse, e.g. methods whose slots are parameters.
+        ValueError: see `budget_files`, `export_model` and `set_keep_rate`, e.g. for methods whose slots are parameters.
     """
     exported = []
     for rate, file in budget_files(path, keep_rates).items():
@@ -245,10 +245,10 @@ def export_budgets(
 
 
 def budget_files(path: str | os.PathLike, keep_rates: Sequence[float]) -> dict[float, Path]:
-    """Keep rate -> the file that `export_budgets` writes for it.
+    """Return the file that `export_budgets` writes for each keep rate.
 
     Raises:
-        ValueError: two rates have the same file.
+        ValueError: if two rates have the same file.
     """
     path, files = Path(path), {}
     for rate in keep_rates:
@@ -263,7 +263,7 @@ def budget_files(path: str | os.PathLike, keep_rates: Sequence[float]) -> dict[f
 
 
 def _example(program: _Logits, count: int) -> torch.Tensor:
-    """Random images (count, C, height, width), the same at each call."""
+    """Return random images (count, C, height, width), the same at each call."""
     config = program.model.config
     generator = torch.Generator().manual_seed(count)
     return torch.randn(count, config.num_channels, *as_pair(config.image_size), generator=generator)
@@ -281,7 +281,7 @@ def _write_torch(
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}}
     with torch.no_grad():
         exported = torch.export.export(program, (_example(program, 2),), dynamic_shapes=shapes)
-    content = io.BytesIO()  # where the disk is full while torch itself writes a file, it ends the process
+    content = io.BytesIO()  # if the disk is full, torch ends the process when it writes the file itself
     torch.export.save(exported, content, extra_files=facts)
     path.write_bytes(content.getbuffer())
     calls = (str(node.target) for node in exported.graph.nodes if node.op == "call_function")
@@ -289,17 +289,17 @@ def _write_torch(
 
 
 def import_onnx() -> None:
-    """Import what ONNX files are written with, and let its exporter be silent.
+    """Import the packages for ONNX files, and silence the log of the exporter.
 
     Raises:
-        ValueError: a package is missing.
+        ValueError: if a package is missing.
     """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise ValueError(f"ONNX needs the package {error.name}: pip install 'clca-vit[export]'.") from error
+        raise ValueError(f"ONNX export requires the package {error.name}: pip install 'clca-vit[export]'.") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
@@ -330,6 +330,6 @@ def _write_onnx(
 
 
 def _operator(node: Any) -> str:
-    """Name of a node's operator, with its reduction if it has one."""
+    """Return the operator of a node, with its reduction if it has one."""
     reductions = [a.s.decode() for a in node.attribute if a.name == "reduction" and a.s not in (b"", b"none")]
     return f"{node.op_type} ({reductions[0]})" if reductions else node.op_type

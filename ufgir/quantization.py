@@ -1,9 +1,9 @@
-"""Smaller models for inference: int8 weights by torchao, saved and loaded by transformers. Needs the extra `quantization`.
+"""Quantize models for inference: int8 weights by torchao, saved and loaded by transformers. Requires the extra `quantization`.
 
 ```python
 model = quantize_model(CLCAViTForImageClassification.from_pretrained("outputs/mine"))
 model.save_pretrained("outputs/mine-int8")
-model = CLCAViTForImageClassification.from_pretrained("outputs/mine-int8")  # config.json says how
+model = CLCAViTForImageClassification.from_pretrained("outputs/mine-int8")  # config.json has the scheme
 ```
 """
 
@@ -13,37 +13,37 @@ from clca import CLCAViTForImageClassification
 
 
 SCHEMES = ("int8",)
-# They are small, and a token that a rounded score drops is gone.
+# Small layers; rounding errors in a score would drop other tokens.
 NOT_QUANTIZED = (r"vit\.layers\.\d+\.reduction", "classifier")
 _REFUSED = {
-    "int4": "torchao's int4 weights need the kernels of the package mslk, which run on GPUs, and fail on a CPU",
+    "int4": "the int4 weights of torchao require GPU kernels of the package mslk, so they fail on a CPU",
 }
 
 
 def quantize_model(model: CLCAViTForImageClassification, scheme: str = "int8") -> CLCAViTForImageClassification:
-    """Store the weights of the linear layers of `model` as int8 numbers, one scale per output channel; activations stay as they
-    are. Reductions, head, embeddings and norms keep their precision.
+    """Convert the weights of the linear layers of `model` to int8, with one scale per output channel. Activations, reductions, head,
+    embeddings and norms keep their precision.
 
     Args:
         model: is changed in place, and cannot be trained afterwards.
-        scheme: "int8", the only one that runs everywhere.
+        scheme: "int8", the only scheme that runs on all devices.
 
     Returns:
-        `model`, which `save_pretrained` and `from_pretrained` treat like any other.
+        `model`; `save_pretrained` and `from_pretrained` work as for other models.
 
     Raises:
-        ValueError: another scheme, or a model that is quantised already.
-        ImportError: torchao is not installed.
+        ValueError: if `scheme` is unknown, or the model is already quantized.
+        ImportError: if torchao is not installed.
     """
     if scheme not in SCHEMES:
         why = f": {_REFUSED[scheme]}" if scheme in _REFUSED else ""
         raise ValueError(f"`scheme` must be {' or '.join(map(repr, SCHEMES))}, got {scheme!r}{why}.")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("`model` is quantised already.")
+        raise ValueError("`model` is already quantized.")
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ImportError("Quantisation needs torchao: pip install 'clca-vit[quantization]'.") from error
+        raise ImportError("Quantization requires torchao: pip install 'clca-vit[quantization]'.") from error
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module

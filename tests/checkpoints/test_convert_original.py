@@ -215,7 +215,7 @@ def test_the_command(tmp_path: Path, evit_file: Path, evit: Golden, capsys: pyte
         ([str(evit_file), *new, "--class-names", str(empty)], "`--class-names` must be a file"),
         ([str(evit_file)], "--output"),
         ([str(evit_file), "--output", str(output)], "set `overwrite`"),
-        ([str(evit_file), "--output", str(empty)], "was not made by a conversion"),
+        ([str(evit_file), "--output", str(empty)], "not written by a conversion"),
         ([str(evit_file), "--output", str(half)], "`--output` must be a folder, got the file"),
     ):
         with pytest.raises(SystemExit) as stop:

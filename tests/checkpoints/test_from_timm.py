@@ -122,7 +122,7 @@ def test_clca_starts_from_the_source(caplog):
         model = load("vit", **config, cross_layer_cache=True, num_clr_tokens=2)
     embeddings = model.vit.embeddings
     assert torch.equal(embeddings.clr_tokens, embeddings.cls_token.expand(1, 2, -1))
-    new = caplog.text.partition("New, not from the source: ")[2].split(".\n")[0].split(", ")
+    new = caplog.text.partition("not in the source: ")[2].split(".\n")[0].split(", ")
     kinds = ("vit.embeddings.clr_", "classifier.", "vit.layers.1.reduction.")
     assert new and all(key.startswith(kinds) for key in new)
     assert {key.split(".")[0] for key in new} == {"vit", "classifier"}

@@ -51,7 +51,7 @@ class TestErrors:
             ("no-such/repository", r"has no readable config\.json"),
             ("/no/such/folder", "is not a folder"),
             (__file__, "is not a folder"),
-            (3, "must be a folder or a Hub repository, got an object of int"),
+            (3, "must be a folder or a Hub repository, got int"),
         ],
     )
     def test_no_such_source(self, name, message):

@@ -169,7 +169,7 @@ def test_local_things_are_not_claimed_to_be_on_the_hub(tmp_path, config):
 def test_text(tmp_path, config):
     text = card(tmp_path, config).text
     assert "| test | 50.00 | 90.00 | 40.00 |" in text
-    assert "| GMACs an image | 5.960 | 17.570 |" in text and "33.9 %" in text
+    assert "| GMACs per image | 5.960 | 17.570 |" in text and "33.9 %" in text
     assert "train 1,234, validation 20" in text and "3 classes" in text and "{e}" in text
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1))
     assert settings == {"learning_rate": 0.001, "keep_rate": [0.5], "dataset": "a: b"}
@@ -178,8 +178,8 @@ def test_text(tmp_path, config):
 
 def test_a_cost_that_differs_by_image_is_told_as_such(tmp_path, config):
     text = card(tmp_path, config, macs=None).text
-    assert "| GMACs an image | differs by image | 17.570 |" in text and "of the dense backbone's" not in text
-    assert "its multiply-adds cannot be said in advance. 86,000,000 parameters." in text
+    assert "| GMACs per image | differs by image | 17.570 |" in text and "of the dense backbone's" not in text
+    assert "86,000,000 parameters." in text
 
 
 def test_description_says_what_the_model_is(config):

@@ -111,10 +111,10 @@ def test_profile_says_where_counts_differ_by_image(capsys):
     options = ["profile", *TINY_OPTIONS, "--reduction", "ats", "--keep-rate", "0.5", "--reduction-layers", "1"]
     assert cli.main(options) == 0
     text = capsys.readouterr().out
-    assert "Token counts differ by image" in text and table(text, "GMACs, one image")[0::2] == ["-", "-"]
+    assert "Token counts depend on the image" in text and table(text, "GMACs, one image")[0::2] == ["-", "-"]
     assert cli.main([*options, "--reduction-kwargs", '{"pad_to_bound": true}']) == 0
     text = capsys.readouterr().out
-    assert "differ by image" not in text and table(text, "GMACs, one image")[0] != "-"
+    assert "Token counts" not in text and table(text, "GMACs, one image")[0] != "-"
 
 
 def test_the_paper_table_is_within_half_a_percent(capsys):
@@ -158,7 +158,7 @@ def test_visualize_a_stock_checkpoint(tmp_path, stock_checkpoint, pictures):
         (["profile", "--paper", "--head", "cla"], "--paper"),
         (["profile", "no/such/folder"], "there is no checkpoint no/such/folder"),
         (["visualize", "no/such/folder"], "IMAGE"),
-        (["visualize", "no/such/folder", "missing.png"], "there is no picture missing.png"),
+        (["visualize", "no/such/folder", "missing.png"], "missing.png"),
         (["visualize", "no/such/folder", "missing.png", "--output", "kept.docx"], "kept.docx"),
         (["visualize", "no/such/folder", "missing.png", "--side", "0"], "--side"),
     ],
@@ -177,7 +177,7 @@ def test_the_table_of_commands_is_that_of_the_modules(capsys):
 def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pictures):
     text = tmp_path / "text.png"
     text.write_text("not a picture")
-    assert "text.png is not a picture" in refused(capsys, "visualize", str(checkpoint), str(text))
+    assert "text.png cannot be read" in refused(capsys, "visualize", str(checkpoint), str(text))
     assert "reduces no tokens" in refused(capsys, "visualize", str(stock_checkpoint), pictures[0])
     assert "got the file" in refused(capsys, "profile", str(text))
     bomb = tmp_path / "bomb.png"
@@ -185,7 +185,7 @@ def test_mistakes_with_files(capsys, tmp_path, checkpoint, stock_checkpoint, pic
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10))), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    assert "bomb.png is not opened" in refused(capsys, "visualize", str(checkpoint), str(bomb))
+    assert "bomb.png cannot be opened" in refused(capsys, "visualize", str(checkpoint), str(bomb))
     (checkpoint / "model.safetensors").unlink()
     assert "model.safetensors" in refused(capsys, "visualize", str(checkpoint), pictures[0])
 

@@ -288,7 +288,7 @@ def test_command(raw, tmp_path, monkeypatch, capsys):
     assert main(command) == 1  # the miniature differs from the published set
     text = capsys.readouterr().out
     assert "train: 12 images, expected 12763" in text and "in class 4-1110" in text
-    assert text.endswith("nothing was written; --skip-bad leaves bad files out\n") and not (tmp_path / "out").exists()
+    assert "--skip-bad" in text and not (tmp_path / "out").exists()
 
     monkeypatch.setitem(SETS, "soygene", spec)
     broken = root / "images" / "GDC002-1-000_3_train.png"

@@ -184,7 +184,9 @@ class TestCommand:
         ats = [*ARGV, "--reduction", "ats"]
         assert cli.main([*ats, "--layers", *how, *files]) == 0
         text = capsys.readouterr().out
-        assert "Token counts differ by image" in text and "medians of 1 rounds" in text and "(transformers')" in text
+        assert (
+            "Token counts depend on the image" in text and "medians of 1 rounds" in text and "(transformers')" in text
+        )
         assert (tmp_path / "trace.json").is_file() and (tmp_path / "figures" / "profile_layers.png").is_file()
         assert "| layer 1 |" in document.read_text() and "figures/profile_layers.png" in document.read_text()
 
@@ -197,9 +199,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("argv", "words"),
         [
-            (["--time"], "`--time` is about the layers: add `--layers`"),
-            (["--output", "x"], "`--output` is about the layers"),
-            (["--layers", "--repetitions", "3"], "`--repetitions` is about `--time` and `--trace`"),
+            (["--time"], "`--time` requires `--layers`"),
+            (["--output", "x"], "`--output` requires `--layers`"),
+            (["--layers", "--repetitions", "3"], "`--repetitions` requires `--time` or `--trace`"),
             (["--layers", "--time", "--batch-size", "0"], "`--batch-size` must be at least 1, got 0"),
             (["--trace", "trace.txt"], "`--trace` must end in .json or .json.gz"),
             (["--layers", "--into", "no.md"], "`--into`: no.md"),

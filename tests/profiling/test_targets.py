@@ -216,11 +216,11 @@ class TestProfile:
         [
             ("--reduction evit --keep-rate 0.5 --target-gmacs 1", "`keep_rate`"),
             ("--target-gmacs 1", "`reduction`"),
-            ("--methods all --layers", "`--layers` does not go with"),
-            ("--methods all --reduction evit", "`--reduction` does not go with"),
+            ("--methods all --layers", "`--layers` cannot be combined"),
+            ("--methods all --reduction evit", "`--reduction` cannot be combined"),
             ("--methods all --keep-rate 0.5 0.25", "must be one number"),
             ("--methods evti", "Unknown `reduction`"),
-            ("--paper --target-gmacs 1", "`--paper` takes no model"),
+            ("--paper --target-gmacs 1", "`--paper`"),
         ],
     )
     def test_contradictions(self, capsys, argv, words):

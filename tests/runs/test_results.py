@@ -390,7 +390,7 @@ def results(capsys, *argv: object) -> str:
 def test_the_command_writes_tables_and_figures(study, tmp_path, capsys):
     out = tmp_path / "out"
     text = results(capsys, study, "--output", out, "--figure", "gmacs", "throughput", "ablation")
-    assert "| 0.5 | CLCA | 66.00 ± 1.00 | 3 |" in text and "Not finished, and not in the table: 3 runs" in text
+    assert "| 0.5 | CLCA | 66.00 ± 1.00 | 3 |" in text and "Unfinished runs, not in the table: 3" in text
     assert "seed=13: failed: status 1: no" in text
     names = {"results.csv", "summary.csv", "results.md"}
     names |= {f"{n}.{kind}" for n in ("gmacs", "throughput", "ablation") for kind in ("png", "pdf")}
@@ -424,7 +424,7 @@ def test_one_file_and_other_columns(study, tmp_path, capsys):
 def test_when_nothing_is_finished_that_is_said(study, capsys):
     for folder in study.glob("variant*"):
         shutil.rmtree(folder)
-    assert "No run is finished." in (text := results(capsys, study)) and "alone: interrupted" in text
+    assert "There is no finished run." in (text := results(capsys, study)) and "alone: interrupted" in text
 
 
 @pytest.mark.parametrize(
@@ -432,8 +432,8 @@ def test_when_nothing_is_finished_that_is_said(study, capsys):
     [
         (["--by", "varian"], "did you mean variant?"),
         (["--metric", "top7"], "`--metric` top7"),
-        (["--figure", "gmacs"], "`--figure` needs as `--output` a folder"),
-        (["--output", "x.png"], "one picture: name it with `--figure`"),
+        (["--figure", "gmacs"], "`--figure` requires `--output`"),
+        (["--output", "x.png"], "`--output` x.png"),
         (["--figure", "pie", "--output", "x"], "invalid choice: 'pie'"),
         (["--figure", "box", "--output", "x"], "several settings"),
         (["--figure", "gradients", "--output", "x"], "`record_gradients`"),

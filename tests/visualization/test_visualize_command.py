@@ -85,7 +85,7 @@ def test_command_draws_grids(capsys, checkpoints) -> None:
     assert image.width == 4 * 36 + 4 and text.count("\n") == 1
     text, _ = visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
     assert f"{checkpoints / 'evit'} does not contain weights of sit: its 14 are random" in text
-    assert text.count("holds no weights") == 2
+    assert text.count("does not contain weights") == 2
     first = (checkpoints / "out.png").read_bytes()
     visualize(capsys, checkpoints, "--what grid --methods sit evit dyvit --keep-rates 0.5 0.25")
     assert (checkpoints / "out.png").read_bytes() == first
@@ -104,9 +104,12 @@ def test_default_output_name(capsys, checkpoints, monkeypatch) -> None:
         ("evit --side 5000", "`--side` must be between 1 and 4096, got 5000"),
         ("evit --output a.svg", "`--output` must end in"),
         ("evit --what nothing", "invalid choice: 'nothing'"),
-        ("evit --what grid", "--models, --methods or --keep-rates"),
-        ("evit --what grid --methods topk --reduction evit", "`--methods` takes the place of `--reduction`"),
-        ("evit --what grid --keep-rates 0.5 --keep-tokens 4 2", "`--keep-rates` takes the place of `--keep-tokens`"),
+        ("evit --what grid", "`--models`, `--methods` or `--keep-rates`"),
+        ("evit --what grid --methods topk --reduction evit", "`--methods` cannot be combined with `--reduction`"),
+        (
+            "evit --what grid --keep-rates 0.5 --keep-tokens 4 2",
+            "`--keep-rates` cannot be combined with `--keep-tokens`",
+        ),
         ("evit --what grid --keep-rates 2", "`--keep-rates` must be in (0, 1], got 2.0"),
         ("evit --what grid --methods none topk", "reduces no tokens"),
         ("evit --what grid --methods nonsense", "nonsense"),

@@ -1,4 +1,4 @@
-"""The README.md beside a saved model: metadata for the Hub, and what a reader needs to judge and load the model."""
+"""Write the README.md of a saved model: metadata for the Hub, and how to judge and load the model."""
 
 import math
 import os
@@ -20,7 +20,7 @@ SHOWN_CLASSES = 20
 
 
 def on_the_hub(name: str | None) -> str | None:
-    """`name` if it can be a repository on the Hub, else None: a local path has no business in the metadata."""
+    """Return `name` if it can be a repository on the Hub; None for a local path, which must not be in the metadata."""
     try:
         if not name or Path(name).exists():
             return None
@@ -31,7 +31,7 @@ def on_the_hub(name: str | None) -> str | None:
 
 
 def describe_model(config: Any) -> str:
-    """A paragraph on what the network is, from its configuration."""
+    """Return a paragraph about the network, from its configuration."""
     size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
     text = [f"A Vision Transformer ({size}; {config.image_size} px images in patches of {config.patch_size} px)"]
     stages = ", ".join(map(str, config.reduction_layers))
@@ -53,11 +53,11 @@ def describe_model(config: Any) -> str:
 
 
 def describe_preprocessing(image_processor: Any, name: str, revision: str | None = None) -> str:
-    """A section on what becomes of an image, and how clients do the same that run no code of the model's folder.
+    """Return a section about the preprocessing, and how to do the same without running the code of the model's folder.
 
     Args:
         image_processor: the `CLCAImageProcessor` that is saved with the model.
-        name: folder or Hub repository, as the code of the card calls it.
+        name: folder or Hub repository, as in the code of the card.
         revision: branch, tag or commit of the repository, if it is not main.
     """
     before, after = sizes_of(image_processor)
@@ -68,10 +68,10 @@ def describe_preprocessing(image_processor: Any, name: str, revision: str | None
         steps = f"resized to a shortest edge of {edge} pixels"
         told["size"] = {"shortest_edge": edge}
     else:
-        steps = f"resized to {before[0]} x {before[1]} pixels, whatever its shape"
+        steps = f"resized to {before[0]} x {before[1]} pixels without keeping its aspect ratio"
         told["size"] = dict(zip(("height", "width"), before, strict=True))
     if before != after and after is not None:
-        steps += f", and cut to its centre of {after[0]} x {after[1]} pixels"
+        steps += f", and center-cropped to {after[0]} x {after[1]} pixels"
         told |= {"crop_size": dict(zip(("height", "width"), after, strict=True)), "do_center_crop": True}
     return _PREPROCESSING.format(
         steps=steps,
@@ -102,29 +102,28 @@ def write_model_card(
     license: str | None = None,
     image_processor: Any = None,
 ) -> Path:
-    """Write README.md into `output_dir`, atomically, and return its path.
+    """Write README.md to `output_dir` atomically, and return its path.
 
     Args:
         output_dir: folder of the saved model.
         config: the model's `CLCAViTConfig`.
-        dataset_name: name of the data, for people.
+        dataset_name: readable name of the data set.
         class_names: names of the classes, by index.
         split_sizes: split name -> number of images.
-        metrics: split name -> metrics of `METRIC_NAMES`, fractions in [0, 1]; other entries and numbers that are not finite are
-            left out.
-        settings: every setting that is not left at the script's default, written down as a recipe.
-        macs: multiply-adds of one image, None where they differ by image.
-        dense_macs: the same for this backbone without reduction, cache and aggregation head.
+        metrics: split name -> metrics of `METRIC_NAMES`, fractions in [0, 1]; other entries and non-finite numbers are ignored.
+        settings: all settings that differ from the script's defaults, written as a recipe.
+        macs: multiply-adds of one image; None if they depend on the image.
+        dense_macs: multiply-adds of this backbone without reduction, cache and aggregation head.
         num_parameters: parameters of the model.
-        model_id: repository on the Hub; the card shows the folder's path where there is none.
+        model_id: repository on the Hub; by default the card shows the folder's path.
         base_model: checkpoint that training started from: a Hub repository or a folder.
-        dataset_id: the data's repository on the Hub, where it has one.
-        dataset_config: its configuration, where it has several.
+        dataset_id: the data set's repository on the Hub, if any.
+        dataset_config: its configuration, if it has several.
         dataset_revision: its branch, tag or commit.
-        revision: branch, tag or commit of `model_id` that holds this model, if it is not main.
-        license: of the weights, as the Hub abbreviates it. By default MIT, as this code, for a model trained from scratch; one
-            that started from another's weights inherits their terms, so that it is called `unknown`.
-        image_processor: the `CLCAImageProcessor` that is saved with the model, if one is.
+        revision: branch, tag or commit of `model_id` with this model, if it is not main.
+        license: Hub abbreviation of the license of the weights. By default MIT, as this code, for a model trained from scratch,
+            and `unknown` for a model that started from other weights, whose license applies.
+        image_processor: the `CLCAImageProcessor` that is saved with the model, if any.
     """
     output_dir = Path(output_dir)
     name = model_id or str(output_dir)
@@ -188,7 +187,7 @@ def write_model_card(
 
 
 def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Split x metric as a Markdown table, in percent; only metrics that were measured."""
+    """Format split x metric as a Markdown table, in percent, with only the measured metrics."""
     shown = measured(metrics.values())
     if not shown:
         return "Not evaluated."
@@ -202,9 +201,7 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-_SHARE_UNKNOWN = (
-    "This model keeps other numbers of tokens for other images: its multiply-adds cannot be said in advance."
-)
+_SHARE_UNKNOWN = "The number of kept tokens depends on the image, so the multiply-adds cannot be computed in advance."
 
 _BODY = """# {title}
 
@@ -218,7 +215,7 @@ It was made with CLCA, cross-layer cache aggregation for token reduction in ultr
 
 ## Recipe
 
-What was set; all else are the defaults of `run_ufgir.py`.
+Options that differ from the defaults of `run_ufgir.py`:
 
 ```yaml
 {recipe}
@@ -228,19 +225,19 @@ What was set; all else are the defaults of `run_ufgir.py`.
 
 {metrics}
 
-Macro-F1 is the mean F1 of the classes, each counting the same.
+Macro-F1 is the unweighted mean of the F1 of all classes.
 
 ## Cost
 
 | | this model | same backbone, dense |
 | --- | ---: | ---: |
-| GMACs an image | {macs} | {dense_macs:.3f} |
+| GMACs per image | {macs} | {dense_macs:.3f} |
 
 {share} {parameters} parameters.
 
 ## How to load
 
-The code of the model comes with it, hence `trust_remote_code=True`.
+The repository contains the code of the model, which requires `trust_remote_code=True`.
 
 ```python
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -256,15 +253,15 @@ classify = pipeline("image-classification", model="{name}"{revision}, trust_remo
 _PREPROCESSING = """
 ## Preprocessing
 
-An image is turned upright as its EXIF orientation says, laid over white where it is transparent, scaled to 8 bits a channel,
-{steps}. Loaded with `trust_remote_code=True`, `image_processor` does all of that, as in training. A pipeline converts an image
-before `image_processor` sees it, and loses an alpha channel and 16 bits: give such images as
+An image is rotated according to its EXIF orientation, its transparent parts become white, and it is scaled to 8 bits per channel,
+{steps}. With `trust_remote_code=True`, `image_processor` does all of this, as in training. A pipeline converts an image
+before it calls `image_processor`, which drops an alpha channel and clips 16-bit values: open such images with
 `classify(image_processor.open_image("leaf.png"))`. With transformers 5.10 to 5.17 `AutoImageProcessor` needs torchvision;
 where it is not installed, use `classify.image_processor`.
 
 Without `trust_remote_code=True`, transformers loads its own `ViTImageProcessor`, which resizes to the input size without the
-crop and does not turn images. The demo model of CLCA then gets 91.5 % of its 200 test images right instead of 97.5 %. Two lines
-put that right, except for images of 16 bits:
+crop and ignores the EXIF orientation. The demo model of CLCA then classifies 91.5 % of its 200 test images correctly instead of
+97.5 %. Two lines correct this, except for 16-bit images:
 
 ```python
 from PIL import Image, ImageOps
