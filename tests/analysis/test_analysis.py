@@ -217,7 +217,7 @@ def test_other_data_are_never_taken_for_those_of_a_finished_analysis(checkpoints
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert main([*arguments, "--dataset-options", json.dumps(drawn)]) == 0
     assert main([*arguments, "--dataset-options", json.dumps(drawn)]) == 0
-    assert "7 of them done before" in capsys.readouterr().out
+    assert "7 of them" in capsys.readouterr().out
     for other in ({"difficulty": "hard"}, {"seed": 1}):
         with pytest.raises(SystemExit):
             main([*arguments, "--dataset-options", json.dumps(drawn | other)])

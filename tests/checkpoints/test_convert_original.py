@@ -68,7 +68,7 @@ def test_a_folder_is_written_once(tmp_path: Path, evit_file: Path, evit: Golden)
     assert convert_file(evit_file, output)
     assert not convert_file(evit_file, output)
     written = (output / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match="other options.*`overwrite`"):
+    with pytest.raises(ValueError, match=r"other options.*`overwrite`"):
         convert_file(evit_file, output, image_size=48)
     assert (output / "model.safetensors").stat().st_mtime_ns == written
     assert convert_file(evit_file, output, image_size=48, overwrite=True)

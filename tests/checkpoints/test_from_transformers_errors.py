@@ -38,7 +38,7 @@ class TestErrors:
 
     def test_a_clca_model(self):
         model = load_transformers(make_source("vit"))
-        with pytest.raises(ValueError, match="`source` .*CLCA model"):
+        with pytest.raises(ValueError, match=r"`source` .*CLCA model"):
             load_transformers(model)
 
     def test_no_config(self, tmp_path):

@@ -104,7 +104,7 @@ class TestChecks:
 
     def test_a_disk_is_not_replaced(self):
         check_folder("/dev/shm" if Path("/dev/shm").is_mount() else ".")
-        with pytest.raises(ValueError, match="`--output` .*mount point"):
+        with pytest.raises(ValueError, match=r"`--output` .*mount point"):
             check_folder("/", whole=True)
 
     def test_what_was_done_is_kept(self):
