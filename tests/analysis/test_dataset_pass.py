@@ -93,7 +93,7 @@ def same_files(first, second):
 
 
 @pytest.mark.parametrize("at", [7, 22, 36])
-def test_an_interrupted_analysis_goes_on_with_the_next_shard(dataset, tmp_path, at):
+def test_resume_continues_with_the_next_shard(dataset, tmp_path, at):
     options = {"batch_size": 5, "shard_size": 10, "layers": [4]}
     whole = analyze(float_model(), Fragile(dataset), tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -144,7 +144,7 @@ def test_another_model_starts_over_and_never_overwrites(dataset, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_stream_is_analysed_as_data_in_memory_and_resumed(raw, dataset, tmp_path, monkeypatch):
+def test_streams_match_data_in_memory_and_resume(raw, dataset, tmp_path, monkeypatch):
     def stream():
         splits = to_stream(datasets.DatasetDict(test=raw))
         return StreamedImages(splits["test"], EvalTransform(PROCESSOR), batch_size=5)
@@ -202,7 +202,7 @@ def test_several_classes_an_image(dataset, tmp_path):
     assert result.metrics["micro_f1"] == pytest.approx(micro)
 
 
-def test_statistics_do_not_grow_with_the_images():
+def test_statistics_use_constant_memory():
     statistics = Statistics(float_model().config)
 
     def size():
@@ -231,7 +231,7 @@ def test_statistics_do_not_grow_with_the_images():
         ({}, {"shard_size": 0}, "`shard_size` must be at least 1"),
     ],
 )
-def test_what_cannot_be_analysed_is_refused_before_anything_is_written(dataset, tmp_path, changes, options, words):
+def test_invalid_arguments_raise_before_anything_is_written(dataset, tmp_path, changes, options, words):
     with pytest.raises(ValueError, match=words):
         analyze(float_model(**changes), dataset, tmp_path / "out", **options)
     with pytest.raises(ValueError, match="empty"):

@@ -34,7 +34,7 @@ def test_embeddings_keep_groups_together():
         ({"features": np.full((9, 5), np.nan)}, "finite"),
     ],
 )
-def test_embeddings_that_cannot_be_are_refused(arguments, words):
+def test_invalid_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
         embed(**({"features": np.ones((9, 5))} | arguments))
 
@@ -66,7 +66,7 @@ def test_thumbnails_are_spread_out():
 
 
 @pytest.mark.parametrize("classes", [3, 24, 90])
-def test_many_classes_can_be_told_apart(classes):
+def test_many_classes_have_distinct_styles(classes):
     with figures.style():
         labels = [*range(classes), -1]
         points = np.random.default_rng(0).normal(size=(classes + 1, 2))

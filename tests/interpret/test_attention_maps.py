@@ -109,7 +109,7 @@ def test_a_rollout_by_hand() -> None:
     assert attention_rollout(maps).tolist() == [[[0.5, 0.5], [0.5, 0.5]]]
 
 
-def test_mistakes_with_attention_maps() -> None:
+def test_invalid_attention_maps() -> None:
     square, smaller = torch.full((1, 2, 5, 5), 0.2), torch.full((1, 2, 3, 3), 1 / 3)
     with pytest.raises(ValueError, match=r"one size.*\(5, 5\), \(3, 3\)"):
         attention_rollout([square, smaller])
@@ -270,7 +270,7 @@ def test_dropped_patches_have_no_similarity() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_no_kernel_is_exchanged(method, monkeypatch) -> None:
+def test_attention_kernels_are_not_replaced(method, monkeypatch) -> None:
     """No eager attention, no map of all heads: rows and chunks of rows are asked for."""
 
     def refuse(*args, **kwargs):
@@ -285,7 +285,7 @@ def test_no_kernel_is_exchanged(method, monkeypatch) -> None:
         function(model, images())
 
 
-def test_chunks_of_rows_make_the_map(monkeypatch) -> None:
+def test_chunks_of_queries_give_the_whole_map(monkeypatch) -> None:
     model = tiny_model(reduction="evit", keep_rate=0.5)
     whole = rollout_of_patches(model, images())
     monkeypatch.setattr("ufgir.interpret.attention_maps._CHUNK", 3)
@@ -351,7 +351,7 @@ def test_a_method_without_assignments(silent, function) -> None:
         function(silent, images())
 
 
-def test_mistakes_with_models() -> None:
+def test_invalid_models() -> None:
     model, no_cls = tiny_model(), tiny_model(use_class_token=False, pooling="mean")
     for layers in ([], [5], [-1]):
         with pytest.raises(ValueError, match=r"`layers` must name at least one layer of 0 \.\. 4"):

@@ -96,7 +96,7 @@ def test_tokens_and_gradients_lie_on_the_grid(case) -> None:
             assert torch.allclose(found, expected, atol=1e-9)
 
 
-def test_a_closed_grid_lets_go() -> None:
+def test_close_removes_the_hooks() -> None:
     model = tiny_model(reduction="evit", keep_rate=0.5)
     with PatchGrid(model) as grid:
         assert model(images()).assignments is not None
@@ -136,7 +136,7 @@ def test_a_class_activation_map_by_hand() -> None:
             class_activation_maps(model, images(), wrong)
 
 
-def test_dropped_patches_activate_nothing() -> None:
+def test_dropped_patches_are_zero() -> None:
     model = tiny_model(reduction="topk", keep_rate=0.5)
     maps = class_activation_maps(model, images())
     assignments = model(images(), output_assignments=True).assignments
@@ -144,7 +144,7 @@ def test_dropped_patches_activate_nothing() -> None:
     assert (maps[:, 0][~held] == 0).all() and (maps[:, 0][held] > 0).any() and not held.all()
 
 
-def test_a_classifier_of_logits_alone() -> None:
+def test_logits_only() -> None:
     model = tiny_model()
     assert torch.equal(LogitsOnly(model)(images()), model(images()).logits)
 

@@ -72,7 +72,7 @@ def test_patterns_of_every_method(method, cache):
 
 
 @pytest.mark.parametrize("method", PRUNING)
-def test_pruning_keeps_what_the_schedule_says(method):
+def test_pruning_keeps_the_scheduled_number(method):
     options = {"reduction_kwargs": None}
     config, output = patterns(reduction=method, keep_rate=0.5, **options)
     kept = kept_patches(output.assignments, config).sum(dim=-1)
@@ -118,7 +118,7 @@ def test_intersection_over_union():
     assert math.isnan(found[1])  # neither keeps any: nothing to agree on
 
 
-def test_cluster_agreement_does_not_mind_names_and_has_its_directions():
+def test_cluster_agreement_ignores_indices_and_is_directed():
     coarse, fine = np.array([0, 0, 0, 1, 1, 1]), np.array([7, 7, 2, -1, -1, -1])
     assert cluster_agreement(coarse, 5 - coarse) == pytest.approx((1, 1, 1))
     homogeneity, completeness, nmi = cluster_agreement(coarse, fine)
@@ -190,7 +190,7 @@ def test_statistics_of_any_grid_and_depth(size):
         ({}, {"reduction_layers": [2]}, "2 and 1 stages"),
     ],
 )
-def test_models_whose_patterns_cannot_be_compared_are_refused(first, second, words):
+def test_incomparable_models_raise(first, second, words):
     with pytest.raises(ValueError, match=words):
         check_comparable(*(tiny_config(**{"reduction": "evit", "keep_rate": 0.5} | c) for c in (first, second)))
 

@@ -31,7 +31,7 @@ def idle(case, **changes):
 
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3]], ids=str)
 @pytest.mark.parametrize("case", table(IDLE), ids=str)
-def test_tokens_are_what_their_traces_say(case, layers) -> None:
+def test_tokens_match_their_traces(case, layers) -> None:
     """Every token of every layer, retrieved GAP and CLR tokens included, is the sum of the embedded tokens weighted by its shares.
     A stage in layer 0 has an empty cache."""
     model = idle(case, reduction_layers=layers, **SUMS.get(case.method, {}))

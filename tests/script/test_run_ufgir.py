@@ -67,7 +67,7 @@ def test_unset_options_stay_none():
         ("do_train: perhaps", ["--do_train", "perhaps"]),
         ("image_size: 22.4", ["--image_size", "22.4"]),
         ("do_train: true\neval_strategy: sometimes", ["sometimes"]),
-        ("seed: 1\nseed: 2", ["`seed`", "more than once"]),
+        ("seed: 1\nseed: 2", ["duplicate", "`seed`"]),
         ("- a\n- b", ["option: value"]),
         ("a: [", ["not a YAML or JSON file"]),
     ],

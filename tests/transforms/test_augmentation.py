@@ -175,7 +175,7 @@ def whiteness(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * std + mean).mean(dim=1)
 
 
-def test_mixup_mixes_neighbours_and_their_labels():
+def test_mixup_mixes_neighbors_and_their_labels():
     mixup = make(mixup_alpha=1.0)
     draws = torch.stack([mixup.draw(np.random.default_rng(i)) for i in range(4)])
     pixels, labels = mixup(two_colours()[0], draws, two_colours()[1])
@@ -252,7 +252,7 @@ def test_several_labels_are_mixed_and_smoothed_one_by_one():
 # ---- Copies of images ----
 
 
-def test_copies_of_an_image_stand_together_but_are_no_neighbours(leaves):
+def test_copies_of_an_image_stand_together_but_are_no_neighbors(leaves):
     images, _ = prepare(leaves, repeated_augmentation=3)
     order = list(RepeatedSampler(images))
     assert len(order) == len(RepeatedSampler(images)) == 24
@@ -396,13 +396,13 @@ def test_wrong_options_are_refused(options):
         ("remove_unused_columns", True, {"random_erasing_probability": 0.2}),
     ],
 )
-def test_what_does_not_go_with_trainers_options(tmp_path, name, value, options):
+def test_incompatible_trainer_options(tmp_path, name, value, options):
     args = training_arguments(tmp_path, **{name: value})
     with pytest.raises(ValueError, match=f"`{name}` must"):
         prepare_augmentation(AugmentationArguments(**options), args, PROCESSOR, CLASSES)
 
 
-def test_lost_draws_are_told(leaves):
+def test_missing_draws_raise(leaves):
     images, collator = prepare(leaves, mixup_alpha=0.2)
     sample = images[0]
     del sample["draws"]

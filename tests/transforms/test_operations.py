@@ -100,21 +100,21 @@ def test_strengths_are_the_published_ones():
     assert bits == sorted(bits, reverse=True) and set(bits) == {2, 3, 4, 5, 6, 7, 8}
 
 
-def test_levels_survive_the_way_to_fractions_and_back():
+def test_levels_round_trip():
     """kornia cuts off decimals of 255 * x."""
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal((from_levels(levels) * 255).to(torch.uint8), levels)
     assert torch.equal(to_levels(from_levels(levels)), levels)
 
 
-def test_one_colour_survives():
+def test_constant_color_is_unchanged():
     """A channel of one value cannot be stretched or equalised."""
     pixels = from_levels(torch.full((2, 3, 8, 8), 200, dtype=torch.uint8))
     indices = torch.tensor([NAMES.index("autocontrast"), NAMES.index("equalize")])
     torch.testing.assert_close(apply_operations(pixels, indices, torch.zeros(2)), pixels)
 
 
-def test_operations_levels_and_signs_are_drawn_alike():
+def test_operations_levels_and_signs_are_uniform():
     generator = np.random.default_rng(0)
     draws = [draw_operation(generator, 224) for _ in range(14 * 500)]
     counts = Counter(NAMES[index] for index, _ in draws)

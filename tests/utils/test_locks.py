@@ -81,7 +81,7 @@ def test_results_of_two_do_not_mix(kind: str, tmp_path: Path) -> None:
     other = hold(tmp_path / ("out.csv" if kind == "predictions" else "out"))
     partial.mkdir()
     (partial / "work").write_text("the first one's")
-    with pytest.raises(ValueError, match=r"out.* is being written by another process"):
+    with pytest.raises(ValueError, match=r"out.* by another process"):
         write()
     assert (partial / "work").read_text() == "the first one's"
     other.communicate("")

@@ -173,7 +173,7 @@ class AugmentationArguments(OptionGroup):
             )
         if self.mixes and args.per_device_train_batch_size % 2:
             raise ValueError(
-                "`per_device_train_batch_size` must be even, since `mixup_alpha` and `cutmix_alpha` mix neighbours, "
+                "`per_device_train_batch_size` must be even, since `mixup_alpha` and `cutmix_alpha` mix neighbors, "
                 f"got {args.per_device_train_batch_size}."
             )
         if self.beyond_crop_and_flip and args.remove_unused_columns:

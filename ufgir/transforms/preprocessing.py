@@ -70,7 +70,7 @@ def read_image_processor(source: str | os.PathLike[str], revision: str | None = 
         if not Path(source, IMAGE_PROCESSOR_NAME).exists():
             raise
         raise ValueError(f"the {IMAGE_PROCESSOR_NAME} of {source} cannot be read: {one_sentence(error)}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # whatever stands in the file
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:  # any content of the file
         raise ValueError(f"the {IMAGE_PROCESSOR_NAME} of {source} is invalid: {one_sentence(error)}") from error
     return found
 
