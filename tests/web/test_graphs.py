@@ -48,14 +48,15 @@ def test_logits_and_kept_patches_are_those_of_pytorch(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision, most", [("float16", 1e-2), ("int8", 0.5)])
+@pytest.mark.parametrize("precision, most", [("float16", 0.1), ("int8", 1.0)])
 def test_precisions_are_smaller_and_close(precision, most):
     model = model_of("evit", hidden_size=64, intermediate_size=256)
     whole, small = make_graph(model), make_graph(model, precision=precision)
     assert small.model.ByteSize() < {"float16": 0.65, "int8": 0.6}[precision] * whole.model.ByteSize()
     pixels = images(1, seed=5).float()
-    difference = float((run(small, pixels)[0] - run(whole, pixels)[0]).abs().max())
-    assert 0 < difference < most and 0 < small.difference < most
+    exact = run(whole, pixels)[0]
+    difference = float((run(small, pixels)[0] - exact).abs().max())
+    assert 0 < difference < most * exact.std() and whole.difference < small.difference
 
 
 def test_what_no_graph_can_hold_is_refused():
@@ -73,4 +74,4 @@ def test_a_value_beyond_float16_is_refused():
             values[3] = 1e5
             tensor.raw_data = values.tobytes()
     with pytest.raises(ValueError, match="filters has values above 65504"):
-        graphs._store_as_half(graph)
+        graphs._halved(graph)

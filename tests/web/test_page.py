@@ -204,6 +204,10 @@ def test_offline_after_the_first_visit_and_a_new_model_takes_its_place(context, 
     with served(folder) as address:
         page = open_page(context, address)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+        devtools = context.new_cdp_session(page)
+        errors = devtools.send("Page.getInstallabilityErrors")["installabilityErrors"]
+        assert {error["errorId"] for error in errors} <= {"in-incognito"}  # as all pages of these tests are
+        assert devtools.send("Page.getAppManifest")["errors"] == []
         first = look(page, images / "plain.png")["logits"]
         context.set_offline(True)
         page.reload()

@@ -20,7 +20,7 @@ from ufgir.cli import entry as cli
 from ufgir.web import runtime
 from ufgir.web.graphs import share_weights
 from ufgir.web.runtime import runtime_files
-from ufgir.web.server import HEADERS
+from ufgir.web.server import HEADERS, serve_folder
 from ufgir.web.site import assemble, preprocessing
 
 
@@ -195,6 +195,21 @@ def test_the_server_sends_headers_and_nothing_from_outside(tmp_path, parts):
         for path in ("/../secret.txt", "/%2e%2e/secret.txt", "/model", "/nothing"):
             assert get(path)[0].status == 404
         connection.close()
+
+
+def test_it_is_served_until_ctrl_c(tmp_path, parts):
+    site, pages = write(tmp_path / "site", parts), []
+
+    def visit(address):
+        host = urlsplit(address)
+        assert host.hostname == "127.0.0.1"
+        with pytest.raises(ValueError, match=f"cannot be served at 127.0.0.1:{host.port}"):
+            serve_folder(site.folder, host.port)
+        pages.append(address)
+        raise KeyboardInterrupt
+
+    serve_folder(site.folder, 0, visit)
+    assert len(pages) == 1
 
 
 # The command

@@ -502,7 +502,8 @@ class Page {
       const {provider, bytes} = await this.ready;
       this.provider = provider;
       if (index !== this.graph) return;
-      const why = globalThis.crossOriginIsolated || provider === 'webgpu' ? '' : ' (this host does not send the headers for more; reload the page once)';
+      const alone = globalThis.crossOriginIsolated || provider === 'webgpu';
+      const why = alone ? '' : isSecureContext ? ' (this host does not send the headers for more; reload the page once)' : ' (browsers allow more over HTTPS only, and offline use as well)';
       say(one('#status'), `Ready. It runs on this device with ${this.means}${why}; the model has ${megabytes(bytes)}.`);
       for (const panel of this.panels) await panel.look();
     } catch (error) {
