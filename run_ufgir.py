@@ -5,7 +5,7 @@
     python run_ufgir.py recipes/image_folder.yaml --dataset path/to/images --output_dir outputs/mine
     python run_ufgir.py --model_name_or_path outputs/mine --dataset path/to/images --do_predict
 
-A recipe is a YAML or JSON file of `option: value`; what follows on the command line wins over it.
+A recipe is a YAML or JSON file of `option: value` lines. Options on the command line override the recipe.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from ufgir.runs.report import (
     write_record,
 )
 from ufgir.training.adapters import merge
-from ufgir.training.arguments import (  # noqa: F401 (those who import this script find them here)
+from ufgir.training.arguments import (  # noqa: F401 (re-exported for scripts that import this one)
     GROUPS,
     LOCAL,
     DataArguments,
@@ -49,10 +49,10 @@ from ufgir.training.checkpoint_files import ADAPTER_FOLDER
 from ufgir.training.checkpointing import (
     CheckpointError,
     check_fits,
-    check_places,
+    check_output_paths,
+    drop_metrics,
     find_checkpoint,
-    forget_metrics,
-    how_to_go_on,
+    resume_hint,
 )
 from ufgir.training.distributed import is_lost_process
 from ufgir.training.optimization import set_precision
@@ -84,10 +84,10 @@ logger = logging.getLogger("run_ufgir")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the script; returns split -> metrics.
+    """Run the script and return split -> metrics.
 
-    It ends with one sentence and status 2 after a user's mistake, 1 where it cannot go on, such as on a full disk, and 128 + the
-    number of a signal, such as 130 after Ctrl-C and 143 after SIGTERM.
+    On errors it exits with a one-sentence message: status 2 for a mistake in the options, 1 if it cannot continue,
+    e.g. because the disk is full, and 128 + the number of a signal, e.g. 130 after Ctrl-C and 143 after SIGTERM.
     """
     start = time.perf_counter()
     parser = RecipeParser(GROUPS, prog="run_ufgir.py", description=__doc__)
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             try:
                 if args.process_index == 0:
                     refusal = (
-                        f"`output_dir` {args.output_dir} is in use by another run: wait for it, or choose another"
+                        f"`output_dir` {args.output_dir} is in use by another run. Wait for it to finish or choose another "
+                        "folder"
                     )
                     stack.enter_context(only_one(Path(args.output_dir), refusal))
                 run = prepare(options, parser.given)
@@ -116,43 +117,44 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             return carry_out(run, options, parser, start)
         except KeyboardInterrupt as error:
             ended = Ended.of(error)
-            parser.exit(ended.status, f"{parser.prog}: {ended}. {how_to_go_on(args)}\n")
+            parser.exit(ended.status, f"{parser.prog}: {ended}. {resume_hint(args)}\n")
         except CheckpointError as error:
             parser.error(one_sentence(error))
-        # a full disk, the guard against NaN, images that changed since they were verified: the checkpoints are sound
+        # a full disk, the NaN guard, or images that changed after they were verified: the checkpoints are valid
         except (DiskFull, FloatingPointError, DatasetError) as error:
-            parser.exit(1, f"{parser.prog}: error: {one_sentence(error).rstrip('.')}. {how_to_go_on(args)}\n")
+            parser.exit(1, f"{parser.prog}: error: {one_sentence(error).rstrip('.')}. {resume_hint(args)}\n")
         except Exception as error:
-            if (number := raised_signal()) is not None:  # it has also reached a process that this one waits for
-                parser.exit(128 + number, f"{parser.prog}: {Ended(number)}. {how_to_go_on(args)}\n")
+            if (number := raised_signal()) is not None:  # the signal also ended a process that this one waits for
+                parser.exit(128 + number, f"{parser.prog}: {Ended(number)}. {resume_hint(args)}\n")
             if args.world_size > 1 and is_lost_process(error):
-                parser.exit(1, f"{parser.prog}: another process of this run has ended. {how_to_go_on(args)}\n")
+                parser.exit(1, f"{parser.prog}: another process of this run has ended. {resume_hint(args)}\n")
             raise
 
 
 def prepare(options: Options, given: Collection[str] = ()) -> Run:
-    """Load data, processor and model and make the trainer. Mistakes are found here, before anything is trained or written.
+    """Load data, processor and model and create the trainer. Detects mistakes before anything is trained or written.
 
     Args:
-        options: all of them.
+        options: all groups.
         given: names of the options that were given.
 
     Raises:
-        ValueError, OSError: a mistake of the user.
+        ValueError: if the options, the data or the checkpoint are invalid.
+        OSError: if a file could not be read.
     """
     args = options.training
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do: set `do_train`, `do_eval` or `do_predict`")
     set_precision(args, options.optimization.mixed_precision)
     check_options(options, given, REQUIREMENTS)
-    check_places(args.output_dir, (RECORD, options.data.predictions_file))
+    check_output_paths(args.output_dir, (RECORD, options.data.predictions_file))
     checkpoint = find_checkpoint(args) if args.do_train else None
     options.augmentation.check(args)
     config = make_config(options.model)
     check_meaning({name: value for name, value in vars(options.model).items() if name in given}, [config])
     check_smoothing(options, config)
 
-    # a trained model's classes; the data's may be fewer, and in another order
+    # a trained model's classes; the data may have fewer, in another order
     known = class_names_of(config) if options.model.model_name_or_path else None
     image_processor = make_processor(options, config)
     data = load_data(options, image_processor.resize_size[0], None if args.do_train else known)
@@ -176,13 +178,13 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
 
 
 def carry_out(run: Run, options: Options, parser: RecipeParser, start: float) -> dict[str, dict[str, float]]:
-    """Train, evaluate and predict as the options say, write what comes of it, and return split -> metrics.
+    """Train, evaluate and predict as requested, write the results, and return split -> metrics.
 
     Args:
-        run: what `prepare` returned.
-        options: all of them.
-        parser: that parsed them.
-        start: when the script began, seconds on the clock of `time.perf_counter`.
+        run: returned by `prepare`.
+        options: all groups.
+        parser: the parser of the options.
+        start: start time of the script, from `time.perf_counter`, in seconds.
     """
     args, trainer = options.training, run.trainer
     logger.info("%s", describe_start(run, options))
@@ -199,7 +201,7 @@ def carry_out(run: Run, options: Options, parser: RecipeParser, start: float) ->
     if trainer.is_world_process_zero():
         if args.do_train or args.push_to_hub:
             write_card(run, options, settings)
-        write_record(run, options, settings)  # when all else is there; it is uploaded, too
+        write_record(run, options, settings)  # the last result before the upload
     if args.push_to_hub:
         trainer.push_to_hub()
         if trainer.is_world_process_zero():
@@ -209,26 +211,26 @@ def carry_out(run: Run, options: Options, parser: RecipeParser, start: float) ->
 
 
 def train(run: Run, options: Options) -> None:
-    """Train, and save the model."""
+    """Train and save the model."""
     trainer, args = run.trainer, options.training
     if trainer.is_world_process_zero():
         remove_earlier(run, options)
     metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-    if hasattr(trainer.model, "peft_config"):  # the adapter stays in a folder of its own, the model is whole again
+    if hasattr(trainer.model, "peft_config"):  # save the adapter in its own folder, then merge it into the model
         trainer.save_model(str(Path(args.output_dir) / ADAPTER_FOLDER))
         trainer.model = trainer.model_wrapped = merge(trainer.model)
     trainer.save_model()
     trainer.save_state()
     run.rows.append({"split": "train", "images": len(run.images["train"]), "seconds": metrics["train_runtime"]})
-    if run.checkpoint is not None:  # loss and speed are those since then, which the files would not say
+    if run.checkpoint is not None:  # loss and speed only cover the steps since then
         metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
         if trainer.is_world_process_zero():
-            forget_metrics(args.output_dir, "train")
+            drop_metrics(args.output_dir, "train")
     trainer.save_metrics("train", metrics)
 
 
 def evaluate(run: Run, split: str) -> None:
-    """Measure and save the metrics of all images of a split."""
+    """Compute and save the metrics of all images of a split."""
     output = run.trainer.predict(run.images[split], metric_key_prefix=split)
     run.trainer.save_metrics(split, output.metrics)
     metrics = {name: output.metrics.get(f"{split}_{name}") for name in METRIC_NAMES}
@@ -236,7 +238,7 @@ def evaluate(run: Run, split: str) -> None:
 
 
 def predict(run: Run, options: Options) -> None:
-    """Save metrics and predictions of the test images, and a picture of the patches that were kept of some of them."""
+    """Save metrics and predictions of the test images, and a figure of the patches kept in some of them."""
     data_args, args, trainer = options.data, options.training, run.trainer
     path = Path(args.output_dir) / data_args.predictions_file
     outcome = predict_to_file(
@@ -260,7 +262,7 @@ def predict(run: Run, options: Options) -> None:
         text = ", ".join(f"{METRIC_NAMES[name][1]} {100 * value:.2f} %" for name, value in shown.items())
         logger.info("Averaged weights (EMA), test: %s", text)
     if trainer.is_world_process_zero() and run.config.reduction is not None and data_args.num_pictures > 0:
-        logger.info("Patches kept: %s", draw_kept_patches(run, path, data_args.num_pictures))
+        logger.info("Kept patches: %s", draw_kept_patches(run, path, data_args.num_pictures))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from tests.script.helpers import recipe, run, weights
 from ufgir.runs.records import RECORD, read_run_records
-from ufgir.training.checkpointing import what_is_missing
+from ufgir.training.checkpointing import checkpoint_problem
 from ufgir.training.trainer import UFGIRTrainer
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_is_saved_first(leaves: Path, tmp_path: Path, capsys, monke
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         said = ends(capsys, 128 + signal.SIGTERM, file)
     assert str(out / "checkpoint-3") in said and [f.name for f in out.iterdir()] == ["checkpoint-3"]
-    assert what_is_missing(out / "checkpoint-3", read=True) is None
+    assert checkpoint_problem(out / "checkpoint-3", read=True) is None
     run(file, "--resume_from_checkpoint", "true")
     expected, actual = weights(whole), weights(out)
     assert not [name for name in expected if not torch.equal(expected[name], actual[name])]

@@ -34,11 +34,11 @@ from ufgir.training.checkpointing import (
     CheckpointError,
     check_fits,
     checkpoint_folders,
+    checkpoint_problem,
     find_checkpoint,
     last_complete_checkpoint,
     remove_checkpoints,
     rotate_checkpoints,
-    what_is_missing,
 )
 from ufgir.training.trainer import UFGIRTrainer
 from ufgir.utils.checksums import FILE_LIST
@@ -134,7 +134,7 @@ def test_killed_while_a_checkpoint_is_written(
     found = last_complete_checkpoint(tmp_path)
     assert (found.name if found else "") == last
     if cut not in ("while the old one goes", "when it has its name"):
-        assert not any(map(what_is_missing, checkpoint_folders(tmp_path)))
+        assert not any(map(checkpoint_problem, checkpoint_folders(tmp_path)))
     train(tmp_path, save_total_limit=1)
     assert_same(weights(tmp_path), weights(whole))
     assert [f.name for f in checkpoint_folders(tmp_path)] == ["checkpoint-12"]
@@ -179,7 +179,7 @@ def listed(folder: Path, damage: Callable[[Path], None]) -> Path:
     target = folder / "checkpoint-3"
     shutil.copytree(folder / "checkpoint-2", folder / INCOMPLETE / target.name)
     checkpointing.complete_checkpoint(folder / INCOMPLETE / target.name, target)
-    assert what_is_missing(target) is None
+    assert checkpoint_problem(target) is None
     damage(target)
     return target
 
@@ -206,7 +206,7 @@ def test_damaged_checkpoints_are_passed_over(
     else:
         damaged, expected = plain / "checkpoint-2", plain / "checkpoint-1"
         damage(damaged)
-    problem = what_is_missing(damaged)
+    problem = checkpoint_problem(damaged)
     assert problem is not None and any(word in problem for word in words.split("|")), problem
     assert last_complete_checkpoint(plain) == expected
     assert str(damaged) in caplog.text and problem in caplog.text
@@ -229,7 +229,7 @@ def test_damage_that_only_reading_shows(plain: Path, damage: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     else:
         (folder / "checkpoint-is-incomplete.txt").touch()
-    assert what_is_missing(folder) is not None
+    assert checkpoint_problem(folder) is not None
 
 
 def arguments(folder: Path, resume: str | None, overwrite: bool = False) -> TrainingArguments:
@@ -306,12 +306,12 @@ def test_a_list_names_every_file(whole: Path) -> None:
 def test_a_flipped_bit_is_found_in_every_file(whole: Path, tmp_path: Path, position: float) -> None:
     """At its beginning, middle and end: sizes stay, and checksums do not."""
     folder = shutil.copytree(whole / "checkpoint-3", tmp_path / "checkpoint-3")
-    assert what_is_missing(folder, read=True) is None
+    assert checkpoint_problem(folder, read=True) is None
     for file in sorted(f for f in folder.iterdir() if f.name != FILE_LIST):
         content = file.read_bytes()
         at = int(position * (len(content) - 1))
         file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        assert file.name in (what_is_missing(folder, read=True) or "")
+        assert file.name in (checkpoint_problem(folder, read=True) or "")
         file.write_bytes(content)
     assert last_complete_checkpoint(tmp_path) == folder
 
@@ -345,7 +345,7 @@ def test_damage_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize("changes", [{"newer_key": 1}, {"global_step": "three"}, {"log_history": 5}, {"epoch": "two"}])
 def test_states_that_trainer_would_stumble_over(plain: Path, changes: dict[str, Any]) -> None:
     (plain / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"global_step": 2} | changes))
-    assert next(iter(changes)) in what_is_missing(plain / "checkpoint-2")
+    assert next(iter(changes)) in checkpoint_problem(plain / "checkpoint-2")
     assert last_complete_checkpoint(plain) == plain / "checkpoint-1"
 
 
@@ -353,7 +353,7 @@ def test_states_that_trainer_would_stumble_over(plain: Path, changes: dict[str, 
 def test_folders_where_files_belong(plain: Path, name: str) -> None:
     (plain / "checkpoint-2" / name).unlink()
     (plain / "checkpoint-2" / name).mkdir()
-    assert name in what_is_missing(plain / "checkpoint-2")
+    assert name in checkpoint_problem(plain / "checkpoint-2")
 
 
 def test_a_best_evaluation_without_a_checkpoint(tmp_path: Path) -> None:
@@ -408,4 +408,4 @@ def test_uploads_see_complete_checkpoints(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
     trainer.train()
     assert pushed == [str(tmp_path / f"checkpoint-{step}") for step in (3, 6, 8)]
-    assert not any(map(what_is_missing, pushed))
+    assert not any(map(checkpoint_problem, pushed))

@@ -42,7 +42,7 @@ from ufgir.data.transformed import TransformedImages
 from ufgir.evaluation import prediction
 from ufgir.evaluation.metrics import compute_metrics
 from ufgir.evaluation.prediction import predict_to_file
-from ufgir.training.checkpointing import checkpoint_folders, what_is_missing
+from ufgir.training.checkpointing import checkpoint_folders, checkpoint_problem
 from ufgir.training.distributed import DistributedArguments
 from ufgir.training.trainer import UFGIRTrainer
 from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
@@ -274,7 +274,7 @@ def test_resumed(leaves: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in weights(stopped).items())
     assert [f.name for f in checkpoint_folders(stopped)] == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
     for folder in checkpoint_folders(whole):
-        assert what_is_missing(folder) is None
+        assert checkpoint_problem(folder) is None
         states = [torch.load(folder / f"rng_state_{rank}.pth", weights_only=False)["cpu"] for rank in range(2)]
         assert not torch.equal(*states)
     one = recipe(stopped, leaves, per_device_train_batch_size=4, **plan | {"num_train_epochs": 3})

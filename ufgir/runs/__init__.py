@@ -1,4 +1,4 @@
-"""What comes of trainings: records of runs, tables over many of them, sweeps and the queue that runs them, and the figures of the paper."""
+"""Records of runs, tables of runs, sweeps and their queue, and the figures of the paper."""
 
 from .records import read_run_records
 

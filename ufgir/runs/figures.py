@@ -1,7 +1,7 @@
-"""The figures of the paper, drawn from runs: accuracy against cost, box plots, bars of an ablation, curves of gradients.
+"""The paper's figures, plotted from runs: accuracy over cost, box plots, ablation bars, gradient curves.
 
-All but the last take the rows of `ufgir.runs.tables.summarize` (or of `read_summary`). They return a matplotlib figure and are
-called inside `ufgir.utils.plotting.style()`.
+All except `draw_gradients` take the rows of `ufgir.runs.tables.summarize` (or `read_summary`). They return a
+matplotlib figure; call them inside `ufgir.utils.plotting.style()`.
 """
 
 import itertools
@@ -29,31 +29,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-MOST_PANELS = 6
+MAX_PANELS = 6
 COST_NAMES = {
-    "gmacs": "GMACs an image",
-    "images_per_second": "Images a second, loading included",
-    "model_images_per_second": "Images a second, model alone",
+    "gmacs": "GMACs per image",
+    "images_per_second": "Images per second, including loading",
+    "model_images_per_second": "Images per second, model only",
 }
 
 
 def draw_cost(summary: Sequence[Row], cost: str, title: str | None = None) -> "Figure":
-    """Accuracy over what an image costs, a line through the keep rates of each setting, as the paper's figure.
+    """Plot accuracy over cost per image, with a line through the keep rates of each setting, like the paper's figure.
 
-    Variants (or, where there is one, methods) have their style, image sizes filled or hollow markers; any further factor
-    has a panel for each value. The bars are sample deviations over seeds; keep rates stand beside the points in percent.
+    Each variant (or each method, if there is one variant) has its own style, and image sizes have filled or hollow
+    markers; further factors have a panel for each value. Error bars are sample stds over seeds; points are labeled
+    with the keep rate in percent.
 
     Args:
-        cost: `gmacs`, `images_per_second` or `model_images_per_second`; rows without it are left out.
+        summary: rows of `summarize`.
+        cost: `gmacs`, `images_per_second` or `model_images_per_second`; rows without it are ignored.
+        title: title of the figure.
 
     Raises:
-        ValueError: no row has the cost, or there are too many panels.
+        ValueError: if no row has the cost, or there are too many panels.
     """
     rows = [row for row in summary if row[cost] is not None]
     if not rows:
-        why = ": the multiply-adds of their methods differ by image" if cost == "gmacs" else ""
-        raise ValueError(f"none of the runs says `{cost}`{why}")
-    look = _look(rows)
+        why = ": the multiply-adds of their methods differ between images" if cost == "gmacs" else ""
+        raise ValueError(f"none of the runs has `{cost}`{why}")
+    look = _style_factor(rows)
     inside = [name for name in (look, "image_size", "keep_rate") if name in rows[0]]
     sizes = (
         sorted({row["image_size"] for row in rows}, key=sort_key) if "image_size" in varying(rows, inside) else [None]
@@ -89,7 +92,7 @@ def _line(axes: "Axes", x: list[float], line: list[Row], style: dict[str, Any]) 
 
 
 def _name_rates(axes: "Axes", lines: Any, cost: str) -> None:
-    """Above the highest point of each keep rate and size, the rate in percent: the points of other variants stand below."""
+    """Write each keep rate, in percent, above its highest point of each image size."""
     highest: dict[tuple, Row] = {}
     for row in itertools.chain.from_iterable(lines):
         place = (sort_key(row["keep_rate"]), sort_key(row.get("image_size")))
@@ -113,18 +116,19 @@ def _log_axis(axes: "Axes") -> None:
 
 
 def draw_boxes(summary: Sequence[Row], title: str | None = None) -> "Figure":
-    """For each method (or each keep rate, where there is one method) a box a variant over everything else: backbones, data
-    sets and so on. Boxes span the quartiles, whiskers 1.5 times as much, circles are settings beyond; below stands how many
-    settings a box holds.
+    """Plot a box per variant for each method (or each keep rate, if there is one method), over all other factors.
+
+    Boxes span the quartiles, whiskers 1.5 times that range, and circles are settings beyond. The axis label gives the
+    number of settings per box.
 
     Raises:
-        ValueError: there is only one setting for each box.
+        ValueError: if every box has only one setting.
     """
     _columns(summary, "variant")
     across = _across(summary, "method", "keep_rate")
     groups = grouped(summary, [across, "variant"])
     if max(map(len, groups.values())) < 2:
-        raise ValueError("box plots need several settings (backbones, data sets, ...) for each method and variant")
+        raise ValueError("box plots need several settings (backbones, data sets, ...) per method and variant")
     places = sorted({key[0] for key in groups})
     variants = sorted({key[1] for key in groups})
     names = {sort_key(row[name]): row[name] for row in summary for name in (across, "variant")}
@@ -150,16 +154,17 @@ def draw_boxes(summary: Sequence[Row], title: str | None = None) -> "Figure":
     axes.set_xticks(range(len(places)), [_tick(across, names[place]) for place in places])
     axes.grid(visible=False, axis="x")
     count = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    _finish(figure, [(axes, summary)], f"{_AXIS[across]}; {count} settings a box", summary)
+    _finish(figure, [(axes, summary)], f"{_AXIS[across]}; {count} settings per box", summary)
     return figure
 
 
 def draw_bars(summary: Sequence[Row], title: str | None = None) -> "Figure":
-    """For each keep rate (or each method, where there is one rate) a bar a variant: an ablation. Lines are sample deviations
-    over seeds; any further factor has a panel for each value.
+    """Plot a bar per variant for each keep rate (or each method, if there is one rate): an ablation.
+
+    Error bars are sample stds over seeds; further factors have a panel for each value.
 
     Raises:
-        ValueError: there are too many panels.
+        ValueError: if there are too many panels.
     """
     _columns(summary, "variant")
     across = _across(summary, "keep_rate", "method")
@@ -191,23 +196,25 @@ def draw_bars(summary: Sequence[Row], title: str | None = None) -> "Figure":
 
 
 def draw_gradients(rows: Sequence[Row], metric: str, factors: Sequence[str], title: str | None = None) -> "Figure":
-    """The largest gradient at each step of each run that recorded it, as the paper's figure of stability, named by the value
-    that the runs differ in and the mean accuracy.
+    """Plot the largest gradient at each step of each run that recorded gradients, like the paper's stability figure.
+
+    The legend shows the factor in which the runs differ and the mean accuracy.
 
     Args:
-        rows: of `run_rows`.
+        rows: rows of `run_rows`.
         metric: a column.
-        factors: columns that tell settings apart; runs that agree in them share a line in the legend.
+        factors: columns that distinguish settings; runs with the same values share a legend entry.
+        title: title of the figure.
 
     Raises:
-        ValueError: no run has recorded its gradients, or those that have differ in more than one factor.
+        ValueError: if no run has recorded gradients, or if the runs that have differ in more than one factor.
     """
     rows = [row for row in rows if (Path(row["run"]) / GRADIENTS_FILE).exists()]
     if not rows:
-        raise ValueError("none of the runs has recorded its gradients: run them with `record_gradients`")
+        raise ValueError("none of the runs has recorded gradients. Train with `record_gradients`")
     changing = varying(rows, sorted(factors, key=lambda name: name != "variant"))
     if len(changing) > 1:
-        raise ValueError(f"runs with recorded gradients differ in {' and '.join(changing)}: leave one with `--where`")
+        raise ValueError(f"runs with recorded gradients differ in {' and '.join(changing)}. Select one with `--where`")
     groups = grouped(rows, changing)
     labels: dict[str, str] = {}
     for group in groups.values():
@@ -227,8 +234,8 @@ def draw_gradients(rows: Sequence[Row], metric: str, factors: Sequence[str], tit
 _AXIS = {"method": "Token reduction", "keep_rate": "Keep rate"}
 
 
-def _told(factor: str, value: Any) -> str:
-    """A value for the title of a panel."""
+def _panel_title(factor: str, value: Any) -> str:
+    """Return a value for the title of a panel."""
     if factor == "image_size":
         return f"{value} px"
     return str(value) if factor in ("dataset", "backbone", "method", "variant") else f"{factor} {value}"
@@ -240,30 +247,30 @@ def _tick(factor: str, value: Any) -> str:
     return str(value)
 
 
-def _look(rows: Sequence[Row]) -> str:
-    """The factor that colours and markers tell apart: that of the two that varies, the variant before the method."""
-    there = _columns(rows, "variant", "method")
-    return next((name for name in there if varying(rows, [name])), there[0])
+def _style_factor(rows: Sequence[Row]) -> str:
+    """Return the factor shown by colors and markers: variant or method, whichever varies, preferring the variant."""
+    existing = _columns(rows, "variant", "method")
+    return next((name for name in existing if varying(rows, [name])), existing[0])
 
 
 def _across(rows: Sequence[Row], *names: str) -> str:
-    """What the horizontal axis shows: the first of the columns that varies, or else that there is."""
-    there = _columns(rows, *names)
-    return (varying(rows, there) or there)[0]
+    """Return the column on the horizontal axis: the first that varies, else the first that exists."""
+    existing = _columns(rows, *names)
+    return (varying(rows, existing) or existing)[0]
 
 
 def _columns(rows: Sequence[Row], *names: str) -> list[str]:
-    """Those of the columns that there are; ValueError if there is none."""
-    there = [name for name in names if name in rows[0]]
-    if not there:
-        raise ValueError(f"this figure needs the column {' or '.join(names)}; with `--by`, name it as well")
-    return there
+    """Return the columns that exist; raise ValueError if there is none."""
+    existing = [name for name in names if name in rows[0]]
+    if not existing:
+        raise ValueError(f"this figure needs the column {' or '.join(names)}. Add it to `--by`")
+    return existing
 
 
 def _finish(
     figure: "Figure", panels: Sequence[tuple], x: str, rows: Sequence[Row], legend_inside: bool = False
 ) -> None:
-    """Name the axes, and put one legend inside the only panel or below all of them."""
+    """Label the axes, and put one legend inside the only panel or below all panels."""
     handles: dict[str, Any] = {}
     for axes, _ in panels:
         first = axes.get_subplotspec().colspan.start == 0
@@ -277,39 +284,41 @@ def _finish(
 
 
 def _style(factor: str, value: Any, rows: Sequence[Row]) -> dict[str, Any]:
-    """How a value of a factor looks, the label included: in the project's style, or else in a colour of the palette, first
-    those that no variant has."""
+    """Return the style of a value of a factor, including its label.
+
+    Values without a style in the project get a color of the palette, starting with colors that no variant uses.
+    """
     known = {name.lower() for name in VARIANT_STYLES | METHOD_STYLES}
-    strangers = [name for name in dict.fromkeys(str(row[factor]) for row in rows) if name.lower() not in known]
-    index = strangers.index(str(value)) if str(value) in strangers else 0
+    unknown = [name for name in dict.fromkeys(str(row[factor]) for row in rows) if name.lower() not in known]
+    index = unknown.index(str(value)) if str(value) in unknown else 0
     look = plain_style(str(value), (5, 2, 3, 1, 4, 0, 6)[index % 7])
     return {"marker": "vP<X>hp"[index % 7], **look, "label": str(value)}
 
 
 def _hatch(variant: Any, rows: Sequence[Row]) -> str:
-    """What the bars and boxes of a variant are filled with: the same in every figure, whichever others stand beside it."""
+    """Return the hatch of a variant's bars and boxes; it does not depend on the other variants in the figure."""
     known = {name.lower(): hatch for name, hatch in VARIANT_HATCHES.items()}
     if str(variant).lower() in known:
         return known[str(variant).lower()]
-    strangers = [name for name in dict.fromkeys(str(row["variant"]) for row in rows) if name.lower() not in known]
-    return OTHER_HATCHES[strangers.index(str(variant)) % len(OTHER_HATCHES)]
+    unknown = [name for name in dict.fromkeys(str(row["variant"]) for row in rows) if name.lower() not in known]
+    return OTHER_HATCHES[unknown.index(str(variant)) % len(OTHER_HATCHES)]
 
 
 def _panels(rows: Sequence[Row], inside: Sequence[str], title: str | None) -> tuple["Figure", list[tuple]]:
-    """A figure with a panel for each combination of the varying factors that are not shown inside one.
+    """Make a figure with a panel for each combination of the varying factors that are not shown inside a panel.
 
     Returns:
         (figure, [(axes, rows), ...])
 
     Raises:
-        ValueError: more than `MOST_PANELS`, or two rows in the same place of a panel.
+        ValueError: if there are more than `MAX_PANELS` panels.
     """
     outside = varying(rows, [name for name in factors_of(rows) if name not in inside])
     groups = grouped(rows, outside)
-    if len(groups) > MOST_PANELS:
+    if len(groups) > MAX_PANELS:
         raise ValueError(
-            f"the figure would have {len(groups)} panels, one for each {', '.join(outside)}; at most {MOST_PANELS} are "
-            "drawn: choose with `--where`, or name the columns to tell apart with `--by`, the others are averaged"
+            f"the figure would have {len(groups)} panels, one for each {', '.join(outside)}; at most {MAX_PANELS} are "
+            "allowed. Select runs with `--where`, or list fewer columns in `--by` to average over the others"
         )
     columns = min(3, len(groups))
     figure, axes = new_figure(math.ceil(len(groups) / columns), columns, sharey=True, squeeze=False)
@@ -318,7 +327,7 @@ def _panels(rows: Sequence[Row], inside: Sequence[str], title: str | None) -> tu
         figure.set_size_inches(0.72 * width, 0.85 * height)
     panels = []
     for place, group in zip(axes.flat, groups.values(), strict=False):
-        name = ", ".join(_told(factor, group[0][factor]) for factor in outside)
+        name = ", ".join(_panel_title(factor, group[0][factor]) for factor in outside)
         place.set_title(name if len(groups) > 1 else title or "")
         panels.append((place, group))
     for place in axes.flat[len(groups) :]:

@@ -1,4 +1,4 @@
-"""The runs of a grid, worked off one by one or several at once, and taken up again after an interruption."""
+"""Run the combinations of a grid, one or several at a time, and resume after interruptions."""
 
 import contextlib
 import json
@@ -31,26 +31,26 @@ logger = logging.getLogger(__name__)
 
 LOCK = "sweep.lock"
 LOGS = "logs"
-POLL = 0.2  # seconds between two looks at the running processes
-GRACE = 20.0  # seconds that an interrupted run has to end by itself
+POLL = 0.2  # seconds between two checks of the running processes
+GRACE = 20.0  # seconds that an interrupted run has to end
 
 
 class Slot(NamedTuple):
-    """A place where one run at a time can be: its name, and what of the environment it changes."""
+    """A slot that one run at a time can use: its device and its environment variables."""
 
     device: str
     environment: dict[str, str]
 
 
 def make_slots(devices: Sequence[str] = (), jobs: int = 1) -> list[Slot]:
-    """`jobs` places on each device.
+    """Return `jobs` slots on each device.
 
     Args:
-        devices: `cuda:0`, ..., `cpu`, or `all` for every GPU that is visible. By default the first GPU, or the CPU.
-        jobs: runs at once on each; several on the CPU share its cores among them.
+        devices: `cuda:0`, ..., `cpu`, or `all` for every visible GPU. By default the first GPU, or the CPU.
+        jobs: number of parallel runs per device; several runs on the CPU share its cores.
 
     Raises:
-        ValueError: there is no such device, or `jobs` is below 1.
+        ValueError: if a device does not exist or is repeated, or `jobs` is below 1.
     """
     if jobs < 1:
         raise ValueError(f"`--jobs` must be 1 or more, got {jobs}")
@@ -60,14 +60,14 @@ def make_slots(devices: Sequence[str] = (), jobs: int = 1) -> list[Slot]:
     if list(devices) == ["all"]:
         devices = list(known)
         if not devices:
-            raise ValueError("`--devices` all: there is no GPU here; use cpu, with --jobs for several runs at once")
+            raise ValueError("`--devices` all: no GPU found. Use cpu, with --jobs for several runs at once")
     devices = list(devices) or ["cuda:0" if count else "cpu"]
     for device in devices:
         if device not in known and device != "cpu":
-            raise ValueError(f"`--devices` must be of {', '.join([*known, 'cpu'])}, got {device!r}")
+            raise ValueError(f"`--devices` must be one of {', '.join([*known, 'cpu'])}, got {device!r}")
     if len(set(devices)) < len(devices):
         raise ValueError(
-            f"`--devices` names a device twice: {', '.join(devices)}; use --jobs for several runs on each"
+            f"`--devices` lists a device twice: {', '.join(devices)}. Use --jobs for several runs per device"
         )
     slots = []
     for device in devices:
@@ -79,19 +79,19 @@ def make_slots(devices: Sequence[str] = (), jobs: int = 1) -> list[Slot]:
 
 
 class RunQueue:
-    """The runs of a grid in the folder of a sweep.
+    """The runs of a grid, in the folder of a sweep.
 
-    In the folder are: the recipe as it was when the sweep began, `sweep.json` (every run, its options and how it ended),
-    a folder for each run, and its output in `logs/`. A run that has its `run.json`, and was uploaded if it is to be, is finished
-    and is not run again; one that left a whole checkpoint goes on from there; any other starts over.
+    The folder holds the recipe as it was when the sweep began, `sweep.json` (every run, its options and its status), a
+    folder for each run, and their output in `logs/`. A run with a `run.json`, and a completed upload if one is
+    requested, is finished and skipped; a run with a complete checkpoint is resumed; all others start over.
 
     Args:
-        grid: what to run.
+        grid: the runs.
         output: the folder.
         script: the program and its first arguments, `run_ufgir.py` by default.
 
     Raises:
-        ValueError: as `Grid.runs`; or the folder holds something else, or a sweep of a recipe that differs.
+        ValueError: as `Grid.runs`; or if the folder holds other files or a sweep with another recipe.
     """
 
     def __init__(self, grid: Grid, output: Path, script: Sequence[str] | None = None) -> None:
@@ -104,23 +104,27 @@ class RunQueue:
         self._processes: dict[str, tuple[subprocess.Popen, Slot, float]] = {}
 
     def _read(self) -> dict[str, Any]:
-        """The manifest: that of the folder, to which the runs of this grid are added."""
+        """Return the folder's manifest with the runs of this grid added."""
         if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"`--output` {self.output} is a file: choose a folder")
+            raise ValueError(f"`--output` must be a folder, got the file {self.output}")
         old = read_manifest(self.output)
         if old is None:
             if self.output.is_dir() and {p.name for p in self.output.iterdir() if not is_leftover(p)} - {LOCK}:
-                raise ValueError(f"`--output` {self.output} holds something that is no sweep: choose another folder")
+                raise ValueError(
+                    f"`--output` {self.output} contains files that do not belong to a sweep. Choose another folder"
+                )
             old = {"runs": {}}
         elif old["recipe"] != self.grid.settings:
-            told = differences(old["recipe"], self.grid.settings, str(self.output))
-            raise ValueError(f"`--output` {self.output} is a sweep of another recipe: {told}; choose another folder")
+            changes = differences(old["recipe"], self.grid.settings, str(self.output))
+            raise ValueError(
+                f"`--output` {self.output} contains a sweep with another recipe: {changes}. Choose another folder"
+            )
         runs = dict(old["runs"])
         for run in self.runs.values():
             before = runs.get(run.name, {"settings": run.settings})["settings"]
             if before != run.settings:
-                told = differences(before, run.settings, str(self.output))
-                raise ValueError(f"{run.name} was begun with other options: {told}; choose another `--output`")
+                changes = differences(before, run.settings, str(self.output))
+                raise ValueError(f"{run.name} was started with other options: {changes}. Choose another `--output`")
             runs[run.name] = {"settings": run.settings, "options": run.options, **runs.get(run.name, {})}
         for name, run in runs.items():
             if is_finished(self.output / name):
@@ -130,35 +134,35 @@ class RunQueue:
         return {"command": sys.argv[1:], "date": now(), "recipe": self.grid.settings, "runs": runs}
 
     def how(self, run: Run) -> str:
-        """`finished`, `resume` or `start`: what would be done with a run now."""
+        """Return what `work` would do with a run: `finished`, `resume` or `start`."""
         if is_finished(self.output / run.name):
             return "finished"
         trains = run.training.do_train
         return "resume" if trains and last_complete_checkpoint(self.output / run.name) is not None else "start"
 
     def command(self, run: Run) -> list[str]:
-        """The command line of a run."""
+        """Return the command line of a run."""
         how = "--resume_from_checkpoint=true" if self.how(run) == "resume" else "--overwrite_output_dir=true"
         own = [f"--output_dir={self.output / run.name}", f"--run_name={self.output.name}/{run.name}", how]
         return [*self.script, str(self.recipe), *run.options, *own, "--disable_tqdm=true"]
 
     def work(self, slots: Sequence[Slot], max_failures: int | None = None) -> None:
-        """Run what is not finished, one process a run, until nothing waits; failures are in `failed`.
+        """Run everything that is not finished, one process per run; names of failed runs are in `failed`.
 
         Args:
-            slots: as many runs are under way at once.
-            max_failures: start no more runs after so many have failed; None is no limit.
+            slots: one run at a time in each.
+            max_failures: start no more runs after this many failures; None for no limit.
 
         Raises:
-            ValueError: another sweep works on the folder.
-            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when the running processes have ended; what they have
-                saved is taken up by the next sweep.
+            ValueError: if another sweep uses the folder.
+            KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, once the running processes have ended; the next sweep
+                resumes them.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         with _lock(self.output / LOCK) as lock, ending_signals(again=True):
             remove_leftovers(self.output)
-            self.manifest = self._read()  # another sweep may have changed it until now
-            self._write()  # first of all: without it, the folder would be taken for something else
+            self.manifest = self._read()  # another sweep may have changed it
+            self._write()  # first, since it marks the folder as that of a sweep
             if not self.recipe.exists():
                 with whole_file(self.recipe) as file:
                     shutil.copyfile(self.grid.recipe, file)
@@ -168,13 +172,13 @@ class RunQueue:
             )
             done = len(self.runs) - len(waiting)
             if done:
-                logger.info("%d of %d runs are finished already", done, len(self.runs))
+                logger.info("%d of %d runs are already finished", done, len(self.runs))
             free = deque(slots)
             try:
                 while waiting or self._processes:
                     stop = max_failures is not None and len(self.failed) >= max_failures
                     if stop and waiting:
-                        logger.info("%d failures: no more runs are started", len(self.failed))
+                        logger.info("%d runs failed: starting no more runs", len(self.failed))
                         waiting.clear()
                     while waiting and free:
                         self._start(waiting.popleft(), free.popleft(), lock)
@@ -195,12 +199,12 @@ class RunQueue:
         command = self.command(run)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **slot.environment}
         boards = Path(os.environ.get("TENSORBOARD_LOGGING_DIR", self.output / "tensorboard"))
-        environment["TENSORBOARD_LOGGING_DIR"] = str(boards / run.name)  # one name a run, not date and host
+        environment["TENSORBOARD_LOGGING_DIR"] = str(boards / run.name)  # one folder per run, not date and host
         with self._log(run.name).open("a", encoding="utf-8") as log:
             log.write(f"# {now()}, {slot.device}: {shlex.join(command)}\n")
             log.flush()
-            # A session of its own: Ctrl-C reaches it through us only, with all its workers. The lock goes with it, so
-            # that no other sweep starts the same run should we be killed.
+            # In its own session, the run and its workers get Ctrl-C only from `stop_processes`. It inherits the lock, so
+            # that no other sweep starts the same run if this process is killed.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -212,7 +216,7 @@ class RunQueue:
             )
         self._processes[run.name] = (process, slot, time.monotonic())
         self._note(run.name, status="running", date=now())
-        resumed = " from its checkpoint" if "--resume_from_checkpoint=true" in command else ""
+        resumed = " from its last checkpoint" if "--resume_from_checkpoint=true" in command else ""
         logger.info("%s: started%s on %s", run.name, resumed, slot.device)
 
     def _ended(self, name: str, status: int, seconds: float) -> None:
@@ -239,18 +243,18 @@ class RunQueue:
         return self.output / LOGS / f"{name}.log"
 
     def _last_words(self, name: str) -> str:
-        """The last line that a run wrote."""
+        """Return the last line of a run's output."""
         with self._log(name).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
 
     def table(self) -> list[list[str]]:
-        """A row for each run of the grid: name, what would be done with it, its options."""
+        """Return a row for each run of the grid: name, what would be done with it, its options."""
         return [[run.name, self.how(run), shlex.join(run.options)] for run in self.runs.values()]
 
     def summary(self) -> str:
-        """How all runs of the grid stand, and what became of those that failed."""
+        """Return the status of all runs of the grid, and the errors of those that failed."""
         runs = {name: self.manifest["runs"][name] for name in self.runs}
         counts = {status: sum(run["status"] == status for run in runs.values()) for status in _STATUSES}
         lines = [
@@ -261,7 +265,9 @@ class RunQueue:
             if run["status"] == "failed":
                 lines.append(f"failed: {name}: {run['error']} ({self._log(name)})")
         if counts["finished"] < len(runs):
-            lines.append("The same command goes on with what is not finished, failed runs included.")
+            lines.append(
+                "Run the same command again to continue with the runs that are not finished, including failed ones."
+            )
         return "\n".join(lines)
 
 
@@ -269,8 +275,12 @@ _STATUSES = ("finished", "failed", "interrupted", "running", "waiting")
 
 
 def stop_processes(processes: Sequence[subprocess.Popen], grace: float = GRACE) -> None:
-    """End processes, each the head of its group, as Ctrl-C would; after `grace` seconds, or at once upon another Ctrl-C,
-    they are killed."""
+    """Stop processes, each the leader of its group, with SIGINT; kill them after `grace` seconds or a second Ctrl-C.
+
+    Args:
+        processes: to stop.
+        grace: seconds.
+    """
     for process in processes:
         _signal_group(process, signal.SIGINT)
     try:
@@ -285,21 +295,21 @@ def stop_processes(processes: Sequence[subprocess.Popen], grace: float = GRACE) 
 
 
 def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
-    """To a process and its workers; its number is its group's, which is gone when the last of them has ended."""
+    """Send a signal to a process and its workers, whose group ID is the process ID."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def _exit(status: int) -> str:
-    """An exit status in words."""
+    """Describe an exit status."""
     if status == 0:
-        return "ended without a record"
+        return "ended without a run.json"
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[int]:
-    """The file, locked for this process and those it hands the descriptor to; ValueError if it is locked already."""
+    """Lock a file for this process and those that inherit the descriptor; raise ValueError if it is locked already."""
     try:
         import fcntl  # not on Windows
     except ImportError as error:
@@ -314,8 +324,8 @@ def _lock(path: Path) -> Iterator[int]:
         except BlockingIOError as error:
             owner = os.read(handle, 32).decode(errors="replace").strip()
             raise ValueError(
-                f"`--output` {path.parent}: the sweep of process {owner}, or a run that it left behind, is at work there; "
-                "wait for it, or end it"
+                f"`--output` {path.parent} is in use by the sweep of process {owner}, or by one of its runs. Wait for "
+                "it to finish, or stop it"
             ) from error
         os.truncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)

@@ -1,4 +1,4 @@
-"""What a run was, and what came of it: `run.json` in its folder, for `ufgir sweep` and `ufgir results`."""
+"""The record of a run, `run.json` in its folder, used by `ufgir sweep` and `ufgir results`."""
 
 import json
 import logging
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
 MANIFEST = "sweep.json"  # in the folder of a sweep: its runs and how they ended
-NOT_STORED |= {"transformers_version", "clca_version"}  # stand among the versions
-NOT_STORED |= {"use_cache"}  # which Trainer switches off in training
-NOT_RUNS = ("checkpoint-", "tensorboard", ".", "_")  # folders that hold no runs, by how their names begin
+NOT_STORED |= {"transformers_version", "clca_version"}  # these are stored with the versions
+NOT_STORED |= {"use_cache"}  # Trainer disables it in training
+NOT_RUNS = ("checkpoint-", "tensorboard", ".", "_")  # prefixes of folders that contain no runs
 
 
 def write_run_record(
@@ -52,32 +52,35 @@ def write_run_record(
     pushed: bool | None = None,
     command: Sequence[str] | None = None,
 ) -> Path:
-    """Write `run.json` into `output_dir`, atomically, when all that a run computes is there: a run that has it is finished,
-    but for its upload.
+    """Write `run.json` into `output_dir`, atomically, as the last result of a run, except for its upload.
 
-    Versions, machine, date and peak memory are added here. A run that only evaluates adds its splits to the record that
-    the training of the same model left in that folder. What it measured on another data set, or on other images of a split
-    that was measured before, stands in `evaluations` only. The record of another model's training stays as it is, with a
+    Adds versions, machine, date and peak memory. A run that only evaluates adds its splits to the record of the
+    training of the same model in that folder. Metrics on another data set, or on other images of a split that was
+    measured before, are added to `evaluations` only. The record of another model's training is not changed, with a
     warning.
 
     Args:
         output_dir: folder of the run.
         settings: every option that was given, see `RecipeParser.settings`.
         dataset: name, folder or Hub repository of the data.
-        split_sizes: split name -> number of images.
+        split_sizes: split -> number of images.
         config: the model's `CLCAViTConfig`.
-        metrics: split name -> metric -> value, as they were computed (accuracies are fractions in [0, 1]).
-        macs: multiply-adds of one image, None where they differ by image.
+        metrics: split -> metric -> value, as computed (accuracies are fractions in [0, 1]).
+        macs: multiply-adds per image, None if they differ between images.
         dense_macs: the same for this backbone without reduction, cache and aggregation head.
-        num_parameters: parameters of the model.
-        seed: of the training.
-        train_seconds: seconds of training, None for a run that only evaluates; of a resumed run, those since.
-        images_per_second: split name -> images a second in its evaluation, loading and decoding included.
-        model_images_per_second: images a second of the model alone, where that was measured.
-        resumed_from: the checkpoint that this run went on from, if it did.
-        data: options on which the images that are evaluated depend, see `run_checks.evaluated_data`.
-        pushed: whether the run was uploaded to the Hub, see `mark_pushed`; None where that is not asked for.
+        num_parameters: number of parameters of the model.
+        seed: seed of the training.
+        train_seconds: seconds of training, None for a run that only evaluates; for a resumed run, since it was
+            resumed.
+        images_per_second: split -> images per second in its evaluation, including loading and decoding.
+        model_images_per_second: images per second of the model only, if measured.
+        resumed_from: the checkpoint from which this run was resumed, if any.
+        data: options that determine the evaluated images, see `option_checks.evaluated_data`.
+        pushed: whether the run was uploaded to the Hub, see `mark_pushed`; None if no upload is requested.
         command: `sys.argv` by default.
+
+    Returns:
+        the path of the file.
     """
     path = Path(output_dir) / RECORD
     described = {k: v for k, v in config.to_dict().items() if k not in NOT_STORED} | {"num_labels": config.num_labels}
@@ -90,20 +93,19 @@ def write_run_record(
     run = {"command": shlex.join(sys.argv if command is None else command), "date": now(), "host": describe_host()}
     old = _read(path)
     if isinstance(old, str):
-        logger.warning("%s is replaced: %s", path, old)
+        logger.warning("Replacing %s: %s", path, old)
     if train_seconds is None and isinstance(old, dict) and old.get("train_seconds") is not None:
         if {k: v for k, v in old["config"].items() if k not in NOT_STORED} != described:
-            logger.warning("%s holds the training of another model and was left alone", path)
+            logger.warning("%s holds the training of another model and is not changed", path)
             return path
         about = as_read({"dataset": dataset, "data": data, "settings": dict(settings), **measured})
         kept = _fitting(old, about)
         record = old | {n: old.get(n, {}) | {s: v for s, v in measured[n].items() if s in kept} for n in measured}
         record["data"] = (old.get("data") or {}) | {s: v for s, v in (about["data"] or {}).items() if s in kept}
         if others := [split for split in measured["metrics"] if split not in kept]:
-            told = (path, ", ".join(others))
             logger.warning(
-                "%s: these metrics (%s) are of other images, or of some that were trained on, and stand in its `evaluations` only",
-                *told,
+                "%s: the metrics of %s are of other images, or of training images, and are only added to its `evaluations`",
+                *(path, ", ".join(others)),
             )
         record["evaluations"] = [
             *old.get("evaluations", []),
@@ -133,7 +135,7 @@ def write_run_record(
 
 
 def mark_pushed(output_dir: str | os.PathLike) -> None:
-    """Note in the record of a run that its upload has succeeded."""
+    """Mark the upload of a run as successful in its record."""
     path = Path(output_dir) / RECORD
     record = _read(path)
     if isinstance(record, dict) and record.get("pushed") is False:
@@ -145,8 +147,11 @@ def _write(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def _fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
-    """The splits that an evaluation measured and a record may take: of its data set, not trained on, and either not measured
-    before or of the same images as before."""
+    """Return the splits of an evaluation whose metrics can be added to a record.
+
+    They must be of the same data set, not used for training, and either not measured before or with the same images as
+    before.
+    """
     before, now = old.get("data") or {}, new["data"] or {}
     same = os.path.realpath(str(old.get("dataset"))) == os.path.realpath(str(new["dataset"]))  # `leaves`, `./leaves`
     if not same or before.get("source", now.get("source")) != now.get("source"):
@@ -157,46 +162,46 @@ def _fitting(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
 
 
 def remove_run_record(output_dir: str | os.PathLike) -> None:
-    """Before a training starts over in a folder: until it has ended, the folder holds no finished run."""
+    """Delete the record before a training starts over, so that the folder does not count as a finished run."""
     (Path(output_dir) / RECORD).unlink(missing_ok=True)
 
 
 def prediction_files(output_dir: str | os.PathLike) -> list[str]:
-    """Names of the files of predictions that a run, and later evaluations of it, have written by its record; and the usual one."""
+    """Return the names of the prediction files written by a run and its later evaluations, and the default name."""
     record = _read(Path(output_dir) / RECORD)
     runs = [record, *record.get("evaluations", [])] if isinstance(record, dict) else []
     names = [str(run.get("settings", {}).get("predictions_file", PREDICTIONS_FILE)) for run in runs]
-    # a record is no reason to touch what lies elsewhere
+    # never return a path outside the folder
     return [name for name in dict.fromkeys([PREDICTIONS_FILE, *names]) if Path(name).name == name]
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
-    """Whether a folder has the record of a run, and its upload, if one was asked for, has succeeded."""
+    """Return whether a folder has the record of a run whose upload, if requested, has succeeded."""
     record = _read(Path(folder) / RECORD)
     return isinstance(record, dict) and record.get("pushed") is not False
 
 
 class RunRecords(NamedTuple):
-    """The finished runs, each its record with its `folder`, and folder -> why for those that are not finished."""
+    """The finished runs, each its record with its `folder`, and folder -> reason for unfinished ones."""
 
     finished: list[dict[str, Any]]
     unfinished: dict[Path, str]
 
 
 def read_run_records(folders: Iterable[str | os.PathLike]) -> RunRecords:
-    """All runs in or below some folders, in the order of their names; each once, however often a folder is named.
+    """Read all runs in or below some folders, sorted by name; each run once, even if folders overlap.
 
-    Not finished are: a run that a sweep lists and that has no record, a folder with checkpoints and no record, and a
-    record that cannot be read.
+    Unfinished runs are: a run that a sweep lists and that has no record, a folder with checkpoints and no record, and
+    a record that could not be read.
 
     Raises:
-        ValueError: there is no such folder, or no run in it.
+        ValueError: if a folder does not exist or contains no run.
     """
     finished: dict[Path, dict[str, Any]] = {}
     unfinished: dict[Path, str] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}")
+            raise ValueError(f"folder {folder} does not exist")
         before = len(finished) + len(unfinished)
         seen = False
         for place, names, files in os.walk(folder):
@@ -218,15 +223,15 @@ def read_run_records(folders: Iterable[str | os.PathLike]) -> RunRecords:
                 seen = True
                 unfinished.setdefault(place.resolve(), "interrupted, with checkpoints")
         if not seen and before == len(finished) + len(unfinished):
-            raise ValueError(f"there are no runs in {folder}: a finished one has a {RECORD}")
+            raise ValueError(f"no runs found in {folder}; a finished run has a {RECORD}")
     return RunRecords(list(finished.values()), unfinished)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the sweep in `folder`, None where there is none.
+    """Return the manifest of the sweep in `folder`, None if there is none.
 
     Raises:
-        ValueError: it is not one that `ufgir sweep` wrote.
+        ValueError: if the file was not written by `ufgir sweep`.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -235,28 +240,28 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["runs"].items()
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not the manifest of a sweep: {error!r}") from error
+        raise ValueError(f"{path} is not a manifest written by `ufgir sweep`: {error!r}") from error
     return manifest
 
 
 def _missing_runs(folder: Path) -> dict[str, str]:
-    """name -> how it stands, for the runs of a sweep that left no record."""
+    """Return name -> status for the runs of a sweep that have no record."""
     runs = (read_manifest(folder) or {"runs": {}})["runs"]
     missing = {name: run for name, run in runs.items() if not (folder / name / RECORD).exists()}
-    told = {"running": "running, or killed"}  # whoever is killed cannot say so
+    shown = {"running": "running or killed"}  # a killed sweep cannot update the status
     return {
-        name: ": ".join(filter(None, (told.get(run["status"], run["status"]), run.get("error"))))
+        name: ": ".join(filter(None, (shown.get(run["status"], run["status"]), run.get("error"))))
         for name, run in missing.items()
     }
 
 
 def _read(path: Path) -> dict[str, Any] | str | None:
-    """A record; None where there is none, a sentence where it cannot be read."""
+    """Return a record, None if there is none, or a sentence if it could not be read."""
     if not path.exists():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         missing = {"settings", "config", "metrics", "split_sizes", "macs", "seed"} - set(record)
     except (OSError, ValueError, TypeError) as error:
-        return f"{RECORD} cannot be read: {error}"
+        return f"{RECORD} could not be read: {error}"
     return f"{RECORD} lacks {', '.join(sorted(missing))}" if missing else record

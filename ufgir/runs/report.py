@@ -1,4 +1,4 @@
-"""What a run of `run_ufgir.py` leaves for people and for `ufgir results`: model card, record, picture of kept patches, summary."""
+"""Model card, record, figure of kept patches and summary of a run of `run_ufgir.py`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from .tables import summary_table
 
 
 def remove_earlier(run: Run, options: Options) -> None:
-    """Before a training: remove the record of an earlier run in `output_dir`, and all it left with `overwrite_output_dir`."""
+    """Delete the record of an earlier run in `output_dir` and, with `overwrite_output_dir`, all its results."""
     args = options.training
     earlier = prediction_files(args.output_dir)
     remove_run_record(args.output_dir)
@@ -34,19 +34,22 @@ def remove_earlier(run: Run, options: Options) -> None:
 
 
 def describe_start(run: Run, options: Options) -> str:
-    """What is trained or evaluated on, and what the model costs, a line."""
+    """Return a line with the data set, its sizes and the cost of the model."""
     sizes = ", ".join(f"{len(images)} {split}" for split, images in run.data.items())
     cost = cost_in_words(run.macs, run.dense_macs)
     return f"{options.data.dataset}: {len(run.class_names)} classes, {sizes} images; {cost}"
 
 
 def draw_kept_patches(run: Run, predictions: Path, num_pictures: int) -> Path:
-    """Draw which patches the model keeps of some test images, beside the file of their predictions.
+    """Draw the patches that the model keeps in some test images; save the figure next to the predictions.
 
     Args:
         run: with a model that reduces tokens.
-        predictions: of the test images.
-        num_pictures: images to draw, at equal distances among all.
+        predictions: file with the predictions of the test images.
+        num_pictures: number of images to draw, evenly spaced.
+
+    Returns:
+        the path of the figure.
     """
     count = len(run.images["test"])
     chosen = np.linspace(0, count - 1, min(num_pictures, count)).astype(int).tolist()
@@ -62,8 +65,8 @@ def write_card(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
 
     Args:
         run: with its metrics.
-        options: all of them.
-        settings: those that were given, without those that matter only here.
+        options: all groups.
+        settings: options that were given, except those that only matter locally.
     """
     data, args = options.data, options.training
     known = FINE_GRAINED.get(data.dataset)
@@ -90,7 +93,7 @@ def write_card(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
 
 
 def write_record(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
-    """Write `run.json`, when all else is there: a run that has it is finished. Arguments as `write_card`."""
+    """Write `run.json`, after all other results: a run with this file is finished. Arguments as in `write_card`."""
     args = options.training
     write_run_record(
         args.output_dir,
@@ -112,7 +115,7 @@ def write_record(run: Run, options: Options, settings: Mapping[str, Any]) -> Non
 
 
 def describe_end(run: Run, options: Options, seconds: float) -> str:
-    """The table of metrics, the cost of the model, and where the results are."""
+    """Return the table of metrics, the cost of the model, and the folder of the results."""
     cost = f"{cost_in_words(run.macs, run.dense_macs)}, {run.trainer.model.num_parameters():,} parameters"
-    where = f"{seconds:.0f} seconds in all; see {Path(options.training.output_dir)}"
+    where = f"{seconds:.0f} seconds in total; see {Path(options.training.output_dir)}"
     return f"Results\n{summary_table(run.rows)}\n{cost}\n{where}"

@@ -1,4 +1,4 @@
-"""A grid of runs of `run_ufgir.py`: what it consists of, checked before anything runs (`ufgir sweep`)."""
+"""Grids of runs of `run_ufgir.py`, checked before the first run starts (`ufgir sweep`)."""
 
 import hashlib
 import itertools
@@ -19,7 +19,7 @@ from ..utils.provenance import as_read
 
 logger = logging.getLogger(__name__)
 
-# The paper's ablation: the cross-layer cache (CLC) with one register, the CLA head, both, neither.
+# The paper's ablation: the cross-layer cache (CLC) with one CLR token, the CLA head, both, neither.
 VARIANTS = {
     "base": "cross_layer_cache=false,num_clr_tokens=0,head=linear",
     "clc": "cross_layer_cache=true,num_clr_tokens=1,head=linear",
@@ -34,9 +34,10 @@ class Run(NamedTuple):
     """One combination of a grid.
 
     Attributes:
-        name: of its folder, such as `variant=clca,keep_rate=0.1,seed=1`.
-        options: the options that the grid sets, as command-line arguments, but those without effect in this combination.
-        settings: every option of the run that is given, by the recipe or the grid, with its value.
+        name: name of its folder, such as `variant=clca,keep_rate=0.1,seed=1`.
+        options: the options that the grid sets, as command-line arguments, except those without effect in this
+            combination.
+        settings: every option set by the recipe or the grid, with its value.
         training: its `TrainingArguments`.
     """
 
@@ -47,7 +48,7 @@ class Run(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of the alternatives of an axis of the grid: how it is called, and option -> value as typed."""
+    """One value of an axis of the grid: its label, and option -> value as typed."""
 
     label: str
     options: dict[str, str]
@@ -67,7 +68,7 @@ def split_list(text: str) -> list[str]:
 
 
 def _assignment(text: str, flag: str) -> tuple[str, str]:
-    """`option=value` -> its two sides, the option spelt with `_`."""
+    """Split `option=value`; replace `-` by `_` in the option."""
     option, equals, value = text.partition("=")
     option = option.strip().removeprefix("--").replace("-", "_")
     if not equals or not option or not value.strip():
@@ -76,19 +77,23 @@ def _assignment(text: str, flag: str) -> tuple[str, str]:
 
 
 def parse_set(text: str) -> tuple[str, list[Choice]]:
-    """`keep_rate=0.1,0.25` -> the axis `keep_rate` and its alternatives; ValueError if it is not of that form."""
+    """Parse `keep_rate=0.1,0.25`: return the axis `keep_rate` and its values.
+
+    Raises:
+        ValueError: if the text does not have this form.
+    """
     option, values = _assignment(text, "--set")
     choices = [Choice(value, {option: value}) for value in split_list(values)]
     if not all(choice.label for choice in choices):
-        raise ValueError(f"`--set` {text!r} has an empty value: OPTION=VALUE,VALUE,..., without a comma too many")
+        raise ValueError(f"`--set` {text!r} has an empty value. Use OPTION=VALUE,VALUE,... without extra commas")
     return option, choices
 
 
 def parse_variant(text: str) -> Choice:
-    """`clca`, one of `VARIANTS`, or `NAME:OPTION=VALUE,OPTION=VALUE` -> an alternative of the axis `variant`.
+    """Parse `clca`, one of `VARIANTS`, or `NAME:OPTION=VALUE,OPTION=VALUE`: return a value of the axis `variant`.
 
     Raises:
-        ValueError: it is neither, or names an option twice.
+        ValueError: if it is neither, or lists an option twice.
     """
     name, colon, options = text.partition(":")
     if not colon and name not in VARIANTS:
@@ -104,24 +109,24 @@ def parse_variant(text: str) -> Choice:
 
 
 class _StrictParser(RecipeParser):
-    """Raises ValueError where RecipeParser ends the program."""
+    """A `RecipeParser` that raises ValueError instead of ending the program."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 class Grid:
-    """Every combination of some alternatives, each a run of a recipe.
+    """All combinations of the values of some options, each a run of a recipe.
 
     Args:
         recipe: YAML or JSON file.
-        sets: texts `OPTION=VALUE,VALUE,...`, an axis of the grid each. A value that is a list has blanks or brackets:
+        sets: texts `OPTION=VALUE,VALUE,...`, one per axis of the grid. Values that are lists use blanks or brackets:
             `reduction_layers=3 6 9,2 5 8`.
-        variants: texts as `parse_variant` takes them: alternatives that set several options together.
+        variants: texts for `parse_variant`: values that set several options together.
 
     Raises:
-        ValueError: there is nothing to vary, an option is unknown, set twice or the sweep's own, or any combination is
-            one that `run_ufgir.py` would refuse, its model included.
+        ValueError: if nothing varies, if an option is unknown, set twice or reserved for the sweep, or if
+            `run_ufgir.py` would reject any combination, including its model.
     """
 
     def __init__(self, recipe: Path, sets: Sequence[str], variants: Sequence[str] = ()) -> None:
@@ -133,12 +138,12 @@ class Grid:
         for text in sets:
             option, choices = parse_set(text)
             if option in self.axes:
-                raise ValueError(f"`--set` names `{option}` twice: put all values after one, {option}=A,B")
+                raise ValueError(f"`--set` lists `{option}` twice. Combine the values: {option}=A,B")
             self.axes[option] = choices
         if not self.axes:
-            raise ValueError("there is nothing to sweep over: give `--set` OPTION=VALUE,VALUE or `--variant`")
+            raise ValueError("nothing to sweep over. Pass `--set` OPTION=VALUE,VALUE or `--variant`")
         self._check_options()
-        self.settings = self._parse([])[0]  # of the recipe itself
+        self.settings = self._parse([])[0]  # options of the recipe
 
     def _check_options(self) -> None:
         setters: dict[str, str] = {}
@@ -150,13 +155,13 @@ class Grid:
                 if option not in self._parser.options:
                     raise ValueError(f"unknown option `{option}`{self._parser.suggestion(option)}")
                 if option in OWN:
-                    raise ValueError(f"`{option}` is set by the sweep for each run: leave it out")
+                    raise ValueError(f"`{option}` is set by the sweep for each run. Omit it")
                 if option in setters:
                     raise ValueError(f"`{option}` is set by both `{setters[option]}` and `{axis}`")
                 setters[option] = axis
 
     def _words(self, option: str, value: str) -> list[str]:
-        """`--option=value`, or `--option value value ...` where the option takes several."""
+        """Return `--option=value`, or `--option value value ...` if the option takes several values."""
         if getattr(self._parser.options[option].type, "__origin__", None) is not list:
             return [f"--{option}={value}"]
         return [f"--{option}", *(str(word) for word in re.split(r"[\s,]+", value.strip("[] ")))]
@@ -165,7 +170,7 @@ class Grid:
         return [word for option, value in values.items() for word in self._words(option, value)]
 
     def _parse(self, words: list[str], output: str = "unused") -> tuple[dict[str, Any], Options, dict[str, str]]:
-        """The options that are given, with their values; all of them; and those without effect, with what they need."""
+        """Return the given options with their values, all options, and options without effect -> requirements."""
         with collected() as without_effect:
             options = Options(*self._parser.parse([str(self.recipe), *words, f"--output_dir={output}"]))
             check_options(options, self._parser.given, REQUIREMENTS)
@@ -173,20 +178,20 @@ class Grid:
         return as_read(settings), options, without_effect
 
     def runs(self, output: Path) -> list[Run]:
-        """All combinations, the last axis changing fastest, each in a folder of its own below `output`; see `Grid`."""
+        """Return all combinations, the last axis changing fastest, each with a folder in `output`; see `Grid`."""
         runs: list[Run] = []
-        told: dict[tuple[str, str], list[str]] = {}  # option without effect, and what it needs -> runs
+        ineffective: dict[tuple[str, str], list[str]] = {}  # (option without effect, its requirement) -> runs
         for choices in itertools.product(*self.axes.values()):
             labels = dict(zip(self.axes, (choice.label for choice in choices), strict=True))
             name = run_name(labels)
             values = {option: value for choice in choices for option, value in choice.options.items()}
             try:
                 settings, options, found = self._parse(self._all_words(values), str(output / name))
-                while idle := {option: needs for option, needs in found.items() if option in values}:
-                    for pair in idle.items():
-                        told.setdefault(pair, []).append(name)
-                    values = {option: value for option, value in values.items() if option not in idle}
-                    # without these, another option may have no effect, too
+                while unused := {option: needs for option, needs in found.items() if option in values}:
+                    for pair in unused.items():
+                        ineffective.setdefault(pair, []).append(name)
+                    values = {option: value for option, value in values.items() if option not in unused}
+                    # removing these may leave another option without effect
                     _, options, found = self._parse(self._all_words(values), str(output / name))
                 training = options.training
                 if not (training.do_train or training.do_eval or training.do_predict):
@@ -198,16 +203,16 @@ class Grid:
                 if name == other.name or settings == other.settings:
                     raise ValueError(f"{name} and {other.name} are the same run")
             runs.append(Run(name, self._all_words(values), settings, training))
-        for (option, what), names in told.items():
+        for (option, what), names in ineffective.items():
             logger.warning(
-                "`%s` has no effect in %d of %d runs, which are run without it: it needs %s. The first is %s",
+                "`%s` has no effect in %d of %d runs, which omit it: it needs %s. The first is %s",
                 *(option, len(names), len(runs), what, names[0]),
             )
         return runs
 
 
 def run_name(labels: dict[str, str]) -> str:
-    """A folder's name for a combination, the same in whatever order its axes were given: variant first, seed last."""
+    """Return the folder name of a combination, independent of the order of its axes: variant first, seed last."""
     order = sorted(labels, key=lambda axis: (axis != "variant", axis == "seed", axis))
     name = ",".join(f"{axis}={slug(labels[axis])}" for axis in order)
     if len(name) > LONGEST_NAME:
@@ -216,6 +221,6 @@ def run_name(labels: dict[str, str]) -> str:
 
 
 def slug(text: str) -> str:
-    """A value as a part of a folder's name: `[3, 6, 9]` and `3 6 9` are `3-6-9`, other odd characters `_`."""
+    """Return a value as part of a folder name: `[3, 6, 9]` becomes `3-6-9`, other special characters `_`."""
     words = re.split(r"[\s,]+", text.strip("[]{} "))
     return re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(words))

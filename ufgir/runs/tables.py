@@ -1,4 +1,4 @@
-"""Runs gathered into tables: a row a run, and means with deviations over seeds (`ufgir results`)."""
+"""Tables of runs: one row per run, and means with stds over seeds (`ufgir results`)."""
 
 import csv
 import json
@@ -12,22 +12,22 @@ from ..utils.files import Row
 from ..utils.metric_names import METRIC_NAMES, measured
 
 
-# What tells settings apart in every study; other options are told where they differ.
+# Columns that distinguish settings in every study; other options are added if they differ.
 FACTORS = ("dataset", "backbone", "image_size", "method", "keep_rate", "variant")
-# Options that the factors stand for, and options that do not change what comes out.
-STOOD_FOR = {"dataset", "model_name_or_path", "image_size", "reduction", "keep_rate", "keep_tokens"}
-STOOD_FOR |= {"cross_layer_cache", "head"}
-IDLE = {"seed", "run_name", "report_to", "project", "logging_steps", "logging_strategy", "disable_tqdm"}
-IDLE |= {"num_pictures", "predictions_file", "per_device_eval_batch_size", "dataloader_num_workers"}
-IDLE |= {"save_total_limit", "push_to_hub", "hub_model_id", "hub_revision", "do_eval", "do_predict"}
+# Options covered by the factors, and options that do not change the results.
+COVERED_BY_FACTORS = {"dataset", "model_name_or_path", "image_size", "reduction", "keep_rate", "keep_tokens"}
+COVERED_BY_FACTORS |= {"cross_layer_cache", "head"}
+WITHOUT_EFFECT = {"seed", "run_name", "report_to", "project", "logging_steps", "logging_strategy", "disable_tqdm"}
+WITHOUT_EFFECT |= {"num_pictures", "predictions_file", "per_device_eval_batch_size", "dataloader_num_workers"}
+WITHOUT_EFFECT |= {"save_total_limit", "push_to_hub", "hub_model_id", "hub_revision", "do_eval", "do_predict"}
 
 COSTS = ("gmacs", "images_per_second", "model_images_per_second", "train_seconds")
-SUMMARY = ("metric", "mean", "std", "n", *COSTS)  # columns of a summary that are no factors
-SHARES = METRIC_NAMES  # metrics that are fractions: in percent for people
+SUMMARY = ("metric", "mean", "std", "n", *COSTS)  # columns of a summary that are not factors
+FRACTIONS = METRIC_NAMES  # metrics that are fractions, displayed in percent
 
 
 def variant_of(config: Mapping[str, Any]) -> str:
-    """base, CLC, CLA or CLCA; other heads by their names: IFA, CLC+IFA."""
+    """Return base, CLC, CLA or CLCA; other heads by name: IFA, CLC+IFA."""
     cache, head = bool(config.get("cross_layer_cache")), config.get("head", "linear")
     if head in ("linear", "cla"):
         return {(False, "linear"): "base", (True, "linear"): "CLC", (False, "cla"): "CLA", (True, "cla"): "CLCA"}[
@@ -37,7 +37,7 @@ def variant_of(config: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value for a cell: lists as words, one number where all are the same."""
+    """Return a value for a cell: lists as words, or one number if all are equal."""
     if isinstance(value, list):
         return value[0] if len(set(map(str, value))) == 1 else " ".join(map(str, value))
     if isinstance(value, bool):
@@ -46,15 +46,19 @@ def _plain(value: Any) -> Any:
 
 
 def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """A row for each record of `read_run_records`: `run`, the factors, `seed`, every option in which the runs differ, all
-    metrics as `split_metric`, costs, machine and date. Units: metrics as they were recorded, GMACs, seconds, GiB."""
+    """Return a row for each record of `read_run_records`.
+
+    Columns: `run`, the factors, `seed`, every option in which the runs differ, all metrics as `split_metric`, costs,
+        machine and date.
+    Units: metrics as recorded, GMACs, seconds, GiB.
+    """
 
     def option(record: Mapping[str, Any], name: str) -> Any:
         source = record["config"] if name in record["config"] else record["settings"]
         return _plain(source.get(name))
 
     names = dict.fromkeys(name for record in records for name in record["settings"])
-    names = [name for name in names if name not in STOOD_FOR | IDLE | {"output_dir"}]
+    names = [name for name in names if name not in COVERED_BY_FACTORS | WITHOUT_EFFECT | {"output_dir"}]
     names = [name for name in names if len({str(option(record, name)) for record in records}) > 1]
     rows = []
     for record in records:
@@ -77,10 +81,10 @@ def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         row |= {f"{split}_images_per_second": speed for split, speed in speeds.items()}
         memory = record.get("peak_memory", {})
         row |= {
-            "gmacs": "" if record["macs"] is None else record["macs"] / 1e9,  # they may differ by image
+            "gmacs": "" if record["macs"] is None else record["macs"] / 1e9,  # None if they differ between images
             "dense_gmacs": record["dense_macs"] / 1e9,
             "parameters": record.get("num_parameters", ""),
-            # of a resumed run only those since are known
+            # for a resumed run, only the time since then is known
             "train_seconds": "" if record.get("resumed_from") else record.get("train_seconds") or "",
             "model_images_per_second": record.get("model_images_per_second") or "",
             **{f"peak_{kind}_gib": size / 2**30 for kind, size in memory.items()},
@@ -94,10 +98,10 @@ def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def matching(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
-    """The rows for which every `column=value,value` holds, whatever the case of letters.
+    """Return the rows for which every `column=value,value` holds, ignoring case.
 
     Raises:
-        ValueError: there is no such column, or nothing is left.
+        ValueError: if a column does not exist or no row is left.
     """
     rows = list(rows)
     for condition in conditions:
@@ -109,35 +113,35 @@ def matching(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
         left = [row for row in rows if sort_key(row[column]) in wanted]
         if not left:
             there = ", ".join(sorted({str(row[column]) for row in rows}))
-            raise ValueError(f"`--where` {condition} leaves nothing; `{column}` is one of {there}")
+            raise ValueError(f"`--where` {condition} matches no run; values of `{column}`: {there}")
         rows = left
     return rows
 
 
 def known_column(name: str, rows: Sequence[Row], flag: str) -> str:
-    """`name` if the rows have it, else ValueError with those that they have."""
+    """Return `name` if the rows have it; otherwise raise ValueError with the existing columns."""
     if name not in rows[0]:
         close = get_close_matches(name, rows[0], n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"`{flag}`: there is no column {name!r}{hint}; there are {', '.join(rows[0])}")
+        raise ValueError(f"`{flag}`: no column {name!r}{hint}; columns: {', '.join(rows[0])}")
     return name
 
 
 def default_metric(rows: Sequence[Row], metric: str = "top1") -> str:
-    """The column of a metric: on test images where any run has it, else on validation images.
+    """Return the column of a metric: on test images if any run has it, else on validation images.
 
     Raises:
-        ValueError: no run has it; the sentence names those there are.
+        ValueError: if no run has it; lists the existing metrics.
     """
     for name in (metric, f"test_{metric}", f"validation_{metric}"):
         if any(isinstance(row.get(name), (int, float)) for row in rows):
             return name
     there = [name for name in rows[0] if name.startswith(("test_", "validation_")) and not name.endswith("_second")]
-    raise ValueError(f"`--metric` {metric} is in none of the runs; they have {', '.join(there) or 'none at all'}")
+    raise ValueError(f"`--metric` {metric} is missing in all runs; available: {', '.join(there) or 'none'}")
 
 
 def default_factors(rows: Sequence[Row]) -> list[str]:
-    """`FACTORS`, and every option that differs between runs in which they are all the same."""
+    """Return `FACTORS`, and every option that differs between runs with equal factors."""
     options = list(rows[0])[len(FACTORS) + 2 :]  # after run, factors, seed
     options = [name for name in options if name not in _measured(rows[0])]
     groups = grouped(rows, FACTORS)
@@ -150,7 +154,7 @@ def _measured(row: Row) -> set[str]:
 
 
 def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple, list[Row]]:
-    """The rows by the `sort_key` of their values in some columns, in that order."""
+    """Group the rows by the `sort_key` of their values in some columns, sorted by these keys."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(sort_key(row[name]) for name in by), []).append(row)
@@ -158,7 +162,7 @@ def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple, list[Row]]:
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
-    """For sorting and comparing cells: numbers by size, then variants as the paper orders them, then words."""
+    """Return a key to sort and compare cells: numbers by value, then variants in the paper's order, then text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return 0, float(value), ""
     order = ("base", "clc", "cla", "clca")
@@ -167,15 +171,15 @@ def sort_key(value: Any) -> tuple[int, float, str]:
 
 
 def summarize(rows: Sequence[Row], metric: str, by: Sequence[str]) -> list[Row]:
-    """Mean, sample deviation (None for one run) and number of runs for each combination of the factors `by`.
+    """Return mean, sample std (None for one run) and number of runs for each combination of the factors `by`.
 
     Args:
-        rows: of `run_rows`; those without the metric are left out.
+        rows: rows of `run_rows`; rows without the metric are ignored.
         metric: a column.
         by: columns.
 
     Returns:
-        Rows of `by`, `metric`, `mean`, `std`, `n`, and the means of `COSTS` (None where no run has them).
+        Rows of `by`, `metric`, `mean`, `std`, `n`, and the means of `COSTS` (None if no run has them).
     """
     columns = {name: name for name in COSTS} | {"images_per_second": f"{metric.partition('_')[0]}_images_per_second"}
     summary = []
@@ -192,8 +196,10 @@ def summarize(rows: Sequence[Row], metric: str, by: Sequence[str]) -> list[Row]:
 
 
 def pool(summary: Sequence[Row], by: Sequence[str]) -> list[Row]:
-    """Means of the means of a summary over the factors that are not in `by`; without a deviation, as it would mix seeds with
-    what was pooled."""
+    """Average the means of a summary over the factors that are not in `by`.
+
+    The std is None where rows were averaged, as it would mix seeds with other factors.
+    """
     pooled = []
     for group in grouped(summary, by).values():
         row = {name: group[0][name] for name in by} | {"metric": group[0]["metric"]}
@@ -206,29 +212,29 @@ def pool(summary: Sequence[Row], by: Sequence[str]) -> list[Row]:
 
 
 def factors_of(summary: Sequence[Row]) -> list[str]:
-    """The columns of a summary that are factors."""
+    """Return the columns of a summary that are factors."""
     return [name for name in summary[0] if name not in SUMMARY]
 
 
 def varying(rows: Sequence[Row], names: Iterable[str]) -> list[str]:
-    """Those of the columns that are not the same in all rows."""
+    """Return the columns with different values in the rows."""
     return [name for name in names if len({sort_key(row[name]) for row in rows}) > 1]
 
 
 def read_summary(path: Path) -> list[Row]:
-    """A summary that was written as CSV.
+    """Read a summary from a CSV file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if the file is not a summary.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} could not be read: {error}") from error
     if not rows or not {"metric", "mean", "std", "n"} <= set(rows[0]):
         raise ValueError(
-            f"{path} is not a summary that `ufgir results` wrote: it needs columns metric, mean, std and n"
+            f"{path} is not a summary written by `ufgir results`: it needs the columns metric, mean, std and n"
         )
     for row in rows:
         if not _is_number(row["mean"]) or not _is_number(row["n"]):
@@ -257,24 +263,24 @@ def metric_name(metric: str) -> str:
         split, name = "", metric
     shown = METRIC_NAMES[name][1] if name in METRIC_NAMES else name
     text = f"{split} {shown}".strip()
-    return text[0].upper() + text[1:] + (" (%)" if name in SHARES else "")
+    return text[0].upper() + text[1:] + (" (%)" if name in FRACTIONS else "")
 
 
 def scale_of(metric: str) -> float:
-    """What a metric is multiplied with for people: 100 for fractions."""
-    return 100.0 if metric.partition("_")[2] in SHARES or metric in SHARES else 1.0
+    """Return the factor for displaying a metric: 100 for fractions."""
+    return 100.0 if metric.partition("_")[2] in FRACTIONS or metric in FRACTIONS else 1.0
 
 
 def markdown(summary: Sequence[Row]) -> str:
-    """A summary as a Markdown table; factors that are the same in all rows stand above it."""
+    """Return a summary as a Markdown table; factors with a single value are listed above it."""
     factors = factors_of(summary)
     columns = varying(summary, factors)
     metric = summary[0]["metric"]
     scale = scale_of(metric)
     digits = 2 if scale == 100 else 4
     costs = [name for name in COSTS if any(row[name] is not None for row in summary)]
-    shown = {"gmacs": "GMACs", "images_per_second": "images/s, with loading"}
-    shown |= {"model_images_per_second": "images/s, model alone", "train_seconds": "training, s"}
+    shown = {"gmacs": "GMACs", "images_per_second": "images/s with loading"}
+    shown |= {"model_images_per_second": "images/s, model only", "train_seconds": "training (s)"}
     head = [*columns, metric_name(metric), "runs", *(shown[name] for name in costs)]
     lines = [head, ["---"] * len(columns) + ["---:"] * (len(head) - len(columns))]
     for row in summary:
@@ -288,7 +294,7 @@ def markdown(summary: Sequence[Row]) -> str:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned text, one line a split: images, seconds, and the metrics in percent where they were measured.
+    """Return aligned text with one line per split: images, seconds, and the measured metrics in percent.
 
     Args:
         rows: {"split", "images", "seconds"} and any of the metrics, fractions in [0, 1].

@@ -1,5 +1,8 @@
-"""Training through transformers' Trainer: arguments, checkpoints that are complete or do not count, optimizer and learning rate schedules,
-freezing, EMA, distillation, adapters, gradient records and variable keep rates."""
+"""Training with transformers' Trainer.
+
+The modules cover arguments, complete checkpoints, optimizer and learning rate schedules, freezing, EMA, distillation,
+adapters, gradient records and variable keep rates.
+"""
 
 from .. import _moved
 from ..checkpoints.loading import load_pretrained

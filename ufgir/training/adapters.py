@@ -1,9 +1,10 @@
-"""peft adapters (LoRA and others, https://huggingface.co/docs/peft) on a CLCA model: which of its parts are new to a
-pretrained ViT, so that they must be trained and saved whole beside the adapter. Needs the extra `peft`.
+"""peft adapters (LoRA and others, https://huggingface.co/docs/peft) on a CLCA model. Needs the extra `peft`.
+
+Modules that no pretrained ViT has weights for are trained and saved in full, next to the adapter.
 
 ```python
 from peft import LoraConfig
-from ufgir.adapters import ATTENTION, MLP, adapt, merge
+from ufgir.training.adapters import ATTENTION, MLP, adapt, merge
 
 model = adapt(model, LoraConfig(r=8, target_modules=[*ATTENTION, *MLP]))
 ...  # train
@@ -27,26 +28,29 @@ from ..utils.options import OptionGroup, Requirement
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-ATTENTION = ("q_proj", "v_proj")  # `target_modules` of most papers; k_proj and o_proj are there, too
+ATTENTION = ("q_proj", "v_proj")  # `target_modules` of most papers; k_proj and o_proj also exist
 MLP = ("fc1", "fc2")
 SWIGLU_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
 class AdapterArguments(OptionGroup):
-    """A LoRA adapter instead of training all weights.
+    """Options of a LoRA adapter that is trained instead of all weights.
 
     Raises:
-        ValueError: numbers out of range, or unknown parts.
+        ValueError: if a number is out of range or a part is unknown.
     """
 
     _argument_group_name = "adapter (extra `peft`)"
 
-    lora_rank: int | None = option("train a LoRA adapter of that rank, and what is new to the model [none]")
+    lora_rank: int | None = option(
+        "rank of a LoRA adapter; only the adapter and modules without pretrained weights are trained [none]"
+    )
     lora_alpha: float | None = option("scale of the adapter [2 x lora_rank]")
-    lora_dropout: float = option("dropout before the adapter, probability", 0.0)
+    lora_dropout: float = option("dropout probability before the adapter", 0.0)
     lora_targets: list[str] = field(
-        default_factory=lambda: ["attention", "mlp"], metadata={"help": "parts that get adapters: attention, mlp"}
+        default_factory=lambda: ["attention", "mlp"],
+        metadata={"help": "parts of each layer that get an adapter: attention, mlp"},
     )
 
     requirements = (
@@ -63,16 +67,16 @@ class AdapterArguments(OptionGroup):
         super().__post_init__()
 
     def targets(self, config: CLCAViTConfig) -> list[str]:
-        """Names of the linear layers that get an adapter."""
+        """Return the names of the linear layers that get an adapter."""
         mlp = SWIGLU_MLP if config.use_swiglu_ffn else MLP
         parts = {"attention": ATTENTION, "mlp": mlp}
         return [name for part in parts if part in self.lora_targets for name in parts[part]]
 
     def adapt(self, model: CLCAViTForImageClassification) -> nn.Module:
-        """`model` with the adapter, or `model` itself without a rank.
+        """Return `model` with a LoRA adapter; `model` itself if `lora_rank` is None.
 
         Raises:
-            ValueError: peft is not installed.
+            ValueError: if peft is not installed.
         """
         if self.lora_rank is None:
             return model
@@ -91,10 +95,10 @@ class AdapterArguments(OptionGroup):
 
 
 def new_modules(model: CLCAViTForImageClassification) -> list[str]:
-    """Names of the modules that no pretrained ViT has weights for: the head, reductions with parameters of their own, VQT's
-    queries, and the embeddings if there are CLR tokens among them.
+    """Return the names of the modules that no pretrained ViT has weights for.
 
-    The head goes as a whole: the statistics of a CLA head's BatchNorms change in training, and would be lost otherwise.
+    These are the head, reductions with parameters, VQT's query tokens, and the embeddings if they include CLR tokens.
+    The head is always included in full: training changes the BatchNorm statistics of a CLA head, which must be saved.
     """
     names = ["vit.embeddings"] if model.config.num_clr_tokens else []
     for index, layer in enumerate(model.vit.layers):
@@ -106,11 +110,11 @@ def new_modules(model: CLCAViTForImageClassification) -> list[str]:
 
 
 def adapt(model: CLCAViTForImageClassification, config: "PeftConfig") -> "PeftModel":
-    """Put an adapter on `model`. Trained are the adapter and what is new to the model (see `new_modules`); all else is frozen.
+    """Add an adapter to `model`. Only the adapter and the new modules (see `new_modules`) are trained.
 
     Args:
-        model: is changed in place.
-        config: of any adapter of peft; its `modules_to_save` is filled in where it is not set.
+        model: changed in place.
+        config: configuration of any peft adapter; `modules_to_save` is set if it is None.
     """
     from peft import get_peft_model
 
@@ -122,13 +126,16 @@ def adapt(model: CLCAViTForImageClassification, config: "PeftConfig") -> "PeftMo
             "clr_tokens",
             "clr_position_embeddings",
         ):
-            parameter.requires_grad_(False)  # saved with the adapter, since CLR tokens are no module, but not trained
+            parameter.requires_grad_(False)  # saved because CLR tokens are not a module of their own, but not trained
     return adapted
 
 
 def merge(adapted: "PeftModel") -> PreTrainedModel:
-    """The model with the adapter merged into its weights, without peft. peft's own `merge_and_unload` does the same, but
-    fails on saved modules made of several, as the CLA head is, for adapters other than LoRA (0.21)."""
+    """Return the model with the adapter merged into its weights, without peft.
+
+    Like peft's `merge_and_unload`, which fails for adapters other than LoRA if a saved module has submodules, such as
+    the CLA head (peft 0.21).
+    """
     from peft.utils import ModulesToSaveWrapper
 
     wrappers = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]

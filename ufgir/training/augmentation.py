@@ -1,4 +1,4 @@
-"""Augmentation inside a Trainer: the collator that augments batches, the sampler that repeats images, and the mixin that uses both."""
+"""Augmentation in Trainer: a collator that augments batches, a sampler for repeated augmentation, and their mixin."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from ..transforms.preprocessing import TrainTransform
 
 
 class AugmentingCollator:
-    """Samples to batches, for Trainer. Training samples carry `draws` and are augmented; others are only stacked.
+    """Collate samples into batches for Trainer. Samples with `draws` (training) are also augmented.
 
     Args:
-        augmentation: what to do to training samples.
-        on_device: leave it to `finish`, which `UFGIRTrainer` calls once the batch is on the device.
+        augmentation: applied to training samples.
+        on_device: augment later, in `finish`, which `UFGIRTrainer` calls once the batch is on the device.
     """
 
     def __init__(self, augmentation: Augmentation, on_device: bool = False) -> None:
@@ -27,17 +27,19 @@ class AugmentingCollator:
         self.on_device = on_device
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The columns of all samples, stacked."""
+        """Return the columns of all samples, stacked."""
         batch = default_data_collator(samples)
         return batch if self.on_device else self.finish(batch)
 
     def finish(self, batch: dict[str, torch.Tensor], device: torch.device | None = None) -> dict[str, torch.Tensor]:
-        """Augment a batch that still has `draws`, and take these away; on `device`, by default where the batch is.
+        """Augment a batch that has `draws`, and remove them. Other batches (evaluation) are returned unchanged.
 
-        Batches without draws, of evaluation images, stay as they are.
+        Args:
+            batch: column -> stacked values.
+            device: where to augment; None for the device of the batch.
 
         Raises:
-            ValueError: the draws of training images were lost on the way.
+            ValueError: if the `draws` of training images are missing.
         """
         if "draws" not in batch:
             if batch["pixel_values"].dtype == torch.uint8:
@@ -50,14 +52,14 @@ class AugmentingCollator:
 
 
 class RepeatedSampler(torch.utils.data.Sampler[int]):
-    """Repeated augmentation (https://huggingface.co/papers/1901.09335): several copies of an image close together.
+    """Sampler for repeated augmentation (https://huggingface.co/papers/1901.09335).
 
-    An epoch is as long as without. Two images take turns, so that a neighbour, the partner in MixUp and CutMix, is
-    another image. The order depends on the seed and the epoch of the data set; every process goes through all of it,
-    and accelerate gives each its batches.
+    Copies of an image are close together. The length of an epoch does not change. The copies of two images alternate,
+    so that the neighbor of an image, its partner in MixUp and CutMix, is another image. The order depends on the seed
+    and the epoch of the data set. Every process iterates over all indices, and accelerate distributes the batches.
 
     Args:
-        dataset: one with `copies` of more than 1, whose index counts all images, then all second copies, and so on.
+        dataset: a data set with `copies` > 1, whose indices count all images, then all second copies, and so on.
     """
 
     def __init__(self, dataset: TransformedImages) -> None:
@@ -67,11 +69,11 @@ class RepeatedSampler(torch.utils.data.Sampler[int]):
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
-        return islice(self._in_turns(), len(self))
+        return islice(self._indices(), len(self))
 
-    def _in_turns(self) -> Iterator[int]:
+    def _indices(self) -> Iterator[int]:
         count, copies = len(self.dataset), self.dataset.copies
-        # no image has the index `count`: none of them shares this generator
+        # `count` is not the index of an image, so no image shares this generator
         generator = np.random.default_rng((self.dataset.seed, self.dataset.epoch, count))
         chosen = generator.permutation(count)[: math.ceil(count / copies)].tolist()
         for first in range(0, len(chosen), 2):
@@ -80,10 +82,12 @@ class RepeatedSampler(torch.utils.data.Sampler[int]):
 
 
 class AugmentationMixin:
-    """What a Trainer needs for `AugmentingCollator` and for data sets with `copies`."""
+    """Mixin for `transformers.Trainer` that supports `AugmentingCollator` and data sets with `copies`."""
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(self.data_collator, AugmentingCollator):  # first: DeepSpeed's half precision comes after it
+        if isinstance(
+            self.data_collator, AugmentingCollator
+        ):  # before Trainer casts inputs to half precision for DeepSpeed
             inputs = self.data_collator.finish(inputs, self.args.device)
         return super()._prepare_inputs(inputs)
 
@@ -97,18 +101,18 @@ class AugmentationMixin:
 def prepare_augmentation(
     arguments: AugmentationArguments, args: TrainingArguments, image_processor: Any, num_labels: int
 ) -> tuple[TrainTransform, AugmentingCollator | None]:
-    """What Trainer and its data set need: the transform of training images, and the collator.
+    """Return the transform of training images and the collator for Trainer.
 
     The data set also needs `copies=arguments.repeated_augmentation`.
 
     Args:
-        arguments: what is wanted.
-        args: of the training.
-        image_processor: size, mean and deviation of the images.
+        arguments: options of the augmentation.
+        args: options of the training.
+        image_processor: size, mean and std of the images.
         num_labels: number of classes.
 
     Returns:
-        A transform, and a collator or None for Trainer's own.
+        the transform, and a collator or None for Trainer's default.
 
     Raises:
         ValueError: see `AugmentationArguments.check`.

@@ -1,5 +1,4 @@
-"""The options and assembly of training callbacks; the guards against NaN and batches of one image, and the record of the last
-model, are here."""
+"""Training callbacks: their options, the guards against NaN and single images, the last model, and the mixin."""
 
 import math
 from dataclasses import dataclass
@@ -34,26 +33,27 @@ class CallbackArguments(OptionGroup):
     _argument_group_name = "monitoring and averaging"
 
     record_gradients: bool = option(
-        "write the size of the gradients at each step to gradients.csv in output_dir, and draw it", False
+        "record gradient magnitudes of each step in output_dir/gradients.csv and plot them", False
     )
-    nan_guard: bool = option("stop when the loss, a gradient or a weight is not finite, and name it", True)
+    nan_guard: bool = option(
+        "stop the training, with a message, when the loss, a gradient or a weight is NaN or infinite", True
+    )
     ema_decay: float = option(
-        "decay a step of an average of the weights (EMA), in [0, 1), e.g. 0.999; 0: no average", 0.0
+        "decay per step of an exponential moving average (EMA) of the weights, in [0, 1), e.g. 0.999; 0: no average",
+        0.0,
     )
-    ema_warmup: bool = option("EMA: the decay after n steps is at most (1 + n) / (10 + n), for short trainings", False)
+    ema_warmup: bool = option("EMA: limit the decay after n steps to (1 + n) / (10 + n), for short trainings", False)
     ema_as_final: bool = option(
-        "EMA: the average is what is evaluated, saved and predicts; otherwise it is evaluated, too, and saved in "
-        "output_dir/ema",
+        "EMA: use the averaged weights as the final model, for evaluation, predictions and saving; otherwise they are "
+        "evaluated in addition and saved in output_dir/ema",
         False,
     )
     early_stopping_patience: int | None = option(
-        "stop after so many evaluations without a better metric_for_best_model [never]"
+        "stop after this many evaluations without a better metric_for_best_model [never]"
     )
-    early_stopping_threshold: float = option(
-        "early stopping: better is what differs by more than this, in the metric's unit", 0.0
-    )
+    early_stopping_threshold: float = option("early stopping: minimum improvement of the metric, in its unit", 0.0)
     save_last_model: bool = option(
-        "with load_best_model_at_end, save the last weights, too, as a model in output_dir/last", False
+        "with load_best_model_at_end, also save the last weights as a model in output_dir/last", False
     )
 
     requirements = (
@@ -78,29 +78,29 @@ class CallbackArguments(OptionGroup):
 
 
 def make_callbacks(args: CallbackArguments, training: transformers.TrainingArguments) -> list[TrainerCallback]:
-    """The callbacks that were asked for, in the order in which they have to run.
+    """Return the requested callbacks, in the order in which they must run.
 
     Args:
-        args: what was asked for.
-        training: as the training will be; without validation images its `eval_strategy` is "no".
+        args: options of the callbacks.
+        training: options of the training; `eval_strategy` must be "no" if there are no validation images.
 
     Raises:
-        ValueError: the options do not go together.
+        ValueError: if options contradict each other.
     """
     callbacks: list[TrainerCallback] = []
     if args.record_gradients:
         callbacks.append(GradientRecorder())
-    if args.nan_guard:  # before anything is made of what it refuses
+    if args.nan_guard:  # first, before other callbacks use values that are not finite
         callbacks.append(NaNGuard())
     if args.ema_decay:
         if is_sharded(training):
-            raise ValueError("`ema_decay` does not work with FSDP and DeepSpeed, which cut weights in pieces: use DDP")
+            raise ValueError("`ema_decay` does not work with FSDP and DeepSpeed, which shard the weights. Use DDP")
         callbacks.append(EMACallback(args.ema_decay, args.ema_warmup, args.ema_as_final))
     if args.early_stopping_patience is not None:
         if training.eval_strategy == IntervalStrategy.NO or training.metric_for_best_model is None:
             raise ValueError(
                 "`early_stopping_patience` needs validation images, `eval_strategy` epoch or steps, and a "
-                "`metric_for_best_model`: nothing tells when to stop"
+                "`metric_for_best_model`"
             )
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     if args.save_last_model:
@@ -109,62 +109,65 @@ def make_callbacks(args: CallbackArguments, training: transformers.TrainingArgum
 
 
 class ObserverMixin:
-    """For a `transformers.Trainer`: tells callbacks what it does not, and evaluates the averaged weights.
+    """Mixin for `transformers.Trainer` that calls further events of callbacks and evaluates averaged weights.
 
-    A callback may have any of these methods:
+    A callback may define any of these methods:
 
         on_loss(loss)                           after each backward pass: the loss of the batch, a detached scalar
-        on_gradients(args, state, model, scale) the gradients of an optimizer step are complete, and not clipped; in fp16
-                                                they are `scale` times the real ones
-        on_load_best(trainer)                   the weights of the best checkpoint are about to replace the last ones
-        on_abort()                              training ends with an exception
+        on_gradients(args, state, model, scale) when the gradients of an optimizer step are complete, before clipping; in fp16
+                                                they are `scale` times the true gradients
+        on_load_best(trainer)                   before the weights of the best checkpoint replace the last ones
+        on_abort()                              when training ends with an exception
     """
 
-    def _tell(self, event: str, *args: Any) -> None:
+    def _notify(self, event: str, *args: Any) -> None:
         for callback in self.callback_handler.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
                 method(*args)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; an exception is first told to the callbacks."""
+        """Train; call `on_abort` of the callbacks if an exception is raised."""
         try:
             return super().train(*args, **kwargs)
         except BaseException:
-            self._tell("on_abort")
+            self._notify("on_abort")
             raise
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward pass of one batch; its loss."""
+        """Run the forward and backward pass of one batch and return its loss."""
         loss = super().training_step(*args, **kwargs)
-        self._tell("on_loss", loss.detach())
+        self._notify("on_loss", loss.detach())
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._tell_gradients(model)
+        self._notify_gradients(model)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # nothing was clipped
-            self._tell_gradients(model)
+            self._notify_gradients(model)
         return super()._get_grad_norm(model, grad_norm)
 
-    def _tell_gradients(self, model: nn.Module) -> None:
+    def _notify_gradients(self, model: nn.Module) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        self._tell("on_gradients", self.args, self.state, self.accelerator.unwrap_model(model), scale)
+        self._notify("on_gradients", self.args, self.state, self.accelerator.unwrap_model(model), scale)
 
     def _load_best_model(self) -> None:
-        self._tell("on_load_best", self)
+        self._notify("on_load_best", self)
         super()._load_best_model()
 
     def _average(self) -> EMACallback | None:
-        """The average of this model's weights, if there is one."""
+        """Return the callback with the average of this model's weights, or None."""
         averages = (callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback))
         return next((average for average in averages if average.belongs_to(self.model)), None)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; where there is an average of the weights, the average, too (`<prefix>_ema_top1`), or it alone."""
+        """Evaluate the model, and in addition its averaged weights, if there are any (`<prefix>_ema_top1`).
+
+        With `ema_as_final`, only the averaged weights are evaluated.
+        """
         own, average = super().evaluation_loop, self._average()
         if average is None:
             return own(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -178,9 +181,9 @@ class ObserverMixin:
         return output
 
     def evaluate_average(self, images: torch.utils.data.Dataset, metric_key_prefix: str = "test") -> dict[str, float]:
-        """Metrics of the averaged weights alone, `<prefix>_ema_top1` etc.; none where there is no average beside the model.
+        """Return metrics of the averaged weights, `<prefix>_ema_top1` etc.; an empty dict if there are none.
 
-        For an evaluation that is not made with `evaluation_loop`.
+        For evaluations that do not use `evaluation_loop`.
         """
         average = self._average()
         if average is None:
@@ -192,24 +195,24 @@ class ObserverMixin:
 
 
 class NaNGuard(TrainerCallback):
-    """Stops a training at the first step with a loss, a gradient or a weight that is not finite, and says which.
+    """Callback that stops training at the first loss, gradient or weight that is not finite, and names it.
 
-    It raises FloatingPointError before the step is taken or before anything is saved: checkpoints hold finite weights.
-    One number is looked at before each step and one after it; parameters are searched only when it is not finite. In fp16
-    the loss scaler deals with gradients that overflow, which is not an error while it can still lower its scale.
+    It raises FloatingPointError before the step is taken or anything is saved, so that checkpoints only hold finite
+    weights. It checks one number before and one after each step; single parameters are checked only if that number is
+    not finite. In fp16, gradients that overflow are left to the loss scaler as long as it can lower its scale.
 
-    For a `ufgir.training.callbacks.ObserverMixin`, which calls `on_loss` and `on_gradients`.
+    Requires a `ufgir.training.callbacks.ObserverMixin`, which calls `on_loss` and `on_gradients`.
     """
 
     def __init__(self) -> None:
         self.loss: torch.Tensor | None = None  # of the batches since the last step, summed
 
     def on_loss(self, loss: torch.Tensor) -> None:
-        """Note the loss of a batch."""
+        """Add the loss of a batch."""
         self.loss = loss if self.loss is None else self.loss + loss
 
     def on_gradients(self, args: Any, state: Any, model: nn.Module, scale: float) -> None:
-        """Look at loss and gradients of the step that follows `state.global_step`."""
+        """Check the loss and gradients of the step that follows `state.global_step`."""
         loss, self.loss = self.loss, None
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         if _is_finite([*gradients.values(), *([] if loss is None else [loss])]):
@@ -217,7 +220,7 @@ class NaNGuard(TrainerCallback):
         step = state.global_step + 1
         if loss is not None and not loss.isfinite():
             self._stop(args, step, f"the loss is {loss.item()}")
-        if scale <= 1:  # or else the scaler leaves out this step
+        if scale <= 1:  # otherwise the scaler skips this step
             self._search(args, step, "gradient", gradients)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -234,34 +237,35 @@ class NaNGuard(TrainerCallback):
 
     def _stop(self, args: Any, step: int, what: str) -> None:
         raise FloatingPointError(
-            f"step {step}: {what}; training was stopped, and checkpoints in {args.output_dir} are of sound steps before it: a "
-            "lower `learning_rate`, a `max_grad_norm` or no mixed precision may help"
+            f"step {step}: {what}. Training was stopped; checkpoints in {args.output_dir} are from earlier "
+            "steps and have finite weights. Try a lower `learning_rate`, a `max_grad_norm`, or no mixed precision"
         )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP has cut in pieces."""
+    """Return this process's part of a tensor that FSDP shards."""
     tensor = tensor.detach()
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def _is_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether all values are finite (or else so large that the norm of a tensor is not): one fused kernel, one number."""
+    """Return whether all values are finite, with one fused kernel. A norm that overflows counts as not finite."""
     parts = [part for part in map(_local, tensors) if part.numel()]
     return not parts or math.isfinite(torch.stack(torch._foreach_norm(parts)).sum().item())
 
 
 class SingleImageGuard(TrainerCallback):
-    """Refuses a training whose last batch of an epoch would hold a single image, with which a CLA head's BatchNorm cannot be
-    trained: before the first step, not at the end of the first epoch. Batches of one image are refused, too.
+    """Callback that raises an error before the first step if a batch would have one image and the model has a BatchNorm.
 
-    For any `transformers.Trainer`; a `UFGIRTrainer` has one. It looks at the number of images, the batch size and the steps, where
-    the images have a length and one process trains: of several, accelerate fills up the last batches. A frozen BatchNorm counts,
-    too. Nothing is refused if the model has none of one dimension, such as BatchNorm2d alone, which sees many values of an image.
+    The BatchNorm of a CLA head cannot be trained with such a batch, e.g. the last one of an epoch. Checks the number of images
+    (if known), the batch size and the number of steps, in training with one process: with several, accelerate pads the last
+    batches. Frozen BatchNorms count, too; `BatchNorm2d`, which sees many values per image, does not.
+
+    For any `transformers.Trainer`; `UFGIRTrainer` adds it.
 
     Raises, when training begins:
-        ValueError: a batch of one image would come.
+        ValueError: if a batch would have one image.
     """
 
     def on_train_begin(
@@ -275,29 +279,30 @@ class SingleImageGuard(TrainerCallback):
             return
         if size == 1:
             raise ValueError(
-                "`per_device_train_batch_size` 1 makes batches of one image, and the head's BatchNorm needs at least two: "
-                "choose a larger one."
+                "`per_device_train_batch_size` 1 makes batches of one image, but the head's BatchNorm needs at least two. "
+                "Choose a larger batch size."
             )
         if images is None or drop_last or len(images) % size != 1:
             return
         last = math.ceil(len(images) / size)  # of the batches of an epoch
         if state.max_steps * args.gradient_accumulation_steps >= last:
             raise ValueError(
-                f"`per_device_train_batch_size` {args.per_device_train_batch_size} leaves a last batch of one image of {len(images)}, "
-                "and the head's BatchNorm needs at least two: set `dataloader_drop_last` true, or choose another batch size."
+                f"`per_device_train_batch_size` {args.per_device_train_batch_size} leaves a last batch of one image "
+                f"(of {len(images)}), but the head's BatchNorm needs at least two. Set `dataloader_drop_last` true, or choose "
+                "another batch size."
             )
 
 
 class LastModel(TrainerCallback):
-    """Keeps the last weights as a model in `output_dir/last` where the best ones replace them at the end.
+    """Callback that saves the last weights as a model in `output_dir/last` before the best ones replace them.
 
-    For a `ufgir.training.callbacks.ObserverMixin`, which calls `on_load_best`.
+    Requires a `ufgir.training.callbacks.ObserverMixin`, which calls `on_load_best`.
     """
 
     def on_load_best(self, trainer: transformers.Trainer) -> None:
-        """Save the model as it is now."""
+        """Save the current model."""
         target = Path(trainer.args.output_dir) / LAST_FOLDER
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # every process has a part to write
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # every process writes its part
             trainer.save_model(str(target), _internal_call=True)
         elif trainer.args.should_save:
             with new_folder(target) as folder:

@@ -1,23 +1,23 @@
-"""What a training stores: the names of all files and folders, what each holds, who writes and who reads it.
+"""The files and folders that a training writes: their names, contents, writers and readers.
 
-A checkpoint, the folder `checkpoint-<step>` in `output_dir`, is complete or does not exist (`ufgir.training.checkpointing`):
+A checkpoint, the folder `checkpoint-<step>` in `output_dir`, is complete or absent (`ufgir.training.checkpointing`):
 
 | file | holds | written by | read by |
 | --- | --- | --- | --- |
 | `model.safetensors`, `config.json` | the weights and the configuration | `Trainer` | `Trainer`, `from_pretrained` |
-| `adapter_model.safetensors`, `adapter_config.json` | with `lora_rank`, in their place: adapter and new modules | peft | peft |
+| `adapter_model.safetensors`, `adapter_config.json` | with `lora_rank`, instead of these: adapter and new modules | peft | peft |
 | `preprocessor_config.json` | the image processor | `Trainer` | `AutoImageProcessor` |
 | `optimizer.pt`, `scheduler.pt`, `scaler.pt` | state of optimizer, learning rate schedule and fp16 scaler | `Trainer` | `Trainer` |
-| `rng_state*.pth` | random states, a file for each process | `Trainer` | `Trainer` |
+| `rng_state*.pth` | random states, one file per process | `Trainer` | `Trainer` |
 | `trainer_state.json` | step, log, best metric, state of early stopping | `checkpointing.CheckpointMixin` | `Trainer`, `checkpointing` |
-| `training_args.bin` | transformers' TrainingArguments | `Trainer` | nobody |
+| `training_args.bin` | transformers' TrainingArguments | `Trainer` | - |
 | `ema.safetensors` (`EMA_FILE`) | averaged weights, number of updates | `ema.EMACallback` | `ema.EMACallback` |
 | `checkpoint_files.json` (`ufgir.utils.checksums.FILE_LIST`) | sizes and checksums of all files; options and checksum of the images | `checkpointing` | `checkpointing`, `ufgir.checkpoints.loading` |
 
-While a checkpoint is written it is in `output_dir/_incomplete` (`INCOMPLETE`). FSDP and DeepSpeed write other names for weights and
+A checkpoint is written in `output_dir/_incomplete` (`INCOMPLETE`). FSDP and DeepSpeed use other names for weights and
 optimizer (`PARTS`).
 
-Beside the checkpoints, `output_dir` holds the result of the run:
+In addition to checkpoints, `output_dir` holds the results of the run:
 
 | file or folder | holds | written by | read by |
 | --- | --- | --- | --- |
@@ -27,17 +27,17 @@ Beside the checkpoints, `output_dir` holds the result of the run:
 | `adapter/` (`ADAPTER_FOLDER`) | the LoRA adapter alone | `run_ufgir.train` | peft |
 | `trainer_state.json` | the log of the training | `run_ufgir.train` | `ufgir.runs.figures` |
 | `<split>_results.json`, `all_results.json` (`METRICS_FILES`) | metrics | `Trainer.save_metrics` | `ufgir.runs.tables` |
-| `gradients.csv`, `gradients.png` (`GRADIENTS_FILE`, `GRADIENTS_FIGURE`) | sizes of gradients | `gradients.GradientRecorder` | `ufgir.runs.figures` |
+| `gradients.csv`, `gradients.png` (`GRADIENTS_FILE`, `GRADIENTS_FIGURE`) | gradient magnitudes | `gradients.GradientRecorder` | `ufgir.runs.figures` |
 | `predictions.csv` (`ufgir.utils.provenance.PREDICTIONS_FILE`) | predictions of the test images | `run_ufgir.predict` | `ufgir.evaluation` |
-| `kept_patches.png` (`KEPT_PATCHES_FILE`) | the patches that were kept of some test images | `run_ufgir.predict` | people |
+| `kept_patches.png` (`KEPT_PATCHES_FILE`) | figure of the patches kept in some test images | `run_ufgir.predict` | - |
 | `README.md` | the model card | `ufgir.checkpoints.model_card` | the Hub |
 | `run.json` (`ufgir.runs.records.RECORD`) | the record of the run, written last | `ufgir.runs.records` | `ufgir sweep`, `ufgir results` |
 """
 
 # In a checkpoint
 EMA_FILE = "ema.safetensors"
-# What a checkpoint that can be gone on from holds, one of each line: names with * for numbers and shards. The later ones are
-# FSDP's and DeepSpeed's.
+# Required to resume from a checkpoint: at least one file of each line, * stands for numbers and shards. The later names are those
+# of FSDP and DeepSpeed.
 PARTS = {
     "weights": ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*"),
     "optimizer state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
@@ -45,7 +45,7 @@ PARTS = {
 }
 
 # In output_dir
-INCOMPLETE = "_incomplete"  # uploads to the Hub leave out names that begin with _
+INCOMPLETE = "_incomplete"  # names that begin with _ are not uploaded to the Hub
 EMA_FOLDER = "ema"
 LAST_FOLDER = "last"
 ADAPTER_FOLDER = "adapter"
@@ -55,7 +55,7 @@ KEPT_PATCHES_FILE = "kept_patches.png"
 ALL_METRICS = "all_results.json"  # of all splits
 METRICS_FILES = tuple(f"{name}_results.json" for name in ("all", "train", "validation", "test", "test_ema"))
 
-# Of those in output_dir
+# Files and folders in output_dir
 FILES = (
     "model.safetensors",
     "config.json",

@@ -1,15 +1,16 @@
-"""Checkpoints that are complete or do not count, and a training that goes on from one as if it had never stopped.
+"""Complete checkpoints, and exact resumption from them.
 
-A checkpoint is written into `output_dir/_incomplete/`. When all its files are on the disk, a list of them with their sizes and
-checksums is added, and the folder is renamed to `output_dir/checkpoint-<step>`: whatever ends the process, a folder of that name is
-whole. Checksums are compared when training resumes and before a best checkpoint is loaded; lists of earlier versions have none.
-Checkpoints without such a list, e.g. those of a plain `transformers.Trainer`, count if their files can be read to the end.
+A checkpoint is written into `output_dir/_incomplete/`. When all its files are on the disk, a list of them with their
+sizes and checksums is added, and the folder is renamed to `output_dir/checkpoint-<step>`. A folder of that name is
+therefore complete, however the process ends. Checksums are compared when training resumes and before the best
+checkpoint is loaded; lists written by earlier versions have no checksums. Checkpoints without a list, e.g. those of a
+plain `transformers.Trainer`, are accepted if all their files can be read.
 
-Callbacks may have state that belongs into a checkpoint, such as averaged weights: `CheckpointMixin` calls, on each callback that
-has it,
+Callbacks may have state that belongs in a checkpoint, such as averaged weights. `CheckpointMixin` calls these methods
+of each callback that defines them:
 
-    save_to_checkpoint(folder: Path)      by the process that saves, before the checkpoint is complete
-    load_from_checkpoint(folder: Path)    by every process, when training goes on, after every callback's `on_train_begin`
+    save_to_checkpoint(folder: Path)      in the process that saves, before the checkpoint is complete
+    load_from_checkpoint(folder: Path)    in every process, when training resumes, after every callback's `on_train_begin`
 """
 
 import contextlib
@@ -57,33 +58,33 @@ from .checkpoint_files import (
 
 logger = logging.getLogger(__name__)
 
-# Raised by transformers, torch, safetensors and json for contents that they did not expect.
+# Raised by transformers, torch, safetensors and json for invalid contents.
 _UNEXPECTED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, EOFError, OSError)
 _UNEXPECTED += (pickle.UnpicklingError, SafetensorError)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the text is a sentence for people."""
+    """An error for a checkpoint that cannot be used; its text is shown to the user."""
 
 
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
-    """The folders `checkpoint-<step>` in `output_dir`, complete or not, by step."""
+    """Return the folders `checkpoint-<step>` in `output_dir`, complete or not, sorted by step."""
     folders = [f for f in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.is_dir()]
     return sorted((f for f in folders if re.fullmatch(r".*-\d+", f.name)), key=step_of)
 
 
 def step_of(checkpoint: str | os.PathLike) -> int:
-    """The step after which a checkpoint was saved, by its name."""
+    """Return the step after which a checkpoint was saved, read from its name."""
     return int(Path(checkpoint).name.rpartition("-")[2])
 
 
-def what_is_missing(checkpoint: str | os.PathLike, to_resume: bool = True, read: bool = False) -> str | None:
-    """Why a checkpoint is not complete, in a few words; None if it is.
+def checkpoint_problem(checkpoint: str | os.PathLike, to_resume: bool = True, read: bool = False) -> str | None:
+    """Return why a checkpoint is not complete, in a few words; None if it is complete.
 
     Args:
-        to_resume: it must also hold all that training goes on from (with `save_only_model` it does not).
-        read: compare the checksums of its files, too, where its list has them: all of it is read. Without a list it is read
-            anyway.
+        to_resume: require everything that resuming needs (missing with `save_only_model`).
+        read: also compare the checksums of the files, if the list has them. This reads every file. Files of a
+            checkpoint without a list are always read.
     """
     folder = Path(checkpoint)
     if not (folder / TRAINER_STATE_NAME).is_file():  # Trainer writes it last
@@ -92,21 +93,21 @@ def what_is_missing(checkpoint: str | os.PathLike, to_resume: bool = True, read:
         listed = (folder / FILE_LIST).exists()
         problem = next(find_differences(folder, read) if listed else _unreadable(folder), None)
     except _UNEXPECTED:
-        return f"{TRAINER_STATE_NAME} or another list in it cannot be read"
-    problem = problem or _odd_state(folder / TRAINER_STATE_NAME)
+        return f"{TRAINER_STATE_NAME} or another JSON file in it could not be read"
+    problem = problem or _state_problem(folder / TRAINER_STATE_NAME)
     if problem is None and to_resume:
         for part, names in PARTS.items():
             if not any(True for name in names for _ in folder.glob(name)):
-                return f"it has no {part}"
+                return f"the {part} is missing"
     return problem
 
 
-def _odd_state(path: Path) -> str | None:
-    """Why Trainer could not go on from its state, if so."""
+def _state_problem(path: Path) -> str | None:
+    """Return why Trainer cannot resume from its state file; None if it can."""
     try:
         state = TrainerState.load_from_json(str(path))
-    except _UNEXPECTED as error:  # among them keys of another version of transformers
-        return f"{path.name} cannot be read: {shortened(one_sentence(error))}"
+    except _UNEXPECTED as error:  # including keys of another version of transformers
+        return f"{path.name} could not be read: {shortened(one_sentence(error))}"
     kinds = {
         "global_step": int,
         "epoch": (int, float),
@@ -116,12 +117,12 @@ def _odd_state(path: Path) -> str | None:
     }
     for name, kind in kinds.items():
         if not isinstance(getattr(state, name), kind):
-            return f"{path.name} cannot be read: `{name}` is {shortened(repr(getattr(state, name)), 40)}"
+            return f"{path.name} could not be read: `{name}` is {shortened(repr(getattr(state, name)), 40)}"
     return None
 
 
 def _unreadable(folder: Path) -> Iterator[str]:
-    """Problems of a checkpoint that nobody has listed: each file is read to its end."""
+    """Yield the problems of a checkpoint without a list; reads every file."""
     if (folder / "checkpoint-is-incomplete.txt").exists():  # transformers' checkpoint on SIGTERM
         yield "it is marked as incomplete"
     for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
@@ -147,25 +148,26 @@ def _unreadable(folder: Path) -> Iterator[str]:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike, read: bool = True) -> Path | None:
-    """The complete checkpoint with the highest step; later ones that are not complete are passed over with a warning.
+    """Return the complete checkpoint with the highest step; skip incomplete ones with a warning.
 
     Args:
-        read: see `what_is_missing`.
+        read: see `checkpoint_problem`.
     """
     for folder in reversed(checkpoint_folders(output_dir)):
-        problem = what_is_missing(folder, read=read)
+        problem = checkpoint_problem(folder, read=read)
         if problem is None:
             return folder
-        logger.warning("%s is not complete and passed over: %s", folder, problem)
+        logger.warning("Skipping incomplete checkpoint %s: %s", folder, problem)
     return None
 
 
 def complete_checkpoint(folder: Path, target: Path, **about: Any) -> None:
-    """Bring the files of `folder` to the disk, list them with their checksums, and rename the folder to `target`, in whose place
-    it comes.
+    """Flush the files of `folder` to disk, list them with their checksums, and rename the folder to `target`.
 
     Args:
-        about: what else the list says.
+        folder: the files of the checkpoint.
+        target: the final name; an existing folder is replaced.
+        about: further entries of the list.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != FILE_LIST)
     share(folder)
@@ -182,19 +184,19 @@ def complete_checkpoint(folder: Path, target: Path, **about: Any) -> None:
 
 
 def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | os.PathLike | None) -> None:
-    """Delete the oldest checkpoints but `limit`, and those that are not complete.
+    """Delete incomplete checkpoints, and the oldest complete ones beyond `limit`.
 
-    Call it when a new checkpoint is complete: nothing is deleted before. The last complete checkpoint and the best one stay,
-    whatever the limit. (transformers' own function would count, and delete, a folder `checkpoint-5-mine`, too.)
+    Call this after a new checkpoint is complete. The last complete checkpoint and the best one are never deleted.
+    (transformers' own function would also count and delete a folder `checkpoint-5-mine`.)
 
     Args:
-        limit: checkpoints to keep; None or 0 keeps all.
+        limit: number of checkpoints to keep; None or 0 keeps all.
         best: the best checkpoint, if there is one.
     """
-    problems = {folder: what_is_missing(folder, to_resume=False) for folder in checkpoint_folders(output_dir)}
+    problems = {folder: checkpoint_problem(folder, to_resume=False) for folder in checkpoint_folders(output_dir)}
     for folder, problem in problems.items():
         if problem is not None:
-            logger.warning("%s is deleted, it is not complete: %s", folder, problem)
+            logger.warning("Deleting incomplete checkpoint %s: %s", folder, problem)
             shutil.rmtree(folder, ignore_errors=True)
     complete = [folder for folder, problem in problems.items() if problem is None]
     kept = {complete[-1].resolve(), *([Path(best).resolve()] if best else [])} if complete else set()
@@ -204,10 +206,10 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: s
 
 
 def remove_checkpoints(output_dir: str | os.PathLike, after: str | os.PathLike | None = None) -> None:
-    """Delete the folders `checkpoint-<number>` in `output_dir`, and what an interrupted one has left.
+    """Delete the folders `checkpoint-<number>` in `output_dir` and any incomplete checkpoint.
 
     Args:
-        after: only those with a higher number than this checkpoint's.
+        after: delete only checkpoints with a higher step than this one.
     """
     remove(Path(output_dir) / INCOMPLETE)
     for folder in checkpoint_folders(output_dir):
@@ -216,8 +218,11 @@ def remove_checkpoints(output_dir: str | os.PathLike, after: str | os.PathLike |
 
 
 def remove_results(output_dir: str | os.PathLike, predictions: Iterable[str] = ()) -> None:
-    """Delete what an earlier training left in `output_dir` and a new one need not replace: averaged and last weights, an adapter,
-    recorded gradients, the files of `predictions`, a picture of them, and metrics, to which Trainer would add."""
+    """Delete results of an earlier training in `output_dir` that a new training may not replace.
+
+    These are averaged and last weights, an adapter, recorded gradients, the files in `predictions`, their figure, and
+    metrics (which Trainer would merge with the new ones).
+    """
     output_dir = Path(output_dir)
     for name in (EMA_FOLDER, LAST_FOLDER, ADAPTER_FOLDER, *METRICS_FILES, GRADIENTS_FILE, GRADIENTS_FIGURE):
         remove(output_dir / name)
@@ -225,46 +230,49 @@ def remove_results(output_dir: str | os.PathLike, predictions: Iterable[str] = (
         remove(output_dir / name)
 
 
-def check_places(output_dir: str | os.PathLike, others: Iterable[str] = ()) -> None:
-    """Refuse an `output_dir` in which a run could not write: a file stands where a folder belongs, or the other way round.
+def check_output_paths(output_dir: str | os.PathLike, others: Iterable[str] = ()) -> None:
+    """Check that no file in `output_dir` has the name of a folder that the run creates, and vice versa.
 
     Args:
-        output_dir: there or not.
-        others: names of more files that the run will write.
+        output_dir: a folder that may not exist yet.
+        others: names of further files that the run writes.
 
     Raises:
-        ValueError: naming the first of them.
+        ValueError: if the run could not write one of its files or folders; names the first.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"`output_dir` must be a folder, got the file {output_dir}: choose another")
+        raise ValueError(f"`output_dir` must be a folder, got the file {output_dir}. Choose another path")
     for name in (*FILES, *others):
         if (output_dir / name).is_dir():
             raise ValueError(
-                f"`output_dir` {output_dir} has a folder {name} where the run writes a file: move it away"
+                f"`output_dir` {output_dir} contains a folder {name}, which must be a file. Move the folder"
             )
     for name in FOLDERS:
         if (output_dir / name).exists() and not (output_dir / name).is_dir():
-            raise ValueError(f"`output_dir` {output_dir} has a file {name} where the run makes a folder: move it away")
+            raise ValueError(
+                f"`output_dir` {output_dir} contains a file {name}, which must be a folder. Move the file"
+            )
 
 
 def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
-    """The checkpoint to resume from, or None to start afresh. Nothing is changed.
+    """Return the checkpoint to resume from, or None to start a new training. Changes no file.
 
     Args:
-        args: `resume_from_checkpoint` is "true" for the last complete one in `output_dir`, a checkpoint's folder, or "false"
-            or None; with `overwrite_output_dir`, checkpoints found in `output_dir` do not matter.
+        args: `resume_from_checkpoint` is "true" for the last complete checkpoint in `output_dir`, "auto" for the same
+            or None, a checkpoint folder, or "false" or None. With `overwrite_output_dir`, existing checkpoints in
+            `output_dir` are ignored.
 
     Raises:
-        ValueError: there is nothing to resume from, or it is not complete; or `output_dir` holds the checkpoints of another
-            training, or later ones, with which those of a new training would mix.
+        ValueError: if there is no checkpoint to resume from, if it is incomplete, or if `output_dir` holds checkpoints
+            of another training, or later ones, that would mix with those of this training.
     """
     output_dir, found = args.output_dir, checkpoint_folders(args.output_dir)
     wanted = (args.resume_from_checkpoint or "false").strip()
     if wanted.lower() == "false":
         if found and not args.overwrite_output_dir:
             raise ValueError(
-                f"`output_dir` holds {found[-1]}: continue with --resume_from_checkpoint true, start over with "
+                f"`output_dir` already contains {found[-1]}. Resume with --resume_from_checkpoint true, start over with "
                 "--overwrite_output_dir true, or choose another folder"
             )
         return None
@@ -274,35 +282,42 @@ def find_checkpoint(args: transformers.TrainingArguments) -> str | None:
             return None
         if checkpoint is None:
             which = "complete checkpoint" if found else "checkpoint"
-            raise ValueError(f"`resume_from_checkpoint`: there is no {which} in {output_dir}")
+            raise ValueError(f"`resume_from_checkpoint`: no {which} found in {output_dir}")
         return str(checkpoint)
     if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"`resume_from_checkpoint`: there is no checkpoint in {wanted}")
-    problem = what_is_missing(wanted, read=True)
+        raise ValueError(f"`resume_from_checkpoint`: no checkpoint found in {wanted}")
+    problem = checkpoint_problem(wanted, read=True)
     if problem is not None:
-        raise ValueError(f"`resume_from_checkpoint`: {wanted} is not complete, {problem}; choose another, or true")
+        raise ValueError(
+            f"`resume_from_checkpoint`: {wanted} is incomplete ({problem}). Choose another checkpoint, or pass true"
+        )
     step = json.loads((Path(wanted) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     if found and step_of(found[-1]) > step and not args.overwrite_output_dir:
         raise ValueError(
-            f"`output_dir` holds {found[-1]}, which is later than `resume_from_checkpoint` {wanted}: give it up with "
+            f"`output_dir` contains {found[-1]}, which is later than `resume_from_checkpoint` {wanted}. Delete it with "
             "--overwrite_output_dir true, resume from it, or choose another `output_dir`"
         )
     return wanted
 
 
-def how_to_go_on(args: transformers.TrainingArguments) -> str:
-    """What to do after an interrupted run, a sentence without its period."""
+def resume_hint(args: transformers.TrainingArguments) -> str:
+    """Return how to continue an interrupted run, as a sentence without its period."""
     if not args.do_train:
-        return "The same command takes predictions up where they stopped"
+        return "Run the same command again to continue the predictions"
     checkpoint = last_complete_checkpoint(args.output_dir, read=False)
     if checkpoint is None:
         return f"There is no complete checkpoint in {args.output_dir} yet"
-    return f"The same command with `--resume_from_checkpoint true` goes on from {checkpoint}"
+    return f"Run the same command with `--resume_from_checkpoint true` to resume from {checkpoint}"
 
 
 def check_fits(checkpoint: str | os.PathLike, model: nn.Module) -> None:
-    """Raise ValueError if the weights in `checkpoint` are not those of `model` by name and shape: Trainer would only warn and
-    go on from weights drawn at random. (Sharded checkpoints and adapters are not looked into.)"""
+    """Check that the weights in `checkpoint` have the names and shapes of `model`'s.
+
+    Trainer would only log a warning and train from random weights. Sharded checkpoints and adapters are not checked.
+
+    Raises:
+        ValueError: if a name or shape differs.
+    """
     file = Path(checkpoint) / SAFE_WEIGHTS_NAME
     if not file.is_file() or hasattr(model, "peft_config"):
         return
@@ -313,25 +328,27 @@ def check_fits(checkpoint: str | os.PathLike, model: nn.Module) -> None:
     if odd:
         name = odd[0]
         raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} is of another model, {len(odd)} weights differ, e.g. {name} with shape "
-            f"{saved.get(name, 'none')} there and {own.get(name, 'none')} here; resume with the options it was trained with"
+            f"`resume_from_checkpoint`: {checkpoint} does not fit the model: {len(odd)} weights differ, e.g. {name} has shape "
+            f"{saved.get(name, 'none')} in the checkpoint and {own.get(name, 'none')} in the model. "
+            "Resume with the original options"
         )
 
 
 def check_settings(
     checkpoint: str | os.PathLike, settings: Mapping[str, Any], free: Collection[str] = (), images: str | None = None
 ) -> None:
-    """Compare what a training goes on with with what it began with, as far as the checkpoint says it.
+    """Compare the options and images of a resumed training with those stored in its checkpoint.
 
-    The optimizer and its schedule come from the checkpoint, whatever the options: others would be passed over in silence.
+    The optimizer and its schedule are loaded from the checkpoint, so that changed options would be ignored silently.
 
     Args:
-        settings: options by name, as they are now.
-        free: names of those that take effect from now on if they are changed; the others must not change.
-        images: a digest of the training images.
+        checkpoint: the folder to resume from.
+        settings: current options by name.
+        free: names of options that may change; they take effect from now on, with a warning.
+        images: checksum of the training images.
 
     Raises:
-        ValueError: an option was changed, or the images are others.
+        ValueError: if another option or the images changed.
     """
     listed = Path(checkpoint) / FILE_LIST
     saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
@@ -339,22 +356,22 @@ def check_settings(
     now = {name: value for name, value in as_read(dict(settings)).items() if name in before}
     before = {name: value for name, value in before.items() if name in now}
     for changed in sorted(name for name in free if before.get(name) != now.get(name)):
-        told = (checkpoint, changed, before[changed], now[changed])
-        logger.warning("%s was trained with `%s` %s: training goes on with %s", *told)
+        values = (changed, before[changed], now[changed], checkpoint)
+        logger.warning("`%s` changed from %s to %s since %s was saved; the new value is used from now on", *values)
         before[changed] = now[changed]
-    problems = [differences(before, now, "it")] if before != now else []
+    problems = [f"options changed: {differences(before, now, 'the checkpoint')}"] if before != now else []
     if None not in (images, saved.get("images")) and images != saved["images"]:
-        problems.append("other training images or classes")
+        problems.append("the training images or classes changed")
     if problems:
         raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} is of a training with {' and '.join(problems)}. Go on as it began, or "
-            "start over with --overwrite_output_dir true"
+            f"`resume_from_checkpoint`: cannot resume from {checkpoint}: {'; '.join(problems)}. Resume with the original "
+            "options and images, or start over with --overwrite_output_dir true"
         )
 
 
 @contextlib.contextmanager
-def _usable(checkpoint: str | os.PathLike, what: str) -> Iterator[None]:
-    """Within, a part of a checkpoint is loaded; what it makes torch or transformers raise becomes a sentence.
+def _as_checkpoint_error(checkpoint: str | os.PathLike, what: str) -> Iterator[None]:
+    """Turn errors of torch or transformers while a part of a checkpoint is loaded into a `CheckpointError`.
 
     Raises:
         CheckpointError: in place of the error.
@@ -365,17 +382,22 @@ def _usable(checkpoint: str | os.PathLike, what: str) -> Iterator[None]:
         raise
     except _UNEXPECTED as error:
         raise CheckpointError(
-            f"`resume_from_checkpoint`: {what} of {checkpoint} cannot be loaded: {shortened(one_sentence(error)).rstrip('.')}. "
-            "Resume with the options it was trained with, or from another checkpoint"
+            f"`resume_from_checkpoint`: {what} of {checkpoint} could not be loaded: "
+            f"{shortened(one_sentence(error)).rstrip('.')}. "
+            "Resume with the original options, or from another checkpoint"
         ) from error
 
 
-# State of torch's own optimizers that has the shape of its parameter.
+# State entries of torch's optimizers that have the shape of their parameter.
 _LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "acc_delta", "exp_inf")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if an optimizer's state was loaded for parameters of other shapes, which torch finds at the next step."""
+    """Check that the loaded optimizer state has the shapes of its parameters; torch only fails at the next step.
+
+    Raises:
+        ValueError: if a shape differs.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     if not type(inner).__module__.startswith("torch.optim"):
         return
@@ -387,14 +409,15 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 class _Flow(TrainerCallback):
-    """Saves checkpoints where a training can go on from, and gives callbacks back what they saved. The last of all callbacks.
+    """Callback that saves checkpoints where training can resume, and restores other callbacks. Runs after all others.
 
-    With `enable_jit_checkpoint`, a signal that ends the run first has a checkpoint saved after the step: transformers' own callback
-    would save it between the backward pass and the step, whose batch a BatchNorm then counts twice.
+    With `enable_jit_checkpoint`, a signal that ends the run first saves a checkpoint after the current step.
+    transformers' own callback saves it between the backward pass and the step, so that a BatchNorm counts that batch
+    twice.
 
     Args:
         callbacks: all callbacks of the training.
-        checkpoint: the one that the training goes on from, if any.
+        checkpoint: the checkpoint to resume from, if any.
     """
 
     def __init__(self, callbacks: list[TrainerCallback], checkpoint: Path | None) -> None:
@@ -407,15 +430,15 @@ class _Flow(TrainerCallback):
         for callback in self.callbacks if self.checkpoint is not None else ():
             load = getattr(callback, "load_from_checkpoint", None)
             if load is not None:
-                with _usable(self.checkpoint, f"what {type(callback).__name__} saved"):
+                with _as_checkpoint_error(self.checkpoint, f"the state of {type(callback).__name__}"):
                     load(self.checkpoint)
 
     def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        if (number := raised_signal()) is not None:  # in a place that lets no exception through
+        if (number := raised_signal()) is not None:  # raised where exceptions are swallowed
             raise Ended(number)
 
     def _waiting_signal(self, args: Any) -> int | None:
-        """The signal that has come to any process, if it waits for a checkpoint."""
+        """Return the signal that any process has received, if it is held until a checkpoint is saved."""
         if not args.enable_jit_checkpoint:
             return None
         number = pending_signal() or 0
@@ -432,11 +455,11 @@ class _Flow(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.ending = self._waiting_signal(args)
         if self.ending is not None:
-            if args.save_only_model:  # nothing to go on from
+            if args.save_only_model:  # such checkpoints cannot be resumed
                 raise Ended(self.ending)
             control.should_save = True
-        # From a checkpoint of the last step of an epoch Trainer goes on with the next epoch. What else belongs to the end of
-        # the epoch, an evaluation perhaps, would be left out: it has to come before the checkpoint.
+        # From a checkpoint of the last step of an epoch, Trainer resumes with the next epoch. The end of the epoch, e.g. an
+        # evaluation, would be skipped, so it must come before the checkpoint.
         if control.should_save and state.epoch == int(state.epoch):
             control.should_save, self.waits = False, True
 
@@ -446,31 +469,29 @@ class _Flow(TrainerCallback):
 
 
 class CheckpointMixin:
-    """For a `transformers.Trainer`: checkpoints as this module describes them, and resumption that leaves no trace.
+    """Mixin for `transformers.Trainer`: complete checkpoints (see the module docstring) and exact resumption.
 
-    Beyond Trainer: what early stopping has counted is remembered; a training that had come to its end, by its number of steps
-    or by early stopping, does not train on when resumed; a best checkpoint is found when `output_dir` has been moved.
+    Unlike Trainer, it restores the count of early stopping, does not continue a training that has ended (by its number
+    of steps or by early stopping), and finds the best checkpoint after `output_dir` has been moved.
     """
 
-    _aside = False  # a checkpoint is being written
+    _saving_checkpoint = False  # a checkpoint is being written
     _resumed_from: Path | None = None
-    # What checkpoints say of the training, for `check_settings`: options by name, and a digest of the training images.
+    # Stored in checkpoints for `check_settings`: options by name, and a checksum of the training images.
     settings: Mapping[str, Any] | None = None
-    images_digest: str | None = None
+    images_checksum: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint` as in Trainer, True being the last complete one in `output_dir`.
+        """Train; `resume_from_checkpoint` as in Trainer, where True is the last complete checkpoint in `output_dir`.
 
         Raises:
-            ValueError: there is none, or it is of another model.
+            ValueError: if there is none, or if it belongs to another model.
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
             checkpoint = last_complete_checkpoint(self.args.output_dir)
             if checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint`: there is no complete checkpoint in {self.args.output_dir}"
-                )
+                raise ValueError(f"`resume_from_checkpoint`: no complete checkpoint found in {self.args.output_dir}")
         if checkpoint is not None:
             check_fits(checkpoint, self.model)
             self._compare_steps(Path(checkpoint) / FILE_LIST)
@@ -494,12 +515,12 @@ class CheckpointMixin:
         return {"images_per_step": self.get_total_train_batch_size(self.args), "processes": self.args.world_size}
 
     def _compare_steps(self, listed: Path) -> None:
-        """Warn where a training cannot go on as if it had not stopped."""
+        """Warn if the batch size per step or the number of processes has changed, so that results will differ."""
         saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
         for name, now in self._step().items():
             if saved.get(name, now) != now:
                 logger.warning(
-                    "%s was written with %s %d, it is %d now: training goes on, but not as it would have without a stop",
+                    "%s was saved with %s %d, now %d: results will differ from those of an uninterrupted training",
                     *(listed.parent, name, saved[name], now),
                 )
 
@@ -515,13 +536,15 @@ class CheckpointMixin:
         if self._resumed_from is not None:
             self._find_best(self._resumed_from)
             if self.args.should_save and self._resumed_from.resolve().parent == Path(self.args.output_dir).resolve():
-                # what a killed process did not come to; no later checkpoint may follow that would do it
+                # a killed process may not have done this, and no later checkpoint may follow
                 rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         return position
 
     def _find_best(self, checkpoint: Path) -> None:
-        """Find the best checkpoint so far where `output_dir` has been moved; forget the best metric if it is gone. (There is none
-        if the best evaluation was not one after which a checkpoint was saved.)"""
+        """Find the best checkpoint so far after `output_dir` has been moved; reset the best metric if it is missing.
+
+        There is no best checkpoint if none was saved after the best evaluation.
+        """
         state = self.state
         saved = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_model_checkpoint")
         if saved is None or state.best_model_checkpoint is not None:
@@ -529,8 +552,11 @@ class CheckpointMixin:
         moved = Path(self.args.output_dir) / Path(saved).name
         if moved.is_dir():
             state.best_model_checkpoint = str(moved)
-        else:  # or else no later one could be called the best
-            logger.warning("the best checkpoint so far, %s, is gone: the best of those to come counts", moved.name)
+        else:  # otherwise no later one could become the best
+            logger.warning(
+                "The best checkpoint so far, %s, is missing: the best of the following evaluations is used instead",
+                moved.name,
+            )
             state.best_metric = state.best_global_step = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -544,43 +570,43 @@ class CheckpointMixin:
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with _usable(resume_from_checkpoint, "the model"):
+        with _as_checkpoint_error(resume_from_checkpoint, "the model"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _usable(checkpoint or "", "the optimizer or its schedule"):
+        with _as_checkpoint_error(checkpoint or "", "the optimizer or its schedule"):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
                 _check_optimizer(self.optimizer)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        with _usable(checkpoint or "", "the scaler of fp16"):
+        with _as_checkpoint_error(checkpoint or "", "the fp16 scaler"):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _usable(checkpoint or "", "the random state"):
+        with _as_checkpoint_error(checkpoint or "", "the random state"):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        problem = what_is_missing(best, to_resume=False, read=True)
+        problem = checkpoint_problem(best, to_resume=False, read=True)
         if problem is not None:
             raise CheckpointError(
-                f"the best checkpoint {best} is not complete, {problem}; to end with the last weights instead, resume with "
+                f"the best checkpoint {best} is incomplete ({problem}). To keep the last weights instead, resume with "
                 "`load_best_model_at_end` false"
             )
         super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:
         output_dir = super()._get_output_dir(trial)
-        return os.path.join(output_dir, INCOMPLETE) if self._aside else output_dir
+        return os.path.join(output_dir, INCOMPLETE) if self._saving_checkpoint else output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
         target = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = output_dir / INCOMPLETE / target.name
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful()).stateful_callbacks
-        self._aside = True
+        self._saving_checkpoint = True
         try:
             with raise_disk_full(folder, self._space_needed()):
                 super()._save_checkpoint(model, trial)
@@ -595,10 +621,10 @@ class CheckpointMixin:
             remove(folder.parent)
             raise
         finally:
-            self._aside = False
+            self._saving_checkpoint = False
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
-            about = {"settings": as_read(dict(self.settings or {})), "images": self.images_digest}
+            about = {"settings": as_read(dict(self.settings or {})), "images": self.images_checksum}
             try:
                 with raise_disk_full(folder, self._space_needed()):
                     complete_checkpoint(folder, target, **self._step(), **about)
@@ -610,11 +636,11 @@ class CheckpointMixin:
             self._push_from_checkpoint(str(target))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._aside:  # it is uploaded in the background, by its final name
+        if not self._saving_checkpoint:  # it is uploaded later, under its final name
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _space_needed(self) -> int:
-        """Bytes of a checkpoint: those of the last one, or about those of weights and optimizer."""
+        """Return the size of a checkpoint in bytes: that of the last one, or an estimate."""
         for folder in reversed(checkpoint_folders(self.args.output_dir)):
             return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         state = [] if self.optimizer is None else [v for s in self.optimizer.state.values() for v in s.values()]
@@ -622,21 +648,23 @@ class CheckpointMixin:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._aside or not self.args.should_save:  # the folder of a checkpoint takes its place as a whole
+        if self._saving_checkpoint or not self.args.should_save:  # a checkpoint folder is renamed as a whole
             super()._save(output_dir, state_dict)
             return
         with whole_files(Path(output_dir or self.args.output_dir)) as folder:
             super()._save(str(folder), state_dict)
 
     def save_state(self) -> None:
-        """Write the log of the training, `trainer_state.json` in `output_dir`, whole."""
+        """Write the training log, `trainer_state.json` in `output_dir`, atomically."""
         if self.is_world_process_zero():
             with whole_files(Path(self.args.output_dir)) as folder:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def save_metrics(self, split: str, metrics: Mapping[str, float], combined: bool = True) -> None:
-        """Write `<split>_results.json` and add to `all_results.json`, both whole; one that cannot be read is replaced, with a
-        warning."""
+        """Write `<split>_results.json` and update `all_results.json`, both atomically.
+
+        An `all_results.json` that cannot be read is replaced, with a warning.
+        """
         if not self.is_world_process_zero():
             return
         output_dir = Path(self.args.output_dir)
@@ -647,7 +675,7 @@ class CheckpointMixin:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The metrics in a file of this module; none if there is no file or, with a warning, if it cannot be read."""
+    """Return the metrics in a JSON file; an empty dict if it is missing or (with a warning) unreadable."""
     if not path.is_file():
         return {}
     try:
@@ -657,18 +685,20 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if isinstance(metrics, dict):
         return metrics
     logger.warning(
-        "%s cannot be read and is replaced: %s", path, metrics if isinstance(metrics, Exception) else "no object"
+        "%s could not be read and is replaced: %s",
+        path,
+        metrics if isinstance(metrics, Exception) else "not an object",
     )
     return {}
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write metrics as JSON, whole."""
+    """Write metrics as JSON, atomically."""
     write_text_atomically(path, json.dumps(dict(metrics), indent=4, sort_keys=True))
 
 
-def forget_metrics(output_dir: str | os.PathLike, split: str) -> None:
-    """Take what an earlier run has measured on a split out of `ALL_METRICS`, for a run that will not replace it."""
+def drop_metrics(output_dir: str | os.PathLike, split: str) -> None:
+    """Remove the metrics of a split from `ALL_METRICS`, for a run that will not replace them."""
     path = Path(output_dir) / ALL_METRICS
     if path.is_file():
         kept = {name: value for name, value in read_metrics(path).items() if not name.startswith(f"{split}_")}

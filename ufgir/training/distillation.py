@@ -1,4 +1,4 @@
-"""Learning from a teacher while training: options, and what the trainer adds to the loss."""
+"""Distillation from a teacher: its options, and the term it adds to the loss."""
 
 import logging
 from dataclasses import dataclass
@@ -19,30 +19,32 @@ from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_WEIGHTS = {"soft": 0.5, "hard": 0.3}  # of the original
+DEFAULT_WEIGHTS = {"soft": 0.5, "hard": 0.3}  # as in the original
 
 
 @dataclass
 class DistillationArguments(OptionGroup):
-    """A teacher, and how much is learnt from it.
+    """Options of the teacher and its weight in the loss.
 
     Raises:
-        ValueError: another kind, or a weight or temperature out of range.
+        ValueError: if the kind of distillation is unknown, or a weight or temperature is out of range.
     """
 
     _argument_group_name = "distillation"
 
-    teacher: str | None = option("image classifier to learn from: folder or Hub repository [none]")
+    teacher: str | None = option("teacher model, an image classifier: folder or Hub repository [none]")
     teacher_revision: str | None = option("branch, tag or commit of the teacher [main]")
     distillation: str = option(
         "soft: Kullback-Leibler divergence to the teacher's probabilities; hard: cross-entropy to its class", "soft"
     )
     distillation_weight: float | None = option(
-        "share of the loss that comes from the teacher, in [0, 1] [0.5 soft, 0.3 hard]"
+        "weight of the teacher's term in the loss, in [0, 1] [0.5 soft, 0.3 hard]"
     )
-    distillation_temperature: float = option("divides the logits of both, soft only", 1.0)
+    distillation_temperature: float = option(
+        "temperature that divides the logits of teacher and student, for soft only", 1.0
+    )
     distill_tokens: bool = option(
-        "dyvit: the kept tokens learn from the teacher's tokens, too [where it has one of each patch]", True
+        "dyvit: also distill the teacher's tokens into the kept tokens [if the teacher has one token per patch]", True
     )
 
     requirements = (
@@ -70,35 +72,36 @@ class DistillationArguments(OptionGroup):
 
 
 def _processor_of(args: DistillationArguments, student: Any) -> Any:
-    """The teacher's image processor; the student's, with a warning, where it has none."""
+    """Return the teacher's image processor; the student's, with a warning, if it has none."""
     try:
         return read_image_processor(args.teacher, args.teacher_revision)
     except (OSError, ValueError):
         logger.warning(
-            "`teacher` %s has no image processor: its images are normalised with the student's `image_mean` and `image_std`",
+            "`teacher` %s has no image processor: using the student's `image_mean` and `image_std`",
             args.teacher,
         )
         return student
 
 
 class Distillation:
-    """What a teacher adds to a student's training, called by `UFGIRTrainer.compute_loss`.
+    """Teacher of a student in training, called by `UFGIRTrainer.compute_loss`.
 
-    A student whose reduction distils (DynamicViT, https://huggingface.co/papers/2106.02034) gets the teacher's logits and
-    tokens as arguments of its forward and weighs them itself, by `reduction_kwargs`. For any other, the loss becomes
-    (1 - weight) * loss + weight * distance of the logits (https://huggingface.co/papers/2012.12877).
+    A student whose reduction has its own distillation loss (DynamicViT, https://huggingface.co/papers/2106.02034) gets
+    the teacher's logits and tokens as arguments of its forward and weights them by `reduction_kwargs`. For other
+    students, the loss becomes (1 - weight) * loss + weight * distance of the logits
+    (https://huggingface.co/papers/2012.12877).
 
     Args:
-        args: the options, with a teacher.
-        config: of the student.
-        image_processor: of the student: where the teacher's normalises in another way, its images are normalised anew. None:
-            it takes them as they are.
-        insists_on_tokens: refuse a teacher without the tokens that `distill_tokens` asks for. By default the student learns
-            from such a teacher's logits alone, with a warning.
+        args: options, with a teacher.
+        config: configuration of the student.
+        image_processor: image processor of the student. If the teacher normalizes images differently, they are
+            renormalized for it. None: the teacher gets the student's pixels.
+        require_tokens: raise an error if `distill_tokens` is set and the teacher has no suitable tokens. By default
+            the student then learns from the logits only, with a warning.
 
     Raises:
-        ValueError: a teacher that cannot be loaded, of other classes or another image size, or without tokens that fit, or
-            options that the student's method weighs itself.
+        ValueError: if the teacher could not be loaded, has other classes, another image size or no suitable tokens, or
+            if options do not apply to the student's reduction.
     """
 
     def __init__(
@@ -106,14 +109,14 @@ class Distillation:
         args: DistillationArguments,
         config: CLCAViTConfig,
         image_processor: Any = None,
-        insists_on_tokens: bool = False,
+        require_tokens: bool = False,
     ) -> None:
         self.args = args
         self.by_method = get_reduction(config.reduction).distils
         if self.by_method and (args.distillation_weight is not None or args.distillation == "hard"):
             raise ValueError(
-                f"`distillation` and `distillation_weight` do not apply to `reduction`={config.reduction!r}, which weighs "
-                "its teacher by its own `reduction_kwargs`."
+                f"`distillation` and `distillation_weight` do not apply to `reduction`={config.reduction!r}, which "
+                "weights the teacher by its own `reduction_kwargs`."
             )
         self.weight = args.distillation_weight
         if self.weight is None:
@@ -123,39 +126,41 @@ class Distillation:
                 args.teacher, revision=args.teacher_revision, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"`teacher` {args.teacher} cannot be loaded as an image classifier: {error}") from error
+            raise ValueError(
+                f"`teacher` {args.teacher} could not be loaded as an image classifier: {error}"
+            ) from error
         names = list(config.id2label.values())
         theirs = [model.config.id2label[index] for index in range(model.config.num_labels)]
         if theirs != names:
             raise ValueError(
-                f"`teacher` {args.teacher} knows {len(theirs)} classes ({', '.join(theirs[:3])}, ...), the student has "
-                f"{len(names)} ({', '.join(names[:3])}, ...): they must be the same, in the same order."
+                f"`teacher` {args.teacher} must have the student's classes in the same order: it has {len(theirs)} "
+                f"({', '.join(theirs[:3])}, ...), the student {len(names)} ({', '.join(names[:3])}, ...)."
             )
         size = getattr(model.config, "image_size", config.image_size)
         if size != config.image_size:
             raise ValueError(
-                f"`teacher` {args.teacher} takes images of {size} pixels, the student {config.image_size}."
+                f"`teacher` {args.teacher} must have the student's `image_size` {config.image_size}, got {size}."
             )
         processors = None if image_processor is None else (image_processor, _processor_of(args, image_processor))
         use_tokens = self.by_method and args.distill_tokens
         self.teacher = Teacher(model, config.num_patches, use_tokens, processors)
         if use_tokens and (problem := self.teacher.why_no_tokens(config)):
-            if insists_on_tokens:
+            if require_tokens:
                 raise ValueError(
-                    f"`distill_tokens`: `teacher` {args.teacher} {problem}: choose a teacher that has them, or learn from its "
-                    "logits alone with --distill_tokens false"
+                    f"`distill_tokens`: `teacher` {args.teacher} {problem}. Choose another teacher, or distill only its "
+                    "logits with --distill_tokens false"
                 )
-            logger.warning("`teacher` %s %s: the student learns from its logits alone", args.teacher, problem)
+            logger.warning("`teacher` %s %s: distilling only its logits", args.teacher, problem)
             self.teacher.use_tokens = False
 
     def inputs(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the teacher says of images (B, C, height, width), on their device."""
+        """Return the teacher's outputs for images (B, C, height, width), on their device; see `Teacher.__call__`."""
         if self.teacher.model.device != pixel_values.device:
             self.teacher.model.to(pixel_values.device)
         return self.teacher(pixel_values)
 
     def loss(self, outputs: Any, teacher_logits: torch.Tensor) -> torch.Tensor:
-        """The student's loss with the teacher's share; also puts that into `outputs.loss_terms`."""
+        """Return the student's loss mixed with the distillation loss, which is also added to `outputs.loss_terms`."""
         logits = outputs.logits
         distance = distillation_loss(
             logits, teacher_logits.to(logits.dtype), self.args.distillation, self.args.distillation_temperature

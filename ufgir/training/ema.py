@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of the weights: torch's `AveragedModel`, evaluated, saved and resumed with a training."""
+"""Exponential moving average (EMA) of the weights, based on torch's `AveragedModel`."""
 
 import contextlib
 import logging
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def ema_function(decay: float, warmup: bool = False) -> Callable[[list[torch.Tensor], list[torch.Tensor], Any], None]:
-    """What an `AveragedModel` calls: average = d * average + (1 - d) * weights, in place.
+    """Return the update function for `AveragedModel`: average = d * average + (1 - d) * weights, in place.
 
     Args:
         decay: d, in [0, 1).
-        warmup: d is at most (1 + n) / (10 + n) after n updates, so that the first weights, which are poor, are soon
-            forgotten; as in TensorFlow's ExponentialMovingAverage.
+        warmup: limit d to (1 + n) / (10 + n) after n updates, so that the poor first weights are soon forgotten; as in
+            TensorFlow's ExponentialMovingAverage.
     """
 
     @torch.no_grad()
     def update(average: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int) -> None:
-        if not average[0].is_floating_point():  # the number of batches that a BatchNorm has seen
+        if not average[0].is_floating_point():  # e.g. the number of batches counted by a BatchNorm
             torch._foreach_copy_(average, current)
             return
         count = int(num_averaged)
@@ -44,25 +44,25 @@ def ema_function(decay: float, warmup: bool = False) -> Callable[[list[torch.Ten
 
 
 class EMACallback(TrainerCallback):
-    """Averages the weights after each optimizer step.
+    """Callback that averages the weights after each optimizer step.
 
-    The average starts as the weights after the first step. BatchNorm's running statistics are averaged with the same
-    decay, as in the original, so that they belong to the averaged weights. The training itself is not changed.
+    The average is initialized with the weights after the first step. BatchNorm's running statistics are averaged with
+    the same decay, as in the original, so that they match the averaged weights. The training itself does not change.
 
-    - Evaluations, on the way and at the end, report `ema_top1` etc. beside `top1`; `metric_for_best_model` may be
-      `ema_top1`.
-    - A checkpoint holds the average as `ema.safetensors`, keys as in the model's own file; a training that resumes goes on
-      with it, bit by bit.
-    - At the end `output_dir/ema` is a model like the one in `output_dir`, of the same step: the last, or with
-      `load_best_model_at_end` the best one.
-    - With `as_final` the average is the model: evaluations are of it alone, and it is in `output_dir` at the end. The
+    - Evaluations report `ema_top1` etc. in addition to `top1`; `metric_for_best_model` may be `ema_top1`.
+    - A checkpoint stores the average in `ema.safetensors`, with the keys of the model's own file; training resumes from it
+      exactly.
+    - At the end, `output_dir/ema` is a model of the same step as the one in `output_dir`: the last, or the best with
+      `load_best_model_at_end`.
+    - With `as_final`, the average becomes the model: only the average is evaluated, and it is saved in `output_dir`. The
       trained weights are in the checkpoints.
 
-    For a Trainer with `ufgir.training.callbacks.ObserverMixin`, which evaluates, and `ufgir.training.checkpointing.CheckpointMixin`, which
-    calls `save_to_checkpoint` and `load_from_checkpoint`. With FSDP and DeepSpeed weights are cut in pieces: not with them.
+    Requires a Trainer with `ufgir.training.callbacks.ObserverMixin`, for evaluation, and
+    `ufgir.training.checkpointing.CheckpointMixin`, which calls `save_to_checkpoint` and `load_from_checkpoint`. Does
+    not work with FSDP and DeepSpeed, which shard the weights.
 
     Args:
-        decay: share of the average that stays at each step, in (0, 1); the original's is 0.99996.
+        decay: weight of the previous average at each step, in (0, 1); 0.99996 in the original.
         warmup: see `ema_function`.
         as_final: see above.
     """
@@ -83,12 +83,12 @@ class EMACallback(TrainerCallback):
         self.average.update_parameters(model)
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether there is an average of this model, or of one like it: not so before training."""
+        """Return whether there is an average with the tensors of this model; False before training."""
         return self.average is not None and _names(self.average.module) == _names(model)
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Within this context `model` holds the average, and the average the model's weights; nothing is copied."""
+        """Swap the weights of `model` and the average within this context, without copying."""
         self._swap(model)
         try:
             yield
@@ -100,7 +100,7 @@ class EMACallback(TrainerCallback):
             own.data, averaged.data = averaged.data, own.data
 
     def save_to_checkpoint(self, folder: Path) -> None:
-        """Write the average into a checkpoint that is being made."""
+        """Write the average into a checkpoint that is being saved."""
         weights = {name: value.contiguous() for name, value in self.average.module.state_dict().items()}
         with raise_disk_full(
             folder / EMA_FILE, sum(value.numel() * value.element_size() for value in weights.values())
@@ -109,10 +109,10 @@ class EMACallback(TrainerCallback):
             save_file(weights, folder / EMA_FILE, {"n_averaged": str(int(self.average.n_averaged))})
 
     def load_from_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Go on with the average that a checkpoint holds; with a warning, start a new one where it holds none."""
+        """Load the average from a checkpoint; start a new one, with a warning, if it has none."""
         file = Path(folder) / EMA_FILE
         if not file.is_file():
-            logger.warning("%s holds no averaged weights: the average starts with the weights of this step", folder)
+            logger.warning("%s has no averaged weights: starting a new average", folder)
             return
         self.average.module.load_state_dict(load_file(file))
         with safe_open(file, "pt") as opened:
@@ -129,7 +129,7 @@ class EMACallback(TrainerCallback):
             return
         assert self.average is not None
         whole = cast("Any", self.average.module)
-        if hasattr(whole, "peft_config"):  # a whole model, as the one in output_dir will be
+        if hasattr(whole, "peft_config"):  # save a full model, like the one in output_dir
             whole = self.average.module = merge(whole)
         if args.should_save:
             with new_folder(Path(args.output_dir) / EMA_FOLDER) as folder:

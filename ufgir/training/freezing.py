@@ -1,4 +1,4 @@
-"""Parts of a model by name: which of them are new to a pretrained ViT, and which keep their weights while the rest trains."""
+"""Parts of a model by name: which of them have no pretrained weights, and freezing of parts."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ PARTS = {
     "query_tokens": r"layers\.\d+\.probe\..+",
     "cls_token": r"embeddings\.cls_token",
     "register_tokens": r"embeddings\.register_tokens",
-    "position_embeddings": r"embeddings\.(clr_)?position_embeddings",  # those of CLR are new, but in the original
+    "position_embeddings": r"embeddings\.(clr_)?position_embeddings",  # those of CLR tokens are new, except in the original
     "patch_embeddings": r"embeddings\.patch_embeddings\..+",
     "attention": r"layers\.\d+\.attention\..+",
     "mlp": r"layers\.\d+\.mlp\..+",
@@ -25,7 +25,7 @@ PARTS = {
 }
 NEW_PARTS = ("head", "clr_tokens", "reductions", "query_tokens")  # no pretrained ViT has weights for them
 
-# What DistributedDataParallel, torch.compile, FSDP and peft put into a parameter's name.
+# Prefixes that DistributedDataParallel, torch.compile, FSDP and peft add to parameter names.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer"
     r"|modules_to_save\.[^.]+)\."
@@ -33,12 +33,12 @@ _WRAPPERS = re.compile(
 
 
 def own_name(name: str) -> str:
-    """A parameter's name in `CLCAViTModel` or the head, without what wraps the model."""
+    """Return a parameter's name in `CLCAViTModel` or the head, without the prefixes of wrappers around the model."""
     return _WRAPPERS.sub("", name).removeprefix("vit.")
 
 
 def part_names(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> the new part that it belongs to, `adapter` for those that peft added, or `backbone`."""
+    """Return parameter name -> the new part it belongs to, `adapter` (added by peft), or `backbone`."""
     prefixes, parts = _adapter_prefixes(model), {}
     for name, _ in model.named_parameters():
         own = own_name(name)
@@ -50,60 +50,72 @@ def part_names(model: nn.Module) -> dict[str, str]:
 
 
 def _adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """How the names of the parameters begin that peft put into a model."""
+    """Return the prefixes of the parameters that peft adds to the model."""
     configs = [config for m in model.modules() for config in getattr(m, "peft_config", {}).values()]
     if not configs:
         return ()
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # it is there, since the model has an adapter
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING  # installed, since the model has an adapter
 
     return tuple({PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type] for config in configs})
 
 
 def check_parts(option: str, parts: Iterable[str]) -> None:
-    """Raises ValueError for a name that is no part of a model; `option` is what the user gave it to."""
+    """Check that all names are parts of a model.
+
+    Args:
+        option: name of the option, for the message.
+        parts: names to check.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
     known = ["backbone", *PARTS]
     for part in parts:
         if part not in known and not re.fullmatch(r"layers\.\d+", part):
             close = get_close_matches(part, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"`{option}` must name {', '.join(known)} or layers.<number>, got {part}{hint}")
+            raise ValueError(f"`{option}` must be one of {', '.join(known)} or layers.<number>, got {part}{hint}")
 
 
 def freeze(
     model: nn.Module, parts: Iterable[str], unfreeze: Iterable[str] = (), *, as_original: bool = False
 ) -> list[str]:
-    """Let parts of a model keep their weights: no gradients, no steps, no weight decay.
+    """Freeze parts of a model: no gradients, no updates, no weight decay.
 
-    What is new to a pretrained ViT (the head, CLR tokens, parameters of reductions, VQT's queries, peft's adapters) trains
-    unless it is named itself: `backbone` and `layers.3` leave it out. Nothing that is frozen already starts to train.
+    `backbone` and `layers.3` do not include what no pretrained ViT has weights for: the head, CLR tokens, parameters
+    of reductions, VQT's query tokens and peft's adapters. These are frozen only if named. Parameters that are already
+    frozen stay frozen.
 
     Args:
-        model: is changed in place; peft's and other wrappers may be around it.
-        parts: keys of `PARTS`, `layers.<number>`, or `backbone` for all that is not new, which is a linear probe.
-        unfreeze: the same names; their parameters stay as they are.
-        as_original: position embeddings of CLR belong to the others, and to `backbone`, as in the original CLCA code, where all
-            are one tensor. By default they are new, with CLR.
+        model: changed in place; it may be wrapped, e.g. by peft.
+        parts: keys of `PARTS`, `layers.<number>`, or `backbone` for all parameters that are not new (a linear probe).
+        unfreeze: names of parts that are not frozen.
+        as_original: treat the position embeddings of CLR tokens as part of the other position embeddings and of
+            `backbone`, as the original CLCA code does, where they are one tensor. By default they belong to the CLR
+            tokens.
 
     Returns:
-        names of the parameters that were frozen.
+        names of the frozen parameters.
 
     Raises:
-        ValueError: a part that is unknown or that the model does not have, or nothing would be left to train.
+        ValueError: if a part is unknown or missing in the model, or if no trainable parameter would be left.
     """
     frozen = _members(model, "freeze", parts, as_original) - _members(model, "unfreeze", unfreeze, as_original)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if frozen and not parameters.keys() - frozen:
-        raise ValueError(f"`freeze` {' '.join(parts)} leaves nothing to train: name less, or `unfreeze` a part")
+        raise ValueError(
+            f"`freeze` {' '.join(parts)} leaves no trainable parameters. Freeze fewer parts, or `unfreeze` a part"
+        )
     chosen = [name for name in parameters if name in frozen]
     for name in chosen:
         parameters[name].requires_grad_(False)
     return chosen
 
 
-def hold_statistics(model: nn.Module) -> None:
-    """Put frozen BatchNorms into evaluation mode: in training mode their statistics would move although nothing trains them.
+def freeze_statistics(model: nn.Module) -> None:
+    """Put frozen BatchNorms into evaluation mode; in training mode their statistics would still change.
 
-    Call it after each `model.train()`.
+    Call this after each `model.train()`.
     """
     for module in model.modules():
         statistics = {name for name, _ in module.named_buffers(recurse=False)} & {"running_mean", "rate_mean"}
@@ -113,7 +125,7 @@ def hold_statistics(model: nn.Module) -> None:
 
 
 def _members(model: nn.Module, option: str, parts: Iterable[str], as_original: bool) -> set[str]:
-    """Names of the parameters in `parts`."""
+    """Return the names of the parameters in `parts`."""
     check_parts(option, parts)
     by_part, members = part_names(model), set()
     if as_original:

@@ -1,4 +1,4 @@
-"""The size of the gradients at each step of a training: a CSV file, and the figure of the paper that is drawn from it."""
+"""Record gradient magnitudes of each training step in a CSV file, and plot them like the paper's figure."""
 
 import csv
 import logging
@@ -24,40 +24,40 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = {  # column -> what it is, see `gradient_statistics`
+STATISTICS = {  # column -> axis label, see `gradient_statistics`
     "max_grad_all": "Largest |gradient|",
     "mean_max_grad_layer": "Mean over parameters of the largest |gradient|",
-    "std_max_grad_layer": "Deviation over parameters of the largest |gradient|",
+    "std_max_grad_layer": "Std over parameters of the largest |gradient|",
     "mean_avg_grad_layer": "Mean over parameters of the mean |gradient|",
-    "std_avg_grad_layer": "Deviation over parameters of the mean |gradient|",
+    "std_avg_grad_layer": "Std over parameters of the mean |gradient|",
 }
 
 
 def _sizes(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Largest and summed absolute value of each gradient: (2, P)."""
+    """Return the largest and the summed absolute value of each gradient: (2, P)."""
     return (_sizes_in_place if gradients[0].device.type == "cpu" else _sizes_fused)(gradients)
 
 
 def _sizes_fused(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Two fused kernels: fast on a GPU, slow on a CPU."""
+    """Compute `_sizes` with two fused kernels: fast on a GPU, slow on a CPU."""
     maxima = torch._foreach_norm(gradients, math.inf)
     return torch.stack([*maxima, *torch._foreach_norm(gradients, 1)]).view(2, -1)
 
 
 def _sizes_in_place(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """One place in memory for the absolute values of each gradient in turn, which on a CPU takes a third of the time."""
-    place = gradients[0].new_empty(max(gradient.numel() for gradient in gradients))
+    """Compute `_sizes` in one reused buffer, which takes a third of the time on a CPU."""
+    buffer = gradients[0].new_empty(max(gradient.numel() for gradient in gradients))
     maxima, sums = [], []
     for gradient in gradients:
-        absolute = torch.abs(gradient, out=place[: gradient.numel()].view(gradient.shape))
+        absolute = torch.abs(gradient, out=buffer[: gradient.numel()].view(gradient.shape))
         maxima.append(absolute.max())
         sums.append(absolute.sum())
     return torch.stack(maxima + sums).view(2, -1)
 
 
 def _statistics(maxima: np.ndarray, means: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers of `gradient_statistics` from max|g| and mean|g| of each parameter, (..., P) each."""
-    several = maxima.shape[-1] > 1  # the deviation of one number is not defined
+    """Compute the statistics of `gradient_statistics` from max|g| and mean|g| of each parameter, (..., P) each."""
+    several = maxima.shape[-1] > 1  # the sample std of one number is not defined
     return {
         "max_grad_all": maxima.max(-1),
         "mean_max_grad_layer": maxima.mean(-1),
@@ -68,47 +68,48 @@ def _statistics(maxima: np.ndarray, means: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def is_counted(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether a parameter takes part in the statistics: it is trained, has a gradient, and is not called a bias."""
+    """Return whether a parameter is part of the statistics: trainable, with a gradient, and not named a bias."""
     return parameter.requires_grad and "bias" not in name and parameter.grad is not None and parameter.numel() > 0
 
 
 def gradient_statistics(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float]:
-    """How large the gradients are, as the original measures it.
+    """Compute statistics of gradient magnitudes, as the original does.
 
     Args:
-        parameters: name -> parameter, with gradients; those without one, frozen ones and biases do not count.
+        parameters: name -> parameter; frozen parameters, biases and parameters without gradients are ignored.
 
     Returns:
-        `max_grad_all`, the largest |g| of all; mean and sample deviation over the parameters of max|g|
+        dict of `max_grad_all`, the largest |g|; the mean and sample std over parameters of max|g|
         (`mean_max_grad_layer`, `std_max_grad_layer`) and of mean|g| (`mean_avg_grad_layer`, `std_avg_grad_layer`). The
         original calls a parameter a layer.
 
     Raises:
-        ValueError: none of the parameters counts.
+        ValueError: if no parameter counts.
     """
     gradients = [p.grad for n, p in parameters.items() if is_counted(n, p)]
     if not gradients:
-        raise ValueError("`parameters` must hold a trainable one that has a gradient and is not called a bias.")
+        raise ValueError("`parameters` must contain a trainable parameter with a gradient that is not a bias.")
     maxima, sums = _sizes(gradients).double().cpu().numpy()
     means = sums / [g.numel() for g in gradients]
     return {name: float(value) for name, value in _statistics(maxima, means).items()}
 
 
 def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to: `vit.layers.3`, `vit.embeddings`, `classifier`, ..."""
+    """Return the layer that a parameter belongs to: `vit.layers.3`, `vit.embeddings`, `classifier`, ..."""
     return re.match(r"(.*?\.\d+|(.*\.)?vit\.[^.]+|[^.]+)(\.|$)", name)[1]
 
 
 class GradientRecorder(TrainerCallback):
-    """Writes a line to `output_dir/gradients.csv` at each optimizer step, before gradients are clipped, and draws them.
+    """Callback that records gradients in `output_dir/gradients.csv` at each optimizer step, before clipping.
 
-    Columns: `step`, counted from 1; the numbers of `gradient_statistics`; and for each layer `max/<layer>` and
-    `mean/<layer>`, the largest and the mean |g| of its weights. Gradients are those of the whole batch, accumulated and,
-    in fp16, unscaled. Lines are written in batches, and before every evaluation and checkpoint; training that resumes
-    drops the lines after the checkpoint, so the file is that of an uninterrupted run. Process 0 writes. At the end
-    `gradients.png` beside the file shows the largest one over the steps, where matplotlib is installed.
+    The columns are `step`, counted from 1, the statistics of `gradient_statistics`, and for each layer `max/<layer>`
+    and `mean/<layer>`, the largest and the mean |g| of its weights. Gradients are those of the full batch: accumulated
+    and, in fp16, unscaled. Lines are written in blocks, and before every evaluation and checkpoint. A resumed training
+    drops the lines after its checkpoint, so that the file equals that of an uninterrupted run. Process 0 writes. At
+    the end, the largest gradient of each step is plotted in `gradients.png` in the same folder, if matplotlib is
+    installed.
 
-    For a `ufgir.training.callbacks.ObserverMixin`, which calls `on_gradients` and `on_abort`.
+    Requires a `ufgir.training.callbacks.ObserverMixin`, which calls `on_gradients` and `on_abort`.
 
     Args:
         path: the CSV file; `gradients.csv` in the trainer's output_dir if None.
@@ -120,9 +121,9 @@ class GradientRecorder(TrainerCallback):
             raise ValueError(f"`flush_every` must be at least 1 step, got {flush_every}.")
         self.path = None if path is None else Path(path)
         self.flush_every = flush_every
-        self.names: list[str] = []  # the parameters that are recorded, from the first step on
-        self.steps: list[int] = []  # not written yet
-        self.sizes: list[torch.Tensor] = []  # not written yet, (2, P) each, on their device
+        self.names: list[str] = []  # recorded parameters, known from the first step on
+        self.steps: list[int] = []  # of steps not written yet
+        self.sizes: list[torch.Tensor] = []  # of these steps, (2, P) each, on their device
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.path = self.path or Path(args.output_dir) / GRADIENTS_FILE
@@ -131,17 +132,17 @@ class GradientRecorder(TrainerCallback):
             _keep_lines(self.path, state.global_step)
 
     def on_gradients(self, args: Any, state: Any, model: torch.nn.Module, scale: float) -> None:
-        """Note the gradients of the step that follows `state.global_step`; they were multiplied by `scale` (fp16)."""
+        """Record the gradients of the step that follows `state.global_step`, multiplied by `scale` (fp16)."""
         if not state.is_world_process_zero:
             return
         parameters = {n: p for n, p in model.named_parameters() if is_counted(n, p)}
         gradients = [p.grad for p in parameters.values()]
         if not gradients or any(type(g) is not torch.Tensor for g in gradients):
             if not self.names:
-                logger.warning("No gradients are recorded: they are sharded over processes or kept elsewhere.")
+                logger.warning("Gradients are not recorded: they are sharded across processes or stored elsewhere.")
             self.names = ["-"]
             return
-        if self.names != list(parameters):  # the first step, or parameters were frozen or freed
+        if self.names != list(parameters):  # the first step, or parameters were frozen or unfrozen
             self.flush()
             self.names, self.numels = list(parameters), [p.numel() for p in parameters.values()]
         self.steps.append(state.global_step + 1)
@@ -150,7 +151,7 @@ class GradientRecorder(TrainerCallback):
             self.flush()
 
     def flush(self) -> None:
-        """Write what was noted."""
+        """Write the recorded steps."""
         if not self.steps:
             return
         sizes = torch.stack(self.sizes).double().cpu().numpy()  # (steps, 2, P)
@@ -165,7 +166,7 @@ class GradientRecorder(TrainerCallback):
         self.steps, self.sizes = [], []
 
     def _flush_before(self, control: Any) -> None:
-        # What a checkpoint covers must be on the disk before it. (Whether an evaluation leads to one is not yet known.)
+        # Steps must be on disk before the checkpoint that includes them. An evaluation may be followed by one.
         if control.should_save or control.should_evaluate:
             self.flush()
 
@@ -182,15 +183,15 @@ class GradientRecorder(TrainerCallback):
                 with style():
                     save_figure(stability_figure([self.path]), self.path.with_suffix(".png"))
             except ImportError as error:
-                logger.info("%s is not drawn: %s", self.path, error)
+                logger.info("Gradients in %s are not plotted: %s", self.path, error)
 
     def on_abort(self) -> None:
-        """Training ends with an exception: what led to it is worth having."""
+        """Write the recorded steps when training ends with an exception."""
         self.flush()
 
 
 def _append(path: Path, columns: Mapping[str, Any]) -> None:
-    """Add lines; where the columns are others than the file's, those that it lacks are added, empty in its old lines."""
+    """Append lines; columns that the file lacks are added, empty in its previous lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header, lines = _read(path)
     missing = [name for name in columns if name not in header]
@@ -203,11 +204,11 @@ def _append(path: Path, columns: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and whole lines of a file; none if there is no file."""
+    """Return the header and the complete lines of a file; empty if there is no file."""
     if not path.is_file():
         return [], []
     with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(line for line in file if line.endswith("\n")))  # the process may have died in the last
+        lines = list(csv.reader(line for line in file if line.endswith("\n")))  # the last line may be cut off
     return (lines[0], lines[1:]) if lines and lines[0][:1] == ["step"] else ([], [])
 
 
@@ -217,11 +218,11 @@ def _rewrite(path: Path, header: list[str], lines: list[list[str]]) -> None:
 
 
 def _keep_lines(path: Path, last: int) -> None:
-    """Leave the lines of the steps up to `last` in the file, if there is one; say which are missing."""
+    """Keep the lines of steps up to `last`, if the file exists; warn if some are missing."""
     header, lines = _read(path)
     kept = [line for line in lines if int(line[0]) <= last]
     if len(kept) < last:
-        logger.warning("%s: only %d of the %d steps before this checkpoint are in it", path, len(kept), last)
+        logger.warning("%s contains only %d of the %d steps before this checkpoint", path, len(kept), last)
     if header and kept:
         _rewrite(path, header, kept)
     else:
@@ -229,14 +230,14 @@ def _keep_lines(path: Path, last: int) -> None:
 
 
 def read_gradients(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The columns of a file of `GradientRecorder`, (steps,) each, float64; `step` holds integers, an empty cell is NaN.
+    """Return the columns of a file of `GradientRecorder`, (steps,) each, float64 (`step`: int64); empty cells are NaN.
 
     Raises:
-        ValueError: there is no such file, or it is not of this kind, or empty.
+        ValueError: if the file is missing, empty or not of this kind.
     """
     header, lines = _read(Path(path))
     if not lines:
-        raise ValueError(f"`csv_files`: {path} is no file of recorded gradients, or holds no step")
+        raise ValueError(f"`csv_files`: {path} is not a file of recorded gradients, or has no steps")
     try:
         table = np.asarray([[float(cell or "nan") for cell in line] for line in lines], dtype=np.float64)
     except ValueError as error:
@@ -245,7 +246,7 @@ def read_gradients(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return columns | {"step": columns["step"].astype(np.int64)}
 
 
-LONG = 100  # steps: the curves of longer trainings are drawn with their level
+LONG = 100  # steps; longer trainings are drawn with a running median
 
 
 def stability_figure(
@@ -254,30 +255,31 @@ def stability_figure(
     column: str = "max_grad_all",
     log: bool = False,
 ) -> "Figure":
-    """The paper's figure "Max Gradient Absolute Value vs Train Step"; to be called inside `ufgir.utils.plotting.style()`.
+    """Plot the paper's figure "Max Gradient Absolute Value vs Train Step".
 
-    Trainings of more than 100 steps have thin lines, each step a point, and over them a median of 5 % of the steps.
+    Call this inside `ufgir.utils.plotting.style()`.     Trainings of more than 100 steps are drawn as thin lines with every step, and a running median over 5 % of the
+    steps on top.
 
     Args:
-        csv_files: written by `GradientRecorder`, one a training.
-        labels: what the trainings are called; files with the same label (seeds, say) share a style and a line in the
-            legend. A label that begins with a variant or a method, such as `CLCA 53.2 %`, has its style. None: no legend
-            for a single file, the names of the folders for several.
-        column: of the files, e.g. `mean_avg_grad_layer`, or `max/<layer>`.
-        log: a logarithmic axis for the gradients.
+        csv_files: files written by `GradientRecorder`, one per training.
+        labels: names of the trainings; files with the same label (e.g. several seeds) share a style and a legend
+            entry. A label that starts with a variant or a method, such as `CLCA 53.2 %`, gets its style. None: no
+            legend for a single file, the names of the folders for several.
+        column: column of the files, e.g. `mean_avg_grad_layer`, or `max/<layer>`.
+        log: use a logarithmic axis for the gradients.
 
     Raises:
-        ValueError: no files, labels of another number, or a file without that column.
+        ValueError: if there are no files, the number of labels differs, or a file lacks the column.
     """
     if not csv_files or (labels is not None and len(labels) != len(csv_files)):
         raise ValueError(
-            f"`labels` must be one for each file, got {len(labels or ())} for {len(csv_files)} files of `csv_files`."
+            f"`labels` must have one label per file of `csv_files`, got {len(labels or ())} for {len(csv_files)} files."
         )
     tables = [read_gradients(file) for file in csv_files]
     for file, table in zip(csv_files, tables, strict=True):
         if column not in table:
             known = ", ".join(name for name in table if name != "step")
-            raise ValueError(f"`column` must be one of those in {file}, {known}, got {column!r}.")
+            raise ValueError(f"`column` must be a column of {file} ({known}), got {column!r}.")
     names = list(labels) if labels is not None else [Path(file).absolute().parent.name for file in csv_files]
     looks = {name: plain_style(name, i) for i, name in enumerate(dict.fromkeys(names))}
     figure, axes = new_figure()
@@ -287,7 +289,7 @@ def stability_figure(
         if len(steps) <= LONG:
             axes.plot(steps, values, **look | {"linewidth": 1.0, "markersize": 4})
             continue
-        # Every step, thin, for the peaks; over them a running median with the style of the label, for the level.
+        # A thin line with every step shows the peaks; a running median in the label's style shows the level.
         axes.plot(steps, values, color=look["color"], linewidth=0.5, alpha=0.35)
         width = len(steps) // 20
         level = [np.median(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(steps))]

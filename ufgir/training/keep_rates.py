@@ -1,27 +1,27 @@
-"""Draw the keep rate of each training step, for a model that is trained at several."""
+"""Draw the keep rate of each training step, for models with a variable keep rate."""
 
 import random
 from collections.abc import Sequence
 
 
 def draw_keep_rate(rates: Sequence[float], seed: int, step: int) -> float:
-    """The keep rate of a training step, for `config.train_keep_rates` or a part of them.
+    """Return the keep rate of a training step.
 
-    Every run of as many steps as there are rates has each of them once, in an order of its own. The draw depends on nothing
-    but the arguments: all processes of a distributed training, and one that resumes, draw the same.
+    Each block of `len(rates)` steps uses every rate once, in its own random order. The result depends only on the
+    arguments, so that all processes of a distributed training, and resumed trainings, draw the same rates.
 
     Args:
-        rates: keep rates to draw from.
-        seed: of the training.
-        step: number of the optimizer step, from 0. Batches that are accumulated for one step share its rate.
+        rates: keep rates to draw from, such as `config.train_keep_rates`.
+        seed: seed of the training.
+        step: number of the optimizer step, from 0. Accumulated batches of one step share its rate.
 
     Returns:
-        One of `rates`, to be given to the model's forward as `keep_rate`.
+        One of `rates`, to be passed to the model's forward as `keep_rate`.
 
     Raises:
-        ValueError: no rates.
+        ValueError: if `rates` is empty.
     """
     if not rates:
-        raise ValueError("`rates` must hold at least one keep rate, got [].")
-    turn, place = divmod(step, len(rates))
-    return random.Random(f"keep rates {seed} {turn}").sample(list(rates), len(rates))[place]
+        raise ValueError("`rates` must contain at least one keep rate, got [].")
+    block, position = divmod(step, len(rates))
+    return random.Random(f"keep rates {seed} {block}").sample(list(rates), len(rates))[position]

@@ -1,6 +1,6 @@
-"""What `run_ufgir.py` checks before it trains: options without effect across groups, and what a run depends on.
+"""Checks of `run_ufgir.py` before training: options without effect across groups, and the settings of a run.
 
-`options` is its `Options`: all groups, parsed.
+`options` is an instance of `ufgir.training.arguments.Options`: all groups, parsed.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ from ..utils.provenance import NOT_STORED
 
 
 def _method_may_be(options: Any, such: Callable[[type[TokenReduction]], bool]) -> bool:
-    """Whether the run's method may be `such` a one: a checkpoint, which is not looked into here, may bring any."""
+    """Return whether the run's reduction may satisfy `such`; always True for a checkpoint, which is not read here."""
     name = options.model.reduction
     if name is None and options.model.model_name_or_path:
         return True
     return such(get_reduction(None if name == "none" else name))
 
 
-# Of `Options`. What options of one group need of each other stands with the group, what fields of the configuration need with
-# `ufgir.checkpoints.loading.check_meaning`.
+# Requirements across groups of `Options`. Requirements within a group are defined with the group, those between configuration
+# fields in `ufgir.checkpoints.loading.check_meaning`.
 REQUIREMENTS = (
     Requirement(
         ("distill_tokens",),
-        "a `reduction` that learns from tokens, such as dyvit",
+        "a `reduction` trained with a teacher's tokens, such as dyvit",
         lambda options: _method_may_be(options, lambda method: method.distils),
     ),
     Requirement(
@@ -51,7 +51,7 @@ REQUIREMENTS = (
         lambda options: options.training.do_train,
     ),
 )
-# Of the configuration, when the classes of the data are known.
+# Requirements on the configuration, checked once the classes of the data are known.
 OF_CLASSES = (
     Requirement(
         ("multi_label_loss",),
@@ -62,11 +62,16 @@ OF_CLASSES = (
 
 
 def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: Collection[str]) -> None:
-    """Check `metric_for_best_model` against the metrics that there will be; of images with several classes it is `map` by
-    default.
+    """Set and check `metric_for_best_model`; for multi-label images the default is `map`.
+
+    Args:
+        options: all groups; `options.training.metric_for_best_model` is changed in place.
+        multi_label: whether images have several classes.
+        num_labels: number of classes.
+        given: names of the options that were given.
 
     Raises:
-        ValueError: there will be no such metric.
+        ValueError: if the run does not compute that metric.
     """
     training, callbacks = options.training, options.callbacks
     if multi_label and "metric_for_best_model" not in given:
@@ -79,28 +84,33 @@ def choose_best_metric(options: Any, multi_label: bool, num_labels: int, given: 
         names += [f"ema_{name}" for name in names]
     if training.metric_for_best_model.removeprefix("eval_") not in names:
         raise ValueError(
-            f"`metric_for_best_model` must be one of {', '.join(names)}, which these data and options give, got "
+            f"`metric_for_best_model` must be one of {', '.join(names)} for this data and these options, got "
             f"{training.metric_for_best_model}"
         )
 
 
 def check_smoothing(options: Any, config: CLCAViTConfig) -> None:
-    """Check that labels are smoothed once: by the option, or in the loss of a checkpoint whose configuration says so.
+    """Check that labels are not smoothed twice: by the option and by the loss of the checkpoint.
 
     Raises:
-        ValueError: by both.
+        ValueError: if both smooth the labels.
     """
     smoothing = options.augmentation.label_smoothing
     if options.training.do_train and smoothing and config.label_smoothing:
         raise ValueError(
-            f"`label_smoothing` must be 0, got {smoothing}: the loss of {options.model.model_name_or_path} smooths its labels by "
-            f"{config.label_smoothing} itself. Leave the option out, or set `label_smoothing` in its config.json to 0."
+            f"`label_smoothing` must be 0, got {smoothing}: the configuration of "
+            f"{options.model.model_name_or_path} already smooths labels by {config.label_smoothing}. Omit the option, or "
+            "set `label_smoothing` to 0 in its config.json."
         )
 
 
 def evaluated_data(options: Any) -> dict[str, dict[str, Any] | None]:
-    """The options on which the images that are evaluated depend, beside the name of the data set: `source`, which tell it from
-    others of that name, and for `validation` and `test` those that choose images of it; None where all are trained on."""
+    """Return the options that determine the evaluated images, in addition to the name of the data set.
+
+    Returns:
+        dict with `source`, the options that distinguish data sets of the same name, and, for `validation` and `test`,
+        the options that select their images; `validation` is None if all its images are used for training.
+    """
     data, seed = options.data, options.training.seed
 
     def given(*names: str) -> dict[str, Any]:
@@ -120,16 +130,21 @@ def evaluated_data(options: Any) -> dict[str, dict[str, Any] | None]:
     return {"source": source, "validation": None if data.train_on_trainval else validation, "test": test}
 
 
-# What a resumed training must have as it began, of each group of options; data are compared by their contents, too.
+# Options that must not change when a training resumes, by group; the training images are also compared by a checksum.
 _STEPS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim")
 _STEPS += ("optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed")
 _STEPS += ("train_sampling_strategy", "dataloader_drop_last")
 _DATA = ("shots", "train_on_trainval", "max_train_samples", "validation_fraction", "validation_split")
-_ELSEWHERE = {"augmentation_device", "mixed_precision", "teacher", "teacher_revision"}  # where and how it is computed
+_ELSEWHERE = {
+    "augmentation_device",
+    "mixed_precision",
+    "teacher",
+    "teacher_revision",
+}  # these only affect where and how the run is computed
 
 
 def training_settings(options: Any, config: Any, image_processor: Any) -> dict[str, Any]:
-    """The options, and the model's configuration, on which the course of a training depends."""
+    """Return the options and configuration fields that determine the result of a training."""
     settings = {name: getattr(options.training, name) for name in _STEPS}
     settings |= {name: v for name, v in vars(options.data).items() if name in _DATA or name.startswith("synthetic_")}
     for group in (options.augmentation, options.optimization, options.distillation, options.adapter):
@@ -140,13 +155,13 @@ def training_settings(options: Any, config: Any, image_processor: Any) -> dict[s
 
 
 def free_settings(options: Any) -> set[str]:
-    """Those of `training_settings` that a training may change on its way: they take effect at once."""
+    """Return the names in `training_settings` that may change when a training resumes; they take effect at once."""
     dropouts = {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"}
     return {"max_grad_norm", *dropouts, *vars(options.augmentation)}
 
 
-def digest_of_images(images: TransformedImages, class_names: Sequence[str]) -> str:
-    """Of training images and their classes, the same wherever the files are."""
+def checksum_of_images(images: TransformedImages, class_names: Sequence[str]) -> str:
+    """Return a checksum of the training images and their classes; it does not depend on where the files are."""
     about = identity_of_data(images, file_names(images.dataset))
     about["images"] = [[Path(name or "").name, *size[:1]] for name, *size in about["images"]]
     del about["transform"]

@@ -1,4 +1,4 @@
-"""What a run of `run_ufgir.py` is made of, a function for each: configuration, image processor, data, model and trainer."""
+"""Build the parts of a run of `run_ufgir.py`: configuration, image processor, data, model and trainer."""
 
 import json
 import logging
@@ -32,17 +32,17 @@ from .callbacks import make_callbacks
 from .checkpointing import check_settings
 from .distillation import Distillation
 from .option_checks import (
+    checksum_of_images,
     choose_best_metric,
-    digest_of_images,
     free_settings,
     training_settings,
 )
 from .trainer import UFGIRTrainer
 
 
-logger = logging.getLogger("run_ufgir")  # of the script, which sets its level
+logger = logging.getLogger("run_ufgir")  # the name used by the script, which sets the level
 
-# what `load_ufgir_dataset` takes from the options by the same names, beside the CSV files
+# arguments of `load_ufgir_dataset` with the same name as the option, in addition to the CSV files
 SAME_NAMES = ("image_column", "label_column", "label_separator", "validation_fraction", "validation_split", "shots")
 # argument of `load_ufgir_dataset` -> option
 NAMES = {"name_or_path": "dataset", "config_name": "dataset_config_name", "revision": "dataset_revision"}
@@ -50,24 +50,24 @@ NAMES = {"name_or_path": "dataset", "config_name": "dataset_config_name", "revis
 
 @dataclass
 class Run:
-    """What training and evaluation need, and what they have measured so far."""
+    """The objects that training and evaluation need, and the metrics measured so far."""
 
     checkpoint: str | None  # to resume from
     config: CLCAViTConfig
     image_processor: CLCAImageProcessor
-    data: dict[str, Dataset]  # split -> images as they are
-    images: dict[str, TransformedImages]  # split -> images as the model takes them
+    data: dict[str, Dataset]  # split -> raw images
+    images: dict[str, TransformedImages]  # split -> images with the evaluation transform
     class_names: list[str]
     trainer: UFGIRTrainer
-    macs: int | None  # multiply-adds of an image, None where they differ by image
+    macs: int | None  # multiply-adds per image, None if they differ between images
     dense_macs: int  # the same without reduction, cache and aggregation head
-    evaluated: dict[str, dict[str, Any] | None]  # on what the images that are evaluated depend, see `evaluated_data`
+    evaluated: dict[str, dict[str, Any] | None]  # options that determine the evaluated images, see `evaluated_data`
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     images_per_second: dict[str, float] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of the table at the end
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of the summary table
 
     def keep_metrics(self, split: str, metrics: Mapping[str, float | None], seconds: float, images: int) -> None:
-        """Keep metrics by name, and how fast they were measured, for the table, the record and the card."""
+        """Store the metrics of a split and the throughput, for the table, `run.json` and the model card."""
         self.metrics[split] = {name: value for name in METRIC_NAMES if (value := metrics.get(name)) is not None}
         self.images_per_second[split] = images / seconds
         row = {"split": split, "images": len(self.images[split]), "seconds": seconds}
@@ -75,10 +75,10 @@ class Run:
 
 
 def make_config(args: ModelArguments) -> CLCAViTConfig:
-    """The checkpoint's configuration, or a new one, with every option that was set; checked.
+    """Return the checkpoint's configuration, or a new one, with all options applied and checked.
 
     Raises:
-        ValueError: a value is out of range, options contradict each other, or the checkpoint could not be loaded.
+        ValueError: if a value is out of range, options contradict each other, or the checkpoint could not be loaded.
     """
     values = {name: value for name, value in fields_of(vars(args)).items() if name in config_options()}
     if "reduction_kwargs" in values:
@@ -93,7 +93,7 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
         return new_config(values)
     try:
         return checkpoint_config(args.model_name_or_path, values, args.model_revision)
-    except OSError as error:  # transformers' words do not say which one it was looking for, nor what else would do
+    except OSError as error:  # transformers' message names neither the option nor the alternative
         raise ValueError(
             f"`model_name_or_path`: could not load {args.model_name_or_path} ({one_sentence(error).rstrip('.')}). To work "
             "offline, pass a local folder"
@@ -101,26 +101,29 @@ def make_config(args: ModelArguments) -> CLCAViTConfig:
 
 
 def make_processor(options: Options, config: CLCAViTConfig) -> CLCAImageProcessor:
-    """The image processor: the source's, or ImageNet's numbers, with the options that were set."""
+    """Return the checkpoint's image processor, or one with ImageNet's mean and std, with all options applied."""
     model, data, saved = options.model, options.data, None
     if model.model_name_or_path is not None:
         try:
             saved = load_image_processor(model.model_name_or_path, revision=model.model_revision)
         except OSError:
-            logger.warning("%s has no image processor: ImageNet's mean and std are used", model.model_name_or_path)
+            logger.warning("%s has no image processor: using ImageNet's mean and std", model.model_name_or_path)
     return make_image_processor(config.image_size, data.resize_size, data.image_mean, data.image_std, saved)
 
 
 def load_data(options: Options, synthetic_size: int, class_names: list[str] | None) -> dict[str, Any]:
-    """split -> images: the splits and the numbers of images that were asked for.
+    """Load the splits of the data set, limited to the requested numbers of images.
 
     Args:
-        options: all of them.
-        synthetic_size: side of drawn leaves, pixels, if no option says it.
-        class_names: the classes of the model, None for those of the data.
+        options: all groups.
+        synthetic_size: side of synthetic leaves in pixels, unless an option sets it.
+        class_names: classes of the model; None for those of the data.
+
+    Returns:
+        dict of split -> images.
 
     Raises:
-        ValueError: the data cannot be used, or a split is missing.
+        ValueError: if the data cannot be used or a split is missing.
     """
     args, values = options.data, vars(options.data)
     with called(NAMES):
@@ -138,7 +141,7 @@ def load_data(options: Options, synthetic_size: int, class_names: list[str] | No
 
 
 def _loader_arguments(options: Options, synthetic_size: int, class_names: list[str] | None) -> dict[str, Any]:
-    """The arguments of `load_ufgir_dataset`."""
+    """Return the arguments of `load_ufgir_dataset`."""
     args, values = options.data, vars(options.data)
     arguments = {name: value for name, value in values.items() if name.startswith("csv_") or name in SAME_NAMES}
     arguments |= {"config_name": args.dataset_config_name, "revision": args.dataset_revision}
@@ -173,39 +176,48 @@ def _check_batch(data: Mapping[str, Any], options: Options) -> None:
     batch = args.per_device_train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(data["train"]) < batch:
         raise ValueError(
-            f"a training batch of {batch} images needs as many images, there are {len(data['train'])}: lower "
-            "`per_device_train_batch_size`, or set `dataloader_drop_last` false"
+            f"`per_device_train_batch_size` times the number of processes is {batch}, but there are only "
+            f"{len(data['train'])} training images: lower it, or set `dataloader_drop_last` false"
         )
 
 
 def match_classes(data: dict[str, Any], known: list[str], options: Options) -> tuple[dict[str, Any], bool]:
-    """The training images with the classes of the checkpoint that is trained on, in its order where both have the same ones; and
-    whether its head is for as many other classes. Of a head whose classes have no names it is not known: it is kept, with a
-    warning.
+    """Match the classes of the training images with those of the checkpoint.
+
+    If both have the same classes, the images get the checkpoint's order. A head whose classes have no names
+    (`LABEL_0`, ...) is kept if it has as many classes, with a warning.
+
+    Args:
+        data: split -> images.
+        known: class names of the checkpoint.
+        options: all groups.
+
+    Returns:
+        the images, and whether to re-initialize the head because it has as many, but different, classes.
 
     Raises:
-        ValueError: the head is to be kept, but is of other classes.
+        ValueError: if the head is frozen but has different classes.
     """
     source, checkpoint = options.data.dataset, options.model.model_name_or_path
     names = class_feature(next(iter(data.values())).features["label"]).names
     if sorted(names) == sorted(known):
         return (data if names == known else unify_labels(data, source, class_names=known)), False
     if len(names) == len(known) and known == [f"LABEL_{index}" for index in range(len(known))]:
-        told = (checkpoint, source, names[0], names[-1])
-        logger.warning("%s does not name its classes: its head is taken for those of %s, from %s to %s", *told)
+        values = (checkpoint, source, names[0], names[-1])
+        logger.warning("%s does not name its classes: assuming those of %s, from %s to %s", *values)
         return data, False
     optimization = options.optimization
     if "head" in optimization.freeze and "head" not in optimization.unfreeze:
         theirs, ours = (f"{', '.join(some[:3])}{', ...' * (len(some) > 3)}" for some in (known, names))
         raise ValueError(
-            f"`freeze` head would keep the head of {checkpoint}, which has other classes ({theirs}) than `dataset` {source} "
-            f"({ours}): let it train"
+            f"`freeze` head: the head of {checkpoint} has other classes ({theirs}) than `dataset` {source} ({ours}). "
+            "Do not freeze it"
         )
     return data, len(names) == len(known)
 
 
 def set_classes(config: CLCAViTConfig, data: Mapping[str, Any]) -> None:
-    """Store the classes of the data in the configuration, and whether images have several of them."""
+    """Store the classes of the data and the problem type (single- or multi-label) in the configuration."""
     label = next(iter(data.values())).features["label"]
     names = class_feature(label).names
     config.id2label = dict(enumerate(names))
@@ -214,19 +226,19 @@ def set_classes(config: CLCAViTConfig, data: Mapping[str, Any]) -> None:
 
 
 def set_budget(config: CLCAViTConfig, args: ModelArguments) -> None:
-    """Choose the keep rate by what an image may cost, if that was said. Classes must be set: the head costs something, too.
+    """Set the keep rate from `target_gmacs`, if given. Set the classes first: the cost includes the head.
 
     Raises:
-        ValueError: nothing is reduced, or no keep rate has this cost.
+        ValueError: if the model reduces no tokens, or if no keep rate meets the target.
     """
     if args.target_gmacs is None:
         return
     rate = spend(config, args.target_gmacs, keep_options=args.reduction_kwargs is not None)
-    logger.info("`target_gmacs` %g: keep rate %g", args.target_gmacs, rate)
+    logger.info("Keep rate for `target_gmacs` %g: %g", args.target_gmacs, rate)
 
 
 def class_names_of(config: CLCAViTConfig) -> list[str]:
-    """The classes of a model by index."""
+    """Return the class names of a model by index."""
     return [config.id2label[index] for index in range(config.num_labels)]
 
 
@@ -237,26 +249,26 @@ def _is_multi_label(config: CLCAViTConfig) -> bool:
 def make_distillation(
     options: Options, config: CLCAViTConfig, image_processor: CLCAImageProcessor, given: Collection[str]
 ) -> Distillation | None:
-    """The teacher, if there is one to train with.
+    """Return the teacher for training, or None.
 
     Args:
-        options: all of them.
-        config: of the student.
-        image_processor: of the student.
-        given: names of the options that were given. If `distill_tokens` is one, the teacher must have tokens.
+        options: all groups.
+        config: configuration of the student.
+        image_processor: image processor of the student.
+        given: names of the options that were given. If `distill_tokens` is one of them, the teacher must have tokens.
     """
     if options.distillation.teacher is None or not options.training.do_train:
         return None
-    insists = "distill_tokens" in given
-    return Distillation(options.distillation, config, image_processor, insists_on_tokens=insists)
+    required = "distill_tokens" in given
+    return Distillation(options.distillation, config, image_processor, require_tokens=required)
 
 
 def make_model(options: Options, config: CLCAViTConfig, new_head: bool) -> nn.Module:
-    """The model, with the weights of the checkpoint if there is one and with an adapter if that is to be trained.
+    """Return the model with the checkpoint's weights, if any, and with an adapter if `lora_rank` is set for training.
 
     Args:
-        options: all of them.
-        config: of the model.
+        options: all groups.
+        config: configuration of the model.
         new_head: re-initialize the head.
     """
     args = options.model
@@ -269,37 +281,41 @@ def make_model(options: Options, config: CLCAViTConfig, new_head: bool) -> nn.Mo
             config,
             args.model_revision,
             ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            advice="perhaps for another number of classes; `ignore_mismatched_sizes` starts those anew",
+            advice="e.g. a head with another number of classes; `ignore_mismatched_sizes` re-initializes them",
             **attention,
         )
         if not options.training.do_train:
             check_trained(args.model_name_or_path, config, untrained)
     if new_head:
-        told = (args.model_name_or_path, options.data.dataset)
-        logger.info("%s has other classes than %s: the head is re-initialized", *told)
+        logger.info(
+            "%s has other classes than %s: the head is re-initialized", args.model_name_or_path, options.data.dataset
+        )
         fresh = CLCAViTForImageClassification._from_config(config)
         model.classifier.load_state_dict(fresh.classifier.state_dict())
     return options.adapter.adapt(model) if options.training.do_train else model
 
 
 def count_costs(config: CLCAViTConfig) -> tuple[int | None, int]:
-    """Multiply-adds of an image, None where they differ by image, and those of the dense model. No random number is drawn."""
+    """Return the multiply-adds per image (None if they differ between images) and those of the dense model.
+
+    Leaves torch's random state unchanged.
+    """
     with torch.random.fork_rng():
         macs, dense_macs = macs_in_advance(config), macs_in_advance(dense_config(config))
-    assert dense_macs is not None  # without a reduction all images cost the same
+    assert dense_macs is not None  # without a reduction, all images have the same cost
     return macs, dense_macs
 
 
 def make_images(
     data: Mapping[str, Dataset], config: CLCAViTConfig, image_processor: CLCAImageProcessor
 ) -> dict[str, TransformedImages]:
-    """split -> images as the model takes them in evaluation."""
+    """Return split -> images with the evaluation transform."""
     transform = EvalTransform(image_processor)
     return {split: TransformedImages(data[split], transform, **_targets(config)) for split in data}
 
 
 def _targets(config: CLCAViTConfig) -> dict[str, int]:
-    """Of `TransformedImages`: labels of several classes become a vector."""
+    """Return the arguments of `TransformedImages` that turn several labels into a vector."""
     return {"num_labels": config.num_labels} if _is_multi_label(config) else {}
 
 
@@ -313,29 +329,29 @@ def make_trainer(
     checkpoint: str | None = None,
     given: Collection[str] = (),
 ) -> UFGIRTrainer:
-    """The trainer, also of a run that only evaluates. In a training, `images["train"]` are augmented from here on.
+    """Return the trainer, also for evaluation. For training, `images["train"]` is replaced by augmented images.
 
     Args:
-        options: all of them.
+        options: all groups.
         model: to train or evaluate.
-        config: of the model.
-        image_processor: is saved with it.
-        images: split -> images as in evaluation.
+        config: configuration of the model.
+        image_processor: saved with the model.
+        images: split -> images with the evaluation transform.
         distillation: the teacher.
         checkpoint: to resume from.
         given: names of the options that were given.
 
     Raises:
-        ValueError: the options do not fit the data or the checkpoint.
+        ValueError: if the options do not fit the data or the checkpoint.
     """
     args = options.training
     for_training: dict[str, Any] = {}
-    settings, digest = None, None
+    settings, checksum = None, None
     if args.do_train:
         settings = training_settings(options, config, image_processor)
-        digest = digest_of_images(images["train"], class_names_of(config))
+        checksum = checksum_of_images(images["train"], class_names_of(config))
         if checkpoint:
-            check_settings(checkpoint, settings, free_settings(options), digest)
+            check_settings(checkpoint, settings, free_settings(options), checksum)
         collator = _augment(options, config, image_processor, images)
         _choose_checkpoints(options, config, images, given)
         callbacks = [SetEpoch(images["train"]), *make_callbacks(options.callbacks, args)]
@@ -350,7 +366,7 @@ def make_trainer(
         distillation=distillation,
         **for_training,
     )
-    trainer.settings, trainer.images_digest = settings, digest
+    trainer.settings, trainer.images_checksum = settings, checksum
     return trainer
 
 
@@ -360,7 +376,7 @@ def _augment(
     image_processor: CLCAImageProcessor,
     images: dict[str, TransformedImages],
 ) -> Any:
-    """Augment the training images from here on; the collator for their batches."""
+    """Replace `images["train"]` by augmented images; return the collator for their batches."""
     args, augmentation = options.training, options.augmentation
     transform, collator = prepare_augmentation(augmentation, args, image_processor, config.num_labels)
     copies = augmentation.repeated_augmentation
@@ -372,11 +388,11 @@ def _augment(
 def _choose_checkpoints(
     options: Options, config: CLCAViTConfig, images: Mapping[str, TransformedImages], given: Collection[str]
 ) -> None:
-    """Settle how the best checkpoint is chosen: on validation images, never on test images."""
+    """Set how the best checkpoint is chosen: by validation images, never by test images."""
     args = options.training
     choose_best_metric(options, _is_multi_label(config), config.num_labels, given)
     if "validation" not in images:
         if args.save_strategy == "best":
-            raise ValueError("`save_strategy` best needs validation images: use epoch, steps or no")
-        logger.info("No validation images: the last weights are kept, not the best.")
+            raise ValueError("`save_strategy` best needs validation images. Use epoch, steps or no")
+        logger.info("No validation images: keeping the last weights instead of the best.")
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False

@@ -1,4 +1,4 @@
-"""What `run_ufgir.py` adds to transformers' loading and Trainer: care with weights, checkpoints and the model card."""
+"""`UFGIRTrainer`, the Trainer of `run_ufgir.py`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer import hf_api
 
-from ..checkpoints.loading import load_pretrained as load_pretrained  # beside the Trainer, where a script looks for it
+from ..checkpoints.loading import load_pretrained as load_pretrained  # re-exported for scripts
 from .augmentation import AugmentationMixin
 from .callbacks import ObserverMixin, SingleImageGuard
 from .checkpointing import CheckpointMixin
@@ -24,32 +24,33 @@ from .optimization import OptimizationMixin
 class UFGIRTrainer(
     ObserverMixin, CheckpointMixin, DistributedMixin, OptimizationMixin, AugmentationMixin, transformers.Trainer
 ):
-    """A Trainer that evaluates every image, learns from a teacher, logs the parts of the loss, and leaves our model card
-    alone. The mixins say what they add: averaged weights and other observers, whole checkpoints and exact resumption, several
-    processes, parameter groups and schedules, augmentation.
+    """A `transformers.Trainer` with distillation, logging of loss terms and evaluation of every image.
 
-    `dataloader_drop_last` is for training (a last batch of one image breaks a BatchNorm); transformers would apply it
-    to evaluation, too, and silently leave images out.
+    The mixins add averaged weights and other callbacks, complete checkpoints and exact resumption, training in several
+    processes, parameter groups and schedules, and augmentation.
+
+    `dataloader_drop_last` only applies to training (a last batch of one image fails in a BatchNorm). transformers
+    would also apply it to evaluation and silently ignore images.
 
     Args:
-        distillation: a teacher and how much is learnt from it, None for none.
+        distillation: the teacher and its options; None for none.
         optimization: parameter groups, schedule and freezing, see `OptimizationMixin`; None for the defaults.
     """
 
-    model: PreTrainedModel  # or peft's model around one, which has what it has
+    model: PreTrainedModel  # or a peft model, which forwards attributes to it
 
     def __init__(self, *args: Any, distillation: Distillation | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._forget_jit_callback()
+        self._remove_jit_callback()
         self.add_callback(SingleImageGuard)
         self.distillation = distillation
         self._loss_terms: dict[str, list[torch.Tensor]] = {}  # name -> values since the last log line
 
-    def _forget_jit_callback(self) -> None:
-        """Remove transformers' callback of `enable_jit_checkpoint` and its handler of SIGTERM; `CheckpointMixin` does its work."""
+    def _remove_jit_callback(self) -> None:
+        """Remove transformers' callback and SIGTERM handler of `enable_jit_checkpoint`; see `CheckpointMixin`."""
         for callback in list(self.callback_handler.callbacks):
             if type(callback).__name__ == "JITCheckpointCallback":
-                callback.on_train_end(self.args, self.state, self.control)  # gives the earlier handler back
+                callback.on_train_end(self.args, self.state, self.control)  # restores the earlier handler
                 self.remove_callback(callback)
 
     def compute_loss(
@@ -59,8 +60,7 @@ class UFGIRTrainer(
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The model's loss; while training at the keep rate drawn for the step, if there are several, and with the teacher's
-        share."""
+        """Compute the loss; in training, with the distillation loss and the keep rate drawn for the step, if any."""
         teacher = {}
         rates = getattr(self.model.config, "train_keep_rates", None)
         if rates and model.training:
@@ -78,7 +78,7 @@ class UFGIRTrainer(
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Beside the loss, the means of its parts since the last line, where it has several."""
+        """Log the mean of each loss term since the last line, in addition to the loss, if there are several."""
         if "loss" in logs:
             logs |= {f"loss_{name}": torch.stack(v).mean().item() for name, v in self._loss_terms.items()}
             self._loss_terms = {}
@@ -93,21 +93,21 @@ class UFGIRTrainer(
             self.args.dataloader_drop_last = drop_last
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Batches of all evaluation images."""
+        """Return batches of all evaluation images."""
         with self._keeping_last_batch():
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """Batches of all test images."""
+        """Return batches of all test images."""
         with self._keeping_last_batch():
             return super().get_test_dataloader(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Also make the branch that `hub_revision` names: an upload to one that is missing fails."""
+        """Also create the branch `hub_revision`: uploads to a missing branch fail."""
         super().init_hf_repo(token, *args, **kwargs)
         if self.args.hub_revision is not None and self.is_world_process_zero():
             token = token if token is not None else self.args.hub_token
             hf_api().create_branch(self.hub_model_id, branch=self.args.hub_revision, token=token, exist_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `ufgir.checkpoints.model_card.write_model_card` writes README.md, a push must not replace it."""
+        """Do nothing, so that a push keeps the README.md of `ufgir.checkpoints.model_card.write_model_card`."""
