@@ -257,8 +257,8 @@ def stability_figure(
 ) -> "Figure":
     """Plot the paper's figure "Max Gradient Absolute Value vs Train Step".
 
-    Call this inside `ufgir.utils.plotting.style()`.     Trainings of more than 100 steps are drawn as thin lines with every step, and a running median over 5 % of the
-    steps on top.
+    Call this inside `ufgir.utils.plotting.style()`. Trainings of more than 100 steps are drawn as thin lines with
+    every step, and a running median over 5 % of the steps on top.
 
     Args:
         csv_files: files written by `GradientRecorder`, one per training.
