@@ -150,7 +150,7 @@ def test_unfinished_runs_are_told_apart_from_finished_ones(study, tmp_path):
     with pytest.raises(ValueError, match="no runs in"):
         (tmp_path / "empty").mkdir()
         read_run_records([tmp_path / "empty"])
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_run_records([tmp_path / "nowhere"])
 
 
@@ -209,7 +209,7 @@ def test_a_metric_that_some_runs_lack(tmp_path):
     assert default_metric(rows) == "test_top1" and default_metric(rows, "validation_top1") == "validation_top1"
     (row,) = summarize(rows, "test_top1", ["variant"])
     assert (row["mean"], row["n"]) == (0.5, 1)
-    with pytest.raises(ValueError, match="`--metric` top7 is in none of the runs; they have test_top1, test_macro_f1"):
+    with pytest.raises(ValueError, match="`--metric` top7 .*: test_top1, test_macro_f1"):
         default_metric(rows, "top7")
 
 
@@ -225,7 +225,7 @@ def test_a_cost_that_differs_by_image_is_left_out(tmp_path):
     assert read_summary(write_csv(tmp_path / "summary.csv", summary))[0]["gmacs"] is None
     with style():
         assert len(paper_figures.draw_cost(summary, "gmacs").axes[0].containers) == 1
-        with pytest.raises(ValueError, match="differ by image"):
+        with pytest.raises(ValueError, match="differ between images"):
             paper_figures.draw_cost(summary[:1], "gmacs")
 
 
@@ -233,7 +233,7 @@ def test_rows_are_chosen_by_their_values(study):
     rows = run_rows(read_run_records([study]).finished)
     assert len(matching(rows, ["variant=clca", "keep-rate=0.5"])) == 3
     assert len(matching(rows, ["seed=1,10"])) == 8
-    with pytest.raises(ValueError, match="leaves nothing; `variant` is one of CLCA, base"):
+    with pytest.raises(ValueError, match="`variant`: CLCA, base"):
         matching(rows, ["variant=CLA"])
     with pytest.raises(ValueError, match="did you mean variant"):
         matching(rows, ["varian=CLA"])
@@ -290,7 +290,7 @@ def test_accuracy_over_cost_has_a_line_a_variant_and_names_the_rates(study):
                 points = {tuple(point.round(3)) for point in handle[0].get_xydata()}
                 y = [43.5 + offset, 46.0 + offset]
                 assert points == set(zip(x, y if cost == "gmacs" else y[::-1], strict=True))
-        with pytest.raises(ValueError, match="none of the runs says `model_images_per_second`"):
+        with pytest.raises(ValueError, match="`model_images_per_second`"):
             paper_figures.draw_cost(summary, "model_images_per_second")
 
 

@@ -383,7 +383,7 @@ def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):
     shutil.copy(leaves / "train" / "red" / "red0.png", moved / "train" / "red")  # the same again, elsewhere and later
     free = ["--max_grad_norm", "0.5", "--logging_steps", "1", "--dataloader_num_workers", "1"]
     run(path, *again, *free, "--dataset", str(moved))
-    assert "was trained with `max_grad_norm` 1.0: training goes on with 0.5" in caplog.text
+    assert "`max_grad_norm` changed from 1.0 to 0.5" in caplog.text
     record = json.loads((out / "run.json").read_text())
     assert record["resumed_from"].endswith("checkpoint-4") and record["settings"]["learning_rate"] == 1e-3
 

@@ -211,7 +211,7 @@ def test_damaged_checkpoints_are_passed_over(
     assert last_complete_checkpoint(plain) == expected
     assert str(damaged) in caplog.text and problem in caplog.text
     assert Path(find_checkpoint(arguments(plain, "true"))) == expected
-    with pytest.raises(ValueError, match=r"not complete|no checkpoint"):
+    with pytest.raises(ValueError, match=r"incomplete|no checkpoint"):
         find_checkpoint(arguments(plain, str(damaged)))
 
 
@@ -387,15 +387,15 @@ def test_another_batch_is_told(whole: Path, tmp_path: Path, caplog: pytest.LogCa
     """Where in the epoch it was, counted in steps, is now somewhere else."""
     trainer = make_trainer(tmp_path, (averaging(),), per_device_train_batch_size=2, max_steps=7)
     trainer.train(resume_from_checkpoint=str(whole / "checkpoint-6"))
-    assert "written with images_per_step 4, it is 2 now" in caplog.text and "processes" not in caplog.text
+    assert "images_per_step 4, now 2" in caplog.text and "processes" not in caplog.text
 
 
 def test_another_models_checkpoint_is_refused(whole: Path, tmp_path: Path) -> None:
     """Trainer would warn, and train a head that was drawn at random."""
     other = make_trainer(tmp_path, model={"head": "linear"})
-    with pytest.raises(ValueError, match=r"another model, \d+ weights differ, e.g. classifier"):
+    with pytest.raises(ValueError, match=r"\d+ weights differ, e.g. classifier"):
         other.train(resume_from_checkpoint=str(whole / "checkpoint-3"))
-    with pytest.raises(ValueError, match=r"with shape .* there and .* here"):
+    with pytest.raises(ValueError, match=r"has shape .* in the checkpoint and .* in the model"):
         check_fits(whole / "checkpoint-3", CLCAViTForImageClassification(CLCAViTConfig(**TINY | {"hidden_size": 8})))
     assert not list(tmp_path.iterdir())
 

@@ -328,19 +328,19 @@ def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
 def test_statistics_of_several_keep_rates_are_not_synchronised(caplog: pytest.LogCaptureFixture) -> None:
     """And not passed over in silence."""
     model = tiny_model(reduction="evit", head="cla", train_keep_rates=[0.25, 0.5])
-    with pytest.raises(ValueError, match="`sync_batchnorm` cannot be with `train_keep_rates`"):
+    with pytest.raises(ValueError, match="`sync_batchnorm` .* `train_keep_rates`"):
         DistributedArguments(sync_batchnorm=True).prepare(model, arguments("cuda"))
     assert DistributedArguments().prepare(model, arguments("cuda")) is model
-    assert "not by the 8 of a step" in caplog.text and "makes them equal" not in caplog.text
+    assert "not the 8 of a step" in caplog.text and "`sync_batchnorm`" not in caplog.text
 
 
-@pytest.mark.parametrize("device, words", [("cpu", "larger batch"), ("cuda", "(`sync_batchnorm` makes them equal)")])
+@pytest.mark.parametrize("device, words", [("cpu", "larger batch"), ("cuda", "(`sync_batchnorm` avoids this)")])
 def test_it_is_told_that_batches_are_normalised_apart(
     caplog: pytest.LogCaptureFixture, device: str, words: str
 ) -> None:
     plain = DistributedArguments()
     plain.prepare(variant_model("evit"), arguments(device))
-    assert "by the 4 images of its own process, not by the 8 of a step" in caplog.text and words in caplog.text
+    assert "the 4 images of its own process, not the 8 of a step" in caplog.text and words in caplog.text
     caplog.clear()
     for model, args in (
         (variant_model("ifa"), arguments(device)),
@@ -428,10 +428,10 @@ def test_fully_sharded(tmp_path: Path) -> None:
 
 def test_no_prediction_from_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     options, model = DistributedArguments(), variant_model("ifa")
-    with pytest.raises(ValueError, match="`do_predict` needs whole weights"):
+    with pytest.raises(ValueError, match="`do_predict`"):
         options.prepare(model, arguments("cuda", fsdp="full_shard"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="`do_predict` needs whole weights"):
+    with pytest.raises(ValueError, match="`do_predict`"):
         options.prepare(model, arguments("cuda"))
     assert options.prepare(model, arguments("cuda", do_predict=False)) is model
     assert options.prepare(model, arguments("cuda", do_train=False)) is model

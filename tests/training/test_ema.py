@@ -133,7 +133,7 @@ def test_checkpoint_without_an_average_starts_one_with_a_warning(tmp_path, caplo
     ema = EMACallback(0.9)
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, ema, **saving).train(resume_from_checkpoint=True)
-    assert "holds no averaged weights" in caplog.text
+    assert "has no averaged weights" in caplog.text
     assert ema.average.n_averaged == 8
 
 

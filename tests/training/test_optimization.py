@@ -201,8 +201,8 @@ def test_options_refused_beside_trainers(options: dict, training: dict, message:
 def test_warnings_of_a_cut_or_rising_schedule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = OptimizationArguments(schedule="cosine_epochs", schedule_epochs=45)
     trainer(tmp_path, args, num_train_epochs=9, learning_rate=5e-6)
-    assert "The schedule of 45 epochs is cut off: training ends after 9." in caplog.text
-    assert "`min_learning_rate` 1e-05 is above `learning_rate` 5e-06: the rate rises." in caplog.text
+    assert "`schedule_epochs` 45 is longer than the training of 9 epochs" in caplog.text
+    assert "`min_learning_rate` 1e-05 is above `learning_rate` 5e-06" in caplog.text
 
 
 def test_none_unfreezes_what_a_recipe_freezes() -> None:
@@ -237,8 +237,8 @@ def test_precision(
 
 
 def test_precision_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`mixed_precision` fp16 needs a GPU: use auto, no or bf16"):
+    with pytest.raises(ValueError, match="`mixed_precision` fp16 needs a GPU"):
         resolve_precision("fp16", use_cpu=True)
     args = TrainingArguments(str(tmp_path), use_cpu=True, bf16=True)
-    with pytest.raises(ValueError, match="`bf16` contradicts `mixed_precision` no: give only one of them"):
+    with pytest.raises(ValueError, match="`bf16` contradicts `mixed_precision` no"):
         set_precision(args, "no")

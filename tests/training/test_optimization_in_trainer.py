@@ -172,7 +172,7 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path: Path, monkeypa
     run = trainer(tmp_path, OptimizationArguments(layer_lr_decay=0.9))
     monkeypatch.setattr(run, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.SGD, {"optimizer_dict": {}}))
     with pytest.raises(
-        ValueError, match="`layer_lr_decay` does not go with `optim` adamw_torch_fused, which makes its"
+        ValueError, match="`layer_lr_decay` .* `optim` adamw_torch_fused"
     ):
         run.create_optimizer()
 

@@ -179,5 +179,5 @@ def test_the_best_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
     shutil.rmtree(moved / "checkpoint-8")
     worse = run(moved, [0.4, 0.3], moved / "checkpoint-20", num_train_epochs=7)
-    assert "checkpoint-8, is gone" in caplog.text and worse.state.best_metric == 0.4
+    assert "checkpoint-8, is missing" in caplog.text and worse.state.best_metric == 0.4
     assert worse.state.best_model_checkpoint == str(moved / "checkpoint-24")
