@@ -1,7 +1,7 @@
-"""`make faults`: faults of many kinds, at random, and a table of what came of them.
+"""`make faults`: random faults of many kinds, and a table of the results.
 
 python -m tests.faults --minutes 60
-python -m tests.faults --tries 500 --minutes 600 --record faults.jsonl      goes on where it was stopped
+python -m tests.faults --tries 500 --minutes 600 --record faults.jsonl      continues where it was stopped
 """
 
 import argparse
@@ -22,11 +22,11 @@ from ufgir.utils.provenance import describe_host
 
 
 DATA = "tests.faults.data_faults"
-TABLE = "faults"  # in the document of `--into`
+TABLE = "faults"  # its name in the page of `--into`
 
 
 def table(results: list[Result]) -> str:
-    """The results in Markdown, with their sums."""
+    """Return the results as a Markdown table with sums."""
     rows = [["kind", "tries", "survived", "lost"]]
     rows += [[r.kind, str(r.tries), str(r.survived), str(r.lost)] for r in results if r.tries]
     sums = [sum(getattr(r, name) for r in results) for name in ("tries", "survived", "lost")]
@@ -36,18 +36,22 @@ def table(results: list[Result]) -> str:
 
 
 def main() -> int:
-    """Run what was asked for; 1 if anything was lost."""
+    """Run the requested faults; return 1 if any try was lost."""
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60, help="no try begins after them [%(default)s]")
-    parser.add_argument("--tries", type=int, default=500, help="kills, and as many data faults, at most [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random [%(default)s]")
-    parser.add_argument("--only", default="", help="kinds of kills with this in their name; `data`: data faults alone")
-    parser.add_argument("--into", type=Path, help="page whose table is written again, such as docs/reliability.md")
-    parser.add_argument("--record", type=Path, help="file with a line for each kill: what is in it is not done again")
+    parser.add_argument("--minutes", type=float, default=60, help="no try starts after this time [%(default)s]")
+    parser.add_argument(
+        "--tries", type=int, default=500, help="maximum number of kills, and of data faults [%(default)s]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices [%(default)s]")
+    parser.add_argument(
+        "--only", default="", help="only kinds of kills whose name contains this; `data`: only data faults"
+    )
+    parser.add_argument("--into", type=Path, help="page whose table is updated, e.g. docs/reliability.md")
+    parser.add_argument("--record", type=Path, help="file with a line for each kill; kills in it are not repeated")
     args = parser.parse_args()
     if args.into is not None:
         check_place(args.into, TABLE)
-    torch.set_num_threads(1)  # as forks must not share a pool of threads
+    torch.set_num_threads(1)  # forks must not share a thread pool
     logging.disable(logging.NOTSET)
     results: list[Result] = []
     data = args.only in ("", "data") and importlib.util.find_spec(DATA) is not None
@@ -63,7 +67,7 @@ def main() -> int:
             sys.stdout.write(f"lost, {result.kind}: {result.notes}\n")
     lost = sum(result.lost for result in results)
     if lost:
-        sys.stdout.write(f"What is left of them is in {work}\n")
+        sys.stdout.write(f"Their files are in {work}\n")
     else:
         shutil.rmtree(work)
     text = f"{table(results)}\n\n{describe_host()}; {date.today().isoformat()}; seed {args.seed}."

@@ -1,9 +1,10 @@
-"""Faults in data sets: each must be named before training, or the data must be loaded right.
+"""Faults in data sets: each must be reported before training, or the data must be loaded correctly.
 
-A data set of small images, each of which tells its number and its class by its colour, is written in one of the layouts, spoiled at
-random in one of the ways below, and loaded. So whatever comes of it can be compared with what the images say themselves. Lost is
-a traceback, an error or a warning that does not name what was spoiled, an image with another's class, an image that is in two
-splits, one that is missing without a word, and a loading that takes seconds or much memory.
+A data set of small images, each of which encodes its number and its class in its color, is written in one of the
+layouts, corrupted in one of the ways below, and loaded. The loaded images are then compared with the encoded numbers
+and classes. A try is lost if there is a traceback, an error or warning that does not name the corrupted item, an image
+with the class of another or in two splits, an image that is missing without a message, or if loading takes too long or
+too much memory.
 """
 
 import contextlib
@@ -34,8 +35,8 @@ from ufgir.data import load_images, load_ufgir_dataset
 
 CLASSES = ("Airén", "Merlot", "Syrah")
 SPLITS = {"train": 4, "val": 2, "test": 2}  # images of each class
-SECONDS = 30  # that a loading may take
-MEMORY = 400_000  # kB by which it may grow
+SECONDS = 30  # that loading may take
+MEMORY = 400_000  # kB by which memory may grow
 
 LISTINGS = ("csv", "jsonl", "parquet listing", "metadata")
 FOLDERS = ("folders", "class folders", "prediction")
@@ -48,11 +49,12 @@ class Data:
 
     Attributes:
         root: its folder.
-        layout: how it lies there.
-        rows: split -> rows with `file` (relative to `base`), `label` and `image` (of `parquet` and `saved`: the cell).
-        base: what files are relative to.
-        delimiter: of CSV files.
-        arguments: of `load_ufgir_dataset`.
+        layout: its layout.
+        rows: split -> rows with `file` (relative to `base`), `label` and `image` (the cell, for `parquet` and
+            `saved`).
+        base: the folder that files are relative to.
+        delimiter: delimiter of CSV files.
+        arguments: arguments of `load_ufgir_dataset`.
     """
 
     def __init__(self, root: Path, layout: str) -> None:
@@ -84,7 +86,7 @@ class Data:
 
     @staticmethod
     def paint(file: Path, number: int, index: int) -> None:
-        """Save the image of a number and a class."""
+        """Save the image that encodes a number and a class."""
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 50 * index, 7)).save(file)
 
@@ -94,16 +96,16 @@ class Data:
         return [self.base / row["file"] for rows in self.rows.values() for row in rows]
 
     def choose(self, generator: random.Random, split: str | None = None) -> dict[str, Any]:
-        """A row."""
+        """Return a random row."""
         return generator.choice(self.rows[split or generator.choice(list(self.rows))])
 
     def table(self, split: str) -> Path:
-        """The file that lists the images of a split."""
+        """Return the file that lists the images of a split."""
         suffix = {"csv": ".csv", "jsonl": ".jsonl", "parquet listing": ".parquet", "parquet": ".parquet"}
         return self.root / ("metadata.csv" if self.layout == "metadata" else f"{split}{suffix[self.layout]}")
 
     def write(self) -> None:
-        """The tables anew."""
+        """Write the tables again."""
         if self.layout == "metadata":
             self._write_csv(self.table(""), ["file_name", "label"], [r for rows in self.rows.values() for r in rows])
         for split, rows in self.rows.items():
@@ -150,7 +152,7 @@ class Data:
         return {"bytes": (self.base / row["file"]).read_bytes(), "path": row["file"]}
 
     def load(self) -> Iterator[tuple[str, Image.Image, str | None]]:
-        """(split, image, class) of everything that is loaded."""
+        """Yield (split, image, class) of all loaded images."""
         if self.layout == "prediction":
             for row in load_images(self.root):
                 yield "images", row["image"], None
@@ -166,54 +168,54 @@ class Data:
 
 
 class Expect(NamedTuple):
-    """What must come of a fault.
+    """The expected result of a fault.
 
     Attributes:
-        named: words of which an error or a warning must hold one.
-        right: to load everything right without a word will do as well.
-        lacking: numbers of images that may be missing if a warning names what was spoiled.
+        named: an error or a warning must contain one of these words.
+        right: loading everything correctly without a message is also accepted.
+        missing: numbers of images that may be missing if a warning names the corrupted item.
     """
 
     named: tuple[str, ...]
     right: bool = False
-    lacking: tuple[int, ...] = ()
+    missing: tuple[int, ...] = ()
 
 
-Spoil = Callable[[Data, random.Random], Expect]
+Corrupt = Callable[[Data, random.Random], Expect]
 
 
 class Fault(NamedTuple):
-    """A way to spoil data.
+    """A way to corrupt data.
 
     Attributes:
-        kind: the line of the table that it counts for.
-        name: of the function.
-        layouts: it applies to.
-        spoil: does it.
+        kind: its row of the table.
+        name: name of the function.
+        layouts: layouts it applies to.
+        corrupt: the function.
     """
 
     kind: str
     name: str
     layouts: tuple[str, ...]
-    spoil: Spoil
+    corrupt: Corrupt
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(kind: str, *layouts: str) -> Callable[[Spoil], Spoil]:
-    """Add a function to `FAULTS`."""
+def fault(kind: str, *layouts: str) -> Callable[[Corrupt], Corrupt]:
+    """Add the decorated function to `FAULTS`."""
 
-    def add(spoil: Spoil) -> Spoil:
-        FAULTS.append(Fault(kind, spoil.__name__, layouts, spoil))
-        return spoil
+    def add(corrupt: Corrupt) -> Corrupt:
+        FAULTS.append(Fault(kind, corrupt.__name__, layouts, corrupt))
+        return corrupt
 
     return add
 
 
-# Files that are not there, or no images
+# Files that are missing, or not images
 
-ABSENT = "files that are missing or cannot be read"
+UNREADABLE = "files that are missing or cannot be read"
 WITH_FILES = (*LISTINGS, *FOLDERS)
 
 
@@ -221,14 +223,14 @@ def _name(row: dict[str, Any]) -> str:
     return Path(row["file"]).name
 
 
-@fault(ABSENT, *LISTINGS)
+@fault(UNREADABLE, *LISTINGS)
 def deleted(data: Data, generator: random.Random) -> Expect:
     row = data.choose(generator)
     (data.base / row["file"]).unlink()
     return Expect((row["file"],))
 
 
-@fault(ABSENT, *WITH_FILES)
+@fault(UNREADABLE, *WITH_FILES)
 def dangling_link(data: Data, generator: random.Random) -> Expect:
     file = data.base / data.choose(generator)["file"]
     file.unlink()
@@ -236,17 +238,15 @@ def dangling_link(data: Data, generator: random.Random) -> Expect:
     return Expect((file.name,))
 
 
-@fault(ABSENT, *WITH_FILES)
+@fault(UNREADABLE, *WITH_FILES)
 def cut_off(data: Data, generator: random.Random) -> Expect:
     file = data.base / data.choose(generator)["file"]
     content = file.read_bytes()
-    file.write_bytes(
-        content[: generator.randrange(len(content) - 24)]
-    )  # what follows are checksums and the end's mark
+    file.write_bytes(content[: generator.randrange(len(content) - 24)])  # the rest is a checksum and the end marker
     return Expect((file.name,))
 
 
-@fault(ABSENT, *WITH_FILES)
+@fault(UNREADABLE, *WITH_FILES)
 def a_byte_changed(data: Data, generator: random.Random) -> Expect:
     file = data.base / data.choose(generator)["file"]
     content = bytearray(file.read_bytes())
@@ -255,14 +255,14 @@ def a_byte_changed(data: Data, generator: random.Random) -> Expect:
     return Expect((file.name,), right=True)  # Pillow does not check every byte
 
 
-@fault(ABSENT, *WITH_FILES)
+@fault(UNREADABLE, *WITH_FILES)
 def text_as_image(data: Data, generator: random.Random) -> Expect:
     file = data.base / data.choose(generator)["file"]
     file.write_text(generator.choice(["", "<html>404</html>", "version https://git-lfs.github.com/spec/v1"]))
     return Expect((file.name,))
 
 
-@fault(ABSENT, *LISTINGS)
+@fault(UNREADABLE, *LISTINGS)
 def a_folder_as_image(data: Data, generator: random.Random) -> Expect:
     row = data.choose(generator)
     (data.base / row["file"]).unlink()
@@ -270,7 +270,7 @@ def a_folder_as_image(data: Data, generator: random.Random) -> Expect:
     return Expect((row["file"],))
 
 
-@fault(ABSENT, *WITH_FILES)
+@fault(UNREADABLE, *WITH_FILES)
 def a_pipe_as_image(data: Data, generator: random.Random) -> Expect:
     file = data.base / data.choose(generator)["file"]
     file.unlink()
@@ -278,7 +278,7 @@ def a_pipe_as_image(data: Data, generator: random.Random) -> Expect:
     return Expect((file.name,))
 
 
-@fault(ABSENT, *LISTINGS)
+@fault(UNREADABLE, *LISTINGS)
 def names_that_cannot_be(data: Data, generator: random.Random) -> Expect:
     row = data.choose(generator)
     row["file"] = generator.choice(
@@ -288,26 +288,26 @@ def names_that_cannot_be(data: Data, generator: random.Random) -> Expect:
     return Expect((row["file"],))
 
 
-@fault(ABSENT, *TABLES)
+@fault(UNREADABLE, *TABLES)
 def an_image_that_is_null(data: Data, generator: random.Random) -> Expect:
     split = generator.choice(list(SPLITS))
     row = data.choose(generator, split)
-    # `save_to_disk` reads files itself and refuses what has neither
+    # `save_to_disk` reads files itself and rejects cells with neither
     row["image"] = generator.choice([None, {"bytes": None, "path": None}]) if data.layout == "parquet" else None
     data.write()
     return Expect(("null", "neither bytes nor a file"))
 
 
-@fault(ABSENT, *TABLES)
+@fault(UNREADABLE, *TABLES)
 def bytes_that_are_no_image(data: Data, generator: random.Random) -> Expect:
     row = data.choose(generator)
     content = data._cell(row)["bytes"]
     row["image"] = {"bytes": generator.choice([b"", content[:30], b"GIF"]), "path": row["file"]}
     data.write()
-    return Expect((_name(row),))  # `save_to_disk` keeps no folders
+    return Expect((_name(row),))  # `save_to_disk` does not keep folders
 
 
-@fault(ABSENT, "parquet")
+@fault(UNREADABLE, "parquet")
 def a_path_instead_of_bytes(data: Data, generator: random.Random) -> Expect:
     row = data.choose(generator)
     row["image"] = {"bytes": None, "path": "/nowhere/gone.png"}
@@ -317,11 +317,11 @@ def a_path_instead_of_bytes(data: Data, generator: random.Random) -> Expect:
 
 # One file in two places
 
-TWICE = "a file listed twice"
+DUPLICATES = "a file listed twice"
 
 
 def _other_names(data: Data, row: dict[str, Any], generator: random.Random) -> str:
-    """Another path to the file of a row, relative to the same folder."""
+    """Return another path to the file of a row, relative to the same folder."""
     file, way = row["file"], generator.randrange(6)
     if way < 4:
         folder, name = os.path.split(file)
@@ -334,7 +334,7 @@ def _other_names(data: Data, row: dict[str, Any], generator: random.Random) -> s
     return other
 
 
-@fault(TWICE, "csv", "jsonl", "parquet listing")
+@fault(DUPLICATES, "csv", "jsonl", "parquet listing")
 def in_two_splits(data: Data, generator: random.Random) -> Expect:
     first, second = generator.sample(list(SPLITS), 2)
     row = data.choose(generator, first)
@@ -343,7 +343,7 @@ def in_two_splits(data: Data, generator: random.Random) -> Expect:
     return Expect((row["file"],))
 
 
-@fault(TWICE, *LISTINGS)
+@fault(DUPLICATES, *LISTINGS)
 def with_two_labels(data: Data, generator: random.Random) -> Expect:
     split = generator.choice(list(SPLITS))
     row = data.choose(generator, split)
@@ -354,7 +354,7 @@ def with_two_labels(data: Data, generator: random.Random) -> Expect:
     return Expect((row["file"], "again.png"))
 
 
-@fault(TWICE, *LISTINGS)
+@fault(DUPLICATES, *LISTINGS)
 def with_the_same_label(data: Data, generator: random.Random) -> Expect:
     split = generator.choice(list(SPLITS))
     row = data.choose(generator, split)
@@ -363,7 +363,7 @@ def with_the_same_label(data: Data, generator: random.Random) -> Expect:
     return Expect((row["file"],))
 
 
-@fault(TWICE, "folders", "class folders")
+@fault(DUPLICATES, "folders", "class folders")
 def linked_into_another_folder(data: Data, generator: random.Random) -> Expect:
     one, other = generator.sample(data.images, 2)
     while one.parent == other.parent:
@@ -456,7 +456,7 @@ def mixed_types(data: Data, generator: random.Random) -> Expect:
 
 @fault(LABELS, "jsonl", "metadata", "folders")
 def unicode_forms(data: Data, generator: random.Random) -> Expect:
-    """One class spelled in two ways."""
+    """One class is spelled in two Unicode forms."""
     split = generator.choice(list(SPLITS))
     written = unicodedata.normalize("NFD", CLASSES[0])
     if data.layout == "folders":
@@ -574,7 +574,7 @@ def empty_or_a_folder(data: Data, generator: random.Random) -> Expect:
 
 @fault(TEXT, "folders", "class folders")
 def under_another_name(data: Data, generator: random.Random) -> Expect:
-    """Class folders beside a table that says other classes."""
+    """Class folders next to a table with other classes."""
     name = generator.choice(["labels.csv", "annotations.tsv", "Train.csv", "list.txt", "all.jsonl", "index.parquet"])
     rows = [(str(image.relative_to(data.root)), generator.choice("xy")) for image in data.images]
     delimiter = "\t" if name.endswith((".tsv", ".txt")) else ","
@@ -590,7 +590,7 @@ def under_another_name(data: Data, generator: random.Random) -> Expect:
 
 @fault(TEXT, *LAYOUTS)
 def other_text_beside(data: Data, generator: random.Random) -> Expect:
-    """What is not used is named, and does no harm."""
+    """Unused files are named and have no effect."""
     if data.layout in TABLES or data.layout == "prediction":
         (data.root / "README.md").write_text("leaves")
         return Expect((), right=True)
@@ -640,12 +640,12 @@ def other_columns(data: Data, generator: random.Random) -> Expect:
     return Expect((column, file.name))
 
 
-# What lies in folders
+# Other files in folders
 
-CLUTTER = "what else lies in folders"
+OTHER_FILES = "other files in folders"
 
 
-@fault(CLUTTER, *FOLDERS)
+@fault(OTHER_FILES, *FOLDERS)
 def left_by_systems(data: Data, generator: random.Random) -> Expect:
     image = generator.choice(data.images)
     for name in generator.sample(
@@ -657,31 +657,31 @@ def left_by_systems(data: Data, generator: random.Random) -> Expect:
     return Expect((), right=True)
 
 
-@fault(CLUTTER, *FOLDERS)
+@fault(OTHER_FILES, *FOLDERS)
 def names_of_another_encoding(data: Data, generator: random.Random) -> Expect:
     image = generator.choice(data.images)
     os.rename(image, os.path.join(os.fsencode(image.parent), b"leaf\xe9.png"))
     return Expect(("leaf\\xe9.png",))
 
 
-@fault(CLUTTER, "folders", "class folders", "prediction")
+@fault(OTHER_FILES, "folders", "class folders", "prediction")
 def photos_that_pillow_does_not_open(data: Data, generator: random.Random) -> Expect:
     image = generator.choice(data.images)
     image.rename(image.with_suffix(generator.choice([".NEF", ".cr2", ".ARW", ".dng"])))
-    return Expect((image.stem,), lacking=(int(image.stem),))
+    return Expect((image.stem,), missing=(int(image.stem),))
 
 
-@fault(CLUTTER, *FOLDERS)
+@fault(OTHER_FILES, *FOLDERS)
 def images_by_content(data: Data, generator: random.Random) -> Expect:
-    """Pillow opens them whatever they are called."""
+    """Pillow detects the format by content, not by the file name."""
     for image in generator.sample(data.images, 3):
         image.rename(image.with_suffix(generator.choice(["", ".img", ".mpo", ".scan", ".PNG"])))
     return Expect((), right=True)
 
 
-@fault(CLUTTER, *FOLDERS)
+@fault(OTHER_FILES, *FOLDERS)
 def links_to_folders(data: Data, generator: random.Random) -> Expect:
-    """A class folder that lies elsewhere is followed; one that leads in a circle is named."""
+    """A link to a class folder is followed; a link to a parent folder is named."""
     folder = generator.choice(data.images).parent
     if generator.random() < 0.5:
         (folder / "circle").symlink_to(folder.absolute())
@@ -693,7 +693,7 @@ def links_to_folders(data: Data, generator: random.Random) -> Expect:
     return Expect((), right=True)
 
 
-@fault(CLUTTER, "folders")
+@fault(OTHER_FILES, "folders")
 def folders_of_other_names(data: Data, generator: random.Random) -> Expect:
     way, split = generator.randrange(4), generator.choice(["val", "test"])
     if way == 0:
@@ -707,7 +707,7 @@ def folders_of_other_names(data: Data, generator: random.Random) -> Expect:
         return Expect(("Merlot",))
     image = data.images[generator.randrange(12)]
     shutil.move(image, data.root / "train" / image.name)
-    return Expect((image.name,), lacking=(int(image.stem),))
+    return Expect((image.name,), missing=(int(image.stem),))
 
 
 # The tries
@@ -724,8 +724,8 @@ class _Log(logging.Handler):
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[_Log]:
-    """Warnings are kept, progress bars are not shown, and SECONDS are all that it may take."""
+def _captured_log() -> Iterator[_Log]:
+    """Capture warnings, hide progress bars, and raise TimeoutError after SECONDS."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
@@ -748,35 +748,37 @@ def _watched() -> Iterator[_Log]:
             each.propagate = propagate
 
 
-def _wrong(found: list[tuple[str, tuple[int, ...], str | None]], expect: Expect, total: int) -> str:
-    """What is wrong with loaded images, by what their colours say; empty if nothing is."""
+def _problem(found: list[tuple[str, tuple[int, ...], str | None]], expect: Expect, total: int) -> str:
+    """Compare the loaded images with the numbers and classes in their colors; return the problem, or an empty string."""
     seen: dict[int, str] = {}
     for split, (number, shade, _), name in found:
         if number in seen:
-            return f"image {number} is in {seen[number]} and once more in {split}"
+            return f"image {number} is in both {seen[number]} and {split}"
         seen[number] = split
         if name is not None:
-            meant = CLASSES[round(shade / 50)]
-            told = unicodedata.normalize("NFC", name)
-            if told != meant and not (told.isdecimal() and int(told) == CLASSES.index(meant)):
-                return f"image {number} of {meant} has the class {name}"
-    if lacking := set(range(total)) - set(seen) - set(expect.lacking):
-        return f"images {sorted(lacking)} are missing"
+            expected = CLASSES[round(shade / 50)]
+            loaded_name = unicodedata.normalize("NFC", name)
+            if loaded_name != expected and not (
+                loaded_name.isdecimal() and int(loaded_name) == CLASSES.index(expected)
+            ):
+                return f"image {number} of {expected} has the class {name}"
+    if missing := set(range(total)) - set(seen) - set(expect.missing):
+        return f"images {sorted(missing)} are missing"
     return ""
 
 
 def attempt(fault: Fault, layout: str, seed: int) -> tuple[bool, str]:
-    """Spoil a data set and load it.
+    """Corrupt a data set and load it.
 
     Returns:
-        Whether it ended as promised, and how: `named`, `right`, or what was lost.
+        whether the result is as expected, and which: `named`, `right`, or the problem.
     """
     generator = random.Random(f"{fault.name} {layout} {seed}")
-    with tempfile.TemporaryDirectory() as folder, _watched() as log:
+    with tempfile.TemporaryDirectory() as folder, _captured_log() as log:
         root = Path(folder) / "leaves"
         root.mkdir()
         data = Data(root, layout)
-        expect = fault.spoil(data, generator)
+        expect = fault.corrupt(data, generator)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             found = [(split, image.convert("RGB").getpixel((0, 0)), name) for split, image, name in data.load()]
@@ -785,16 +787,16 @@ def attempt(fault: Fault, layout: str, seed: int) -> tuple[bool, str]:
             if type(error).__name__ not in ("DatasetError", "ValueError") or "Traceback" in text:
                 return False, f"{type(error).__name__}: {text[:200]}"
             if not any(word in text + log.text for word in expect.named):
-                return False, f"the error names none of {expect.named}: {text[:200]}"
+                return False, f"the error contains none of {expect.named}: {text[:200]}"
             outcome = "named"
         except Exception as error:
             return False, f"{type(error).__name__}: {str(error)[:200]}"
         else:
-            if problem := _wrong(found, expect, data.number):
+            if problem := _problem(found, expect, data.number):
                 return False, problem
             named = any(word in log.text for word in expect.named)
             if not expect.right and not named:
-                return False, f"loaded without a word of {expect.named}"
+                return False, f"loaded without a message that contains {expect.named}"
             outcome = "named" if named else "right"
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         return (grown < MEMORY, outcome if grown < MEMORY else f"{grown / 1000:.0f} MB more memory")
@@ -804,15 +806,15 @@ CASES = [(each, layout) for each in FAULTS for layout in each.layouts]
 
 
 def run(minutes: float, tries: int, seed: int) -> list[Result]:
-    """Spoil data at random, every way in turn, and count.
+    """Corrupt data at random, in every way in turn, and count the results.
 
     Args:
-        minutes: when to stop, if there is still something to try.
-        tries: how often in all.
-        seed: of what is spoiled, and of the order.
+        minutes: no try starts after this time.
+        tries: maximum number of tries.
+        seed: seed of the corruption and of the order.
 
     Returns:
-        A line for each kind of fault.
+        one result per kind of fault.
     """
     datasets.disable_progress_bars()
     until = time.monotonic() + 60 * minutes

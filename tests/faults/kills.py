@@ -1,7 +1,8 @@
-"""Trainings and predictions that are killed at random moments, resumed, and compared bit by bit with ones that were not.
+"""Kill trainings and predictions at random moments, resume them, and compare the results with uninterrupted runs.
 
-The parent has imported everything; each try is a fork of it, which makes a try cheap. Half of the tries are killed after a random
-time, half at a random call of a function that writes, trains or evaluates (`POINTS`), before or after it. Some are killed twice.
+The parent process has imported everything, and each try is a fork of it, which makes tries cheap. Half of the tries
+are killed after a random time, half before or after a random call of a function that writes, trains or evaluates
+(`POINTS`). Some are killed twice.
 """
 
 import contextlib
@@ -37,8 +38,8 @@ from ufgir.training.trainer import UFGIRTrainer
 
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LONGEST = 300.0  # seconds that a try may take before it counts as hanging
-LAST_WORDS = 20.0  # seconds that one of two processes has to end after the other
+TIMEOUT = 300.0  # seconds after which a try counts as hanging
+EXIT_GRACE = 20.0  # seconds for one of two processes to end after the other
 MODEL: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
@@ -74,7 +75,7 @@ TRAINING: dict[str, Any] = {
 DENSE = {"reduction": "none", "keep_rate": None, "reduction_layers": None}
 PLAIN = {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}
 
-# name -> what differs from a training with MODEL and TRAINING
+# name -> changes to MODEL and TRAINING
 TRAININGS: dict[str, dict[str, Any]] = {
     "evit, cache and CLA head": {},
     "dense, linear head": {**DENSE, **PLAIN},
@@ -100,7 +101,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     },
     "LoRA adapter": {"lora_rank": 2, "lora_dropout": 0.1, **PLAIN},
     "frozen backbone": {"freeze": ["backbone"]},
-    "backbone freed after an epoch": {"freeze_epochs": 1, "layer_lr_decay": 0.8},
+    "backbone unfrozen after an epoch": {"freeze_epochs": 1, "layer_lr_decay": 0.8},
     "cosine_epochs schedule": {"schedule": "cosine_epochs", "warmup_epochs": 1},
     "accumulation, clipping, gradients": {
         "gradient_accumulation_steps": 2,
@@ -114,23 +115,23 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 class Kind(NamedTuple):
-    """Something to kill.
+    """A kind of run to kill.
 
     Args:
-        name: of the kind.
-        run: does it, in a folder, in a process of its own.
-        again: goes on with it.
-        processes: that do it together.
+        name: its name in the table.
+        run: starts it in a folder; called in a forked process.
+        resume: resumes it.
+        processes: number of processes.
     """
 
     name: str
     run: Callable[[Path], Any]
-    again: Callable[[Path], Any]
+    resume: Callable[[Path], Any]
     processes: int = 1
 
 
 def draw_leaves(root: Path) -> Path:
-    """Three classes of noisy colours: 6 images a class to train on, 3 to validate, 3 to test."""
+    """Draw three classes of noisy colors: 6 images per class for training, 3 for validation, 3 for test."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 6), ("validation", 3), ("test", 3)):
         for channel, name in enumerate(("red", "green", "blue")):
@@ -143,7 +144,7 @@ def draw_leaves(root: Path) -> Path:
 
 
 def make_kinds(work: Path) -> list[Kind]:
-    """All kinds, with what they need in `work`: images, a trained model, recipes."""
+    """Return all kinds; create what they need in `work`: images, a trained model, recipes."""
     leaves, trained = draw_leaves(work / "leaves"), work / "trained" / "out"
 
     def recipe(name: str, **changes: Any) -> str:
@@ -158,17 +159,19 @@ def make_kinds(work: Path) -> list[Kind]:
     def training(file: str, folder: Path, *more: str) -> None:
         run_ufgir.main([file, f"--output_dir={folder / 'out'}", *more])
 
-    def resuming(file: str, processes: int = 1, name: str = "") -> Kind:
+    def resumable(file: str, processes: int = 1, name: str = "") -> Kind:
         run = functools.partial(training, file)
         return Kind(name, run, lambda folder: run(folder, "--resume_from_checkpoint=auto"), processes)
 
-    status, said = in_forks([lambda: training(recipe("trained", num_train_epochs=1), work / "trained")], work / "log")
+    status, output = in_forks(
+        [lambda: training(recipe("trained", num_train_epochs=1), work / "trained")], work / "log"
+    )
     if status != [0]:
-        raise RuntimeError(f"the first training failed:\n{said}")
-    kinds = [resuming(recipe(name, **changes), name=name) for name, changes in TRAININGS.items()]
+        raise RuntimeError(f"the first training failed:\n{output}")
+    kinds = [resumable(recipe(name, **changes), name=name) for name, changes in TRAININGS.items()]
 
     file = recipe("two", per_device_train_batch_size=2)
-    kinds.append(resuming(file, 2, "two processes"))
+    kinds.append(resumable(file, 2, "two processes"))
 
     file = recipe(
         "evaluation", do_train=False, do_eval=True, model_name_or_path="{trained}", per_device_eval_batch_size=1
@@ -201,12 +204,12 @@ def make_kinds(work: Path) -> list[Kind]:
 def in_forks(
     jobs: Sequence[Callable[[], Any]], log: Path, ending: Callable[[list[int]], None] | None = None
 ) -> tuple[list[int], str]:
-    """Do each job in a fork; their exit statuses, and what all have said.
+    """Run each job in a fork; return the exit statuses and the output of all.
 
     Args:
-        jobs: functions; of several, each is a process of torchrun.
-        log: file for what they say.
-        ending: gets the process ids, and kills them if it likes.
+        jobs: functions; several jobs are the processes of one torchrun.
+        log: file for their output.
+        ending: called with the process ids, e.g. to kill them.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -229,7 +232,7 @@ def in_forks(
 
 
 def _do(job: Callable[[], Any], log: Path) -> None:
-    """In a fork: do it, and end with its status."""
+    """Run a job in a fork and exit with its status."""
     status = 1
     try:
         os.setsid()
@@ -251,25 +254,25 @@ def _do(job: Callable[[], Any], log: Path) -> None:
 
 
 def _wait(processes: list[int]) -> list[int]:
-    """The exit statuses. Of several processes, when one has ended the others have a while to end, too: as torchrun does it."""
+    """Return the exit statuses. When one of several processes ends, the others get some time to end, as with torchrun."""
     statuses: dict[int, int] = {}
-    deadline, number = time.monotonic() + LONGEST, signal.SIGKILL
+    deadline, number = time.monotonic() + TIMEOUT, signal.SIGKILL
     while len(statuses) < len(processes):
         for process in processes:
             if process not in statuses and (found := os.waitpid(process, os.WNOHANG))[0]:
                 statuses[process] = os.waitstatus_to_exitcode(found[1])
                 if len(statuses) == 1:
-                    deadline, number = min(deadline, time.monotonic() + LAST_WORDS), signal.SIGTERM
+                    deadline, number = min(deadline, time.monotonic() + EXIT_GRACE), signal.SIGTERM
         if time.monotonic() > deadline:
             for process in set(processes) - set(statuses):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process, number)
-            deadline, number = time.monotonic() + LAST_WORDS, signal.SIGKILL
+            deadline, number = time.monotonic() + EXIT_GRACE, signal.SIGKILL
         time.sleep(0.01)
     return [statuses[process] for process in processes]
 
 
-# Where to kill
+# Points to kill at
 
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -286,8 +289,8 @@ POINTS: dict[str, tuple[Any, str]] = {
 
 
 @contextlib.contextmanager
-def _watching(what: Callable[[str, int], None], after: bool) -> Iterator[dict[str, int]]:
-    """Call `what(point, number of the call)` at each call of each point, before or after it; count them."""
+def _hooked(what: Callable[[str, int], None], after: bool) -> Iterator[dict[str, int]]:
+    """Call `what(point, number of the call)` before or after each call of each point; yield the counts."""
     counts = dict.fromkeys(POINTS, 0)
     originals = {point: getattr(*place) for point, place in POINTS.items()}
 
@@ -314,41 +317,41 @@ def _watching(what: Callable[[str, int], None], after: bool) -> Iterator[dict[st
             setattr(owner, name, originals[point])
 
 
-class Whole(NamedTuple):
-    """A run that nobody stopped: what it left, how long it took, how often it came by each point."""
+class Reference(NamedTuple):
+    """An uninterrupted run: its results, its duration in seconds, and the number of calls of each point."""
 
-    left: dict[str, Any]
+    results: dict[str, Any]
     seconds: float
     counts: dict[str, int]
 
 
-def undisturbed(kind: Kind, folder: Path) -> Whole:
-    """Run a kind once to its end.
+def run_uninterrupted(kind: Kind, folder: Path) -> Reference:
+    """Run a kind once without a kill.
 
     Raises:
-        RuntimeError: it fails.
+        RuntimeError: if it fails.
     """
     folder.mkdir(parents=True)
     file = folder.with_suffix(".counts")
 
     def job() -> None:
-        with _watching(lambda *_: None, False) as counts:
+        with _hooked(lambda *_: None, False) as counts:
             kind.run(folder)
         if os.environ.get("RANK", "0") == "0":
             file.write_text(json.dumps(counts))
 
     start = time.monotonic()
-    statuses, said = in_forks([job] * kind.processes, folder.with_suffix(".log"))
+    statuses, output = in_forks([job] * kind.processes, folder.with_suffix(".log"))
     if any(statuses):
-        raise RuntimeError(f"{kind.name} fails by itself:\n{said[-3000:]}")
-    return Whole(what_is_left(folder), time.monotonic() - start, json.loads(file.read_text()))
+        raise RuntimeError(f"{kind.name} fails without a kill:\n{output[-3000:]}")
+    return Reference(read_results(folder), time.monotonic() - start, json.loads(file.read_text()))
 
 
-# What is left
+# Results
 
 
-def what_is_left(folder: Path) -> dict[str, Any]:
-    """Every file below `folder`, by name: a hash of weights and tables, the numbers of JSON files without times."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return file name -> content below `folder`: hashes of weights and tables, JSON files without times."""
     return {str(f.relative_to(folder)): _content(f) for f in sorted(folder.rglob("*")) if not f.is_dir()}
 
 
@@ -374,10 +377,10 @@ def _timeless(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if not k.startswith("train_") and not any(part in k for part in _TIMES)}
 
 
-def _difference(left: dict[str, Any], expected: dict[str, Any]) -> str:
-    """What is not as it should be, in a few words; nothing if all is."""
-    more, less = sorted(left.keys() - expected.keys()), sorted(expected.keys() - left.keys())
-    other = [name for name in expected if name in left and left[name] != expected[name]]
+def _difference(results: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Return the differences in a few words; an empty string if there are none."""
+    more, less = sorted(results.keys() - expected.keys()), sorted(expected.keys() - results.keys())
+    other = [name for name in expected if name in results and results[name] != expected[name]]
     parts = (("left behind", more), ("missing", less), ("different", other))
     return "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in parts if names)
 
@@ -385,49 +388,49 @@ def _difference(left: dict[str, Any], expected: dict[str, Any]) -> str:
 # Tries
 
 
-def kill_and_resume(kind: Kind, whole: Whole, folder: Path, seed: str) -> str:
-    """Kill a run once or twice, resume it and compare; what went wrong, nothing if nothing did.
+def kill_and_resume(kind: Kind, reference: Reference, folder: Path, seed: str) -> str:
+    """Kill a run once or twice, resume it and compare; return the problem, or an empty string.
 
     Args:
-        kind: what to run.
-        whole: the same, not stopped.
-        folder: a new one.
-        seed: of the choice when, where and how to kill.
+        kind: the run.
+        reference: the same run without a kill.
+        folder: a new folder.
+        seed: seed of when, where and how to kill.
     """
     generator, log = random.Random(seed), folder.with_suffix(".log")
     folder.mkdir(parents=True)
-    story = []
-    for step in (kind.run, kind.again)[: generator.choice((1, 1, 2))]:
-        how, problem = _kill(kind, step, whole, folder, generator)
-        story.append(how)
+    kills = []
+    for step in (kind.run, kind.resume)[: generator.choice((1, 1, 2))]:
+        how, problem = _kill(kind, step, reference, folder, generator)
+        kills.append(how)
         if problem:
-            return f"{', then '.join(story)}: {problem}"
-    statuses, said = in_forks([lambda: kind.again(folder)] * kind.processes, log)
+            return f"{', then '.join(kills)}: {problem}"
+    statuses, output = in_forks([lambda: kind.resume(folder)] * kind.processes, log)
     problem = (
-        f"resumed, status {statuses}: {said.strip()[-500:]}"
+        f"resumed, status {statuses}: {output.strip()[-500:]}"
         if any(statuses)
-        else _difference(what_is_left(folder), whole.left)
+        else _difference(read_results(folder), reference.results)
     )
-    return f"{', then '.join(story)}: {problem}" if problem else ""
+    return f"{', then '.join(kills)}: {problem}" if problem else ""
 
 
 def _kill(
-    kind: Kind, step: Callable[[Path], Any], whole: Whole, folder: Path, generator: random.Random
+    kind: Kind, step: Callable[[Path], Any], reference: Reference, folder: Path, generator: random.Random
 ) -> tuple[str, str]:
-    """How a run was killed, and what was wrong with its end."""
+    """Kill a run; return how it was killed, and the problem of its end, or an empty string."""
     number = generator.choice(SIGNALS)
     rank = generator.randrange(kind.processes)
-    points = [point for point, count in whole.counts.items() if count]
-    timed, delay = generator.random() < 0.5, generator.uniform(0.02, 0.98) * whole.seconds
+    points = [point for point, count in reference.counts.items() if count]
+    timed, delay = generator.random() < 0.5, generator.uniform(0.02, 0.98) * reference.seconds
     point, after = generator.choice(points), generator.random() < 0.5
-    call = generator.randint(1, whole.counts[point])
+    call = generator.randint(1, reference.counts[point])
 
     def job() -> None:
         def here(place: str, count: int) -> None:
             if (place, count) == (point, call) and os.environ.get("RANK", "0") == str(rank):
                 os.kill(os.getpid(), number)
 
-        with contextlib.nullcontext() if timed else _watching(here, after):
+        with contextlib.nullcontext() if timed else _hooked(here, after):
             step(folder)
 
     def later(processes: list[int]) -> None:
@@ -435,21 +438,21 @@ def _kill(
         with contextlib.suppress(ProcessLookupError):
             os.kill(processes[rank], number)
 
-    statuses, said = in_forks([job] * kind.processes, folder.with_suffix(".log"), later if timed else None)
+    statuses, output = in_forks([job] * kind.processes, folder.with_suffix(".log"), later if timed else None)
     where = f"after {delay:.2f} s" if timed else f"{'after' if after else 'before'} call {call} of: {point}"
     name = signal.Signals(number).name
     how = f"{name} {where}" + (f" in process {rank}" if kind.processes > 1 else "")
-    # 0: it had ended, or, resumed, did not come to that call; -number: before the program had begun, or for good
+    # 0: it had ended, or did not reach that call when resumed; -number: killed before the program had started, or by SIGKILL
     expected = {0, -number} if number == signal.SIGKILL else {0, -number, 128 + number}
-    if "Traceback" in said or "Exception ignored" in said:
-        return how, f"a traceback: {said.strip()[-1500:]}"
+    if "Traceback" in output or "Exception ignored" in output:
+        return how, f"a traceback: {output.strip()[-1500:]}"
     if statuses[rank] not in expected and kind.processes == 1:
-        return how, f"status {statuses[rank]}: {said.strip()[-500:]}"
+        return how, f"status {statuses[rank]}: {output.strip()[-500:]}"
     if (
         statuses[rank] == 128 + number
-        and sum(said.count(f"{word}: ") for word in ("run_ufgir.py", "ended by")) > 1 + kind.processes
+        and sum(output.count(f"{word}: ") for word in ("run_ufgir.py", "ended by")) > 1 + kind.processes
     ):
-        return how, f"more than one sentence: {said.strip()[-500:]}"
+        return how, f"more than one sentence: {output.strip()[-500:]}"
     return how, ""
 
 
@@ -457,12 +460,12 @@ def run(minutes: float, tries: int, seed: int, work: Path, record: Path | None =
     """Kill runs of all kinds in turn.
 
     Args:
-        minutes: after which no try begins.
-        tries: at most, over all kinds.
-        seed: of all choices.
+        minutes: no try starts after this time.
+        tries: maximum number of tries over all kinds.
+        seed: seed of all random choices.
         work: an empty folder.
-        record: a file with a line for each try; those in it already are not done again.
-        only: kinds with this in their name; all by default.
+        record: a file with a line for each try; tries in it are not repeated.
+        only: part of the names of the kinds to run; all by default.
     """
     end = time.monotonic() + 60 * minutes
     done: dict[tuple[str, int], str] = {}
@@ -472,17 +475,17 @@ def run(minutes: float, tries: int, seed: int, work: Path, record: Path | None =
             if entry_["seed"] == seed:
                 done[entry_["kind"], entry_["try"]] = entry_["problem"]
     kinds = [kind for kind in make_kinds(work) if only in kind.name]
-    wholes: dict[str, Whole] = {}
+    references: dict[str, Reference] = {}
     for count in range(tries):
         kind, number = kinds[count % len(kinds)], count // len(kinds)
         if (kind.name, number) in done:
             continue
         if time.monotonic() > end:
             break
-        if kind.name not in wholes:
-            wholes[kind.name] = undisturbed(kind, work / f"whole-{len(wholes)}")
+        if kind.name not in references:
+            references[kind.name] = run_uninterrupted(kind, work / f"reference-{len(references)}")
         folder = work / f"try-{count}"
-        problem = kill_and_resume(kind, wholes[kind.name], folder, f"{seed}-{kind.name}-{number}")
+        problem = kill_and_resume(kind, references[kind.name], folder, f"{seed}-{kind.name}-{number}")
         done[kind.name, number] = problem
         if not problem:
             shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""What a kind of fault came to: one line of the table that `make faults` ends with."""
+"""The result of one kind of fault: a row of the table that `make faults` prints."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ class Result(NamedTuple):
     """The tries of one kind of fault.
 
     Args:
-        kind: what was done, a few words.
-        tries: how often.
-        survived: how often it ended as promised.
-        lost: how often it did not.
-        notes: what else is worth knowing; for every lost try what happened, and how to repeat it.
+        kind: description in a few words.
+        tries: number of tries.
+        survived: tries that ended as guaranteed.
+        lost: tries that did not.
+        notes: further information; for every lost try, what happened and how to repeat it.
     """
 
     kind: str

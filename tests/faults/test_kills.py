@@ -1,4 +1,4 @@
-"""A few tries of `make faults`; the rest of them is too long for a test."""
+"""Run a few tries of `make faults`; all of them would take too long for a test."""
 
 from pathlib import Path
 
@@ -14,20 +14,20 @@ def test_a_table_of_results() -> None:
     assert lines[2:] == ["| a | 3 | 2 | 1 |", "| b | 4 | 4 | 0 |", "| all | 7 | 6 | 1 |"]
 
 
-def test_it_tells_what_differs() -> None:
+def test_difference_lists_what_differs() -> None:
     expected = {"weights": "1", "run.json": [1], "log": "x"}
     assert kills._difference(expected, expected) == ""
-    said = kills._difference({"weights": "2", "log": "x", "_run.json.a.tmp": "there"}, expected)
-    assert said == "left behind: _run.json.a.tmp; missing: run.json; different: weights"
+    difference = kills._difference({"weights": "2", "log": "x", "_run.json.a.tmp": "there"}, expected)
+    assert difference == "left behind: _run.json.a.tmp; missing: run.json; different: weights"
 
 
 @pytest.mark.slow
 def test_some_kills(tmp_path: Path) -> None:
-    """Of all kinds one each, and no try that is in the record is done again."""
+    """One try of each kind survives, and tries in the record are not repeated."""
     record = tmp_path / "record.jsonl"
     results = kills.run(30, 24, 7, tmp_path / "work", record)
     assert [(r.tries, r.survived) for r in results] == [(1, 1)] * len(results), results
     before = record.read_text()
-    assert kills.run(30, len(results), 7, tmp_path / "again", record) == results and record.read_text() == before
+    assert kills.run(30, len(results), 7, tmp_path / "repeated", record) == results and record.read_text() == before
     kinds = {"evit, cache and CLA head", "two processes", "ufgir predict", "saved on a signal"}
     assert kinds <= {r.kind.removeprefix("killed: ") for r in results}

@@ -209,7 +209,7 @@ def test_a_metric_that_some_runs_lack(tmp_path):
     assert default_metric(rows) == "test_top1" and default_metric(rows, "validation_top1") == "validation_top1"
     (row,) = summarize(rows, "test_top1", ["variant"])
     assert (row["mean"], row["n"]) == (0.5, 1)
-    with pytest.raises(ValueError, match="`--metric` top7 .*: test_top1, test_macro_f1"):
+    with pytest.raises(ValueError, match=r"`--metric` top7 .*: test_top1, test_macro_f1"):
         default_metric(rows, "top7")
 
 

@@ -343,9 +343,7 @@ def test_a_folder_of_something_else_is_refused(queue, recipe, tmp_path):
     study = tmp_path / "study"
     queue("seed=1").work(CPU)
     recipe.write_text(yaml.safe_dump(RECIPE | {"num_train_epochs": 2, "learning_rate": 1e-3}))
-    with pytest.raises(
-        ValueError, match=r"`num_train_epochs` \(1.0 in .*, 2.0 now\), `learning_rate`"
-    ):
+    with pytest.raises(ValueError, match=r"`num_train_epochs` \(1.0 in .*, 2.0 now\), `learning_rate`"):
         queue("seed=1")
     recipe.write_text("# another comment\n" + yaml.safe_dump(RECIPE))
     queue("seed=1")
@@ -394,7 +392,9 @@ def test_a_real_run_to_its_record_and_tensorboard(recipe, tmp_path, capsys):
     )
     assert cli.main(["sweep", str(recipe), "--output", str(study), *options]) == 1
     text = capsys.readouterr().out
-    assert "1 finished, 1 failed" in text and "`per_device_train_batch_size` times the number of processes is 64" in text
+    assert (
+        "1 finished, 1 failed" in text and "`per_device_train_batch_size` times the number of processes is 64" in text
+    )
     records = read_run_records([study])
     (record,) = records.finished
     assert record["settings"]["per_device_train_batch_size"] == 2 and record["config"]["reduction"] == "evit"

@@ -83,7 +83,7 @@ def test_a_weight_has_no_effect_without_a_teacher(caplog):
 
 def test_teachers_that_do_not_fit(teacher, tmp_path):
     config = tiny_config(image_size=16, patch_size=4, id2label={0: "a", 1: "b", 2: "c"})
-    with pytest.raises(ValueError, match="`teacher`.* classes in the same order"):
+    with pytest.raises(ValueError, match=r"`teacher`.* classes in the same order"):
         Distillation(DistillationArguments(teacher=str(teacher)), config)
     config = tiny_config(id2label=dict(enumerate(CLASSES)))
     with pytest.raises(ValueError, match="`image_size` 32, got 16"):

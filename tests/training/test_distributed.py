@@ -328,7 +328,7 @@ def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
 def test_statistics_of_several_keep_rates_are_not_synchronised(caplog: pytest.LogCaptureFixture) -> None:
     """And not passed over in silence."""
     model = tiny_model(reduction="evit", head="cla", train_keep_rates=[0.25, 0.5])
-    with pytest.raises(ValueError, match="`sync_batchnorm` .* `train_keep_rates`"):
+    with pytest.raises(ValueError, match=r"`sync_batchnorm` .* `train_keep_rates`"):
         DistributedArguments(sync_batchnorm=True).prepare(model, arguments("cuda"))
     assert DistributedArguments().prepare(model, arguments("cuda")) is model
     assert "not the 8 of a step" in caplog.text and "`sync_batchnorm`" not in caplog.text

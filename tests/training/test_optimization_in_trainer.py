@@ -171,9 +171,7 @@ def test_other_optimizers_take_the_groups(optim: str, tmp_path: Path) -> None:
 def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path, OptimizationArguments(layer_lr_decay=0.9))
     monkeypatch.setattr(run, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.SGD, {"optimizer_dict": {}}))
-    with pytest.raises(
-        ValueError, match="`layer_lr_decay` .* `optim` adamw_torch_fused"
-    ):
+    with pytest.raises(ValueError, match=r"`layer_lr_decay` .* `optim` adamw_torch_fused"):
         run.create_optimizer()
 
 
