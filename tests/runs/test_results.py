@@ -130,7 +130,7 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
     assert json.loads((tmp_path / RECORD).read_text())["metrics"] == {"test": {"top1": 0.3, "macro_f1": 0.15}}
 
 
-def test_unfinished_runs_are_told_apart_from_finished_ones(study, tmp_path):
+def test_unfinished_runs_are_listed_separately(study, tmp_path):
     (study / "damaged").mkdir()
     (study / "damaged" / RECORD).write_text('{"settings": {')
     (study / "odd").mkdir()

@@ -177,7 +177,7 @@ def test_names_are_readable_and_do_not_depend_on_the_order_of_the_options():
         (["do_train=false", "do_predict=false"], [], ["nothing to do", "`do_train`"]),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(recipe, tmp_path, sets, variants, words):
+def test_mistakes_are_reported_before_anything_runs(recipe, tmp_path, sets, variants, words):
     with pytest.raises(ValueError) as error:
         Grid(recipe, sets, variants).runs(tmp_path)
     assert all(word in str(error.value) for word in words), error.value
@@ -194,12 +194,12 @@ def test_an_option_without_effect_in_some_runs_is_named_and_left_out_there(recip
     assert "`mix_switch_probability` has no effect in 1 of 2 runs" in caplog.text
     assert "`lora_targets` has no effect in 2 of 2 runs" in caplog.text and "it needs a `lora_rank`" in caplog.text
     assert "test" in run_ufgir.main([str(recipe), *off.options, "--output_dir", str(tmp_path / "off")])
-    # nothing is reduced, whatever the keep rate
+    # nothing is reduced at any keep rate
     caplog.clear()
     dense, half = Grid(recipe, ["reduction=none,topk", "keep_rate=0.5"]).runs(tmp_path)
     assert "--keep_rate" in half.options and dense.options == ["--reduction=none"]
     assert "`keep_rate` has no effect in 1 of 2 runs" in caplog.text
-    # what an option needs may itself be in vain
+    # an option may need another option that has no effect itself
     caplog.clear()
     (run,) = Grid(recipe, ["do_train=false", "teacher=x", "distillation=hard"]).runs(tmp_path)
     assert run.options == ["--do_train=false"]
@@ -322,7 +322,7 @@ def test_two_sweeps_on_one_folder_refuse_each_other(queue, tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()}"):
             other.work(CPU)
         left_behind = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
-    try:  # the sweep is gone, killed perhaps, but one of its runs is still at work
+    try:  # the sweep is gone, killed perhaps, but one of its runs is still running
         with pytest.raises(ValueError, match="in use by"):
             other.work(CPU)
     finally:

@@ -181,7 +181,7 @@ def test_training_goes_on_with_the_order_of_the_checkpoints_classes(trained, rev
     assert again["test"]["top1"] == pytest.approx(sum(right) / len(right))
 
 
-def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, caplog):
+def test_a_head_of_other_classes_is_reinitialized(trained, leaves, tmp_path, capsys, caplog):
     data = shutil.copytree(leaves, tmp_path / "data")
     for split in ("train", "validation", "test"):
         for name in CLASSES:
@@ -200,7 +200,7 @@ def test_a_head_of_other_classes_starts_anew(trained, leaves, tmp_path, capsys, 
 
 
 def test_a_head_whose_classes_have_no_names_is_kept(trained, leaves, tmp_path, caplog):
-    """`LABEL_0`, ... is what transformers calls classes that nobody has named."""
+    """transformers names classes without names `LABEL_0`, ..."""
     nameless = shutil.copytree(trained[0], tmp_path / "nameless")
     config = json.loads((nameless / "config.json").read_text())
     names = [f"LABEL_{i}" for i in range(len(CLASSES))]
@@ -318,10 +318,10 @@ def test_options_of_the_data_reach_drawn_leaves(tmp_path, capsys, argv, word):
 
 
 def test_a_recipe_for_one_data_set_is_also_good_for_another(leaves, tmp_path, caplog):
-    idle = {"lora_targets": ["mlp"], "validation_split": "random"}
-    run(recipe(tmp_path, leaves, tmp_path / "out", **QUICK, **DRAWN, **idle))
+    unused = {"lora_targets": ["mlp"], "validation_split": "random"}
+    run(recipe(tmp_path, leaves, tmp_path / "out", **QUICK, **DRAWN, **unused))
     (warning,) = [r.getMessage() for r in caplog.records if "`lora_targets`" in r.getMessage()]
-    assert all(f"`{name}`" in warning for name in (*DRAWN, *idle))
+    assert all(f"`{name}`" in warning for name in (*DRAWN, *unused))
 
 
 def test_a_single_class_is_refused(leaves, tmp_path, capsys):
@@ -331,7 +331,7 @@ def test_a_single_class_is_refused(leaves, tmp_path, capsys):
     assert "`dataset`" in said and "one class (red)" in said and not (tmp_path / "out").exists()
 
 
-def test_several_classes_are_judged_by_map_unless_told_otherwise(leaves, tmp_path):
+def test_multi_label_images_are_judged_by_map_by_default(leaves, tmp_path):
     for split in ("train", "validation", "test"):
         files = [file for name in CLASSES for file in sorted((leaves / split / name).iterdir())]
         rows = [{"file": str(file), "label": [file.parent.name, "leaf"]} for file in files]

@@ -168,7 +168,7 @@ def test_options_change_a_checkpoint_and_leave_the_rest(trained, changes, expect
         ({"lr_scheduler_type": "zigzag"}, ["zigzag"]),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(leaves, tmp_path, capsys, changes, words):
+def test_mistakes_are_reported_before_anything_is_written(leaves, tmp_path, capsys, changes, words):
     out = tmp_path / "out"
     sentence = mistake(capsys, recipe(tmp_path, leaves, out, **changes))
     assert all(word in sentence for word in words), sentence
@@ -341,16 +341,16 @@ def test_metrics_of_the_steps_since_are_no_metrics_of_the_training(leaves, tmp_p
     out = tmp_path / "out"
     path = recipe(tmp_path, leaves, out, num_train_epochs=1, do_predict=True)
     run(path)
-    told = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    stored = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
     for name in ("train_results.json", "all_results.json"):
-        assert set(json.loads((out / name).read_text())) >= {"epoch", *told}
+        assert set(json.loads((out / name).read_text())) >= {"epoch", *stored}
     run(path, "--resume_from_checkpoint", "true", "--num_train_epochs", "2")
     assert json.loads((out / "train_results.json").read_text()) == {"epoch": 2.0}
     everything = json.loads((out / "all_results.json").read_text())
-    assert everything["epoch"] == 2.0 and "test_top1" in everything and not told & set(everything)
+    assert everything["epoch"] == 2.0 and "test_top1" in everything and not stored & set(everything)
 
 
-def test_a_cost_that_differs_by_image_is_not_told(leaves, tmp_path, caplog):
+def test_a_cost_that_differs_between_images_is_omitted(leaves, tmp_path, caplog):
     """ATS, unless it pads: not in the log, nor on the card, nor in the record."""
     plan = {"reduction": "ats", "num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no"}
     plan |= {"load_best_model_at_end": False}

@@ -104,7 +104,7 @@ def test_a_checkpoint_that_does_not_fit(leaves: Path, tmp_path: Path, capsys, mo
     out, plan = tmp_path / "out", PLAN | {"max_steps": 2, "do_predict": False}
     run(recipe(tmp_path, leaves, out, **plan))
     folder = out / "checkpoint-2"
-    (folder / "checkpoint_files.json").unlink()  # which would tell it before
+    (folder / "checkpoint_files.json").unlink()  # which would detect it earlier
     optimizer = torch.load(folder / "optimizer.pt", weights_only=True)
     optimizer["state"][0]["exp_avg"] = torch.zeros(3)
     file = recipe(tmp_path, leaves, out, **PLAN | {"do_predict": False})
@@ -147,7 +147,7 @@ def test_results_that_cannot_be_read_are_replaced(leaves: Path, tmp_path: Path, 
 
 
 def test_processes_that_do_not_know_of_each_other(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """torchrun on a CPU without `use_cpu`: the cause is told, not that the folder is in use."""
+    """torchrun on a CPU without `use_cpu`: the error names the cause, not that the folder is in use."""
     for name, value in (("_setup_devices", torch.device("cpu")), ("world_size", 1)):  # as accelerate finds it there
         monkeypatch.setattr(TrainingArguments, name, property(lambda _, value=value: value))
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -52,11 +52,11 @@ def test_a_teacher_sees_images_as_it_was_trained_on_them(teacher, tmp_path, capl
     own = make_image_processor(16, 16, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.3, 0.2])
     own.save_pretrained(tmp_path)
     processor = make_image_processor(16, 16)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     config = tiny_config(image_size=16, patch_size=4, id2label=dict(enumerate(CLASSES)))
     distillation = Distillation(DistillationArguments(teacher=str(tmp_path)), config, processor)
-    said = distillation.inputs(EvalTransform(processor)(picture)[None])["teacher_logits"]
-    expected = model.float()(EvalTransform(own)(picture)[None]).logits
+    said = distillation.inputs(EvalTransform(processor)(image)[None])["teacher_logits"]
+    expected = model.float()(EvalTransform(own)(image)[None]).logits
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-5)
     Distillation(DistillationArguments(teacher=str(teacher)), config, processor)
     assert "has no image processor" in caplog.text
@@ -97,7 +97,7 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
 
 @pytest.mark.parametrize("reduction", ["evit", "dyvit"])
 def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):
-    """The log tells the parts of the loss; the teacher changes the weights."""
+    """The log has the terms of the loss; the teacher changes the weights."""
     changes = {"reduction": reduction, "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
     changes |= {"save_strategy": "no", "load_best_model_at_end": False}
     weights = []
@@ -127,7 +127,7 @@ def dyvit(leaves, tmp_path_factory):
 
 
 def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):
-    """Its tokens are no patches: who insists on them is told before training; else its logits are learnt from alone."""
+    """Its tokens are not patches: requiring them raises an error before training; otherwise only its logits are distilled."""
     folder, path = dyvit
     teacher = ["--teacher", str(trained[0])]
     sentence = mistake(capsys, path, *teacher, "--distill_tokens", "true")
@@ -160,7 +160,7 @@ def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):
         ({"patch_size": 16}, "has no token of each of the student's 16 patches"),
     ],
 )
-def test_whose_tokens_can_be_learnt_from(changes, words):
+def test_whose_tokens_can_be_distilled(changes, words):
     """Of CLCA models; what is said of it in advance is what a training would find."""
     student = tiny_config(reduction="dyvit", keep_rate=0.5)
     teacher = Teacher(tiny_model(**changes).float(), student.num_patches)
@@ -173,7 +173,7 @@ def test_whose_tokens_can_be_learnt_from(changes, words):
 @pytest.mark.parametrize(
     "patch_size, width, words", [(8, 16, None), (8, 32, "width 32"), (4, 16, "no token"), (16, 16, "no token")]
 )
-def test_whose_tokens_of_other_models_can_be_learnt_from(patch_size, width, words):
+def test_whose_tokens_of_other_models_can_be_distilled(patch_size, width, words):
     """A ViT with smaller patches has more tokens, which are others."""
     names = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
     model = ViTForImageClassification(ViTConfig(patch_size=patch_size, hidden_size=width, **names))

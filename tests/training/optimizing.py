@@ -41,7 +41,7 @@ def trains(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class Pictures(torch.utils.data.Dataset):
+class RandomImages(torch.utils.data.Dataset):
     def __init__(self, count: int) -> None:
         self.pixels, self.labels = images(count).float(), labels(count)
 
@@ -73,7 +73,7 @@ def trainer(
     data: Any = None,
     **training: Any,
 ) -> UFGIRTrainer:
-    """Ten pictures, four a batch: two batches an epoch, and one of two pictures."""
+    """Ten images in batches of four: two batches per epoch, and one of two images."""
     torch.manual_seed(0)
     defaults = {"num_train_epochs": 4, "learning_rate": 1e-3, "weight_decay": 0.05, "per_device_train_batch_size": 4}
     settings = {
@@ -87,8 +87,8 @@ def trainer(
     result = UFGIRTrainer(
         model=model or tiny_model(**SIT).float(),
         args=TrainingArguments(str(folder), **(defaults | settings | training)),
-        train_dataset=data or Pictures(10),
-        eval_dataset=Pictures(4),
+        train_dataset=data or RandomImages(10),
+        eval_dataset=RandomImages(4),
         optimization=optimization,
     )
     result.record = Record()

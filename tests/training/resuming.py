@@ -39,8 +39,8 @@ STEERED = AugmentationArguments(
 )
 
 
-def pictures(count: int, seed: int) -> list[dict[str, Any]]:
-    """Noise in three colours, and which colour."""
+def make_images(count: int, seed: int) -> list[dict[str, Any]]:
+    """Return noisy images in three colors, labeled with the color."""
     rows = []
     for i in range(count):
         noise = np.random.default_rng((seed, i)).integers(0, 100, (40, 40, 3))
@@ -49,7 +49,7 @@ def pictures(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-TRAIN, VALIDATION = pictures(17, 0), pictures(9, 1)  # batches of 4: the last picture of an epoch is dropped
+TRAIN, VALIDATION = make_images(17, 0), make_images(9, 1)  # batches of 4: the last image of an epoch is dropped
 
 
 def make_trainer(

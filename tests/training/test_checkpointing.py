@@ -1,4 +1,4 @@
-"""Which checkpoints count: complete ones, whatever is damaged, killed or removed beside them."""
+"""Only complete checkpoints count, also if others are damaged, interrupted or removed."""
 
 import json
 import os
@@ -316,7 +316,7 @@ def test_a_flipped_bit_is_found_in_every_file(whole: Path, tmp_path: Path, posit
     assert last_complete_checkpoint(tmp_path) == folder
 
 
-def test_damage_is_told_before_anything_is_loaded(
+def test_damage_is_reported_before_anything_is_loaded(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At resume, of the best checkpoint at the end, and of a checkpoint that is evaluated. A list of an earlier version has no
@@ -383,7 +383,7 @@ def test_checkpoints_in_excess_go_at_resume(whole: Path, tmp_path: Path) -> None
     assert [f.name for f in checkpoint_folders(tmp_path)] == ["checkpoint-12"]
 
 
-def test_another_batch_is_told(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_batch_size_is_logged(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where in the epoch it was, counted in steps, is now somewhere else."""
     trainer = make_trainer(tmp_path, (averaging(),), per_device_train_batch_size=2, max_steps=7)
     trainer.train(resume_from_checkpoint=str(whole / "checkpoint-6"))

@@ -335,7 +335,7 @@ def test_statistics_of_several_keep_rates_are_not_synchronised(caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("device, words", [("cpu", "larger batch"), ("cuda", "(`sync_batchnorm` avoids this)")])
-def test_it_is_told_that_batches_are_normalised_apart(
+def test_warns_that_batches_are_normalized_separately(
     caplog: pytest.LogCaptureFixture, device: str, words: str
 ) -> None:
     plain = DistributedArguments()
@@ -465,7 +465,7 @@ def model() -> CLCAViTForImageClassification:
     return CLCAViTForImageClassification(CLCAViTConfig(**TINY | CACHES["clca"] | {"num_labels": 7}))
 
 
-def pictures(count: int) -> TransformedImages:
+def make_images(count: int) -> TransformedImages:
     generator = np.random.default_rng(0)
     rows = [
         {"image": Image.fromarray(generator.integers(0, 256, (36, 36, 3), dtype=np.uint8)), "label": i % 7}
@@ -499,14 +499,16 @@ def outcomes(model: CLCAViTForImageClassification, tmp_path_factory) -> Path:
             )
             args.remove_unused_columns = False
             trainer = UFGIRTrainer(model, args, compute_metrics=compute_metrics)
-            evaluated = trainer.evaluate(pictures(count))
+            evaluated = trainer.evaluate(make_images(count))
             if rank == 1:
                 for buffer in model.buffers():
                     buffer.add_(1)
-            predicted = predict_to_file(model, pictures(count), folder / f"{count}.csv", NAMES, batch_size=2)
+            predicted = predict_to_file(model, make_images(count), folder / f"{count}.csv", NAMES, batch_size=2)
             said = {"evaluated": evaluated, "predicted": predicted.metrics, "images": predicted.images}
             (folder / f"{count}-{rank}.json").write_text(json.dumps(said))
-        streamed = predict_to_file(model, as_stream(pictures(11), rank, 2), folder / "stream.csv", NAMES, batch_size=2)
+        streamed = predict_to_file(
+            model, as_stream(make_images(11), rank, 2), folder / "stream.csv", NAMES, batch_size=2
+        )
         assert streamed.images == streamed.predicted == 11
 
     in_two_processes(run, folder)
@@ -527,7 +529,7 @@ def test_every_image_counts_once(
     model: CLCAViTForImageClassification, outcomes: Path, tmp_path: Path, count: int
 ) -> None:
     """Metrics, the loss among them, and predictions are those of one process, in both processes."""
-    data = pictures(count)
+    data = make_images(count)
     batch = torch.utils.data.default_collate([data[i] for i in range(count)])
     with torch.no_grad():
         output = model.eval()(**batch)
@@ -549,15 +551,15 @@ def test_begun_by_two_processes_and_finished_by_one(
     model: CLCAViTForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The parts stay as they are. A stream cannot be dealt out anew."""
-    whole = predict_to_file(model, pictures(11), tmp_path / "whole.csv", NAMES, batch_size=2)
+    whole = predict_to_file(model, make_images(11), tmp_path / "whole.csv", NAMES, batch_size=2)
     begin = prediction._begin
     with monkeypatch.context() as patch:
         patch.setattr(prediction, "_begin", lambda folder, same, data, processes: begin(folder, same, data, 2))
         patch.setattr(prediction, "join", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            predict_to_file(model, pictures(11), tmp_path / "p.csv", NAMES, batch_size=2)
+            predict_to_file(model, make_images(11), tmp_path / "p.csv", NAMES, batch_size=2)
     assert len(list((tmp_path / "_p.csv.partial").glob("lines-*"))) == 2
-    again = predict_to_file(model, pictures(11), tmp_path / "p.csv", NAMES, batch_size=2)
+    again = predict_to_file(model, make_images(11), tmp_path / "p.csv", NAMES, batch_size=2)
     assert again.predicted == 1  # the last of 5 images of the first part was no whole batch
     assert again.metrics == pytest.approx(whole.metrics)
     assert_same_lines(again.path, whole.path)
@@ -565,4 +567,4 @@ def test_begun_by_two_processes_and_finished_by_one(
     with monkeypatch.context() as patch:
         patch.setattr(prediction, "_begin", lambda folder, same, data, processes: begin(folder, same, data, 2))
         with pytest.raises(ValueError, match="begun by 2 processes"):
-            predict_to_file(model, as_stream(pictures(5), 0, 1), tmp_path / "s.csv", NAMES, batch_size=2)
+            predict_to_file(model, as_stream(make_images(5), 0, 1), tmp_path / "s.csv", NAMES, batch_size=2)

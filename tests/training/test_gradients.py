@@ -167,7 +167,7 @@ def test_checkpoint_is_never_ahead_of_the_record(tmp_path):
     assert look.steps == [1, 2, 3, 4]
 
 
-def test_a_new_training_starts_a_new_record_and_a_missing_one_is_told(tmp_path, caplog):
+def test_a_new_training_starts_a_new_record_and_a_missing_one_is_logged(tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 3}
     make_trainer(tmp_path, GradientRecorder(), max_steps=3, **saving).train()
     make_trainer(tmp_path, GradientRecorder(), max_steps=3, **saving).train()
@@ -193,7 +193,7 @@ def test_parameters_that_train_later_have_columns_with_empty_cells_before(tmp_pa
     assert np.isfinite(table["max/classifier"]).all()
 
 
-def test_only_the_first_process_writes_and_hidden_gradients_are_told_once(tmp_path, caplog):
+def test_only_the_first_process_writes_and_hidden_gradients_are_logged_once(tmp_path, caplog):
     model = make_model()
     recorder = GradientRecorder(tmp_path / "g.csv")
     for first in (False, True, True):

@@ -46,7 +46,7 @@ def test_schedules_equal_the_original(name: str) -> None:
     torch.testing.assert_close(walk(optimizer, schedule, 500), expected, rtol=1e-9, atol=0)
 
 
-def test_cosine_runs_over_the_whole_training_unless_told() -> None:
+def test_cosine_runs_over_the_whole_training_by_default() -> None:
     optimizer = optimizer_of(1.0)
     args = OptimizationArguments(schedule="cosine_epochs", schedule_per="step", warmup_epochs=0, min_learning_rate=0.5)
     rates = walk(optimizer, make_schedule(optimizer, args, 4, num_training_steps=10), 12)[:, 0]

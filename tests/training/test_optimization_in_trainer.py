@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.helpers import tiny_model
-from tests.training.optimizing import SIT, Pictures, flat, trainer, trains, walk
+from tests.training.optimizing import SIT, RandomImages, flat, trainer, trains, walk
 from ufgir.training.freezing import freeze, own_name, part_names
 from ufgir.training.optimization import (
     OptimizationArguments,
@@ -20,12 +20,12 @@ from ufgir.training.trainer import UFGIRTrainer
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The same pictures again and again, without a length."""
+    """The same images repeatedly, without a length."""
 
     def __iter__(self) -> Any:
-        pictures = Pictures(8)
+        images = RandomImages(8)
         for i in range(1000):
-            yield pictures[i % 8]
+            yield images[i % 8]
 
 
 def held(run: UFGIRTrainer) -> set[str]:

@@ -1,4 +1,4 @@
-"""A last batch of one image, which no BatchNorm can be trained with, is told before the first step."""
+"""A last batch of one image, which fails in a BatchNorm, raises an error before the first step."""
 
 import functools
 from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ CLCA = {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_c
 
 
 class Samples(torch.utils.data.Dataset):
-    """Random pictures with a label each, in the columns that a model takes."""
+    """Random images with labels, in the columns that a model takes."""
 
     def __init__(self, count: int = 16) -> None:
         self.pixels, self.labels = images(count).float(), labels(count)

@@ -56,8 +56,8 @@ def draw_kept_patches(run: Run, predictions: Path, num_pictures: int) -> Path:
     rows = read_predictions(predictions, chosen)
     titles = [f"{rows[i]['label']} -> {rows[i]['prediction']}" for i in chosen]
     images = [to_rgb(run.data["test"][i]["image"]) for i in chosen]
-    picture = kept_patches_image(run.trainer.model, run.image_processor, images, titles)
-    return save_image(picture, predictions.parent / KEPT_PATCHES_FILE)
+    figure = kept_patches_image(run.trainer.model, run.image_processor, images, titles)
+    return save_image(figure, predictions.parent / KEPT_PATCHES_FILE)
 
 
 def write_card(run: Run, options: Options, settings: Mapping[str, Any]) -> None:
