@@ -140,12 +140,12 @@ def test_unfinished_runs_are_listed_separately(study, tmp_path):
     records = read_run_records([study, study / "alone", study])
     assert len(records.finished) == 12 and len({r["folder"] for r in records.finished}) == 12
     why = {folder.name: reason for folder, reason in records.unfinished.items()}
-    assert why.pop("damaged").startswith("run.json cannot be read")
+    assert why.pop("damaged").startswith("run.json could not be read")
     assert why.pop("odd").startswith("run.json lacks")
     assert why == {
         "alone": "interrupted, with checkpoints",
         "seed=13": "failed: status 1: no",
-        "seed=14": "running, or killed",
+        "seed=14": "running or killed",
     }
     with pytest.raises(ValueError, match="no runs in"):
         (tmp_path / "empty").mkdir()
@@ -314,7 +314,7 @@ def test_boxes_hold_the_settings_of_a_method_and_variant():
     with style():
         (axes,) = paper_figures.draw_boxes(summary + others).axes
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["evit", "topk"]
-        assert "9 settings a box" in axes.get_xlabel()
+        assert "9 settings per box" in axes.get_xlabel()
         medians = {line.get_ydata()[0] for line in axes.lines if line.get_linewidth() == 1.4}
         clca = statistics.median(100 * row["mean"] for row in summary if row["variant"] == "CLCA")
         assert any(value == pytest.approx(clca) for value in medians)

@@ -277,7 +277,7 @@ def test_a_run_without_a_record_has_failed(queue, stub, tmp_path):
     Path(stub[-1]).write_text("print('that is all')")
     lazy = queue("seed=1")
     lazy.work(CPU)
-    assert "ended without a record: that is all" in lazy.summary()
+    assert "ended without a run.json: that is all" in lazy.summary()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -379,7 +379,7 @@ def test_a_training_goes_on_as_it_began(leaves, tmp_path, capsys, caplog):
         assert f"`{option}` (" in said and before in said and value in said and "overwrite_output_dir" in said, said
     moved = shutil.copytree(leaves, tmp_path / "moved")
     (moved / "train" / "red" / "red0.png").unlink()
-    assert "other training images" in mistake(capsys, path, *again, "--dataset", str(moved))
+    assert "training images" in mistake(capsys, path, *again, "--dataset", str(moved))
     shutil.copy(leaves / "train" / "red" / "red0.png", moved / "train" / "red")  # the same again, elsewhere and later
     free = ["--max_grad_norm", "0.5", "--logging_steps", "1", "--dataloader_num_workers", "1"]
     run(path, *again, *free, "--dataset", str(moved))
@@ -500,8 +500,8 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkey
     "part, training, words",
     [
         ("load_data", True, "interrupted\n"),
-        ("evaluate", True, "interrupted. The same command with `--resume_from_checkpoint true` goes on from "),
-        ("predict", False, "interrupted. The same command takes predictions up where they stopped"),
+        ("evaluate", True, "interrupted. Run the same command with `--resume_from_checkpoint true` to resume from "),
+        ("predict", False, "interrupted. Run the same command again to continue the predictions"),
     ],
 )
 def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training, words):

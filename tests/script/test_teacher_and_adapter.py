@@ -155,9 +155,9 @@ def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):
         ),
         ({"reduction": "patchmerger", "keep_rate": 1.0}, "reduces its tokens"),  # as many, but others
         ({"reduction": "ats", "keep_rate": 1.0}, "reduces its tokens"),
-        ({"hidden_size": 32}, "has tokens of width 32, the student 16"),
-        ({"patch_size": 4}, "has no token of each of the student's 16 patches"),
-        ({"patch_size": 16}, "has no token of each of the student's 16 patches"),
+        ({"hidden_size": 32}, "has tokens of width 32 instead of the student's 16"),
+        ({"patch_size": 4}, "does not have one token for each of the student's 16 patches"),
+        ({"patch_size": 16}, "does not have one token for each of the student's 16 patches"),
     ],
 )
 def test_whose_tokens_can_be_distilled(changes, words):

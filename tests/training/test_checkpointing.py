@@ -249,8 +249,8 @@ def test_where_a_training_begins(plain: Path, tmp_path_factory) -> None:
     for folder, resume, words in (
         (plain, None, "--resume_from_checkpoint true"),
         (plain, one, "which is later"),
-        (empty, "true", "there is no checkpoint"),
-        (empty, str(empty), "there is no checkpoint"),
+        (empty, "true", "no checkpoint"),
+        (empty, str(empty), "no checkpoint"),
     ):
         with pytest.raises(ValueError, match=words):
             find_checkpoint(arguments(folder, resume))

@@ -200,7 +200,7 @@ def test_only_the_first_process_writes_and_hidden_gradients_are_logged_once(tmp_
         recorder.on_gradients(None, SimpleNamespace(global_step=0, is_world_process_zero=first), model, 1.0)
     recorder.flush()
     assert not list(tmp_path.iterdir())
-    assert caplog.text.count("No gradients are recorded") == 1
+    assert caplog.text.count("Gradients are not recorded") == 1
     with pytest.raises(ValueError, match="`flush_every` must be at least 1"):
         GradientRecorder(flush_every=0)
 

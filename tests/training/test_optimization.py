@@ -153,8 +153,8 @@ def test_rates_of_backbone_and_layers() -> None:
         ({"layer_lr_decay": 1.5}, "`layer_lr_decay` must be at most 1, got 1.5"),
         ({"layer_lr_decay": 0.5, "parameter_groups": "original"}, "`layer_lr_decay` needs `parameter_groups` default"),
         ({"freeze_epochs": -1}, "`freeze_epochs` must be a number 0 or above, got -1"),
-        ({"freeze": ["heads"]}, "`freeze` must name backbone, head, .*, got heads; did you mean head?"),
-        ({"freeze": ["backbone"], "unfreeze": ["layer.0"]}, "`unfreeze` must name .* or layers.<number>, got layer.0"),
+        ({"freeze": ["heads"]}, "`freeze` must be one of backbone, head, .*, got heads; did you mean head?"),
+        ({"freeze": ["backbone"], "unfreeze": ["layer.0"]}, "`unfreeze` must be one of .* or layers.<number>, got layer.0"),
     ],
 )
 def test_options_refused(options: dict[str, Any], message: str) -> None:
@@ -183,13 +183,13 @@ def test_options_without_effect(options: dict[str, Any], words: list[str], caplo
         (
             {"freeze_epochs": 2},
             {"num_train_epochs": 2},
-            "`freeze_epochs` 2 must be below `num_train_epochs` 2; to hold",
+            "`freeze_epochs` 2 must be below `num_train_epochs` 2",
         ),
         ({"schedule": "step_epochs"}, {"num_train_epochs": 2}, "`warmup_epochs` 2 must be below `num_train_epochs` 2"),
         (
             {"freeze_epochs": 1},
             {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-            "`freeze_epochs` does not go with `lr_scheduler_type` reduce_lr_on_plateau",
+            "`freeze_epochs` does not work with `lr_scheduler_type` reduce_lr_on_plateau",
         ),
     ],
 )

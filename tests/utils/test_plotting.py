@@ -166,11 +166,11 @@ def test_long_trainings_show_every_step_and_their_level(tmp_path):
 
 def test_stability_figure_of_nothing(records):
     with style():
-        with pytest.raises(ValueError, match="`labels` must be one for each file, got 0 for 0"):
+        with pytest.raises(ValueError, match="`labels` must .*, got 0 for 0"):
             stability_figure([])
         with pytest.raises(ValueError, match="got 1 for 3"):
             stability_figure(records, ["a"])
-        with pytest.raises(ValueError, match=r"`column` must be one of .*max_grad_all, max/vit\.layers\.0, got 'max'"):
+        with pytest.raises(ValueError, match=r"`column` must be .*max_grad_all, max/vit\.layers\.0, got 'max'"):
             stability_figure(records, column="max")
 
 
@@ -193,5 +193,5 @@ def test_without_matplotlib_the_record_is_kept_and_the_way_out_is_named(tmp_path
     with caplog.at_level(logging.INFO):
         state = SimpleNamespace(is_world_process_zero=True)
         GradientRecorder(tmp_path / "g.csv").on_train_end(None, state, None)
-    assert "is not drawn: figures need matplotlib" in caplog.text
+    assert "are not plotted: figures need matplotlib" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["g.csv"]
