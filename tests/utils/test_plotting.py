@@ -166,7 +166,7 @@ def test_long_trainings_show_every_step_and_their_level(tmp_path):
 
 def test_stability_figure_of_nothing(records):
     with style():
-        with pytest.raises(ValueError, match="`labels` must .*, got 0 for 0"):
+        with pytest.raises(ValueError, match=r"`labels` must .*, got 0 for 0"):
             stability_figure([])
         with pytest.raises(ValueError, match="got 1 for 3"):
             stability_figure(records, ["a"])
