@@ -154,7 +154,10 @@ def test_rates_of_backbone_and_layers() -> None:
         ({"layer_lr_decay": 0.5, "parameter_groups": "original"}, "`layer_lr_decay` needs `parameter_groups` default"),
         ({"freeze_epochs": -1}, "`freeze_epochs` must be a number 0 or above, got -1"),
         ({"freeze": ["heads"]}, "`freeze` must be one of backbone, head, .*, got heads; did you mean head?"),
-        ({"freeze": ["backbone"], "unfreeze": ["layer.0"]}, "`unfreeze` must be one of .* or layers.<number>, got layer.0"),
+        (
+            {"freeze": ["backbone"], "unfreeze": ["layer.0"]},
+            "`unfreeze` must be one of .* or layers.<number>, got layer.0",
+        ),
     ],
 )
 def test_options_refused(options: dict[str, Any], message: str) -> None:
