@@ -258,7 +258,7 @@ def test_a_summary_survives_its_file(study, tmp_path):
         (tmp_path / "odd.csv").write_text(text)
         with pytest.raises(ValueError, match=words):
             read_summary(tmp_path / "odd.csv")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="could not be read"):
         read_summary(tmp_path / "nowhere.csv")
 
 

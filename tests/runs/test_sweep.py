@@ -348,7 +348,7 @@ def test_a_folder_of_something_else_is_refused(queue, recipe, tmp_path):
     recipe.write_text("# another comment\n" + yaml.safe_dump(RECIPE))
     queue("seed=1")
     (study / MANIFEST).write_text("[]")
-    with pytest.raises(ValueError, match="not the manifest of a sweep"):
+    with pytest.raises(ValueError, match="is not a manifest written by"):
         queue("seed=1")
     (study / MANIFEST).unlink()
     with pytest.raises(ValueError, match="do not belong to a sweep"):

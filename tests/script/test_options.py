@@ -467,7 +467,7 @@ def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):
     both = run(*argv, "--do_eval", "--do_predict")
     record = json.loads((out / "run.json").read_text())
     assert set(both) == {"validation", "test"} and record["metrics"] == {"test": both["test"]}
-    assert record["evaluations"][0]["metrics"] == both and "(validation)" in caplog.text
+    assert record["evaluations"][0]["metrics"] == both and "the metrics of validation" in caplog.text
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])

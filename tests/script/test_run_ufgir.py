@@ -157,7 +157,7 @@ def test_options_change_a_checkpoint_and_leave_the_rest(trained, changes, expect
         ({"image_std": [1.0]}, ["`image_std`"]),
         ({"predictions_file": "a.txt"}, ["`predictions_file`"]),
         ({"max_train_samples": 0}, ["at least 1"]),
-        ({"per_device_train_batch_size": 50}, ["batch of 50", "18"]),
+        ({"per_device_train_batch_size": 50}, ["`per_device_train_batch_size`", "50", "18"]),
         ({"resume_from_checkpoint": "true"}, ["`resume_from_checkpoint`"]),
         ({"resume_from_checkpoint": "/nowhere"}, ["`resume_from_checkpoint`", "/nowhere"]),
         ({"model_name_or_path": "/nowhere/at all"}, ["/nowhere/at all"]),

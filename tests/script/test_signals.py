@@ -95,7 +95,7 @@ def test_a_full_disk(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch, "save", lambda *a, **k: (save if next(calls) < 6 else full)(*a, **k))
     said = ends(capsys, 1, recipe(tmp_path, leaves, tmp_path / "out", **PLAN))
     assert "disk is full" in said and "MB are needed" in said and "checkpoint-4/" in said
-    assert said.endswith(f"goes on from {tmp_path / 'out' / 'checkpoint-2'}")
+    assert said.endswith(f"to resume from {tmp_path / 'out' / 'checkpoint-2'}")
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
 
 

@@ -88,7 +88,7 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
     config = tiny_config(id2label=dict(enumerate(CLASSES)))
     with pytest.raises(ValueError, match="`image_size` 32, got 16"):
         Distillation(DistillationArguments(teacher=str(teacher)), config)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="could not be loaded"):
         Distillation(DistillationArguments(teacher=str(tmp_path)), config)
     config = tiny_config(image_size=16, patch_size=4, id2label=dict(enumerate(CLASSES)), reduction="dyvit")
     with pytest.raises(ValueError, match="`reduction_kwargs`"):
@@ -171,7 +171,7 @@ def test_whose_tokens_can_be_distilled(changes, words):
 
 
 @pytest.mark.parametrize(
-    "patch_size, width, words", [(8, 16, None), (8, 32, "width 32"), (4, 16, "no token"), (16, 16, "no token")]
+    "patch_size, width, words", [(8, 16, None), (8, 32, "width 32"), (4, 16, "one token for each"), (16, 16, "one token for each")]
 )
 def test_whose_tokens_of_other_models_can_be_distilled(patch_size, width, words):
     """A ViT with smaller patches has more tokens, which are others."""

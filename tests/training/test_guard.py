@@ -62,7 +62,7 @@ NAN, INF = float("nan"), float("inf")
             Poison("gradient", 3, "classifier.out_proj.bias", INF),
             r"step 3: the gradient of classifier\.out_proj\.bias ",
         ),
-        (Poison("loss", 3), r"step 3: the loss is nan; "),
+        (Poison("loss", 3), r"step 3: the loss is nan. "),
         (
             Poison("weight", 3, value=INF),
             r"step 3: the weight of vit\.layers\.1\.mlp\.fc1\.weight is not finite in 1 ",
