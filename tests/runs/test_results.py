@@ -147,7 +147,7 @@ def test_unfinished_runs_are_listed_separately(study, tmp_path):
         "seed=13": "failed: status 1: no",
         "seed=14": "running or killed",
     }
-    with pytest.raises(ValueError, match="no runs in"):
+    with pytest.raises(ValueError, match="no runs found in"):
         (tmp_path / "empty").mkdir()
         read_run_records([tmp_path / "empty"])
     with pytest.raises(ValueError, match="does not exist"):

@@ -491,7 +491,7 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkey
     if stop_at == 1:
         assert "run_ufgir.py: interrupted. There is no complete checkpoint" in error
     else:
-        assert f"`--resume_from_checkpoint true` goes on from {tmp_path / 'out' / 'checkpoint-2'}" in error
+        assert f"`--resume_from_checkpoint true` to resume from {tmp_path / 'out' / 'checkpoint-2'}" in error
         run(path, "--resume_from_checkpoint", "true")
         assert Path(json.loads((tmp_path / "out" / "run.json").read_text())["resumed_from"]).name == "checkpoint-2"
 

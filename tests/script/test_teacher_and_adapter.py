@@ -171,7 +171,8 @@ def test_whose_tokens_can_be_distilled(changes, words):
 
 
 @pytest.mark.parametrize(
-    "patch_size, width, words", [(8, 16, None), (8, 32, "width 32"), (4, 16, "one token for each"), (16, 16, "one token for each")]
+    "patch_size, width, words",
+    [(8, 16, None), (8, 32, "width 32"), (4, 16, "one token for each"), (16, 16, "one token for each")],
 )
 def test_whose_tokens_of_other_models_can_be_distilled(patch_size, width, words):
     """A ViT with smaller patches has more tokens, which are others."""
