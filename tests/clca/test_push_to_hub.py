@@ -71,7 +71,7 @@ def run_process(role: str, folder: Path, url: str, *options: str, **environment:
         env=kept | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-4000:]

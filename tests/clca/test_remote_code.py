@@ -74,7 +74,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Remote:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-4000:]
