@@ -76,8 +76,15 @@ CLIENTS = {
         ("optimum-intel==2.2.0", "openvino"),
         "it asks for an older transformers",
     ),
-    "evaluator": Client("`evaluate.evaluator`", "-", "evaluate", upstream="it imports what transformers 5 removed"),
-    "auto_peft": Client("peft, `AutoPeftModel`", "-", "peft", upstream="it takes base classes of a fixed list"),
+    "evaluator": Client(
+        "`evaluate.evaluator`", "-", "evaluate", upstream="it asks for TensorFlow classes that transformers 5 removed"
+    ),
+    "auto_peft": Client(
+        "peft, `AutoPeftModel`",
+        "-",
+        "peft",
+        upstream="it imports classes of listed packages only, or those that its `import_allowlist` names",
+    ),
 }
 COLUMNS = ("client", "what", "version", "transformers", "torch", "works since", "result", "date")
 
