@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from transformers import (
-    AutoImageProcessor,
     Dinov2Config,
     Dinov2ForImageClassification,
     ViTConfig,
@@ -21,6 +20,7 @@ from transformers import (
 import run_ufgir
 from clca import CLCAViTForImageClassification
 from tests.script.helpers import CLASSES, MODEL, mistake, parse, recipe, run, weights
+from ufgir.transforms.preprocessing import read_image_processor
 from ufgir.utils.arguments import RecipeParser
 
 
@@ -410,7 +410,7 @@ def test_stock_vit_is_fine_tuned_with_its_own_numbers(leaves, tmp_path):
     expected = model.vit.state_dict()
     actual = saved.vit.state_dict()
     assert all(torch.equal(actual[name], value) for name, value in expected.items())  # at a learning rate of 0
-    processor = AutoImageProcessor.from_pretrained(out, trust_remote_code=True)
+    processor = read_image_processor(str(out))
     assert list(processor.image_mean) == [0.5] * 3
     assert processor.resize_size == (18, 18) and dict(processor.size) == {"height": 16, "width": 16}
 
@@ -518,4 +518,4 @@ def test_any_kind_of_source_is_trained(leaves, tmp_path, capsys):
     )  # below transformers 5.18 the latter
     (theirs,) = (weight for name, weight in classifier.state_dict().items() if queries.fullmatch(name))
     assert torch.equal(saved.vit.layers[2].attention.q_proj.weight, theirs)  # the first step's learning rate is 0
-    assert list(AutoImageProcessor.from_pretrained(out, trust_remote_code=True).image_mean) == [0.5] * 3
+    assert list(read_image_processor(str(out)).image_mean) == [0.5] * 3
