@@ -77,7 +77,11 @@ CLIENTS = {
         "it asks for an older transformers",
     ),
     "evaluator": Client(
-        "`evaluate.evaluator`", "-", "evaluate", upstream="it asks for TensorFlow classes that transformers 5 removed"
+        "`evaluate.evaluator`",
+        "-",
+        "evaluate",
+        ("evaluate", "scipy", "scikit-learn"),
+        "it asks for TensorFlow classes that transformers 5 removed",
     ),
     "auto_peft": Client(
         "peft, `AutoPeftModel`",
