@@ -167,9 +167,9 @@ def test_what_the_name_alone_tells(
 
 def test_overrides(tmp_path: Path, evit: Golden, evit_file: Path) -> None:
     path = save(tmp_path / "x.pth", evit.payload(num_heads=..., keep_rate=...))
-    with pytest.raises(ValueError, match=r"has the width 768, and the weights have 16. Set `num_attention_heads`"):
+    with pytest.raises(ValueError, match=r"768.* 16\. Set `num_attention_heads`"):
         load_original_file(path)
-    with pytest.raises(ValueError, match=r"`keep_rate` of .* is told nowhere"):
+    with pytest.raises(ValueError, match=r"`keep_rate` of .*: set `keep_rate`"):
         load_original_file(path, num_attention_heads=2)
     assert load_original_file(path, num_attention_heads=4, keep_rate=0.25).config.keep_rate == [0.25]
     assert load_original_file(path, num_attention_heads=4, keep_tokens=[9, 3]).config.keep_tokens == [9, 3]
@@ -206,7 +206,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path: Path, evit: Golden, new_form
     trace = tmp_path / "executed"
     payload = evit.payload() | {"hook": Code(trace)}
     torch.save(payload, tmp_path / "x.pth", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(ValueError, match=r"asks for posix\.system, which is not executed"):
+    with pytest.raises(ValueError, match=r"contains posix\.system, which is not executed"):
         load_original_file(tmp_path / "x.pth")
     assert not trace.exists()
     torch.load(tmp_path / "x.pth", weights_only=False)
@@ -218,7 +218,7 @@ def test_harmless_classes_are_named_too(tmp_path: Path, evit: Golden) -> None:
     path = save(tmp_path / "x.pth", evit.payload(place=Place()))
     with torch.serialization.safe_globals([Place]):
         allowed = set(torch.serialization.get_safe_globals())
-        with pytest.raises(ValueError, match=r"asks for .*\.Place, which is not executed"):
+        with pytest.raises(ValueError, match=r"contains .*\.Place, which is not executed"):
             load_original_file(path)
         assert set(torch.serialization.get_safe_globals()) == allowed and argparse.Namespace not in allowed
 
@@ -236,7 +236,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, evit_file: Path, evit: Go
     for content in contents:
         with pytest.raises(ValueError, match=r"no weights|not a dictionary"):
             load_original_file(save(tmp_path / "x.pth", content))
-    with pytest.raises(ValueError, match="does not tell which model"):
+    with pytest.raises(ValueError, match="does not name its model"):
         load_original_file(save(tmp_path / "x.pth", {"model": evit.state}))
     with pytest.raises(ValueError, match=r"`args` in .* must be a Namespace or a dictionary, got str"):
         load_original_file(save(tmp_path / "x.pth", {"model": evit.state, "args": "evit"}))
@@ -281,7 +281,7 @@ def test_weights_that_contradict(tmp_path: Path, evit_file: Path) -> None:
     golden = Golden("sit_base")
     with pytest.raises(ValueError, match=r"cluster_layers\.0\.scale`, a part of sit"):
         load_original_file(save(tmp_path / "x.pth", golden.payload(model=f"dpcknn_{ARCHITECTURE}")))
-    with pytest.raises(ValueError, match=r"`keep_rate` .* makes \[16, 4\] tokens, and the weights make \[32, 16\]"):
+    with pytest.raises(ValueError, match=r"`keep_rate` .* gives \[16, 4\] tokens, but the weights have \[32, 16\]"):
         load_original_file(save(tmp_path / "x.pth", golden.payload(keep_rate=[0.25])))
     with pytest.raises(ValueError, match="`equal_weight`"):
         load_original_file(save(tmp_path / "x.pth", Golden("dpcknn_base").payload(equal_weight=True)))
@@ -296,5 +296,5 @@ def test_weights_that_contradict(tmp_path: Path, evit_file: Path) -> None:
         with pytest.raises(ValueError, match=key.removeprefix("blocks.3.norm1.")):
             load_original_file(save(tmp_path / "x.pth", payload))
     payload = golden.payload() | {"model": golden.state | {"pos_embed": torch.zeros(1, 61, 16)}}
-    with pytest.raises(ValueError, match=r"`pos_embed` .* has 61 rows"):
+    with pytest.raises(ValueError, match=r"`pos_embed` .* has 61 "):
         load_original_file(save(tmp_path / "x.pth", payload))

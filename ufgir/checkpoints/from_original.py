@@ -1,9 +1,8 @@
-"""Checkpoint files of the original CLCA code, loaded, and converted to folders that transformers loads.
+"""Load checkpoint files of the original CLCA code.
 
-A file is what `torch.save` made of a dictionary: the weights in `model`, and the options of the run in `args` (an
-`argparse.Namespace`) or `config` (a dict). What a model is follows from the shapes and names of its weights first, and from
-the options where they do not tell; a bare dictionary of weights needs the original's file name,
-`<dataset>_<model>[_<keep rate>][_cla|_ifa][_clc][_<CLR>][_fz]_<serial>.pth`.
+A file is a dictionary saved by `torch.save`: the weights in `model`, and the options of the run in `args` (an `argparse.Namespace`)
+or `config` (a dict). The model is determined from shapes and names of its weights, and otherwise from the options. A plain
+dictionary of weights requires the original file name, `<dataset>_<model>[_<keep rate>][_cla|_ifa][_clc][_<CLR>][_fz]_<serial>.pth`.
 """
 
 import argparse
@@ -39,9 +38,9 @@ from .timm_architectures import Architecture, find_architecture
 logger = logging.getLogger(__name__)
 
 METHODS = ("topk", "evit", "dyvit", "ats", "dpcknn", "tome", "sit", "patchmerger", "heuristic", "kmedoids", "sinkhorn")
-METHODS += ("maws", "dmaws", "edar", "nfedar", "glsf")  # of the later CLCA code
+METHODS += ("maws", "dmaws", "edar", "nfedar", "glsf")  # methods of the later CLCA code
 METHODS_LEFT_OUT = ("amaws", "multiselect", "mcrit", "asea")  # of the same code, without a published run
-LEARNT_SLOTS = {"sit": "weight.3.bias", "patchmerger": "queries", "sinkhorn": "v"}  # tensor with a row for each slot
+LEARNED_SLOTS = {"sit": "weight.3.bias", "patchmerger": "queries", "sinkhorn": "v"}  # tensor with one row per slot
 
 _FILE_NAME = re.compile(
     r"(?P<dataset_name>[^_]+)_(?P<model>(?:[a-z0-9]+_|h2t|vqt)?(?:vit|deit3?|flexivit)_.+?)(?:_(?P<keep_rate>[01]\.\d+))?"
@@ -63,7 +62,7 @@ _REPORTED = ("accuracy", "max_accuracy", "epoch")
 
 
 class OriginalFile(NamedTuple):
-    """What a file holds."""
+    """Contents of a file."""
 
     path: Path
     state: dict[str, torch.Tensor]  # under the original's names
@@ -76,27 +75,25 @@ class OriginalFile(NamedTuple):
 
 
 def load_original_file(path: str | os.PathLike, **overrides: Any) -> CLCAViTForImageClassification:
-    """A model with the weights of a checkpoint file of the original code, in evaluation mode.
+    """Load a checkpoint file of the original code, in evaluation mode.
 
-    The file is read without executing what a pickle may hold: beside tensors and plain values, only `argparse.Namespace` is
-    built.
+    The file is read without executing code in its pickle: only tensors, plain values and `argparse.Namespace` are created.
 
     Args:
         path: the file.
-        overrides: fields of `CLCAViTConfig` in place of those that the file tells, and for what it does not tell: the
-            `num_attention_heads` of a width that timm has no model of. With another `image_size` or `patch_size` the
-            weights are resampled.
+        overrides: fields of `CLCAViTConfig` that override or complete those of the file, such as `num_attention_heads` for a
+            width that no timm model has. Weights are resampled for another `image_size` or `patch_size`.
 
     Raises:
-        ValueError: the file is no such checkpoint, asks for other classes or functions, is of a model or method that does
-            not exist here, or contradicts itself or the overrides.
-        FileNotFoundError: there is no such file.
+        ValueError: if the file is not such a checkpoint, contains other classes or functions, has an unsupported model or method,
+            or contradicts itself or the overrides.
+        FileNotFoundError: if there is no such file.
     """
     return build(read_original_file(path), overrides)
 
 
 def read_original_file(path: str | os.PathLike) -> OriginalFile:
-    """The contents of a checkpoint file, unpickled safely; see `load_original_file` for the errors."""
+    """Read a checkpoint file with safe unpickling; see `load_original_file` for the errors."""
     path = Path(path)
     payload = _unpickle(path)
     if not isinstance(payload, Mapping):
@@ -119,7 +116,7 @@ def read_original_file(path: str | os.PathLike) -> OriginalFile:
         )
     if not isinstance(options.get("model"), str):
         raise ValueError(
-            f"`{path}` does not tell which model it is: `args` and `config` have no `model`, and the file is not called "
+            f"`{path}` does not name its model: `args` and `config` have no `model`, and the file name is not "
             "<dataset>_<model>_..._<serial>."
         )
     method, architecture = split_model_name(options["model"])
@@ -136,14 +133,14 @@ def read_original_file(path: str | os.PathLike) -> OriginalFile:
 
 
 def _averaged_were_best(payload: Mapping[str, Any], options: Mapping[str, Any], path: Path) -> bool:
-    """Whether a file says that the averaged weights scored best and holds them; either way it is logged what is loaded."""
+    """Return whether the averaged weights had the best score and are in the file; log which weights are loaded."""
     if not _from_text(payload.get("ema_best", options.get("ema_best"))):
         return False
     if "model_ema" in payload:
-        logger.warning("%s: `ema_best` is set, so the averaged weights in `model_ema` are loaded, not `model`", path)
+        logger.warning("%s: `ema_best` is set, loading the averaged weights in `model_ema` instead of `model`", path)
         return True
     logger.warning(
-        "%s: `ema_best` is set, but the averaged weights that scored best are not in the file: those in `model` are loaded",
+        "%s: `ema_best` is set, but the file has no averaged weights in `model_ema`; loading those in `model`",
         path,
     )
     return False
@@ -155,22 +152,21 @@ def _unpickle(path: Path) -> Any:
     is_archive = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         if file.read(2) == b"PK" and not is_archive:
-            raise ValueError(f"`{path}` is not complete: it begins like a checkpoint, and its end is missing.")
+            raise ValueError(f"`{path}` is not complete: its end is missing.")
     with _only_safe_globals(argparse.Namespace):
         try:
-            # mapped into memory, an optimizer's state is never read
+            # with memory mapping, the state of the optimizer is never read
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-        except Exception as error:  # garbage fails in many ways
+        except Exception as error:  # damaged files fail in many ways
             if foreign := _foreign_globals(path, error):
                 raise ValueError(
-                    f"`{path}` asks for {', '.join(foreign)}, which is not executed: only tensors, plain values and "
-                    "argparse.Namespace are read, since anything else in a pickle can run code. If you trust the file, load it "
+                    f"`{path}` contains {', '.join(foreign)}, which is not executed: only tensors, plain values and "
+                    "argparse.Namespace are read, because anything else in a pickle can run code. If you trust the file, load it "
                     "with `torch.load(..., weights_only=False)` yourself and save a dictionary of its `model` and, as `args`, "
                     "the plain values of its options."
                 ) from error
             raise ValueError(
-                f"`{path}` is not a checkpoint that torch can read, or only a part of one "
-                f"({type(error).__name__}: {_first_line(error)})."
+                f"`{path}` is not a complete torch checkpoint ({type(error).__name__}: {_first_line(error)})."
             ) from error
 
 
@@ -311,13 +307,13 @@ def open_original(file: OriginalFile, overrides: Mapping[str, Any] | None = None
         config = _config_of_weights(file, overrides or {})
     except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"the weights of `{file.path}` are not those of a ViT: {type(error).__name__}: {_first_line(error)}."
+            f"`{file.path}` does not contain the weights of a ViT: {type(error).__name__}: {_first_line(error)}."
         ) from error
     return Weights(convert_original_state(file.state, config), config)
 
 
 def original_image_processor(file: OriginalFile, image_size: int) -> Any:
-    """The image processor of the original's evaluation: images are squashed to a square, whose centre is cropped."""
+    """Return the image processor of the original evaluation: resize to a square, then center crop."""
     # mean and deviation of 0.5, or ImageNet's
     statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
     if statistics and file.options.get("dataset_name") == "cifar10":
@@ -350,7 +346,7 @@ def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCA
     expected = _learnt_slots(config, len(slots))
     if expected != slots:
         raise ValueError(
-            f"`keep_rate` of `{file.path}` is {options['keep_rate']}, which makes {expected} tokens, and the weights make "
+            f"`keep_rate` of `{file.path}` is {options['keep_rate']}, which gives {expected} tokens, but the weights have "
             f"{slots}."
         )
     return config
@@ -389,7 +385,7 @@ def kept_slots(source: CLCAViTConfig, changes: Mapping[str, Any]) -> dict[str, A
     patches."""
     resized = {"image_size", "patch_size"} & changes.keys()
     if (
-        source.reduction not in LEARNT_SLOTS
+        source.reduction not in LEARNED_SLOTS
         or not resized
         or {"keep_rate", "keep_tokens", "reduction"} & changes.keys()
     ):
@@ -403,7 +399,7 @@ def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
     blocks = (f"blocks.0.{name}.weight" for name in ("attn.proj", "mlp.fc1", "mlp.fc2"))
     for key in ("patch_embed.proj.weight", "pos_embed", *blocks):
         if key not in state:
-            raise ValueError(f"`{file.path}` does not hold the weights of a ViT: `{key}` is missing.")
+            raise ValueError(f"`{file.path}` does not contain the weights of a ViT: `{key}` is missing.")
     width, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
     has_cls = "cls_token" in state
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
@@ -437,7 +433,7 @@ def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grid(file: OriginalFile, prefix: int) -> tuple[int, bool]:
-    """Patches along a side of the image, and whether only patches have position embeddings."""
+    """Return the patches per side of the image, and whether only patches have position embeddings."""
     rows = file.state["pos_embed"].shape[1]
     others = prefix + (file.state["clr"].shape[1] if "clr" in file.state else 0)
     # decides in the rare case that both counts are squares
@@ -447,8 +443,8 @@ def _grid(file: OriginalFile, prefix: int) -> tuple[int, bool]:
         if patches > 0 and math.isqrt(patches) ** 2 == patches:
             return math.isqrt(patches), no_embed_class
     raise ValueError(
-        f"`pos_embed` in `{file.path}` has {rows} rows: without the {others} of CLS, registers and CLR or with them, that "
-        "is no square number of patches."
+        f"`pos_embed` in `{file.path}` has {rows} positions: neither with nor without the {others} of CLS, registers and CLR "
+        "is this a square number of patches."
     )
 
 
@@ -459,8 +455,8 @@ def _num_heads(file: OriginalFile, width: int, overrides: Mapping[str, Any]) -> 
     fields = file.architecture.fields
     if width != fields["hidden_size"]:
         raise ValueError(
-            f"`num_attention_heads` of `{file.path}` cannot be told: {file.architecture.name} has the width "
-            f"{fields['hidden_size']}, and the weights have {width}. Set `num_attention_heads`."
+            f"`num_attention_heads` of `{file.path}` is unknown: {file.architecture.name} has the width "
+            f"{fields['hidden_size']}, but the weights have {width}. Set `num_attention_heads`."
         )
     return fields["num_attention_heads"]
 
@@ -492,7 +488,7 @@ def _read_stages(
     for pattern, method in _PARTS:
         if method != file.method and (key := next((k for k in file.state if re.match(pattern, k)), None)):
             raise ValueError(
-                f"`model` of `{file.path}` is {file.model_name}, and the weights hold `{key}`, a part of {method}."
+                f"`model` of `{file.path}` is {file.model_name}, but the weights contain `{key}`, a part of {method}."
             )
     if file.method == "dpcknn":
         equal = not any(key.startswith("cluster_layers.") for key in file.state)
@@ -516,7 +512,7 @@ def _read_stages(
         count = max(counts.values(), default=3)
         layers = list(range(depth)) if probes and count == depth else _DEFAULT_LAYERS.get(count)
         if layers is None or layers[-1] >= depth:
-            raise ValueError(f"`reduction_layers` of `{file.path}` are told nowhere: set `reduction_layers`.")
+            raise ValueError(f"`reduction_layers` of `{file.path}` are unknown: set `reduction_layers`.")
         logger.warning("%s does not tell its layers of reduction: %s are assumed", file.path, layers)
         options["reduction_loc"] = layers
     layers = options["reduction_loc"] or (list(range(depth)) if probes else [])
@@ -529,7 +525,7 @@ def _read_stages(
             )
     if file.method not in ("vit", *heads_reading("probes")) and not options.get("keep_rate"):
         if not _slots(file) and not {"keep_rate", "keep_tokens"} & overrides.keys():
-            raise ValueError(f"`keep_rate` of `{file.path}` is told nowhere: set `keep_rate`.")
+            raise ValueError(f"`keep_rate` of `{file.path}` is unknown: set `keep_rate`.")
         options["keep_rate"] = [1.0]  # replaced by what is known
 
 
@@ -552,7 +548,7 @@ def _num_stages(file: OriginalFile, dims: Mapping[str, Any]) -> dict[str, int]:
 
 def _slots(file: OriginalFile) -> list[int]:
     """Tokens that each stage makes, where they are weights."""
-    pattern = rf"cluster_layers\.(\d+)\.{re.escape(LEARNT_SLOTS.get(file.method, '-'))}"
+    pattern = rf"cluster_layers\.(\d+)\.{re.escape(LEARNED_SLOTS.get(file.method, '-'))}"
     slots = {int(m[1]): len(tensor) for key, tensor in file.state.items() if (m := re.fullmatch(pattern, key))}
     return [slots[stage] for stage in sorted(slots)]
 
@@ -561,7 +557,7 @@ def _num_labels(state: Mapping[str, torch.Tensor]) -> int:
     """Classes of the head that is used: beside an aggregation head, the original keeps a stale one."""
     key = "ifa_head.0.4.weight" if "ifa_head.0.4.weight" in state else "head.weight"
     if key not in state:
-        raise ValueError("`model` has no `head.weight`: there is no classifier in it.")
+        raise ValueError("`model` has no classifier: `head.weight` is missing.")
     return state[key].shape[0]
 
 
@@ -604,5 +600,5 @@ def _labels_of_spec(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, A
     prefix = "ifa_head." if aggregates else "head."
     biases = [key for key in state_dict if key.startswith(prefix) and key.endswith("bias")]
     if not biases:
-        raise ValueError(f"`state_dict` has no {prefix}* to tell the number of classes from: set `num_labels`.")
+        raise ValueError(f"`num_labels` is required: `state_dict` has no {prefix}* with the number of classes.")
     return state_dict[max(biases)].shape[0]

@@ -336,5 +336,5 @@ def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAV
         else:
             unexpected.append(key)
     if unexpected:
-        raise ValueError(f"`state_dict` holds keys with no place in this model: {listed(unexpected)}.")
+        raise ValueError(f"`state_dict` contains keys that do not belong to this model: {listed(unexpected)}.")
     return converted

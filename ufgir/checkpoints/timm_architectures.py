@@ -1,8 +1,8 @@
-"""The pretrainings of timm's VisionTransformer that `ufgir.checkpoints.from_timm` can load, as data.
+"""Table of the pretrained models of timm's VisionTransformer that `ufgir.checkpoints.from_timm` can load.
 
-A row is a family: what its networks have beside or instead of what a plain ViT has, how pictures are normalised for them,
-and its members, timm's names and tags. Width, depth and heads follow from the size in a name, patch and image from its
-numbers: `vit_base_patch16_224` is `SIZES["base"]` with patches of 16 pixels in images of 224 (the default).
+Each entry is a family: how its networks differ from a plain ViT, the normalization of its images, and its members (timm's names
+and tags). Width, depth and heads follow from the size in a name, patch and image size from its numbers: `vit_base_patch16_224`
+is `SIZES["base"]` with patches of 16 pixels in images of 224 (the default).
 
 The values are those of timm 1.0.31 (Apache-2.0), whose code is not needed.
 """
@@ -19,7 +19,7 @@ from clca import CLCAViTConfig
 
 
 class Size(NamedTuple):
-    """Of a network: width, layers, heads, width of the MLP."""
+    """Size of a network: width, layers, heads, width of the MLP."""
 
     width: int
     depth: int
@@ -80,15 +80,15 @@ SWIGLU_GIANT = {"hidden_size": 1536, "num_attention_heads": 24, "intermediate_si
 
 @dataclass(frozen=True)
 class Family:
-    """Pretrainings that differ in size, data or resolution only.
+    """Pretrained models that differ only in size, data or resolution.
 
     Args:
-        title: what it is.
-        members: timm's name of a network -> its tags, each with `@` and a `crop_pct` if that is not the family's. "" for
-            a network without published weights.
-        fields: of `CLCAViTConfig`, where the networks are no plain ViT.
-        mean_std: of the pixels.
-        crop_pct: side of the centre crop over that of the resized picture.
+        title: name of the family.
+        members: timm's network name -> its tags, each with `@` and a `crop_pct` if it differs from the family's; "" for a
+            network without published weights.
+        fields: fields of `CLCAViTConfig` that differ from a plain ViT.
+        mean_std: mean and std of the pixels.
+        crop_pct: side of the center crop divided by the side of the resized image.
         resample: "bicubic" or "bilinear".
         paper: number at https://huggingface.co/papers.
     """
@@ -573,15 +573,15 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pretraining: timm's `name.tag`, the network it becomes, and its pictures.
+    """Pretrained model: timm's `name.tag`, the network, and the preprocessing of its images.
 
     Args:
-        name: timm's name, with the tag behind a dot.
-        fields: of `CLCAViTConfig`, all that are not its defaults but the classes.
+        name: timm's name and tag, separated by a dot.
+        fields: fields of `CLCAViTConfig` that differ from its defaults, without the classes.
         mean, std: of red, green and blue in [0, 1].
-        crop_pct: side of the centre crop over that of the resized picture.
+        crop_pct: side of the center crop divided by the side of the resized image.
         resample: "bicubic" or "bilinear".
-        licence: of the weights.
+        licence: license of the weights.
         description: the method and its paper.
     """
 
@@ -596,7 +596,7 @@ class Architecture:
 
     @property
     def image_size(self) -> int:
-        """Side of the images it was trained on, pixels."""
+        """Side of the training images, pixels."""
         return self.fields["image_size"]
 
     @property
@@ -606,7 +606,7 @@ class Architecture:
 
     @property
     def own_fields(self) -> dict[str, Any]:
-        """What it has beside or instead of a plain ViT of this size."""
+        """Fields that differ from a plain ViT of this size."""
         plain = {
             "image_size",
             "patch_size",
@@ -618,10 +618,10 @@ class Architecture:
         return {k: v for k, v in self.fields.items() if k not in plain and (k, v) != ("layer_norm_eps", 1e-6)}
 
     def config(self, **config: Any) -> CLCAViTConfig:
-        """The configuration of the network, with `config` in place of its own fields.
+        """Return the configuration of the network, overridden by `config`.
 
         Raises:
-            ValueError: what `CLCAViTConfig` refuses.
+            ValueError: if `CLCAViTConfig` rejects a value.
         """
         return CLCAViTConfig(**{**self.fields, **config})
 
@@ -648,7 +648,7 @@ def _architectures(family: Family) -> dict[str, Architecture]:
 
 
 def _plain_fields(network: str) -> dict[str, Any]:
-    """What the name of a network says: its size, and the pixels of image and patch."""
+    """Parse the size, and the pixels of image and patch, from the name of a network."""
     width, depth, heads, mlp = SIZES[network.split("_")[1]]
     numbers = re.fullmatch(r".*_patch(\d+)(?:_.*)?_(\d+)(?:_miil)?", network)
     patch_size, image_size = map(int, numbers.groups()) if numbers else (16, 224)
@@ -670,25 +670,25 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def select_architectures(pattern: str | None = None) -> list[Architecture]:
-    """The architectures whose names match a glob such as `deit3*` or contain a text; all without one.
+    """Return the architectures whose names match a glob such as `deit3*` or contain a text; all by default.
 
     Raises:
-        ValueError: there is none, with names close to it.
+        ValueError: if there is none; the message lists similar names.
     """
     if pattern is None:
         return list(ARCHITECTURES.values())
     wanted = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     found = [architecture for name, architecture in ARCHITECTURES.items() if fnmatchcase(name, wanted)]
     if not found:
-        find_architecture(pattern)  # says what is close to it
+        find_architecture(pattern)  # raises an error with similar names
     return found
 
 
 def find_architecture(name: str) -> Architecture:
-    """The architecture of this name, of timm's `name.tag` or of a network's name alone, which stands for its first tag.
+    """Return the architecture of a timm `name.tag`, or of a network name, which selects its first tag.
 
     Raises:
-        ValueError: unknown, with names close to it.
+        ValueError: if the name is unknown; the message lists similar names.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -700,5 +700,5 @@ def find_architecture(name: str) -> Architecture:
     network = name.partition(".")[0]
     close = [known for known in ARCHITECTURES if known.partition(".")[0] == network]
     close = get_close_matches(name, close, n=5, cutoff=0) or get_close_matches(name, [*ARCHITECTURES, *networks], n=3)
-    hint = f"Did you mean {', '.join(close)}?" if close else "`ufgir pretrained` lists those that are known."
+    hint = f"Did you mean {', '.join(close)}?" if close else "`ufgir pretrained` lists the supported ones."
     raise ValueError(f"unknown `architecture` {name!r}. {hint}")
