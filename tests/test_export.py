@@ -38,7 +38,7 @@ SCATTERS = {
     "mctf": ["ScatterElements (add)"],
     "pitome": ["ScatterElements (add)"],
     "tofu": ["ScatterElements (add)", "ScatterElements (max)"],
-    "dpcknn": ["ScatterElements (add)"],
+    "dpcknn": ["ScatterElements (add)", "ScatterElements (max)"],
     "kmedoids": ["ScatterElements (min)"],
 }
 
