@@ -49,8 +49,7 @@ def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return a row for each record of `read_run_records`.
 
     Columns: `run`, the factors, `seed`, every option in which the runs differ, all metrics as `split_metric`, costs,
-        machine and date.
-    Units: metrics as recorded, GMACs, seconds, GiB.
+    machine and date. Units: metrics as recorded, GMACs, seconds, GiB.
     """
 
     def option(record: Mapping[str, Any], name: str) -> Any:

@@ -190,9 +190,8 @@ def parameter_groups(
 
     With `parameter_groups` default, only the weights of linear and convolution layers decay: not CLS, CLR and register
     tokens, position embeddings, learned queries, LayerScale, norms and biases. `backbone_lr_scale`, `layer_lr_decay`
-    and `freeze_epochs` apply to the
-    backbone: all parameters except the head, CLR tokens, parameters of reductions, VQT's query tokens and peft's
-        adapters.
+    and `freeze_epochs` apply to the backbone: all parameters except the head, CLR tokens, parameters of reductions,
+    VQT's query tokens and peft's adapters.
 
     With `original`, patch and position embeddings are treated as new, like the head, and CLR tokens as backbone. All
     parameters that are not 1-D decay except CLS, position embeddings and CLR tokens; in a plain ViT, CLR tokens decay
