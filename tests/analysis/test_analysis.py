@@ -272,7 +272,7 @@ def test_models_that_were_changed_are_no_runs(checkpoints, tmp_path, capsys):
     (tmp_path / "results.csv").write_text(f"run,test_top1\n{checkpoints / 'a'},0.5\n")
     with pytest.raises(SystemExit):
         main(["correlate", out, "--results", str(tmp_path / "results.csv")])
-    assert "with keep_rate [0.25], whose accuracy is not that of the run" in capsys.readouterr().err
+    assert "keep_rate [0.25]" in capsys.readouterr().err
 
 
 def test_a_run_may_be_called_by_a_number(tmp_path, monkeypatch):

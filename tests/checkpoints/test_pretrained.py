@@ -39,7 +39,7 @@ def test_a_model_of_transformers(dinov2: Path, tmp_path: Path) -> None:
     answer = pipeline("image-classification", model=str(output), image_processor=str(output))
     assert len(answer(Image.new("RGB", (60, 50)))) == 3
     card = (output / "README.md").read_text()
-    assert "library_name: transformers" in card and "not trained yet" in card
+    assert "library_name: transformers" in card and "`classifier" in card
 
 
 def test_weights_of_timm(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ def test_command(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{folder}: 14 images of 2 classes" in text and "validation" not in text and "wrote" not in text
     assert "train row 1: " in text and "leakage (same pixels in several splits): 1" in text
-    assert re.search(r"train: images of a class\nimages +classes\n5 +2  #{40}\n", text)
+    assert re.search(r"train: images per class\nimages +classes\n5 +2  #{40}\n", text)
     assert re.search(r"images per class: min / median / max +5 / 5 / 5 +2 / 2 / 2\n", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leaves"]
 
@@ -349,7 +349,7 @@ def test_command(tmp_path, capsys):
     "arguments, message",
     [
         (["nowhere/at/all"], "does not exist"),
-        (["synthetic_leaves", "--html"], "`--html` writes into a folder: name it in `--output`"),
+        (["synthetic_leaves", "--html"], "`--html` requires `--output`"),
         (["synthetic_leaves", "--htlm"], "unrecognized arguments: --htlm"),
         ([], "required: DATASET"),
     ],

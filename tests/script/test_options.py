@@ -250,7 +250,7 @@ DRAWN = {"synthetic_num_classes": 3, "synthetic_images_per_class": [4, 2, 2]}
         (["--ema_warmup"], ["`ema_warmup`", "`ema_decay`"]),
         (["--synthetic_seed", "5"], ["`synthetic_seed`", "`dataset` synthetic_leaves"]),
         (["--dataset_revision", "main"], ["`dataset_revision`", "the Hub"]),
-        (["--csv_class_names", "names.csv"], ["`csv_class_names`", "files list"]),
+        (["--csv_class_names", "names.csv"], ["`csv_class_names`", "list images"]),
         (["--do_train", "false", "--do_eval", "--freeze", "backbone"], ["`freeze`", "`do_train`"]),
         (["--do_train", "false", "--do_eval", "--teacher", "x"], ["`teacher`", "`do_train`"]),
         (["--do_train=false", "--do_eval", "--resume_from_checkpoint=true"], ["`resume_from_checkpoint`"]),

@@ -566,5 +566,5 @@ def test_begun_by_two_processes_and_finished_by_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(prediction, "_begin", lambda folder, same, data, processes: begin(folder, same, data, 2))
-        with pytest.raises(ValueError, match="begun by 2 processes"):
+        with pytest.raises(ValueError, match="2 processes"):
             predict_to_file(model, as_stream(make_images(5), 0, 1), tmp_path / "s.csv", NAMES, batch_size=2)
