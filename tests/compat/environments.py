@@ -91,6 +91,7 @@ class Environment:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     timeout=timeout,
+                    start_new_session=True,  # DeepSpeed ends its process group
                     check=False,
                 ).returncode
             except subprocess.TimeoutExpired:

@@ -162,6 +162,7 @@ def test_rows_of_the_compatibility_page_lie_in_the_ranges(setup_cfg):
         [c.strip(" `") for c in r.strip("|").split("|")] for r in table.split("<!--")[0].split("\n") if r
     ]
     tested = [row for row in (dict(zip(heads, row, strict=True)) for row in rows) if row["passed"].isdigit()]
+    assert {row["row"].rpartition("-")[2] for row in tested} >= {"oldest", "newest"}
     for row in tested:
         assert int(row["passed"]) > 200 and row["failed"] == "0", row
         for name in set(row) & set(bounds):
