@@ -203,15 +203,14 @@ def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
     """Refuse weights that are infinite or no number: every answer would be the same.
 
     Args:
-        weights: a state dict. Tensors that are not in memory are passed over.
+        weights: a state dict. Tensors that are not in memory, and quantized ones of a class of their own, are skipped.
         source: what the weights are called in the error.
 
     Raises:
         ValueError: naming the first few.
     """
-    floats = {
-        n: t for n, t in weights.items() if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.is_meta
-    }
+    plain = (torch.Tensor, nn.Parameter)
+    floats = {n: t for n, t in weights.items() if type(t) in plain and t.is_floating_point() and not t.is_meta}
     # A sum is ten times as fast as a test of every number; that of large but finite numbers may overflow.
     found = [n for n, t in floats.items() if not t.sum().isfinite() and not t.isfinite().all()]
     if found:
