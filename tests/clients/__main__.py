@@ -5,6 +5,7 @@ transformers that the client admits. Its last line goes into docs/compatibility.
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -114,7 +115,7 @@ def run_client(uv: Path, key: str) -> tuple[list[str], bool]:
         log = WORK / f"client-{key}.log"
         status = env.run("-m", f"tests.clients.{key}", log=log, timeout=1800)
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = " ".join(lines[-1].split())[:200] if lines else f"status {status}"
+    said = " ".join(re.sub(r" \(/[^)]*\)?", "", lines[-1]).split())[:200] if lines else f"status {status}"  # no paths
     works = status == 0
     result = (
         f"works: {said}" if works else f"fails: {client.upstream}: {said}" if client.upstream else f"**fails**: {said}"
