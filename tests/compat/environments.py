@@ -91,7 +91,7 @@ class Environment:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     timeout=timeout,
-                    start_new_session=True,  # DeepSpeed ends its process group
+                    start_new_session=True,  # a runner without it ended silently around DeepSpeed
                     check=False,
                 ).returncode
             except subprocess.TimeoutExpired:
