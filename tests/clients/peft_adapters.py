@@ -21,7 +21,11 @@ def check(folder: Path) -> str:
     merged = adapted.merge_and_unload()
     told = difference(logits_of(merged, pixels()), expected, 1e-4)
     merged.save_pretrained(folder)
-    difference(logits_of(type(merged).from_pretrained(folder).eval(), pixels()), logits_of(merged, pixels()), 0)
+    loaded = type(merged).from_pretrained(folder).eval()
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in merged.state_dict().items())
+    # Equal weights elsewhere in memory may be multiplied by other kernels, so that logits differ by rounding.
+    difference(logits_of(loaded, pixels()), logits_of(merged, pixels()), 1e-6)
     return f"get_peft_model (LoRA) trains; merged, {told}"
 
 
