@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from tests.clients.common import difference, logits_of, main, pixels, save
+from tests.clients.common import difference, logits_of, main, pixels, same_weights, save
 
 
 PROGRAM = """
@@ -20,6 +20,7 @@ backbone = AutoModel.from_pretrained("model", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules") and backbone.config.reduction == "evit"
 assert AutoImageProcessor.from_pretrained("model", trust_remote_code=True).size["height"] == 32
 with torch.no_grad():
+    save_file(model.state_dict(), "weights.safetensors")
     save_file({"logits": model(load_file("pixels.safetensors")["pixels"]).logits}, "logits.safetensors")
 """
 
@@ -32,6 +33,7 @@ def check(folder: Path) -> str:
     command = [sys.executable, "-P", "-c", PROGRAM]
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-250:]
+    same_weights(load_file(folder / "weights.safetensors"), model.state_dict())
     found = load_file(folder / "logits.safetensors")["logits"]
     return f"from remote code, {difference(found, logits_of(model, pixels()), 1e-6)}"
 

@@ -58,6 +58,19 @@ def difference(found: Any, expected: torch.Tensor, most: float) -> str:
     return "equal logits" if distance == 0 else f"logits within {distance:.0e}"
 
 
+def same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compare two state dicts exactly.
+
+    Equal weights at other addresses may be multiplied by other kernels, so logits of equal models may differ by rounding.
+
+    Raises:
+        AssertionError: if names or values differ.
+    """
+    assert found.keys() == expected.keys()
+    different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert not different, f"weights differ: {', '.join(different[:3])}"
+
+
 class Data(torch.utils.data.Dataset):
     """Twelve random images of three classes."""
 

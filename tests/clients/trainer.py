@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from tests.clients.common import Data, changed, difference, logits_of, main, model, parameters, pixels
+from tests.clients.common import Data, changed, difference, logits_of, main, model, parameters, pixels, same_weights
 
 
 def check(folder: Path) -> str:
@@ -23,6 +23,7 @@ def check(folder: Path) -> str:
     predicted = trainer.predict(Data()).predictions
     assert predicted.shape == (12, 3)
     loaded = AutoModelForImageClassification.from_pretrained(folder / "checkpoint-3", trust_remote_code=True).eval()
+    same_weights(loaded.state_dict(), classifier.state_dict())
     told = difference(logits_of(loaded, pixels()), logits_of(classifier.eval(), pixels()), 1e-6)
     return f"3 steps change all {count} trainable parameters; its checkpoint loads, {told}"
 
