@@ -12,9 +12,10 @@ from transformers import ViTImageProcessorPil
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY
 from ufgir.checkpoints.loading import check_meaning
-from ufgir.cli import analysis_options, benchmark, correlate, export, outputs, predict, profile, visualize
+from ufgir.cli import analysis_options, benchmark, correlate, export, predict, profile, visualize
 from ufgir.cli import entry as cli
 from ufgir.cli.outputs import NotWritten, check_document, check_file, check_folder, told_first
+from ufgir.utils import files
 from ufgir.utils.text import shortened
 
 
@@ -84,8 +85,8 @@ class TestChecks:
         def refuse(*args, **kwargs):
             raise OSError(errno.EROFS, "Read-only file system")
 
-        monkeypatch.setattr(outputs.tempfile, "NamedTemporaryFile", refuse)
-        monkeypatch.setattr(outputs.tempfile, "TemporaryDirectory", refuse)
+        monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+        monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
         for check in (check_folder, check_file):
             for place in (tmp_path / "new", tmp_path / "new" / "inside"):
                 with pytest.raises(ValueError, match=r"`--output` .*new.* cannot be written: Read-only file system\."):

@@ -2,6 +2,7 @@
 
 python -m tests.faults --minutes 60
 python -m tests.faults --tries 500 --minutes 600 --record faults.jsonl      continues where it was stopped
+python -m tests.faults --only kills --tries 500 --minutes 600 --record faults.jsonl --shard 1/2        one of two processes
 """
 
 import argparse
@@ -35,6 +36,13 @@ def table(results: list[Result]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def _shard(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise ValueError
+    return number, count
+
+
 def main() -> int:
     """Run the requested faults; return 1 if any try was lost."""
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__.splitlines()[0])
@@ -44,10 +52,19 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices [%(default)s]")
     parser.add_argument(
-        "--only", default="", help="only kinds of kills whose name contains this; `data`: only data faults"
+        "--only",
+        default="",
+        help="`kills`: only kills; `data`: only data faults; else only kinds of kills whose name contains this",
     )
     parser.add_argument("--into", type=Path, help="page whose table is updated, e.g. docs/reliability.md")
     parser.add_argument("--record", type=Path, help="file with a line for each kill; kills in it are not repeated")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="K/N",
+        help="every N-th kill from the K-th on, with a common record",
+    )
     args = parser.parse_args()
     if args.into is not None:
         check_place(args.into, TABLE)
@@ -57,8 +74,9 @@ def main() -> int:
     data = args.only in ("", "data") and importlib.util.find_spec(DATA) is not None
     work = Path(tempfile.mkdtemp(prefix="faults."))
     if args.only != "data":
+        only = args.only if args.only != "kills" else ""
         share = args.minutes * (0.75 if data else 1.0)
-        results += kills.run(share, args.tries, args.seed, work, args.record, args.only)
+        results += kills.run(share, args.tries, args.seed, work, args.record, only, args.shard)
     if data:
         share = args.minutes * (0.25 if args.only == "" else 1.0)
         results += importlib.import_module(DATA).run(share, args.tries, args.seed)

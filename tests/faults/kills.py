@@ -456,7 +456,15 @@ def _kill(
     return how, ""
 
 
-def run(minutes: float, tries: int, seed: int, work: Path, record: Path | None = None, only: str = "") -> list[Result]:
+def run(
+    minutes: float,
+    tries: int,
+    seed: int,
+    work: Path,
+    record: Path | None = None,
+    only: str = "",
+    shard: tuple[int, int] = (1, 1),
+) -> list[Result]:
     """Kill runs of all kinds in turn.
 
     Args:
@@ -466,6 +474,7 @@ def run(minutes: float, tries: int, seed: int, work: Path, record: Path | None =
         work: an empty folder.
         record: a file with a line for each try; tries in it are not repeated.
         only: part of the names of the kinds to run; all by default.
+        shard: (k, n): make every n-th try, from the k-th on. Processes with the same record share the work.
     """
     end = time.monotonic() + 60 * minutes
     done: dict[tuple[str, int], str] = {}
@@ -478,7 +487,7 @@ def run(minutes: float, tries: int, seed: int, work: Path, record: Path | None =
     references: dict[str, Reference] = {}
     for count in range(tries):
         kind, number = kinds[count % len(kinds)], count // len(kinds)
-        if (kind.name, number) in done:
+        if count % shard[1] != shard[0] - 1 or (kind.name, number) in done:
             continue
         if time.monotonic() > end:
             break

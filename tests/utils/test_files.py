@@ -19,6 +19,7 @@ from ufgir.utils.files import (
     new_folder,
     raise_disk_full,
     remove_leftovers,
+    temporary_path,
     whole_file,
     whole_files,
     write_text_atomically,
@@ -131,7 +132,67 @@ def test_leftovers_of_earlier_versions_go_and_files_of_others_stay(tmp_path: Pat
     remove_leftovers(tmp_path / "nowhere")
 
 
-def test_what_was_left_long_ago_goes_with_the_next_write(tmp_path: Path) -> None:
+def leave(folder: Path, write: Callable[[Path], None]) -> None:
+    """Kill a process before the file that it has written gets its name."""
+
+    def killed() -> None:
+        files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        write(folder)
+
+    assert status(killed) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_next_write_removes_what_a_killed_process_left(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """At once, and nothing else: no files of other targets."""
+    write(tmp_path)
+    names = everything(tmp_path).keys()
+    others = {"_a.json.b.12345678.tmp", "_b.json.12345678.tmp", "_a.json.partial", "a.json.12345678.tmp"}
+    leave(tmp_path, write)
+    leave(tmp_path, write)
+    for name in others:
+        (tmp_path / name).write_text("")
+    write(tmp_path)
+    assert everything(tmp_path).keys() == names | others
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_temporary_files_of_living_processes_stay(tmp_path: Path, folder: bool) -> None:
+    """A lock is per open file, so one process can stand for two."""
+    target = tmp_path / "a"
+    with temporary_path(target, folder) as first, temporary_path(target, folder) as second:
+        assert first.exists() and second.exists() and first != second
+        os.utime(first, (0, 0))
+        with temporary_path(target, folder) as third:
+            assert first.exists() and third.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_being_replaced_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights(tmp_path)
+    replace, seen = os.replace, []
+
+    def look(*args: Path) -> None:
+        replace(*args)
+        if not (tmp_path / "a").exists():
+            files._remove_stale(tmp_path / "a")
+            seen.append((tmp_path / "a").exists())
+
+    monkeypatch.setattr(files.os, "replace", look)
+    weights(tmp_path)
+    assert seen == [False] and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_whose_replacement_was_killed_is_restored_by_the_next_write(tmp_path: Path) -> None:
+    (tmp_path / "_a.12345678.old").mkdir()
+    (tmp_path / "_a.12345678.old" / "old.json").write_text("old")
+    with pytest.raises(KeyError), new_folder(tmp_path / "a"):
+        raise KeyError
+    assert everything(tmp_path) == {"a/old.json": b"old"}
+
+
+def test_without_locks_a_leftover_goes_after_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
     for age, name in ((7200, "_a.json.12345678.tmp"), (0, "_a.json.abcdefgh.tmp"), (7200, "_b.json.12345678.tmp")):
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (os.stat(tmp_path).st_mtime - age,) * 2)

@@ -1,12 +1,11 @@
 """Checks of output files and folders before a computation, and reporting of results when writing fails."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..utils.files import TEMPORARY
+from ..utils.files import temporary_path
 
 
 class NotWritten(OSError):
@@ -86,14 +85,16 @@ def _try(folder: Path, name: str, option: str, path: str | os.PathLike) -> None:
     Permissions alone are not enough: they do not cover /proc, read-only mounts, or root."""
     try:
         if os.path.isdir(folder):
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{name}.", suffix=TEMPORARY):
+            with temporary_path(folder / name):
                 return
         while not os.path.exists(folder.parent):
             folder = folder.parent
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"_{folder.name}.", suffix=TEMPORARY):
+        with temporary_path(folder, folder=True):
             return
     except OSError as error:
-        raise ValueError(f"`{option}` {path} cannot be written: {error.strerror}. Choose another path.") from error
+        raise ValueError(
+            f"`{option}` {path} cannot be written: {error.strerror or error}. Choose another path."
+        ) from error
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Atomic writing of files and folders: they appear complete or not at all.
 
-Data is first written next to its target as `_NAME.<eight characters>.tmp`. Uploads to the Hub ignore names that begin with `_`, and
-`remove_leftovers` removes the temporary files of killed processes.
+Data is first written next to its target as `_NAME.<eight characters>.tmp`. Uploads to the Hub ignore names that begin with `_`. The
+writing process holds a lock on this file or folder, which the system releases when the process ends in any way. The next process that
+writes the same target removes those that are not locked, the leftovers of killed processes; `remove_leftovers` removes all of a folder.
 """
 
 import csv
@@ -14,16 +15,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY, REPLACED = ".tmp", ".old"
 # Names of temporary files and folders, and of those about to be replaced; in earlier versions they began with a dot.
 _LEFTOVER = re.compile(r"[._](?P<target>.+)\.(?:[a-z0-9_]{8}|\d+)\.(?:tmp|old)")
-_FILES = "_files."  # prefix of the folder of `whole_files`
-_STALE = 3600.0  # seconds after which a temporary file is considered abandoned
+_FILES = "files"  # target in the name of the folder of `whole_files`
+_STALE = 3600.0  # seconds after which a temporary file is considered abandoned where files cannot be locked
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -78,7 +84,7 @@ def _what_is_full(path: Path, needed: int | None, error: Exception) -> str:
 def _final(file: Path) -> Path:
     """Return the path that a temporary file or folder will have when it is complete."""
     found = ((part, _LEFTOVER.fullmatch(part)) for part in file.parts)
-    return Path(*(match["target"] if match else part for part, match in found if not part.startswith(_FILES)))
+    return Path(*(match["target"] if match else part for part, match in found if not part.startswith(f"_{_FILES}.")))
 
 
 def _megabytes(size: int) -> str:
@@ -129,22 +135,87 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        found = _LEFTOVER.fullmatch(path.name)
-        if found and path.suffix == REPLACED and not (folder / found["target"]).exists():
-            os.replace(path, folder / found["target"])
-        elif found:
-            remove(path)
+        if found := _LEFTOVER.fullmatch(path.name):
+            _clear(path, folder / found["target"])
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove old temporary files and folders of this target, left by killed processes."""
-    for name in glob.glob(f"[._]{glob.escape(target.name)}.*{TEMPORARY}", root_dir=target.parent, include_hidden=True):
-        path = target.parent / name
-        try:
-            if time.time() - path.stat().st_mtime > _STALE and _LEFTOVER.fullmatch(name):
-                remove(path)
-        except OSError:  # it was renamed in the meantime
+    """Remove the temporary files and folders of this target that were left by killed processes."""
+    for name in glob.glob(f"[._]{glob.escape(target.name)}.*.*", root_dir=target.parent, include_hidden=True):
+        found = _LEFTOVER.fullmatch(name)
+        if found is None or found["target"] != target.name:
             continue
+        path = target.parent / name
+        with suppress(OSError), _locked(path) as locked:  # it raises if its process is alive, or it was renamed
+            if locked or time.time() - path.stat().st_mtime > _STALE:
+                _clear(path, target)
+
+
+def _clear(leftover: Path, target: Path) -> None:
+    """Remove a leftover; restore it if it was about to be replaced and `target` is missing."""
+    if leftover.suffix == REPLACED and not target.exists():
+        os.replace(leftover, target)
+    else:
+        remove(leftover)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Context manager that locks a file or folder, so that other processes can tell that this one is alive.
+
+    Yields:
+        False if files cannot be locked here: on Windows, some network disks, and those of other users.
+
+    Raises:
+        BlockingIOError: if another process has locked it.
+        FileNotFoundError: if another process has removed it.
+    """
+    with ExitStack() as stack:
+        locked = False
+        if fcntl is not None:
+            try:
+                handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except (BlockingIOError, FileNotFoundError):
+                raise
+            except OSError:
+                pass
+            if locked and not os.path.samestat(os.fstat(handle), path.stat()):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield locked
+
+
+@contextmanager
+def temporary_path(target: Path, folder: bool = False) -> Iterator[Path]:
+    """Context manager that yields a new temporary file or folder next to `target`. It is deleted at the end of the block, unless it was
+    renamed. The leftovers of killed processes that wrote the same target are deleted first.
+
+    Args:
+        target: file or folder to write; its parent folder is created if missing.
+        folder: yield a folder.
+
+    Raises:
+        DiskFull: if there is no space.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target)
+    names = {"dir": target.parent, "prefix": f"_{target.name}.", "suffix": TEMPORARY}
+    with ExitStack() as stack:
+        while True:
+            with raise_disk_full(target):
+                if folder:
+                    path = Path(tempfile.mkdtemp(**names))
+                else:
+                    handle, name = tempfile.mkstemp(**names)
+                    os.close(handle)
+                    path = Path(name)
+            with suppress(BlockingIOError, FileNotFoundError):  # until then, another process may remove it
+                stack.enter_context(_locked(path))
+                break
+        stack.callback(remove, path)
+        yield path
 
 
 @contextmanager
@@ -154,14 +225,16 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         DiskFull: if there is no space.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"_{target.name}.", suffix=TEMPORARY))
-    try:
+    with temporary_path(target, folder=True) as temporary:
         with raise_disk_full(temporary):
             yield temporary
         share(temporary)
-        if target.is_dir() and any(target.iterdir()):
+        if not target.is_dir() or not any(target.iterdir()):
+            os.replace(temporary, target)
+            return
+        with ExitStack() as stack:
+            with suppress(OSError):
+                stack.enter_context(_locked(target))  # so that it is no leftover while it has another name
             old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"_{target.name}.", suffix=REPLACED))
             os.replace(target, old)
             try:
@@ -170,11 +243,6 @@ def new_folder(target: Path) -> Iterator[Path]:
                 os.replace(old, target)
                 raise
             shutil.rmtree(old)
-        else:
-            os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -185,9 +253,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
     Raises:
         DiskFull: if there is no space.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_FILES, suffix=TEMPORARY))
-    try:
+    with temporary_path(folder / _FILES, folder=True) as temporary:
         with raise_disk_full(temporary):
             yield temporary
         for file in sorted(
@@ -198,8 +264,6 @@ def whole_files(folder: Path) -> Iterator[Path]:
             _for_everyone(file)
             to_disk(file)
             os.replace(file, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -215,21 +279,11 @@ def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[P
         DiskFull: if there is no space.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
-    with raise_disk_full(path, needed):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"_{path.name}.", suffix=TEMPORARY)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        with raise_disk_full(path, needed):
-            yield temporary
-            _for_everyone(temporary)
-            to_disk(temporary)
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with temporary_path(path) as temporary, raise_disk_full(path, needed):
+        yield temporary
+        _for_everyone(temporary)
+        to_disk(temporary)
+        os.replace(temporary, path)
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> Path:
