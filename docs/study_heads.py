@@ -1,0 +1,103 @@
+"""Train with parts of the CLA head, for the ablation in docs/study.md.
+
+    python docs/study_heads.py recipes/study_pretrained.yaml --set keep_rate=0.1 --set seed=1 --output outputs/study_heads
+    ufgir results outputs/study_heads
+
+It is `ufgir sweep` with three more heads, which are variants of the grid:
+
+| variant | head |
+| --- | --- |
+| `linear_bn` | BatchNorm, then the linear layer of the linear head |
+| `cla_last` | the CLA head on CLS of the last layer only |
+| `cla_conv` | the CLA head without its two BatchNorms |
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import run_ufgir
+from clca import CLCAViTConfig
+from clca.heads_clca import HEADS, AggregationHead, CLAHead, Head
+from ufgir.runs.queue import RunQueue, make_slots
+from ufgir.runs.sweep import Grid
+
+
+class NormedLinear(nn.Module):
+    """BatchNorm and a linear layer, (B, D) to (B, K)."""
+
+    def __init__(self, width: int, num_labels: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(width), nn.Linear(width, num_labels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(features))
+
+
+class NormedLinearHead(Head):
+    """The linear head with a BatchNorm before it."""
+
+    @classmethod
+    def build(cls, config: CLCAViTConfig) -> nn.Module:
+        return NormedLinear(config.hidden_size, config.num_labels)
+
+
+class LastLayerHead(AggregationHead):
+    """The CLA head on CLS of the last layer: its depth-wise convolution has a kernel of size 1."""
+
+    def __init__(self, config: CLCAViTConfig, num_labels: int) -> None:
+        super().__init__()
+        inner = config.hidden_size * config.cla_multiplier
+        self.norm_in, self.norm_out = nn.BatchNorm1d(config.hidden_size), nn.BatchNorm1d(inner)
+        self.aggregate = nn.Conv1d(config.hidden_size, inner, kernel_size=1, groups=config.hidden_size)
+        self.activation, self.out_proj = nn.GELU(), nn.Linear(inner, num_labels)
+
+    def forward(self, cls_tokens: torch.Tensor) -> torch.Tensor:
+        """CLS tokens (B, layers, D) to logits (B, K)."""
+        hidden = self.aggregate(self.norm_in(cls_tokens[:, -1:].transpose(1, 2)))
+        return self.out_proj(self.activation(self.norm_out(hidden)).squeeze(-1))
+
+
+class ConvolutionHead(CLAHead):
+    """The CLA head without its two BatchNorms."""
+
+    def __init__(self, config: CLCAViTConfig, num_labels: int) -> None:
+        super().__init__(config, num_labels)
+        self.norm_in, self.norm_out = nn.Identity(), nn.Identity()
+
+
+ABLATIONS = {"linear_bn": NormedLinearHead, "cla_last": LastLayerHead, "cla_conv": ConvolutionHead}
+VARIANTS = [f"{name}:cross_layer_cache=false,num_clr_tokens=0,head={name}" for name in ABLATIONS]
+RUN = "run"  # first argument of the processes that the sweep starts
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the grid; return 1 if a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE,VALUE", help="as in `ufgir sweep`")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the sweep")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent processes [%(default)s]")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, level=logging.INFO)
+    try:
+        script = [sys.executable, str(Path(__file__).resolve()), RUN]
+        queue = RunQueue(Grid(args.recipe, args.set, VARIANTS), args.output, script)
+        queue.work(make_slots([], args.jobs))
+    except ValueError as error:
+        parser.error(str(error))
+    sys.stdout.write(f"{queue.summary()}\n")
+    return 1 if queue.failed else 0
+
+
+if __name__ == "__main__":
+    HEADS |= ABLATIONS
+    if sys.argv[1:2] == [RUN]:
+        run_ufgir.main(sys.argv[2:])
+    else:
+        sys.exit(main(sys.argv[1:]))
