@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from transformers import set_seed
 
-from ufgir.checkpoints.loading import check_meaning
+from ufgir.checkpoints.loading import warn_fields_without_effect
 from ufgir.data.checks import DatasetError
 from ufgir.evaluation.prediction import file_names, predict_to_file
 from ufgir.runs.records import RECORD, mark_pushed
@@ -74,9 +74,9 @@ from ufgir.training.setup import (
 )
 from ufgir.utils.arguments import RecipeParser
 from ufgir.utils.files import DiskFull, remove_leftovers
-from ufgir.utils.locks import only_one
+from ufgir.utils.locks import exclusive_lock
 from ufgir.utils.metric_names import METRIC_NAMES
-from ufgir.utils.options import check_options, collected, warn_of
+from ufgir.utils.options import check_options, collected, warn_without_effect
 from ufgir.utils.text import one_sentence
 
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                         f"`output_dir` {args.output_dir} is in use by another run. Wait for it to finish or choose another "
                         "folder"
                     )
-                    stack.enter_context(only_one(Path(args.output_dir), refusal))
+                    stack.enter_context(exclusive_lock(Path(args.output_dir), refusal))
                 run = prepare(options, parser.given)
             except (ValueError, OSError) as error:
                 parser.error(one_sentence(error))
@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
                 ended = Ended.of(error)
                 parser.exit(ended.status, f"{parser.prog}: {ended}\n")
         if args.process_index == 0:
-            warn_of(without_effect)
+            warn_without_effect(without_effect)
         try:
-            return carry_out(run, options, parser, start)
+            return execute_run(run, options, parser, start)
         except KeyboardInterrupt as error:
             ended = Ended.of(error)
             parser.exit(ended.status, f"{parser.prog}: {ended}. {resume_hint(args)}\n")
@@ -151,7 +151,7 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
     checkpoint = find_checkpoint(args) if args.do_train else None
     options.augmentation.check(args)
     config = make_config(options.model)
-    check_meaning({name: value for name, value in vars(options.model).items() if name in given}, [config])
+    warn_fields_without_effect({name: value for name, value in vars(options.model).items() if name in given}, [config])
     check_smoothing(options, config)
 
     # a trained model's classes; the data may have fewer, in another order
@@ -177,7 +177,7 @@ def prepare(options: Options, given: Collection[str] = ()) -> Run:
     return Run(checkpoint, config, image_processor, data, images, names, trainer, *costs, about)
 
 
-def carry_out(run: Run, options: Options, parser: RecipeParser, start: float) -> dict[str, dict[str, float]]:
+def execute_run(run: Run, options: Options, parser: RecipeParser, start: float) -> dict[str, dict[str, float]]:
     """Train, evaluate and predict as requested, write the results, and return split -> metrics.
 
     Args:

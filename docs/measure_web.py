@@ -1,10 +1,9 @@
-"""Measure the page without a server: sizes, and time an image in Chromium beside ONNX Runtime in Python, in one run.
+"""Measure the page without a server: sizes, and milliseconds per image in Chromium and in ONNX Runtime for Python.
 
     python docs/measure_web.py outputs/demo
 
-writes the table of docs/web.md to standard output. The ViT-S has random weights: they do not change the time. Images are timed in
-rounds, Chromium with one and two threads and ONNX Runtime with one and two threads in turn. Needs an idle machine, Chromium and
-playwright.
+prints the table of docs/web.md. The ViT-S has random weights, which do not affect the time. Timing is interleaved: each round measures
+Chromium and ONNX Runtime with one and with two threads. It needs an idle machine, Chromium and playwright.
 """
 
 import argparse
@@ -40,7 +39,7 @@ PATIENCE = 300_000  # milliseconds
 
 
 def models(demo: Path) -> dict[str, tuple[CLCAViTForImageClassification, object]]:
-    """What is measured: the demo, and a ViT-S dense and reduced."""
+    """Return the models to measure: the demo, and a ViT-S without and with reduction."""
     torch.manual_seed(0)
     trained = CLCAViTForImageClassification.from_pretrained(demo).eval()
     plain = CLCAViTForImageClassification.from_pretrained(
@@ -57,7 +56,7 @@ def models(demo: Path) -> dict[str, tuple[CLCAViTForImageClassification, object]
 
 
 class Native:
-    """ONNX Runtime in this process."""
+    """Model in ONNX Runtime in this process."""
 
     def __init__(self, site: Site, threads: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -68,7 +67,7 @@ class Native:
         self.feeds = {"pixel_values": np.random.default_rng(0).normal(size=shape).astype("f4")}
 
     def times(self, count: int = 5) -> list[float]:
-        """Milliseconds of runs, after one that is not counted."""
+        """Return the milliseconds of each run, after a warm-up."""
         found = []
         for _ in range(1 + count):
             start = time.perf_counter()
@@ -78,7 +77,7 @@ class Native:
 
 
 def browser_times(page: Page, image: Path) -> list[float]:
-    """The same, as the page has measured them."""
+    """Return the milliseconds of each run in the browser, as measured by the page."""
     panel = page.locator("#panel-A")
     shown = int(panel.get_attribute("data-shown") or 0)
     panel.get_by_label("Choose an image").set_input_files(image)
@@ -87,7 +86,7 @@ def browser_times(page: Page, image: Path) -> list[float]:
 
 
 def measure(site: Site, chromium: str, image: Path, rounds: int) -> dict[tuple[str, int], float]:
-    """Median milliseconds by (where, threads)."""
+    """Return (runtime, number of threads) -> median milliseconds."""
     found: dict[tuple[str, int], list[float]] = {}
     with ExitStack() as stack:
         server = stack.enter_context(make_server(site.folder, 0))
@@ -131,7 +130,7 @@ def main() -> None:
         ratios = {}
         for name, (model, processor) in models(args.demo).items():
             for precision in args.precisions:
-                # an int8 graph of random weights differs by what it likes; `measure` does not look
+                # logits of random weights in int8 differ a lot, which does not affect the time
                 site = build_site(model, processor, Path(folder, name.replace(" ", "_") + precision), None, precision)
                 found = measure(site, args.chromium, image, args.rounds)
                 sizes = site.sizes

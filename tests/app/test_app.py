@@ -23,11 +23,11 @@ from ufgir.app.viewer import (
     PICTURE_SIDE,
     Cost,
     Leaf,
-    Look,
+    Prediction,
     Setting,
     Viewer,
-    lacking,
     make_leaf,
+    missing_weights,
 )
 from ufgir.cli import entry as cli
 from ufgir.profiling.macs import count_macs
@@ -41,25 +41,25 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_look_is_what_the_model_predicts(viewer, checkpoint, leaf):
     setting = Setting("evit", 0.5, True)
-    look = viewer.look(checkpoint, leaf, setting)
+    prediction = viewer.predict(checkpoint, leaf, setting)
     found = viewer.checkpoint(checkpoint)
-    pixels = found.image_processor(images=[leaf.picture], return_tensors="pt").pixel_values
+    pixels = found.image_processor(images=[leaf.image], return_tensors="pt").pixel_values
     with torch.no_grad():
         output = found.model(pixels)
     shares = output.logits[0].softmax(0)
-    assert [name for name, _ in look.classes] == [
+    assert [name for name, _ in prediction.classes] == [
         f"cultivar_{i:02d}" for i in shares.argsort(descending=True).tolist()
     ]
-    assert [share for _, share in look.classes] == pytest.approx(sorted(shares.tolist(), reverse=True))
-    assert look.tokens == output.token_counts and not look.independent
-    assert viewer.look(checkpoint, Leaf(leaf.key, leaf.picture.copy()), setting) is look  # remembered
+    assert [share for _, share in prediction.classes] == pytest.approx(sorted(shares.tolist(), reverse=True))
+    assert prediction.tokens == output.token_counts and not prediction.independent
+    assert viewer.predict(checkpoint, Leaf(leaf.key, leaf.image.copy()), setting) is prediction  # remembered
 
 
 def test_several_classes_a_leaf(tmp_path, leaf):
     name = save_checkpoint(tmp_path, problem_type="multi_label_classification")
-    look = Viewer().look(name, leaf, Setting("evit", 0.5, True))
-    assert look.independent and sum(share for _, share in look.classes) != pytest.approx(1, abs=1e-3)
-    assert "a probability of its own" in app_html.prediction(look)
+    prediction = Viewer().predict(name, leaf, Setting("evit", 0.5, True))
+    assert prediction.independent and sum(share for _, share in prediction.classes) != pytest.approx(1, abs=1e-3)
+    assert "are independent" in app_html.prediction_table(prediction)
 
 
 def test_costs_beside_dense(viewer, checkpoint, leaf):
@@ -77,23 +77,23 @@ def test_costs_beside_dense(viewer, checkpoint, leaf):
 
 def test_loading_again_forgets_the_answers_of_before(tmp_path, leaf):
     name, viewer, setting = save_checkpoint(tmp_path), Viewer(), Setting("evit", 0.5, True)
-    before = viewer.look(name, leaf, setting)
+    before = viewer.predict(name, leaf, setting)
     save_checkpoint(tmp_path, num_labels=2, id2label={0: "ash", 1: "oak"})
-    assert viewer.look(name, leaf, setting) is before
+    assert viewer.predict(name, leaf, setting) is before
     viewer.load(name)
-    assert {name for name, _ in viewer.look(name, leaf, setting).classes} == {"ash", "oak"}
+    assert {name for name, _ in viewer.predict(name, leaf, setting).classes} == {"ash", "oak"}
     with pytest.raises(ValueError):
         viewer.load("you/nothing")
     assert viewer.checkpoint(name)  # still there
 
 
-@pytest.mark.parametrize("kind", app.shown_kinds(of_patch=False))
+@pytest.mark.parametrize("kind", app.kinds_on_page(of_patch=False))
 def test_pictures_of_the_stages(viewer, checkpoint, leaf, kind):
     shown = viewer.stages(checkpoint, leaf, Setting("tome", 0.5, True), kind)
     stages = ["after layer 1", "after layer 2"]
     names = {"attention": ["layer 1", "layer 2", "layer 4"], "kept": stages, "merge": stages}.get(kind)
     assert shown and names in (None, [picture.name for picture in shown])
-    assert all(picture.picture.size == (PICTURE_SIDE, PICTURE_SIDE) for picture in shown)
+    assert all(picture.image.size == (PICTURE_SIDE, PICTURE_SIDE) for picture in shown)
 
 
 def test_a_trace(viewer, checkpoint, leaf):
@@ -122,16 +122,16 @@ def test_the_frame_lies_around_the_patch(viewer, checkpoint, leaf):
 
 def test_names_of_strangers_are_escaped():
     evil = "<img src=x onerror=alert(1)>"
-    look = Look([(evil, 0.5)], False, (3, 2), 0.1)
+    prediction = Prediction([(evil, 0.5)], False, (3, 2), 0.1)
     parts = [
-        app_html.prediction(look),
+        app_html.prediction_table(prediction),
         app_html.problem(evil),
         app_html.hint(evil),
-        app_html.cost_table(Cost(None, 10), look, evil),
+        app_html.cost_table(Cost(None, 10), prediction, evil),
         app_html.thumbnails([(evil + '"', make_leaf(Image.new("RGB", (4, 4))))]),
     ]
     assert all("<img src=x" not in part for part in parts)
-    assert "GMACs cannot be said in advance" in parts[3] and 'aria-label="Example &lt;img' in parts[4]
+    assert "GMACs cannot be computed in advance" in parts[3] and 'aria-label="Example &lt;img' in parts[4]
     assert '"' not in re.search(r'aria-label="([^>]*?)" title', parts[4]).group(1)
 
 
@@ -204,4 +204,4 @@ def test_the_header_of_the_space():
 
 def test_nothing_is_lacking_from_a_model_for_itself(viewer, checkpoint):
     model = viewer.checkpoint(checkpoint).model
-    assert lacking(model, model.config) == []
+    assert missing_weights(model, model.config) == []

@@ -91,7 +91,7 @@ def upload(page, path):
 def expect_prediction(page, letter, model, leaf, setting):
     """That the page comes to show what the model says, class by class."""
     rows = page.locator(f"#prediction-{letter} tr")
-    classes = Viewer().look(model, leaf, setting).classes
+    classes = Viewer().predict(model, leaf, setting).classes
     expect(rows).to_have_text([f"{name}{100 * share:.1f} %" for name, share in classes])
 
 
@@ -116,7 +116,7 @@ def test_good_and_bad_files(page, model, files):
     before = page.locator("#prediction-A tbody").inner_text()
     for name in ("broken.png", "cut.png"):
         upload(page, files / name)
-        sentence = f"{name} is not a picture that can be read. Try another JPEG or PNG file."
+        sentence = f"{name} is not an image that can be read. Try another JPEG or PNG file."
         expect(page.locator("#leaf-problem [role=alert]")).to_contain_text(sentence)
     upload(page, files / "bomb.png")
     expect(page.locator("#leaf-problem")).to_contain_text("more than 120 million pixels")
@@ -170,8 +170,8 @@ def test_without_reduction_there_are_no_stages(page):
     expect(page.locator("#rate-A input[type=range]")).to_be_disabled()
     page.get_by_label("Attention of CLS").check()
     expect(page.locator("#stages-A figure")).to_have_count(3)  # of the two layers that would reduce, and the last
-    page.get_by_text("Not offered:").click()
-    expect(page.get_by_text("dyvit has parameters of its own")).to_be_visible()
+    page.get_by_text("Not available:").click()
+    expect(page.get_by_text("dyvit has parameters that this checkpoint does not contain")).to_be_visible()
 
 
 def test_follow_a_token_by_mouse_and_keyboard(page):
@@ -256,7 +256,7 @@ def test_a_phone(browser, server):
     page = open_page(context, server)
     page.get_by_label("Compare with a second setting, B").check()
     expect(page.locator("#trace-B figure")).to_have_count(2)
-    page.get_by_text("Not offered:").click()
+    page.get_by_text("Not available:").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     wide = """() => [...document.querySelectorAll('.gradio-container *')].filter((e) => e.checkVisibility())
       .filter((e) => e.getBoundingClientRect().right > 391 && !e.closest('[style*="position: absolute"]'))

@@ -31,19 +31,19 @@ def test_pictures_of_all_kinds_become_small_and_rgb(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert open_leaf(tmp_path / "turned.png").picture.size == (20, 40)
+    assert open_leaf(tmp_path / "turned.png").image.size == (20, 40)
     Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_leaf(tmp_path / "clear.png").picture.getpixel((5, 5)) == (255, 255, 255)
+    assert open_leaf(tmp_path / "clear.png").image.getpixel((5, 5)) == (255, 255, 255)
     Image.new("CMYK", (3000, 200)).save(tmp_path / "long.jpg")
-    assert open_leaf(tmp_path / "long.jpg").picture.size[0] == LONGEST_SIDE
+    assert open_leaf(tmp_path / "long.jpg").image.size[0] == LONGEST_SIDE
     for mode in ("1", "L", "P", "I;16"):
         Image.new(mode, (8, 6)).save(tmp_path / "mode.png")
-        assert open_leaf(tmp_path / "mode.png").picture.mode == "RGB"
+        assert open_leaf(tmp_path / "mode.png").image.mode == "RGB"
 
 
 def test_a_huge_picture_is_made_small_and_a_bomb_is_refused(tmp_path):
     (tmp_path / "huge.png").write_bytes(png(12000, 9000))
-    assert open_leaf(tmp_path / "huge.png").picture.size == (1024, 768)
+    assert open_leaf(tmp_path / "huge.png").image.size == (1024, 768)
     (tmp_path / "bomb.png").write_bytes(png(30000, 30000, rows=1))
     with pytest.raises(ValueError, match=r"bomb.png has more than 120 million pixels: make it smaller"):
         open_leaf(tmp_path / "bomb.png")
@@ -52,7 +52,7 @@ def test_a_huge_picture_is_made_small_and_a_bomb_is_refused(tmp_path):
 def test_an_image_is_no_thread(tmp_path):
     """Its shorter side would be resized to what a model takes, and the longer one with it."""
     Image.new("RGB", (4, 80)).save(tmp_path / "leaf.png")
-    assert open_leaf(tmp_path / "leaf.png").picture.size == (4, 80)
+    assert open_leaf(tmp_path / "leaf.png").image.size == (4, 80)
     Image.new("RGB", (4, 81)).save(tmp_path / "thread.png")
     with pytest.raises(ValueError, match=r"thread\.png is more than 20 times as long as wide"):
         open_leaf(tmp_path / "thread.png")
@@ -63,7 +63,7 @@ def test_no_file_reaches_another_program(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *eps, **options: called.append(eps))
     (tmp_path / "leaf.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
-    with pytest.raises(ValueError, match=r"leaf\.png is not a picture"):
+    with pytest.raises(ValueError, match=r"leaf\.png is not an image"):
         open_leaf(tmp_path / "leaf.png")
     assert called == []
 
@@ -92,7 +92,7 @@ def test_a_file_is_the_same_picture_everywhere(tmp_path, viewer, checkpoint):
 @pytest.mark.parametrize("content", [b"", b"no picture", png(64, 64)[:60]], ids=["empty", "text", "cut off"])
 def test_broken_files_are_refused(tmp_path, content):
     (tmp_path / "leaf.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^leaf.png is not a picture that can be read"):
+    with pytest.raises(ValueError, match=r"^leaf.png is not an image that can be read"):
         open_leaf(tmp_path / "leaf.png")
 
 
@@ -107,13 +107,13 @@ def test_examples_are_drawn_only_for_a_model_of_drawn_leaves(checkpoint):
     config = load_checkpoint(checkpoint).config
     examples = drawn_examples(config, count=2)
     assert [name for name, _ in examples] == ["cultivar_00", "cultivar_01"]
-    assert examples[0][1].picture.size == (32, 32) and examples[0][1] != examples[1][1]
+    assert examples[0][1].image.size == (32, 32) and examples[0][1] != examples[1][1]
     config.id2label = {0: "oak", 1: "ash", 2: "elm"}
     assert drawn_examples(config) == []
 
 
 def test_examples_of_a_folder(tmp_path, caplog):
-    with pytest.raises(ValueError, match="holds no picture that can be read"):
+    with pytest.raises(ValueError, match="contains no readable image"):
         folder_examples(tmp_path)
     (tmp_path / "ash").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "ash" / "a leaf.png")
@@ -121,6 +121,6 @@ def test_examples_of_a_folder(tmp_path, caplog):
     (tmp_path / "notes.txt").write_text("no picture")
     with caplog.at_level(logging.WARNING):
         assert [name for name, _ in folder_examples(tmp_path)] == ["a leaf"]
-    assert "b.png is not a picture" in caplog.text
-    with pytest.raises(ValueError, match="must be a folder of pictures"):
+    assert "b.png is not an image" in caplog.text
+    with pytest.raises(ValueError, match="must be a folder of images"):
         folder_examples(tmp_path / "b.png")

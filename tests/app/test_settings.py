@@ -81,13 +81,15 @@ def test_only_methods_without_lacking_parameters_are_offered(checkpoint, tmp_pat
     found = load_checkpoint(checkpoint)
     assert set(found.methods) == {None} | (set(REDUCTIONS) - OWN_PARAMETERS) and found.methods[0] is None
     assert set(found.reasons) == OWN_PARAMETERS and not found.fixed_rate and found.cache
-    assert "sit has parameters of its own, which these weights lack" in found.reasons["sit"]
-    with pytest.raises(ValueError, match="dyvit has parameters of its own"):
+    assert "sit has parameters that this checkpoint does not contain" in found.reasons["sit"]
+    with pytest.raises(ValueError, match="dyvit has parameters that this checkpoint does not contain"):
         with_weights(found.model, setting_config(found.config, Setting("dyvit", 0.5, True)))
     slots = load_checkpoint(save_checkpoint(tmp_path, reduction="sit"))
     assert "sit" in slots.methods and "patchmerger" in slots.reasons
     assert slots.fixed_rate == {"sit"}  # its slots are parameters
-    with pytest.raises(ValueError, match=r"sit has parameters of its own, which these weights lack at keep rate 0.25"):
+    with pytest.raises(
+        ValueError, match=r"sit has parameters that this checkpoint does not contain at keep rate 0.25"
+    ):
         with_weights(slots.model, setting_config(slots.config, Setting("sit", 0.25, True)))
 
 
@@ -96,11 +98,13 @@ def test_a_model_for_several_keep_rates_serves_other_settings(tmp_path, leaf, me
     name = save_checkpoint(tmp_path, train_keep_rates=[0.25, 0.5])
     viewer, setting = Viewer(), Setting(method, 0.5 if method else 1.0, True)
     assert method in viewer.checkpoint(name).methods
-    look = viewer.look(name, leaf, setting)
+    prediction = viewer.predict(name, leaf, setting)
     config = load_config(name, {"reduction": method} | ({"keep_rate": [0.5]} if method else {}))
     with torch.no_grad():
         logits = load_model(name, config).model(viewer.view(name, leaf).pixels).logits[0]
-    assert [share for _, share in look.classes] == pytest.approx(sorted(logits.softmax(0).tolist(), reverse=True))
+    assert [share for _, share in prediction.classes] == pytest.approx(
+        sorted(logits.softmax(0).tolist(), reverse=True)
+    )
 
 
 def test_a_processor_that_resizes_the_shorter_side(tmp_path, leaf):

@@ -92,7 +92,7 @@ def test_models_of_strangers_may_not_fill_the_machine(tmp_path, monkeypatch, cha
     monkeypatch.setattr(app_model, "hf_hub_download", lambda name, file, **options: str(tmp_path / file))
     monkeypatch.setattr(app_model, "get_hf_file_metadata", None)  # not even asked for
     with pytest.raises(
-        ValueError, match=r"you/leaves (is too large for this page\. It takes models of 100 layers|must be at most)"
+        ValueError, match=r"you/leaves (is too large for this page\. The limits are 100 layers|must be at most)"
     ):
         load_checkpoint("you/leaves", trusted=False)
 
@@ -148,7 +148,7 @@ def test_strangers_do_not_learn_which_paths_exist(checkpoint, tmp_path, monkeypa
     def answer_to(name):
         with pytest.raises(ValueError) as caught:
             load_checkpoint(name, trusted=False)
-        return re.sub(rf"(^|out |checkpoint ){re.escape(name)}", r"\1X", str(caught.value))
+        return re.sub(rf"(^|download |checkpoint ){re.escape(name)}", r"\1X", str(caught.value))
 
     for names in (("there", "nowhere"), ("there/is", "there/isnt"), ("there/is/more", "no/where/here")):
         assert answer_to(names[0]) == answer_to(names[1])
@@ -160,13 +160,13 @@ def test_strangers_do_not_learn_which_paths_exist(checkpoint, tmp_path, monkeypa
 @pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError, RemoteEntryNotFoundError])
 def test_what_strangers_cannot_have(checkpoint, monkeypatch, kind):
     for name in ("you/no/thing", "no thing"):
-        with pytest.raises(ValueError, match=rf"no checkpoint {name} on the Hub that everybody may read"):
+        with pytest.raises(ValueError, match=rf"no public checkpoint {name} on the Hub"):
             load_checkpoint(name, trusted=False)
     hub_of(checkpoint, monkeypatch, config=answer(kind, 404))
-    with pytest.raises(ValueError, match="no checkpoint you/nothing on the Hub that everybody may read"):
+    with pytest.raises(ValueError, match="no public checkpoint you/nothing on the Hub"):
         load_checkpoint("you/nothing", trusted=False)
     hub_of(checkpoint, monkeypatch, model=answer(RemoteEntryNotFoundError, 404))
-    with pytest.raises(ValueError, match=r"you/pickled has no model\.safetensors, the only weights"):
+    with pytest.raises(ValueError, match=r"you/pickled has no model\.safetensors, the only supported format"):
         load_checkpoint("you/pickled", trusted=False)
 
 
@@ -183,7 +183,7 @@ def test_what_strangers_cannot_have(checkpoint, monkeypatch, kind):
     ids=lambda error: type(error).__name__,
 )
 def test_a_lost_connection_is_no_fault_of_the_model(checkpoint, monkeypatch, error):
-    lost = "the Hub cannot be reached, or does not give out you/leaves now: check the connection and try again."
+    lost = "could not download you/leaves from the Hub: check the connection and try again."
     page = app._Page(app.import_gradio(), Viewer(folders=False), None, [])
     for place in ("config", "preprocessor_config", "processor_config", "size", "model"):
         hub_of(checkpoint, monkeypatch, **{place: error})
@@ -219,7 +219,7 @@ def test_what_was_fetched_before_needs_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert load_checkpoint("you/leaves", trusted=False).setting.method == "evit"
     (repository / ".no_exist" / commit / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match="the Hub cannot be reached"):
+    with pytest.raises(ValueError, match="could not download you/leaves"):
         load_checkpoint("you/leaves", trusted=False)
 
 
@@ -229,8 +229,8 @@ def test_a_stock_vit_can_be_reduced(tmp_path, leaf):
     save_processor(tmp_path)
     found = load_checkpoint(str(tmp_path))
     assert found.setting == Setting(None, 1.0, False) and "topk" in found.methods and found.cache
-    look = Viewer().look(str(tmp_path), leaf, Setting("topk", 0.5, False))
-    assert look.tokens[0] == 17 and look.tokens[-1] < 9
+    prediction = Viewer().predict(str(tmp_path), leaf, Setting("topk", 0.5, False))
+    assert prediction.tokens[0] == 17 and prediction.tokens[-1] < 9
 
 
 def test_bad_checkpoints_are_refused(tmp_path, checkpoint):

@@ -62,7 +62,7 @@ def test_any_source_is_loaded_as_its_own_loader_does_it(name: str, tmp_path: Pat
     model, expected = load(source), without_the_door(name, source).float()
     assert not model.training and model.dtype == torch.float32
     ours, theirs = model.state_dict(), expected.state_dict()
-    untrained = load_model(str(source), load_config(str(source), {}), spare=HEAD).untrained
+    untrained = load_model(str(source), load_config(str(source), {}), unused=HEAD).untrained
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if key not in untrained)
     assert model.config.id2label == expected.config.id2label
@@ -133,7 +133,7 @@ def test_a_converted_backbone_is_known_to_be_untrained(
     with pytest.raises(SystemExit):
         main(["predict", str(output), str(leaf)])
     assert "does not contain classifier" in capsys.readouterr().err
-    assert load_model(output, load_config(str(output), {}), spare=HEAD).untrained == [
+    assert load_model(output, load_config(str(output), {}), unused=HEAD).untrained == [
         "classifier.bias",
         "classifier.weight",
     ]

@@ -59,7 +59,7 @@ def test_weights_that_are_lacking_are_named(checkpoints):
         load_model(evit, dyvit)
     with pytest.raises(ValueError, match=r"does not contain classifier\.bias, classifier\.weight"):
         load_model(headless, load_config(headless, {}))
-    assert load_model(headless, load_config(headless, {}), spare=HEAD).untrained == [
+    assert load_model(headless, load_config(headless, {}), unused=HEAD).untrained == [
         "classifier.bias",
         "classifier.weight",
     ]
@@ -69,10 +69,10 @@ def test_what_is_lacking_is_the_same_each_time_and_leaves_chance_alone(checkpoin
     evit = str(checkpoints / "evit")
     config = load_config(evit, {"reduction": "dyvit"})
     state = torch.get_rng_state()
-    first = load_model(evit, config, spare=EVERYTHING)
+    first = load_model(evit, config, unused=EVERYTHING)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
-    second = load_model(evit, config, spare=EVERYTHING).model.state_dict()
+    second = load_model(evit, config, unused=EVERYTHING).model.state_dict()
     assert len(first.untrained) == 20
     assert all(torch.equal(value, second[name]) for name, value in first.model.state_dict().items())
 

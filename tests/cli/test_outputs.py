@@ -11,10 +11,10 @@ from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import TINY
-from ufgir.checkpoints.loading import check_meaning
+from ufgir.checkpoints.loading import warn_fields_without_effect
 from ufgir.cli import analysis_options, benchmark, correlate, export, predict, profile, visualize
 from ufgir.cli import entry as cli
-from ufgir.cli.outputs import NotWritten, check_document, check_file, check_folder, told_first
+from ufgir.cli.outputs import NotWritten, check_document, check_file, check_folder, print_before_error
 from ufgir.utils import files
 from ufgir.utils.text import shortened
 
@@ -112,7 +112,7 @@ class TestChecks:
         done = ["a table"]
         with (
             pytest.raises(NotWritten, match=r"out/a\.csv: No space left on device") as caught,
-            told_first(done),
+            print_before_error(done),
         ):
             done.append("wrote b.csv")
             raise OSError(errno.ENOSPC, "No space left on device", "out/a.csv")
@@ -274,9 +274,11 @@ class TestMeaning:
 
     def test_the_cache(self, caplog):
         config = CLCAViTConfig(**TINY)
-        check_meaning({"cache_gap": True, "keep_rate": None}, [config, CLCAViTConfig(cross_layer_cache=True)])
+        warn_fields_without_effect(
+            {"cache_gap": True, "keep_rate": None}, [config, CLCAViTConfig(cross_layer_cache=True)]
+        )
         assert not caplog.records
-        check_meaning({"cache_gap": True}, [config])
+        warn_fields_without_effect({"cache_gap": True}, [config])
         assert "`cache_gap`" in caplog.text and "`cross_layer_cache`" in caplog.text
 
 

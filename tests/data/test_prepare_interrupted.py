@@ -184,7 +184,7 @@ def test_two_processes_at_a_time_raise(raw, tmp_path, monkeypatch):
     spec, source, _ = raw("cotton")
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     with (
-        locking.only_one(tmp_path / "out", ""),
+        locking.exclusive_lock(tmp_path / "out", ""),
         pytest.raises(ValueError, match=r"`output` .* is being prepared by another process"),
     ):
         prepare(spec, source, tmp_path / "out")

@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers import CASES, TINY, images, tiny_config, tiny_model
 from tests.interpret.helpers import table
-from ufgir.interpret.tracing import carry, trace_patches
+from ufgir.interpret.tracing import propagate_shares, trace_patches
 
 
 # The first two make new tokens of normalised ones, glsf one with weights that are no shares. Heads and pooling change nothing here.
@@ -39,7 +39,7 @@ def test_tokens_match_their_traces(case, layers) -> None:
     output = model.vit(pixels, output_hidden_states=True, output_assignments=True)
     embedded = output.hidden_states[0]
     sources = torch.eye(embedded.shape[1], dtype=torch.float64).expand(3, -1, -1)
-    trace = carry(sources, output.assignments, model.config)
+    trace = propagate_shares(sources, output.assignments, model.config)
     for shares, rows in zip(trace.left, output.hidden_states[1:], strict=True):
         visible = shares.sum(dim=-1) > 0  # not padding, nor outside the heuristic's circle
         assert shares.shape[1] == rows.shape[1]

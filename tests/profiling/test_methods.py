@@ -8,7 +8,7 @@ import pytest
 from clca import REDUCTIONS
 from clca.reduction_base import AttentionPruning, LearntSlots
 from tests.helpers import tiny_config
-from ufgir.profiling.methods import HEAD, facts_about, facts_table, place_of, share_of
+from ufgir.profiling.methods import HEAD, collect_facts, facts_table, place_of, share_of
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
 @pytest.fixture(scope="module")
 def facts():
     config = tiny_config(num_hidden_layers=12, reduction_layers=[3, 6, 9], image_size=64, patch_size=8)
-    return {name: facts_about(config, name, 0.25) for name in sorted(REDUCTIONS)}
+    return {name: collect_facts(config, name, 0.25) for name in sorted(REDUCTIONS)}
 
 
 def test_known_methods(facts):

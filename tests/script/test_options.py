@@ -55,7 +55,7 @@ def test_two_runs_in_one_folder(leaves, tmp_path, capsys, monkeypatch):
     """Also where neither has left anything yet."""
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     arguments = [recipe(tmp_path, leaves, tmp_path / "out", **QUICK), "--max_steps", "1"]
-    with locking.only_one(tmp_path / "out", ""):
+    with locking.exclusive_lock(tmp_path / "out", ""):
         said = mistake(capsys, *arguments)
     assert "`output_dir`" in said and str(tmp_path / "out") in said and "another run" in said
     assert not (tmp_path / "out").exists()

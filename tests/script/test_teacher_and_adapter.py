@@ -164,7 +164,7 @@ def test_whose_tokens_can_be_distilled(changes, words):
     """Of CLCA models; what is said of it in advance is what a training would find."""
     student = tiny_config(reduction="dyvit", keep_rate=0.5)
     teacher = Teacher(tiny_model(**changes).float(), student.num_patches)
-    problem = teacher.why_no_tokens(student)
+    problem = teacher.token_mismatch(student)
     assert problem is None if words is None else words in problem
     if problem is None:
         assert teacher(images().float())["teacher_tokens"].shape == (3, 16, 16)
@@ -178,7 +178,7 @@ def test_whose_tokens_of_other_models_can_be_distilled(patch_size, width, words)
     """A ViT with smaller patches has more tokens, which are others."""
     names = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
     model = ViTForImageClassification(ViTConfig(patch_size=patch_size, hidden_size=width, **names))
-    problem = Teacher(model, 16).why_no_tokens(tiny_config())
+    problem = Teacher(model, 16).token_mismatch(tiny_config())
     assert problem is None if words is None else words in problem
 
 

@@ -13,14 +13,14 @@ from tests.helpers import images, tiny_model
 from ufgir.analysis.dataset_pass import analyze
 from ufgir.evaluation.prediction import predict_to_file
 from ufgir.utils import locks as locking
-from ufgir.utils.locks import only_one
+from ufgir.utils.locks import exclusive_lock
 
 
 HOLD = """
 import sys
 from pathlib import Path
-from ufgir.locking import only_one
-with only_one(Path(sys.argv[1]), ""):
+from ufgir.utils.locks import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), ""):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -44,20 +44,20 @@ def hold(target: Path) -> subprocess.Popen:
 def test_one_at_a_time(tmp_path: Path, killed: bool) -> None:
     target = tmp_path / "new" / "thing.csv"
     other = hold(target)
-    with pytest.raises(ValueError, match="wait for it"), only_one(target, "wait for it"):
+    with pytest.raises(ValueError, match="wait for it"), exclusive_lock(target, "wait for it"):
         pass
-    with only_one(target.with_name("another.csv"), ""):
+    with exclusive_lock(target.with_name("another.csv"), ""):
         pass
     if killed:
         other.send_signal(signal.SIGKILL)
     other.communicate("")
-    with only_one(target, "wait for it"):
+    with exclusive_lock(target, "wait for it"):
         assert list(target.parent.iterdir()) == [target.with_name(".thing.csv.lock")]
     assert list(target.parent.iterdir()) == []
 
 
 def test_what_a_block_raises_comes_out(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), only_one(tmp_path / "thing", ""):
+    with pytest.raises(KeyError), exclusive_lock(tmp_path / "thing", ""):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
 

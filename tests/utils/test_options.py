@@ -13,7 +13,7 @@ from ufgir.utils.options import (
     changed_fields,
     check_options,
     collected,
-    warn_of,
+    warn_without_effect,
 )
 
 
@@ -53,8 +53,8 @@ def test_several_checks_make_one_warning(caplog):
             check_options({}, ["ema_as_final"], [WARMUP])
         check_options({}, ["synthetic_seed"], [DRAWN])
     assert list(found) == ["ema_warmup", "synthetic_seed"] and list(own) == ["ema_as_final"] and warnings(caplog) == []
-    warn_of(found)
-    warn_of({})
+    warn_without_effect(found)
+    warn_without_effect({})
     assert len(warnings(caplog)) == 1
     check_options({}, ["ema_warmup"], [WARMUP])  # as before again
     assert len(warnings(caplog)) == 2

@@ -108,7 +108,9 @@ def test_the_page_shows_what_python_computes_and_asks_no_one_else(browser, site,
     )
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(address)
-    expect(page.locator("#status")).to_have_text(re.compile(r"^Ready\. It runs on this device with \d threads;"))
+    expect(page.locator("#status")).to_have_text(
+        re.compile(r"^Ready\. The model .* runs on this device with \d threads\.")
+    )
     file = images / "small.jpg"
     page.get_by_label("Choose an image, image A").set_input_files(file)
     pixels = PROCESSOR(open_image(file), return_tensors="np").pixel_values
@@ -235,16 +237,16 @@ def test_files_that_cannot_be_used_get_a_sentence(context, address, images, tmp_
     before = look(page, images / "plain.png")["logits"]
     problem = page.locator("#panel-A > .error")
     for name, words in (
-        ("broken.png", "broken.png is broken, or not an image"),
-        ("cut.jpg", "cut.jpg is broken"),
-        ("bomb.png", "144 million pixels, and this page takes 120 at most"),
+        ("broken.png", "broken.png is damaged, or not an image"),
+        ("cut.jpg", "cut.jpg is damaged"),
+        ("bomb.png", "144 million pixels; the limit is 120"),
     ):
         page.get_by_label("Choose an image, image A").set_input_files(images / name)
         expect(problem).to_contain_text(words)
-        expect(problem).to_contain_text("The results below are those of the image before.")
+        expect(problem).to_contain_text("The results below are those of the previous image.")
     (tmp_path / "heavy.png").write_bytes(bytes(101_000_000))
     page.get_by_label("Choose an image, image A").set_input_files(tmp_path / "heavy.png")
-    expect(problem).to_contain_text("heavy.png has 101.0 MB, and this page takes 100.0 MB at most")
+    expect(problem).to_contain_text("heavy.png has 101.0 MB; the limit is 100.0 MB")
     np.testing.assert_array_equal(look(page, images / "plain.png")["logits"], before)
     expect(problem).to_be_hidden()
 
@@ -268,7 +270,9 @@ def test_what_a_leaf_of_no_class_and_a_failure_look_like(context, tmp_path, imag
     with served(site.folder) as address:
         page = open_page(context, address)
         look(page, images / "plain.png")
-        expect(page.locator("#panel-A .unsure")).to_contain_text("Not sure: the best class has only 33 %")
+        expect(page.locator("#panel-A .unsure")).to_contain_text(
+            "Uncertain: the best class has a probability of only 33 %"
+        )
     broken = write_page(tmp_path / "broken", [small_graph()])
     for file in (broken.folder / "model").glob("*.onnx"):
         file.unlink()
@@ -280,10 +284,10 @@ def test_what_a_leaf_of_no_class_and_a_failure_look_like(context, tmp_path, imag
     page.add_init_script("WebAssembly.validate = () => false")
     with served(site.folder) as address:
         page.goto(address)
-        expect(page.locator("#problem")).to_contain_text("This browser lacks WebAssembly with SIMD")
+        expect(page.locator("#problem")).to_contain_text("This browser does not support WebAssembly with SIMD")
     page = context.new_page()
     page.goto((site.folder / "index.html").as_uri())
-    expect(page.locator("#cannot")).to_contain_text("If it was opened as a file")
+    expect(page.locator("#cannot")).to_contain_text("If you opened it as a file")
     expect(page.locator("#cannot")).to_be_visible()
 
 
@@ -296,7 +300,7 @@ def test_memory_that_runs_out_is_told(context, address, images):
     page.goto(address)
     expect(page.locator("#status")).to_have_text(re.compile(r"^Ready\."))
     page.get_by_label("Choose an image, image A").set_input_files(images / "plain.png")
-    expect(page.locator("#panel-A > .error")).to_contain_text("broken, or not an image")
+    expect(page.locator("#panel-A > .error")).to_contain_text("damaged, or not an image")
     told = page.evaluate(
         "import('./app.js').then((m) => [m.sentence('std::bad_alloc'), m.sentence('missing model.bin'), m.sentence('odd')])"
     )

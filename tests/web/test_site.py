@@ -122,7 +122,7 @@ def test_a_page_that_is_built_again_takes_the_place_of_the_old_one(tmp_path, par
     "processor, words",
     [
         (CLCAImageProcessor(size={"shortest_edge": 64}), "must resize to a height and a width"),
-        (CLCAImageProcessor(size={"height": 32, "width": 32}), r"makes images of \(32, 32\)"),
+        (CLCAImageProcessor(size={"height": 32, "width": 32}), r"produces images of \(32, 32\)"),
         (CLCAImageProcessor(size={"height": 64, "width": 64}, resample=0), "`resample`"),
         (CLCAImageProcessor(size={"height": 64, "width": 64}, do_resize=False), "must resize"),
     ],
@@ -143,7 +143,9 @@ def no_cache(tmp_path, monkeypatch):
 
 def test_without_npm_a_sentence_says_what_to_install(no_cache, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"onnxruntime-web 1\.30\.0.*no npm.*install Node\.js.*`--runtime`"):
+    with pytest.raises(
+        ValueError, match=r"onnxruntime-web 1\.30\.0.*npm is not installed.*install Node\.js.*`--runtime`"
+    ):
         runtime_files()
 
 
@@ -152,17 +154,17 @@ def test_without_a_network_npm_is_quoted(no_cache, tmp_path, monkeypatch):
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(ValueError, match=r"npm could not fetch.*ENOTFOUND.*`--runtime`"):
+    with pytest.raises(ValueError, match=r"npm could not download.*ENOTFOUND.*`--runtime`"):
         runtime_files()
 
 
 def test_other_files_are_not_taken(no_cache, tmp_path):
-    with pytest.raises(ValueError, match=r"lacks ort\.wasm\.min\.mjs"):
+    with pytest.raises(ValueError, match=r"does not contain ort\.wasm\.min\.mjs"):
         runtime_files(source=tmp_path / "nowhere")
     (tmp_path / "dist").mkdir()
     for name in runtime.WASM:
         (tmp_path / "dist" / name).write_text("other")
-    with pytest.raises(ValueError, match=r"is not that of onnxruntime-web 1\.30\.0"):
+    with pytest.raises(ValueError, match=r"is not from onnxruntime-web 1\.30\.0"):
         runtime_files(source=tmp_path)
     (tmp_path / "package.tgz").write_bytes(b"other")
     with pytest.raises(ValueError, match="its SHA-512 is"):

@@ -31,7 +31,7 @@ from ..interpret.attention_maps import checked_layers, evaluation_mode
 from ..interpret.patterns import PatternStatistics, cluster_maps, own_tokens, stage_layers
 from ..interpret.tracing import trace_patches
 from ..utils.files import write_csv, write_text_atomically
-from ..utils.locks import only_one
+from ..utils.locks import exclusive_lock
 from ..utils.statistics import RunningMean
 from .inputs import Batch, LayerOutputs, as_json, batches, check_cls, no_file
 
@@ -121,7 +121,9 @@ def analyze(
         "options": [list(layers), assignments, batch_size, shard_size],
         "classes": names,
     }
-    with only_one(output, f"{output} is in use by another process. Wait for it to finish or choose another folder."):
+    with exclusive_lock(
+        output, f"{output} is in use by another process. Wait for it to finish or choose another folder."
+    ):
         if finished := _finished(output, same):
             return finished
         statistics = Statistics(config)

@@ -1,4 +1,4 @@
-"""The web page: what a model keeps of a leaf, what it predicts and what that costs."""
+"""Web page that shows which patches of an image a model keeps, what it predicts and what that costs."""
 
 from .. import _moved
 from .page import launch_page, make_page

@@ -1,6 +1,6 @@
-"""The parts of the web page that show results, as HTML: bars, costs, pictures with captions, sentences.
+"""HTML of the web page: predictions, costs, pictures with captions, messages.
 
-Whatever comes from a model or a file is escaped: names of classes are a stranger's text.
+Text from models and files, such as class names, is escaped, because it is not trusted.
 """
 
 import base64
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..profiling.macs import describe
 from .limits import PICTURE_QUALITY, THUMBNAIL_SIDE
-from .viewer import Checkpoint, Cost, Leaf, Look, Shown
+from .viewer import Checkpoint, Cost, Leaf, Picture, Prediction
 
 
 CSS = """
@@ -53,7 +53,7 @@ def _wrap(*parts: str) -> str:
 
 
 def header() -> str:
-    """Title, and one sentence."""
+    """Return the title and introduction of the page."""
     return _wrap(
         "<h1>What does the model keep of a leaf?</h1>",
         "<p>A token-reduction Vision Transformer drops or merges most patches of an image on its way through the layers: "
@@ -62,25 +62,25 @@ def header() -> str:
 
 
 def heading(text: str) -> str:
-    """Of a section."""
+    """Return the heading of a section."""
     return _wrap(f"<h2>{escape(text)}</h2>")
 
 
 def problem(text: str) -> str:
-    """A sentence that is read aloud at once; nothing for an empty one."""
+    """Return an error message, which screen readers announce immediately; an empty string for an empty text."""
     return _wrap(f'<p class="error" role="alert">{escape(text)}</p>') if text else ""
 
 
 def hint(text: str) -> str:
-    """A sentence in place of results."""
+    """Return a sentence that is shown instead of results."""
     return _wrap(f'<p class="quiet">{escape(text)}</p>')
 
 
 def thumbnails(examples: Sequence[tuple[str, Leaf]]) -> str:
-    """Buttons with small pictures, numbered by `data-index`."""
+    """Return buttons with thumbnails of the examples, numbered by `data-index`."""
     buttons = []
     for index, (name, leaf) in enumerate(examples):
-        small = leaf.picture.copy()
+        small = leaf.image.copy()
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         label = escape(f"Example {name}", quote=True)
         buttons.append(
@@ -89,12 +89,12 @@ def thumbnails(examples: Sequence[tuple[str, Leaf]]) -> str:
     return _wrap(f'<div class="thumbs">{"".join(buttons)}</div>')
 
 
-def leaf(picture: Image.Image) -> str:
-    """The leaf, to be clicked on."""
-    return _wrap(_image(picture, "The leaf as the model sees it, with a frame around one patch"))
+def leaf(image: Image.Image) -> str:
+    """Return the image of the leaf, on which a patch is chosen by a click."""
+    return _wrap(_image(image, "The leaf as the model sees it, with a frame around one patch"))
 
 
-# Tells the server where the leaf was clicked, in parts of its height and width.
+# Sends the position of a click on the leaf to the server, as fractions of its height and width.
 LEAF_JS = """
 element.addEventListener('click', (event) => {
   const box = event.target.closest('img')?.getBoundingClientRect();
@@ -102,7 +102,7 @@ element.addEventListener('click', (event) => {
 });
 """
 
-# Tells the server which thumbnail was pressed.
+# Sends the index of the clicked thumbnail to the server.
 THUMBNAILS_JS = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-index]');
@@ -112,30 +112,30 @@ element.addEventListener('click', (event) => {
 
 
 def about_model(checkpoint: Checkpoint) -> str:
-    """What the model is, and which methods its weights cannot serve."""
+    """Describe the model, and list the methods that cannot be used with its weights."""
     lines = [f"<p>{escape(line)}.</p>" for line in describe(checkpoint.config).splitlines()]
     if checkpoint.reasons:
-        own = ", ".join(checkpoint.reasons)
+        names = ", ".join(checkpoint.reasons)
         items = "".join(
             f"<li><b>{escape(name)}</b>: {escape(reason)}</li>" for name, reason in checkpoint.reasons.items()
         )
-        lines.append(f"<details><summary>Not offered: {escape(own)}</summary><ul>{items}</ul></details>")
+        lines.append(f"<details><summary>Not available: {escape(names)}</summary><ul>{items}</ul></details>")
     return _wrap(f'<div class="quiet">{"".join(lines)}</div>')
 
 
-def prediction(look: Look) -> str:
-    """The best classes with bars."""
+def prediction_table(prediction: Prediction) -> str:
+    """Return the most probable classes, with bars."""
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td class="bar"><span style="width: {100 * share:.1f}%"></span></td>'
         f"<td>{100 * share:.1f} %</td></tr>"
-        for name, share in look.classes
+        for name, share in prediction.classes
     )
-    note = '<p class="quiet">Each class has a probability of its own.</p>' if look.independent else ""
+    note = '<p class="quiet">The probabilities of the classes are independent.</p>' if prediction.independent else ""
     return _wrap(f"<h3>Prediction</h3><table><tbody>{rows}</tbody></table>{note}")
 
 
-def cost_table(cost: Cost, look: Look, note: str = "") -> str:
-    """Multiply-adds, latency and tokens, beside those of the dense model."""
+def cost_table(cost: Cost, prediction: Prediction, note: str = "") -> str:
+    """Return the multiply-adds and latency of the model and of the dense model, and the number of tokens in each layer."""
     macs = [_giga(cost.macs), _giga(cost.dense_macs), _share(cost.macs, cost.dense_macs)]
     times = [cost.time and cost.time.median, cost.dense_time and cost.dense_time.median]
     latency = [*(_milliseconds(time) for time in times), _share(*times)]
@@ -143,14 +143,16 @@ def cost_table(cost: Cost, look: Look, note: str = "") -> str:
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for name, cells in (("GMACs", macs), ("Latency, ms", latency))
     )
-    tokens = " → ".join(map(str, look.tokens))
+    tokens = " → ".join(map(str, prediction.tokens))
     if cost.macs is None:
-        note = f"{note} This method keeps other numbers of tokens for other images: GMACs cannot be said in advance.".strip()
+        note = (
+            f"{note} The number of kept tokens depends on the image, so GMACs cannot be computed in advance.".strip()
+        )
     return _wrap(
         "<h3>Cost of one image</h3><table><thead><tr><td></td>",
         '<th scope="col">this setting</th><th scope="col">dense</th><th scope="col">share</th></tr></thead>',
         f"<tbody>{rows}</tbody></table>",
-        f'<p class="quiet">Tokens, layer by layer: {tokens}.</p>',
+        f'<p class="quiet">Tokens in each layer: {tokens}.</p>',
         f'<p class="quiet">{escape(note)}</p>' if note else "",
     )
 
@@ -167,20 +169,20 @@ def _share(ours: float | None, dense: float | None) -> str:
     return f"{100 * ours / dense:.0f} %" if ours and dense else "–"
 
 
-def figures(title: str, pictures: Sequence[Shown], about: str = "") -> str:
-    """Pictures with captions below them."""
+def figures(title: str, pictures: Sequence[Picture], about: str = "") -> str:
+    """Return pictures with captions below them."""
     items = "".join(
-        f"<figure>{_image(shown.picture, f'{title}, {shown.name}: {shown.note}')}"
-        f"<figcaption>{escape(shown.name)}<br>{escape(shown.note)}</figcaption></figure>"
-        for shown in pictures
+        f"<figure>{_image(picture.image, f'{title}, {picture.name}: {picture.note}')}"
+        f"<figcaption>{escape(picture.name)}<br>{escape(picture.note)}</figcaption></figure>"
+        for picture in pictures
     )
     text = f'<p class="quiet">{escape(about)}</p>' if about else ""
     return _wrap(f'<h3>{escape(title)}</h3>{text}<div class="figures">{items}</div>')
 
 
-def _image(picture: Image.Image, description: str) -> str:
-    """The picture itself inside the page: no file that must be kept or cleared away."""
+def _image(image: Image.Image, description: str) -> str:
+    """Embed an image in the page, so that no files have to be stored and deleted."""
     stream = io.BytesIO()
-    picture.save(stream, format="WEBP", quality=PICTURE_QUALITY)
+    image.save(stream, format="WEBP", quality=PICTURE_QUALITY)
     data = base64.b64encode(stream.getvalue()).decode()
     return f'<img src="data:image/webp;base64,{data}" alt="{escape(description, quote=True)}">'

@@ -1,7 +1,7 @@
-"""The web page `ufgir app`: a leaf, a model, one or two settings side by side, and what comes of them.
+"""Web page of `ufgir app`: a leaf, a model, one or two settings side by side, and their results.
 
-Everything that computes is in `viewer`, everything that shows results in `html`, every limit in `limits`; here they are wired
-together. Nothing is sent anywhere, and the page asks for nothing from other servers.
+`viewer` computes results, `html` formats them and `limits` defines the limits; this module connects them. The page sends no data to
+other servers and loads nothing from them.
 """
 
 import os
@@ -17,7 +17,7 @@ from ..visualization.records import Kind
 from . import html as html
 from . import limits
 from .viewer import Leaf, Setting, Viewer, drawn_examples, folder_examples, open_leaf
-from .visitors import answer_in_sentences, unanswered, uploads
+from .visitors import error_response, hide_tracebacks, uploads
 
 
 if TYPE_CHECKING:
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = "outputs/demo"
 _DENSE = "none (every token stays)"
-_KEPT = "The file is deleted as soon as it is read, or after an hour; the image is forgotten when you close this page."
-_SLOW = "Latency is measured when you press the button: this model is slow here."
+_KEPT = "The file is deleted as soon as it is read, or after an hour. The image is deleted when you close this page."
+_SLOW = "This model is slow here, so its latency is measured only when you press the button."
 
 
-def shown_kinds(of_patch: bool) -> dict[str, Kind]:
-    """The pictures that visitors choose from, or those of the chosen patch, which are shown below."""
+def kinds_on_page(of_patch: bool) -> dict[str, Kind]:
+    """Return the kinds of pictures that visitors can choose; with `of_patch`, those of the chosen patch, which are always shown."""
     pages = {name: kind for name, kind in KINDS.items() if kind.page is not None}
     return {name: kind for name, kind in pages.items() if (kind.page.patch_heading is not None) == of_patch}
 
 
 def import_gradio() -> Any:
-    """Gradio, told to stay silent.
+    """Import Gradio, with its analytics disabled.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: if it is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -52,15 +52,15 @@ def import_gradio() -> Any:
 def make_page(
     model: str | None = None, examples: str | os.PathLike[str] | None = None, folders: bool = True
 ) -> "gradio.Blocks":
-    """The page, to be launched by `launch_page`.
+    """Build the page. `launch_page` starts it.
 
     Args:
-        model: shown first, a folder or Hub repository; None to begin without one.
-        examples: folder of pictures to choose from; by default drawn leaves, if the model was trained on them.
-        folders: whether visitors may load models from folders of this machine, private ones, and models of any size.
+        model: initial model, a folder or Hub repository; None for an empty field.
+        examples: folder of example images; by default drawn leaves, if the model was trained on them.
+        folders: whether visitors may load models from folders of this machine, private models, and models of any size.
 
     Raises:
-        ValueError: Gradio is not installed, or no such model or examples.
+        ValueError: if Gradio is not installed, or there is no such model or folder.
     """
     gr = import_gradio()
     viewer = Viewer(folders, trusted=model)
@@ -69,14 +69,14 @@ def make_page(
         checkpoint = viewer.checkpoint(model)
         if not leaves:
             leaves = drawn_examples(checkpoint.config)
-    uploads()  # before Gradio asks where they go
+    uploads()  # before Gradio reads the folder for uploads
     page = _Page(gr, viewer, model, leaves).blocks
-    answer_in_sentences(gr, page)
+    hide_tracebacks(gr, page)
     return page
 
 
 class _Page:
-    """The parts of the page and what happens when they are used."""
+    """Components and event handlers of the page."""
 
     def __init__(self, gr: Any, viewer: Viewer, model: str | None, leaves: Sequence[tuple[str, Leaf]]) -> None:
         self.gr, self.viewer, self.leaves = gr, viewer, leaves
@@ -93,7 +93,7 @@ class _Page:
                         self.panels = [self._panel("A", model), self._panel("B", model)]
             self._wire()
 
-    # What there is
+    # Components
 
     def _leaf_column(self) -> None:
         gr = self.gr
@@ -102,14 +102,14 @@ class _Page:
         self.picture = gr.HTML(js_on_load=html.LEAF_JS, elem_id="leaf")
         gr.HTML(html.hint("Click a patch to follow it through the layers, or choose it here:"))
         with gr.Row():
-            row, column = self._places(self.name.value)
+            row, column = self._patch_inputs(self.name.value)
             self.row = gr.Number(**row, precision=0, min_width=80, elem_id="row")
             self.column = gr.Number(**column, precision=0, min_width=80, elem_id="column")
         self.upload = gr.UploadButton("Upload a leaf", file_types=["image"], elem_id="upload", variant="primary")
         gr.HTML(html.hint(_KEPT))
         self.examples = None
         if self.leaves:
-            gr.HTML(html.hint("Or take one of these:"))
+            gr.HTML(html.hint("Or choose an example:"))
             self.examples = gr.HTML(html.thumbnails(self.leaves), js_on_load=html.THUMBNAILS_JS, elem_id="examples")
 
     def _model_row(self, model: str | None) -> None:
@@ -124,7 +124,7 @@ class _Page:
         )
         self.model_problem = gr.HTML(elem_id="model-problem")
         self.about = gr.HTML("" if model is None else html.about_model(self.viewer.checkpoint(model)))
-        choices = [(kind.title, name) for name, kind in shown_kinds(of_patch=False).items()]
+        choices = [(kind.title, name) for name, kind in kinds_on_page(of_patch=False).items()]
         self.kind = gr.Radio(choices, value=choices[0][1], label="Pictures", elem_id="kind")
         self.compare = gr.Checkbox(False, label="Compare with a second setting, B", elem_id="compare")
 
@@ -154,15 +154,15 @@ class _Page:
             parts["trace"] = gr.HTML(elem_id=f"trace-{letter}")
         return parts
 
-    def _places(self, name: str | None) -> list[dict[str, Any]]:
-        """Labels and first values of the row and the column of the patch."""
+    def _patch_inputs(self, name: str | None) -> list[dict[str, Any]]:
+        """Return the labels and initial values of the fields for the row and the column of the patch."""
         if name is None:
             return [{"label": label, "value": 0} for label in ("Row", "Column")]
         grid = zip(("Row", "Column"), self.viewer.grid(name), strict=True)
         return [{"label": f"{label}, 0 to {count - 1}", "value": count // 2} for label, count in grid]
 
     def _choices(self, name: str | None, letter: str) -> dict[str, dict[str, Any]]:
-        """What the controls of a setting offer, and their first values: the model's own in A, half its keep rate in B."""
+        """Return the choices and initial values of the controls of a setting: the model's own in A, half its keep rate in B."""
         if name is None:
             return {
                 "method": {"choices": [_DENSE], "value": _DENSE},
@@ -185,7 +185,7 @@ class _Page:
             "cache": {"value": own.cache, "interactive": checkpoint.cache},
         }
 
-    # What happens
+    # Events
 
     def _wire(self) -> None:
         gr = self.gr
@@ -196,15 +196,15 @@ class _Page:
         one = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": limits.AT_ONCE}
         show = {"fn": self._show, "inputs": inputs, "outputs": [self.picture, *results], **one}
         measure = {"fn": self._measure, "inputs": inputs, "outputs": costs, "show_progress": "hidden", **one}
-        latest = {"trigger_mode": "always_last"}  # of a slider on its way only where it stands
+        latest = {"trigger_mode": "always_last"}  # skip intermediate values of a slider
 
         def pick(name: str | None, event: gr.EventData) -> list[int]:
-            """The patch under a click, whose place is in parts of the height and width."""
+            """Return the row and column of the clicked patch, from a position in fractions of height and width."""
             places = zip((event.y, event.x), self.viewer.grid(name), strict=True)
             return [min(max(int(place * count), 0), count - 1) for place, count in places]
 
         def close(request: gr.Request) -> None:
-            """Forget the image of a visitor who closes the page."""
+            """Delete the image of a visitor who closes the page."""
             self.blocks.state_holder.delete_state(request.session_hash)
             self.viewer.forget_leaves()
 
@@ -236,7 +236,7 @@ class _Page:
         try:
             return open_leaf(path) if path else leaf, ""
         except ValueError as error:
-            return leaf, html.problem(f"{error} The leaf below is the one from before." if leaf else str(error))
+            return leaf, html.problem(f"{error} The leaf below is the previous one." if leaf else str(error))
         finally:
             if path:
                 Path(path).unlink(missing_ok=True)
@@ -245,7 +245,7 @@ class _Page:
         return self.gr.update(visible=shown)
 
     def _method(self, name: str | None, method: str) -> Any:
-        """Whether the slider of the keep rate means anything; of a method that has one rate it shows that."""
+        """Enable the slider of the keep rate if the method has a variable rate; otherwise show the fixed rate."""
         if name is None or method == _DENSE:
             return self.gr.update(interactive=False)
         checkpoint = self.viewer.checkpoint(name)
@@ -254,7 +254,7 @@ class _Page:
         return self.gr.update(interactive=True)
 
     def _load(self, source: str, name: str | None, *controls: Any) -> list[Any]:
-        """Another model, with its own setting in A; or the sentence that says why not, and all stays."""
+        """Load another model and reset the controls to its setting; if it cannot be loaded, show the reason and change nothing."""
         try:
             checkpoint = self.viewer.load(source.strip())
         except (ValueError, OSError) as error:
@@ -267,7 +267,7 @@ class _Page:
             name,
             "",
             html.about_model(checkpoint),
-            *(self.gr.update(**place) for place in self._places(name)),
+            *(self.gr.update(**place) for place in self._patch_inputs(name)),
             *(self.gr.update(**setting[part]) for setting in settings for part in ("method", "rate", "cache")),
         ]
 
@@ -281,7 +281,7 @@ class _Page:
         column: int | None,
         *controls: Any,
     ) -> list[Any]:
-        """Everything that follows from the controls."""
+        """Compute and format all results for the current controls."""
         if name is None or leaf is None:
             missing = "Choose a model." if name is None else "Upload a leaf."
             return ["", html.hint(missing), *[""] * (4 * len(self.panels) - 1)]
@@ -302,17 +302,17 @@ class _Page:
         kind: str,
         patch: tuple[int, int] | None,
     ) -> list[str]:
-        """Prediction, cost, stages and trace of one setting."""
+        """Return prediction, cost, stages and trace of one setting, as HTML."""
         try:
-            look = self.viewer.look(name, leaf, setting)
-            cost = html.cost_table(self.viewer.cost(name, setting, settings), look)
-            parts = [html.prediction(look), cost]
+            prediction = self.viewer.predict(name, leaf, setting)
+            cost = html.cost_table(self.viewer.cost(name, setting, settings), prediction)
+            parts = [html.prediction_table(prediction), cost]
         except ValueError as error:
             return [html.problem(one_sentence(error)), "", "", ""]
         return [*parts, self._picture(name, leaf, setting, kind), self._pictures_of(patch, name, leaf, setting)]
 
     def _picture(self, name: str, leaf: Leaf, setting: Setting, kind: str) -> str:
-        """The chosen picture, or the reason why there is none."""
+        """Return the pictures of the chosen kind, or the reason why there are none."""
         need = self.viewer.unmet(name, setting, kind)
         if need is not None:
             return html.hint(need.hint)
@@ -323,8 +323,8 @@ class _Page:
         return html.figures(KINDS[kind].title, shown, KINDS[kind].page.about)
 
     def _pictures_of(self, patch: tuple[int, int] | None, name: str, leaf: Leaf, setting: Setting) -> str:
-        """The pictures of the chosen patch that can be drawn."""
-        kinds = shown_kinds(of_patch=True)
+        """Return the pictures of the chosen patch, without kinds whose requirements are not met."""
+        kinds = kinds_on_page(of_patch=True)
         kinds = {key: kind for key, kind in kinds.items() if self.viewer.unmet(name, setting, key) is None}
         if kinds and patch is None:
             return html.problem("Row and column of the patch must be numbers.")
@@ -346,32 +346,33 @@ class _Page:
         return settings
 
     def _measure(
-        self, leaf: Leaf | None, name: str | None, compare: bool, *rest: Any, asked: bool = False
+        self, leaf: Leaf | None, name: str | None, compare: bool, *rest: Any, force: bool = False
     ) -> list[Any]:
-        """The tables of costs with latencies, measured unless that would take long, or again if asked to."""
+        """Return the tables of costs with latencies. Slow models are measured only with `force`, which also repeats measurements."""
         unchanged = [self.gr.skip() for _ in self.panels]
         if name is None or leaf is None:
             return unchanged
         settings = self._settings(compare, rest[3:])
         try:
-            looks = [self.viewer.look(name, leaf, setting) for setting in settings]
-            quick = sum(look.seconds for look in looks) < limits.QUICK
-            if asked or (quick and not self.viewer.cost(name, settings[0], settings).time):
+            predictions = [self.viewer.predict(name, leaf, setting) for setting in settings]
+            quick = sum(prediction.seconds for prediction in predictions) < limits.QUICK
+            if force or (quick and not self.viewer.cost(name, settings[0], settings).time):
                 self.viewer.measure(name, leaf, settings)
             costs = [self.viewer.cost(name, setting, settings) for setting in settings]
-        except ValueError:  # `_show` has said it
+        except ValueError:  # already reported by `_show`
             return unchanged
         tables = [
-            html.cost_table(cost, look, "" if cost.time else _SLOW) for cost, look in zip(costs, looks, strict=True)
+            html.cost_table(cost, prediction, "" if cost.time else _SLOW)
+            for cost, prediction in zip(costs, predictions, strict=True)
         ]
         return tables + unchanged[len(tables) :]
 
     def _measure_now(self, *inputs: Any) -> list[Any]:
-        return self._measure(*inputs, asked=True)
+        return self._measure(*inputs, force=True)
 
 
 def _theme(gr: Any) -> Any:
-    """Gradio's colours, darker where they are too pale to read; fonts of the visitor's own machine."""
+    """Return Gradio's theme with darker colors, for sufficient contrast, and system fonts, which need no download."""
     theme = gr.themes.Default(primary_hue="green", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return theme.set(
         body_text_color_subdued="*neutral_600",
@@ -390,26 +391,26 @@ def _theme(gr: Any) -> Any:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens to."""
+    """Return a free port."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
 def serve_page(page: "gradio.Blocks", host: str | None = None, port: int | None = None, share: bool = False) -> str:
-    """Begin to serve a page, beside what else the program does; `page.close()` ends it.
+    """Start to serve a page in the background; `page.close()` stops it.
 
     Args:
-        page: from `make_page`.
-        host: address to listen at; None for what Gradio takes from its environment, as a Space sets it.
-        port: 0 for any free one; None likewise.
-        share: also through a tunnel of Gradio's makers, open to everybody who has the link.
+        page: result of `make_page`.
+        host: address to listen on; None for Gradio's environment variable, which a Space sets.
+        port: port to listen on; 0 for a free one, None for Gradio's environment variable.
+        share: also serve the page at a public URL through a tunnel of Gradio.
 
     Returns:
-        The address.
+        URL of the page.
 
     Raises:
-        ValueError: the port is taken, or the host is none of this machine's.
+        ValueError: if the port is in use, or the host is not an address of this machine.
     """
     gr = import_gradio()
     try:
@@ -419,8 +420,8 @@ def serve_page(page: "gradio.Blocks", host: str | None = None, port: int | None 
             share=share,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=False,  # what is no `gr.Error` stays in the log
-            app_kwargs={"exception_handlers": {Exception: unanswered}, "lifespan": uploads().watched},
+            show_error=False,  # errors other than `gr.Error` are only logged
+            app_kwargs={"exception_handlers": {Exception: error_response}, "lifespan": uploads().watched},
             footer_links=[],
             run_history=False,
             ssr_mode=False,
@@ -446,7 +447,7 @@ def launch_page(
     share: bool = False,
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve a page until Ctrl-C; `ready` is called with its address once it answers. Else as `serve_page`."""
+    """Serve a page until Ctrl-C, with the arguments of `serve_page`; `ready` is called with the URL once the page can be loaded."""
     address = serve_page(page, host, port, share)
     try:
         ready(address)

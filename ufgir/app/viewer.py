@@ -1,7 +1,7 @@
-"""What the web page shows, without the page: pictures opened with care, models under other settings, what they cost.
+"""Models, predictions, pictures and costs for the web page, usable without it.
 
-A setting is a method, a keep rate and the cross-layer cache on or off. The weights of a checkpoint serve all settings that add
-no parameters: the models of several settings share them.
+A setting is a method, a keep rate and the cross-layer cache on or off. A checkpoint can be used with every setting that adds no
+parameters; the models of its settings share the weights.
 """
 
 import hashlib
@@ -78,63 +78,66 @@ from .limits import (
 logger = logging.getLogger(__name__)
 
 
-# Pictures
+# Images
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A picture that answers are remembered by.
+    """An image, with a hash that is the key of cached results.
 
     Attributes:
-        key: digest of its pixels.
-        picture: RGB, at most `LONGEST_SIDE` pixels long.
+        key: SHA-256 of the pixels.
+        image: RGB, the longer side at most `LONGEST_SIDE` pixels.
     """
 
     key: str
-    picture: Image.Image = field(compare=False, repr=False)
+    image: Image.Image = field(compare=False, repr=False)
 
 
-def make_leaf(picture: Image.Image) -> Leaf:
-    """Any picture, made upright, RGB and small."""
-    picture.draft(None, (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))  # JPEG files are decoded small at once
-    picture = to_rgb(picture)
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes())
-    return Leaf(digest.hexdigest(), picture)
+def make_leaf(image: Image.Image) -> Leaf:
+    """Convert an image to RGB, rotate it according to its EXIF orientation, and shrink it if it is large."""
+    image.draft(None, (2 * LONGEST_SIDE, 2 * LONGEST_SIDE))  # JPEG files are decoded at a smaller size
+    image = to_rgb(image)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    checksum = hashlib.sha256(f"{image.size}".encode() + image.tobytes())
+    return Leaf(checksum.hexdigest(), image)
 
 
 def open_leaf(path: str | os.PathLike[str]) -> Leaf:
-    """Read a picture of a stranger: turned as its camera says, and made small.
+    """Read an image file that may come from an untrusted visitor, as `make_leaf`.
 
     Raises:
-        ValueError: no image of `FORMATS`, a broken one, or one of more than `MOST_PIXELS` or longer than `MOST_ELONGATED` times its
-            width.
+        ValueError: if the file is not an image of `FORMATS` or is damaged, or the image has more than `MOST_PIXELS` pixels or a
+            ratio of its sides above `MOST_ELONGATED`.
     """
     name = Path(path).name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                if picture.width * picture.height > MOST_PIXELS:
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
                     raise Image.DecompressionBombError
-                elongated = max(picture.size) > MOST_ELONGATED * min(picture.size)
-                leaf = None if elongated else make_leaf(picture)
+                elongated = max(image.size) > MOST_ELONGATED * min(image.size)
+                leaf = None if elongated else make_leaf(image)
     except Image.DecompressionBombError as error:
         most = MOST_PIXELS // 10**6
         raise ValueError(f"{name} has more than {most} million pixels: make it smaller and try again.") from error
-    except Exception as error:  # Pillow's decoders raise nearly everything for a broken file
-        raise ValueError(f"{name} is not a picture that can be read. Try another JPEG or PNG file.") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
+        raise ValueError(f"{name} is not an image that can be read. Try another JPEG or PNG file.") from error
     if leaf is None:
         raise ValueError(f"{name} is more than {MOST_ELONGATED} times as long as wide: crop it and try again.")
     return leaf
 
 
 def drawn_examples(config: CLCAViTConfig, count: int = DRAWN_EXAMPLES) -> list[tuple[str, Leaf]]:
-    """Leaves of the drawn data set, one of each of the first classes, if the model was trained on it; else none.
+    """Draw one leaf of each of the first classes of `synthetic_leaves`, if the model was trained on that data set.
 
     Args:
-        config: the model's. The pictures are as large as those it takes.
-        count: of leaves at most.
+        config: the model's configuration; the leaves have its image size.
+        count: maximal number of leaves.
+
+    Returns:
+        Class name and leaf of each example; empty for a model of other classes.
     """
     names = [config.id2label[i] for i in range(config.num_labels)]
     size = max(*as_pair(config.image_size), SMALLEST_DRAWN)
@@ -145,14 +148,14 @@ def drawn_examples(config: CLCAViTConfig, count: int = DRAWN_EXAMPLES) -> list[t
 
 
 def folder_examples(folder: str | os.PathLike[str], count: int = FOLDER_EXAMPLES) -> list[tuple[str, Leaf]]:
-    """The first pictures of a folder, at any depth, with their file names.
+    """Read the first `count` images below a folder, with their file names.
 
     Raises:
-        ValueError: no folder, or none with pictures that can be read.
+        ValueError: if there is no such folder, or it contains no readable image.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"`--examples` must be a folder of pictures, got {folder}.")
+        raise ValueError(f"`--examples` must be a folder of images, got {folder}.")
     endings, examples = Image.registered_extensions(), []
     for path in sorted(folder.rglob("*")):
         if len(examples) < count and path.suffix.lower() in endings and path.is_file():
@@ -161,7 +164,7 @@ def folder_examples(folder: str | os.PathLike[str], count: int = FOLDER_EXAMPLES
             except ValueError as error:
                 logger.warning("%s", error)
     if not examples:
-        raise ValueError(f"`--examples` {folder} holds no picture that can be read.")
+        raise ValueError(f"`--examples` {folder} contains no readable image.")
     return examples
 
 
@@ -169,12 +172,12 @@ def folder_examples(folder: str | os.PathLike[str], count: int = FOLDER_EXAMPLES
 
 
 class Setting(NamedTuple):
-    """How a model reduces its tokens.
+    """Token reduction of a model.
 
     Attributes:
         method: a name of `clca.REDUCTIONS`, or None.
-        keep_rate: of every stage; without a method 1.
-        cache: cross-layer cache.
+        keep_rate: keep rate of each stage; 1 without a method.
+        cache: whether the cross-layer cache is used.
     """
 
     method: str | None
@@ -183,7 +186,8 @@ class Setting(NamedTuple):
 
 
 def own_setting(config: CLCAViTConfig) -> Setting:
-    """The setting of a checkpoint. Several rates, or counts, become the one rate that leaves as much after the last stage."""
+    """Return the setting of a checkpoint. Several rates, or token counts, are converted to the single rate that keeps the same number of
+    tokens after the last stage."""
     if config.reduction is None:
         return Setting(None, 1.0, config.cross_layer_cache)
     stages = len(config.reduction_layers)
@@ -195,10 +199,10 @@ def own_setting(config: CLCAViTConfig) -> Setting:
 
 
 def setting_config(config: CLCAViTConfig, setting: Setting) -> CLCAViTConfig:
-    """The configuration of a checkpoint under a setting; its own setting leaves it as it is.
+    """Return the configuration of a checkpoint with another setting; unchanged for its own setting.
 
     Raises:
-        ValueError: what the method refuses.
+        ValueError: if the configuration is invalid, see `CLCAViTConfig`.
     """
     if setting == own_setting(config):
         return config
@@ -216,16 +220,16 @@ def setting_config(config: CLCAViTConfig, setting: Setting) -> CLCAViTConfig:
 
 
 def weights_for(model: CLCAViTForImageClassification, config: CLCAViTConfig) -> dict[str, torch.Tensor]:
-    """The weights of a model, not copied, as a model of another configuration has them: of one for several keep rates those at
-    one rate, where the other has one only."""
+    """Return the state dict of a model for another configuration, without copying tensors. For a model with `train_keep_rates` and a
+    configuration without, batch norm statistics are those of one rate."""
     rates = model.config.train_keep_rates
     if rates and not config.train_keep_rates:
         return at_one_rate(model.state_dict(), rates, rate_of(config))
     return model.state_dict()
 
 
-def lacking(model: CLCAViTForImageClassification, config: CLCAViTConfig) -> list[str]:
-    """Parameters that a model of this configuration needs and the given one lacks, or has in another shape."""
+def missing_weights(model: CLCAViTForImageClassification, config: CLCAViTConfig) -> list[str]:
+    """Return the names of weights of a configuration that a model does not have, or has in another shape."""
     have = {name: value.shape for name, value in weights_for(model, config).items()}
     return [name for name, value in on_meta(config).state_dict().items() if have.get(name) != value.shape]
 
@@ -233,19 +237,19 @@ def lacking(model: CLCAViTForImageClassification, config: CLCAViTConfig) -> list
 def with_weights(
     model: CLCAViTForImageClassification, config: CLCAViTConfig, fill: bool = False
 ) -> CLCAViTForImageClassification:
-    """A model of another configuration on the same weights, which are not copied.
+    """Build a model of another configuration that shares the weights of `model`.
 
     Args:
-        model: whose weights.
-        config: of the new model.
-        fill: put zeros where the weights are lacking, for a model whose numbers do not matter.
+        model: the model with the weights.
+        config: configuration of the new model.
+        fill: use zeros for missing weights, for a model that is only timed.
 
     Raises:
-        ValueError: the weights are lacking.
+        ValueError: if weights are missing and `fill` is not set.
     """
-    missing = lacking(model, config)
+    missing = missing_weights(model, config)
     if missing and not fill:
-        raise ValueError(_why_lacking(config, missing))
+        raise ValueError(_missing_message(config, missing))
     other, weights = on_meta(config), weights_for(model, config)
     zeros = {name: torch.zeros(value.shape) for name, value in other.state_dict().items() if name in missing}
     other.load_state_dict(
@@ -254,40 +258,38 @@ def with_weights(
     return other.eval()
 
 
-def _why_lacking(config: CLCAViTConfig, missing: Sequence[str]) -> str:
+def _missing_message(config: CLCAViTConfig, missing: Sequence[str]) -> str:
     rates = ", ".join(f"{rate:g}" for rate in Budget.of(config).keep_rate)
     return (
-        f"{config.reduction or 'This setting'} has parameters of its own, which these weights lack at keep rate {rates} "
-        f"({len(missing)} tensors): they must be trained first."
+        f"{config.reduction or 'This setting'} has parameters that this checkpoint does not contain at keep rate {rates} "
+        f"({len(missing)} tensors): train a model with it first."
     )
 
 
 @contextmanager
-def _asking_the_hub(name: str) -> Iterator[None]:
-    """Say so where the Hub gave no answer about `name`: a lost connection tells nothing of what a repository holds.
+def _hub_errors(name: str) -> Iterator[None]:
+    """Convert connection and file errors to a ValueError, so that a lost connection is not reported as a missing file.
 
     Raises:
-        ValueError: no answer, or the files cannot be kept on this machine.
+        ValueError: if the Hub does not answer, or files cannot be written to the cache.
     """
     try:
         yield
-    # `LocalEntryNotFoundError`: not fetched before, and the Hub not reached. The HTTP client's errors are no OSError.
+    # `LocalEntryNotFoundError`: not in the cache, and the Hub cannot be reached. Errors of the HTTP client are not OSErrors.
     except (LocalEntryNotFoundError, HTTPError, ConnectionError, TimeoutError) as error:
-        raise ValueError(
-            f"the Hub cannot be reached, or does not give out {name} now: check the connection and try again."
-        ) from error
-    except OSError as error:  # without the path that `str(error)` ends with
+        raise ValueError(f"could not download {name} from the Hub: check the connection and try again.") from error
+    except OSError as error:  # `strerror` has no path, which visitors must not see
         raise ValueError(f"{name} cannot be loaded: {error.strerror or one_sentence(error)}") from error
 
 
 def _fetch(name: str) -> str:
-    """The folder of a repository's files that a model is made of, and of no others, fetched without the token of this machine;
-    the weights only if they are not too many. What was fetched before needs no Hub."""
-    with _asking_the_hub(name):
+    """Download the configuration, image processor and weights of a Hub repository, without the token of this machine, and return their
+    folder. Sizes are checked before the download. Cached files need no connection."""
+    with _hub_errors(name):
         try:
             config = Path(hf_hub_download(name, CONFIG_NAME, token=False))
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
-            raise ValueError(f"there is no checkpoint {name} on the Hub that everybody may read.") from error
+            raise ValueError(f"there is no public checkpoint {name} on the Hub.") from error
         folder, commit = config.parent, config.parent.name
         _check_values(name, config)
         try:
@@ -296,10 +298,10 @@ def _fetch(name: str) -> str:
             raise ValueError(str(error).replace(str(folder), name)) from error
         for file in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME):
             found = try_to_load_from_cache(name, file, revision=commit)
-            if found is None:  # neither fetched before, nor known not to be there
+            if found is None:  # neither cached nor known to be missing
                 try:
                     found = hf_hub_download(name, file, revision=commit, token=False)
-                except RemoteEntryNotFoundError:  # it has one of them
+                except RemoteEntryNotFoundError:  # a repository has one of the two files
                     continue
             if isinstance(found, str):
                 _check_values(name, Path(found))
@@ -311,13 +313,16 @@ def _fetch(name: str) -> str:
                     raise ValueError(f"the weights of {name} are too large for this page. {TOO_LARGE}")
             hf_hub_download(name, SAFE_WEIGHTS_NAME, revision=commit, token=False)
         except RemoteEntryNotFoundError as error:
-            raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only weights that this page takes.") from error
+            raise ValueError(f"{name} has no {SAFE_WEIGHTS_NAME}, the only supported format of weights.") from error
     return str(folder)
 
 
 def _check_values(name: str, file: Path) -> None:
-    """Refuse a configuration, of a model or an image processor, that states more classes or pixels than the page takes, before
-    anything is made of it."""
+    """Check the numbers of classes and pixels in the configuration of a model or image processor, before it is used.
+
+    Raises:
+        ValueError: if a number is above its limit, or the file is not a JSON object.
+    """
     if file.stat().st_size > MOST_TEXT_BYTES:
         raise ValueError(f"the {file.name} of {name} is too large for this page. {TOO_LARGE}")
     try:
@@ -325,17 +330,18 @@ def _check_values(name: str, file: Path) -> None:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the {file.name} of {name} is not JSON.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"the {file.name} of {name} must hold a JSON object.")
+        raise ValueError(f"the {file.name} of {name} must contain a JSON object.")
     labels = values.get("num_labels", 0), *(len(values.get(key) or ()) for key in ("id2label", "label2id"))
     sizes = [values.get("image_size"), *_sizes(values)]
-    if any(_is_over(count, MOST_CLASSES) for count in labels) or any(
-        _is_over(_area(s), MOST_INPUT_PIXELS) for s in sizes
+    if any(_exceeds(count, MOST_CLASSES) for count in labels) or any(
+        _exceeds(_area(s), MOST_INPUT_PIXELS) for s in sizes
     ):
         raise ValueError(f"{name} is too large for this page. {TOO_LARGE}")
 
 
 def _sizes(values: Mapping[str, Any]) -> Iterator[Any]:
-    """The sizes that an image processor states, also one inside another object; `size` as it is before the crop to a share."""
+    """Yield the sizes in the configuration of an image processor, including nested ones. With `crop_pct`, `size` is that before the
+    crop."""
     stated = values.get("crop_pct")
     shares = [s for s in (stated if isinstance(stated, list) else [stated]) if isinstance(s, (int, float))]
     for key, value in values.items():
@@ -348,7 +354,7 @@ def _sizes(values: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _area(size: Any) -> Any:
-    """Pixels of a size in any of the forms that processors take: one side, two, or sides by name."""
+    """Return the number of pixels of a size in any format of image processors: one side, two sides, or sides by name."""
     if isinstance(size, Mapping):
         if set(size) == {"shortest_edge"}:
             return _area(size["shortest_edge"]) * MOST_ELONGATED
@@ -357,14 +363,18 @@ def _area(size: Any) -> Any:
     return abs(sides[0]) * abs(sides[-1]) if sides else 0
 
 
-def _is_over(value: Any, most: int) -> bool:
+def _exceeds(value: Any, most: int) -> bool:
     return isinstance(value, (int, float)) and not value <= most
 
 
 def _check_size(name: str, config: CLCAViTConfig) -> None:
-    """Refuse a model that is too large, from its configuration alone."""
+    """Check the size of a model from its configuration.
+
+    Raises:
+        ValueError: if it is above a limit.
+    """
     width, layers = config.hidden_size, config.num_hidden_layers
-    least = layers * width * (4 * width + 2 * config.intermediate_size)  # before a network of that many layers is made
+    least = layers * width * (4 * width + 2 * config.intermediate_size)  # a lower bound, before the network is built
     if layers > MOST_LAYERS or config.num_patches > MOST_PATCHES or least > MOST_PARAMETERS:
         raise ValueError(f"{name} is too large for this page. {TOO_LARGE}")
     if sum(value.numel() for value in on_meta(config).state_dict().values()) > MOST_PARAMETERS:
@@ -372,14 +382,14 @@ def _check_size(name: str, config: CLCAViTConfig) -> None:
 
 
 class Checkpoint(NamedTuple):
-    """A model with what is needed to show it.
+    """A loaded checkpoint, and the settings that can be used with it.
 
     Attributes:
         model, image_processor: as saved.
-        setting: as saved.
-        methods: names that its weights can serve; the first is None.
-        reasons: name -> why its weights cannot serve that method.
-        fixed_rate: methods whose keep rate cannot be changed on these weights.
+        setting: the saved setting.
+        methods: names of methods that can be used with the weights; the first one is None.
+        reasons: method -> why it cannot be used.
+        fixed_rate: methods whose keep rate cannot be changed.
         cache: whether the cross-layer cache can be switched on and off.
     """
 
@@ -393,28 +403,28 @@ class Checkpoint(NamedTuple):
 
     @property
     def config(self) -> CLCAViTConfig:
-        """As saved."""
+        """The saved configuration."""
         return self.model.config
 
 
 def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
-    """Load a model and find out which settings its weights can serve. No code of the checkpoint is run.
+    """Load a checkpoint, and determine which settings can be used with it. No code of the checkpoint is run.
 
     Args:
         name: folder or Hub repository.
-        trusted: whether it is the owner of this machine who names it. Strangers may name public repositories of the Hub with
-            models of up to `MOST_PARAMETERS`, in safetensors.
+        trusted: whether the owner of this machine named it. Visitors may only load public Hub repositories with models of up to
+            `MOST_PARAMETERS`, in safetensors.
 
     Raises:
-        ValueError: no such checkpoint, another kind of model, or one that is not whole, or too large; the Hub is not reached.
+        ValueError: if there is no such checkpoint, it is not a CLCA model, is incomplete or too large, or the Hub cannot be
+            reached.
     """
     name = name.strip()
     if not name:
         raise ValueError("`MODEL` is empty: give a folder, or a repository on the Hub such as you/leaves.")
-    if not trusted and name.startswith(
-        (".", "/", "~")
-    ):  # by its look alone: strangers do not learn which folders there are
-        raise ValueError(f"{name} looks like a folder of this machine. This page takes models of the Hub only.")
+    # only the name is checked, so that visitors do not learn which folders exist
+    if not trusted and name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} looks like a folder of this machine. This page only loads models of the Hub.")
     if trusted and Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise ValueError(f"there is no checkpoint in the folder {name}: it has no config.json.")
     source = name if trusted else _fetch(name)
@@ -441,39 +451,39 @@ def load_checkpoint(name: str, trusted: bool = True) -> Checkpoint:
         except ValueError as error:
             reasons[method] = one_sentence(error)
             continue
-        if not own and (missing := lacking(model, here)):
-            reasons[method] = _why_lacking(here, missing)
+        if not own and (missing := missing_weights(model, here)):
+            reasons[method] = _missing_message(here, missing)
             continue
         methods.append(method)
-        if lacking(model, other):
+        if missing_weights(model, other):
             fixed_rate.add(method)
     try:
         switched = setting_config(config, setting._replace(cache=not setting.cache))
-        cache = not lacking(model, switched)
+        cache = not missing_weights(model, switched)
     except ValueError:
         cache = False
     return Checkpoint(model, image_processor, setting, methods, reasons, fixed_rate, cache)
 
 
-# What is seen
+# Results
 
 
-class Shown(NamedTuple):
-    """A picture, what it shows, and a note on it."""
+class Picture(NamedTuple):
+    """A picture with its name and caption."""
 
     name: str
-    picture: Image.Image
+    image: Image.Image
     note: str = ""
 
 
-class Look(NamedTuple):
-    """What a model makes of a leaf.
+class Prediction(NamedTuple):
+    """Prediction of a model for a leaf.
 
     Attributes:
-        classes: name and probability of the best ones, best first.
+        classes: name and probability of the most probable classes, in descending order.
         independent: whether a leaf may have several classes, so that the probabilities do not sum to one.
-        tokens: that enter each layer, and last the final norm.
-        seconds: that the forward pass took, once, unwarmed.
+        tokens: number of tokens that enter each layer, and finally the last norm.
+        seconds: duration of the forward pass, measured once without warm-up.
     """
 
     classes: list[tuple[str, float]]
@@ -483,7 +493,7 @@ class Look(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Multiply-adds of one image, None where they differ by image, and latency in seconds, None where not measured."""
+    """Cost of one image: multiply-adds (None if they depend on the image), and latency in seconds (None if not measured)."""
 
     macs: int | None
     dense_macs: int
@@ -492,39 +502,39 @@ class Cost(NamedTuple):
 
 
 class Viewer:
-    """Loads models, and remembers the last answers. One thread at a time may use it.
+    """Loads models and caches the latest results. Not thread-safe.
 
     Args:
-        folders: whether its users own this machine: models may come from folders, and be private or large.
-        trusted: a checkpoint that may be so in any case.
+        folders: whether its users own this machine, so that models may come from folders, be private, or be large.
+        trusted: checkpoint to which no restrictions apply, even if `folders` is not set.
     """
 
     def __init__(self, folders: bool = True, trusted: str | None = None) -> None:
         self.folders = folders
         self.trusted = trusted
         self.model = lru_cache(SETTINGS)(self._model)
-        self.look = lru_cache(PREDICTIONS)(self._look)
+        self.predict = lru_cache(PREDICTIONS)(self._predict)
         self.stages = lru_cache(DRAWINGS)(self._stages)
         self.macs = lru_cache(COSTS)(self._macs)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._times: dict[Any, dict[Setting | str, Quartiles]] = {}
 
     def load(self, name: str) -> Checkpoint:
-        """Load a checkpoint, also one that is loaded already: it may have been trained again. The last `CHECKPOINTS` are kept.
+        """Load a checkpoint, again if it is already loaded, because it may have been trained further. The last `CHECKPOINTS` are cached.
 
         Raises:
-            ValueError: as of `load_checkpoint`; nothing changes.
+            ValueError: as `load_checkpoint`; the cache is unchanged.
         """
         checkpoint = load_checkpoint(name, trusted=self.folders or name == self.trusted)
         self._checkpoints.pop(name, None)
         self._checkpoints = dict([*self._checkpoints.items(), (name, checkpoint)][-CHECKPOINTS:])
-        for cache in (self.model, self.look, self.stages, self.macs):
+        for cache in (self.model, self.predict, self.stages, self.macs):
             cache.cache_clear()
         self._times.clear()
         return checkpoint
 
     def checkpoint(self, name: str) -> Checkpoint:
-        """A checkpoint, loaded unless it is."""
+        """Return a checkpoint, loading it if necessary."""
         return self._checkpoints.get(name) or self.load(name)
 
     def _model(self, name: str, setting: Setting) -> CLCAViTForImageClassification:
@@ -532,17 +542,17 @@ class Viewer:
         return with_weights(checkpoint.model, setting_config(checkpoint.config, setting))
 
     def forget_leaves(self) -> None:
-        """Drop the answers about images, and with them the images."""
-        self.look.cache_clear()
+        """Clear cached results about images, including the images."""
+        self.predict.cache_clear()
         self.stages.cache_clear()
 
     def view(self, name: str, leaf: Leaf, setting: Setting | None = None) -> View:
-        """The leaf as the model sees it."""
+        """Return the leaf after preprocessing, with the model of a setting."""
         checkpoint = self.checkpoint(name)
         model = checkpoint.model if setting is None else self.model(name, setting)
-        return make_view(model, checkpoint.image_processor, [leaf.picture])
+        return make_view(model, checkpoint.image_processor, [leaf.image])
 
-    def _look(self, name: str, leaf: Leaf, setting: Setting) -> Look:
+    def _predict(self, name: str, leaf: Leaf, setting: Setting) -> Prediction:
         view = self.view(name, leaf, setting)
         config = view.model.config
         start = time.perf_counter()
@@ -554,43 +564,43 @@ class Viewer:
         shares = logits.sigmoid() if independent else logits.softmax(dim=0)
         best = shares.topk(min(TOP_CLASSES, len(shares)))
         classes = [(config.id2label[int(i)], float(p)) for p, i in zip(best.values, best.indices, strict=True)]
-        return Look(classes, independent, output.token_counts, seconds)
+        return Prediction(classes, independent, output.token_counts, seconds)
 
     def unmet(self, name: str, setting: Setting, kind: str) -> Need | None:
-        """What a kind of picture needs and the model lacks under a setting, or None."""
+        """Return the first requirement of a kind of picture that the model does not meet with a setting, or None."""
         return KINDS[kind].unmet(setting_config(self.checkpoint(name).config, setting))
 
-    def _stages(self, name: str, leaf: Leaf, setting: Setting, kind: str) -> list[Shown]:
+    def _stages(self, name: str, leaf: Leaf, setting: Setting, kind: str) -> list[Picture]:
         return self._draw(name, leaf, setting, kind)
 
     def trace(
         self, name: str, leaf: Leaf, setting: Setting, patch: tuple[int, int], kind: str = "trace"
-    ) -> list[Shown]:
-        """A kind of picture that follows a patch (row, column), by default the token that holds it after each stage, and what
-        it is made of. The patch is framed.
+    ) -> list[Picture]:
+        """Draw pictures about a patch (row, column), by default the patches merged into its token after each stage, with a frame around
+        the patch.
 
         Raises:
-            ValueError: no such patch, or a setting without what the picture needs.
+            ValueError: if there is no such patch, or the setting does not meet the requirements of the picture.
         """
-        grid, shown = self.grid(name), self._draw(name, leaf, setting, kind, patch=patch)
-        for one in shown:
-            frame_patch(one.picture, grid, patch)
-        return shown
+        grid, pictures = self.grid(name), self._draw(name, leaf, setting, kind, patch=patch)
+        for picture in pictures:
+            frame_patch(picture.image, grid, patch)
+        return pictures
 
-    def _draw(self, name: str, leaf: Leaf, setting: Setting, kind: str, **options: Any) -> list[Shown]:
+    def _draw(self, name: str, leaf: Leaf, setting: Setting, kind: str, **options: Any) -> list[Picture]:
         view, record = self.view(name, leaf, setting), KINDS[kind]
-        return _shown(partial(record, **record.page.options(view.model.config), **options), view)
+        return _pictures(partial(record, **record.page.options(view.model.config), **options), view)
 
     def leaf_with_grid(self, name: str, leaf: Leaf, patch: tuple[int, int] | None) -> Image.Image:
-        """What the model sees, with a frame around a patch."""
+        """Return the leaf after preprocessing, with a frame around a patch."""
         view = self.view(name, leaf)
-        (shown,) = _shown(input_columns, view)
+        (picture,) = _pictures(input_columns, view)
         if patch is not None and all(0 <= place < count for place, count in zip(patch, view.grid, strict=True)):
-            frame_patch(shown.picture, view.grid, patch)
-        return shown.picture
+            frame_patch(picture.image, view.grid, patch)
+        return picture.image
 
     def grid(self, name: str) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return the numbers of rows and columns of patches."""
         return self.checkpoint(name).config.image_grid
 
     def _macs(self, name: str, setting: Setting) -> tuple[int | None, int]:
@@ -598,12 +608,12 @@ class Viewer:
         return macs_in_advance(setting_config(config, setting)), count_macs(on_meta(dense_config(config)))
 
     def cost(self, name: str, setting: Setting, settings: Sequence[Setting]) -> Cost:
-        """What a setting costs; its latency if `measure` has measured it together with all `settings`."""
+        """Return the cost of a setting, with its latency if `measure` has measured it together with all `settings`."""
         times = self._times.get((name, frozenset(settings)), {})
         return Cost(*self.macs(name, setting), times.get(setting), times.get("dense"))
 
     def measure(self, name: str, leaf: Leaf, settings: Sequence[Setting]) -> None:
-        """Measure the latency of settings, and of the dense model, in turn: one image, medians of a few warmed runs."""
+        """Measure the latency of settings and of the dense model for one image, by interleaved timing after a warm-up."""
         checkpoint = self.checkpoint(name)
         models: Mapping[Any, CLCAViTForImageClassification] = {
             "dense": with_weights(checkpoint.model, dense_config(checkpoint.config), fill=True)
@@ -624,20 +634,20 @@ class Viewer:
         self._times[name, frozenset(settings)] = {key: quartiles(values) for key, values in timing.seconds.items()}
 
 
-def frame_patch(picture: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> None:
-    """Draw a frame around a patch (row, column) of a picture: dark and light, to be seen on any ground."""
+def frame_patch(image: Image.Image, grid: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Draw a frame around a patch (row, column) of an image, black and yellow, for contrast on any background."""
     (rows, columns), (row, column) = grid, patch
-    width, height = picture.width / columns, picture.height / rows
-    draw = ImageDraw.Draw(picture)
+    width, height = image.width / columns, image.height / rows
+    draw = ImageDraw.Draw(image)
     for inset, colour, line in ((-3, "black", 6), (-2, "#ffd21e", 4)):
         box = (column * width + inset, row * height + inset, (column + 1) * width - inset, (row + 1) * height - inset)
         draw.rectangle(box, outline=colour, width=line)
 
 
-def _shown(kind: Draw, view: View) -> list[Shown]:
-    """The pictures that a kind makes of the only leaf of a view."""
+def _pictures(kind: Draw, view: View) -> list[Picture]:
+    """Return the pictures of a kind for a view of one leaf."""
     return [
-        Shown(column.name, draw_cell(cell, cell_size(cell.image, PICTURE_SIDE)), cell.caption)
+        Picture(column.name, draw_cell(cell, cell_size(cell.image, PICTURE_SIDE)), cell.caption)
         for column in kind(view)
         for cell in column.cells
     ]

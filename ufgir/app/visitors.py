@@ -1,4 +1,4 @@
-"""What visitors of the page send, leave behind, and are told when a request fails."""
+"""Uploads of visitors, and the messages they see if a request fails."""
 
 import asyncio
 import logging
@@ -23,11 +23,11 @@ UNANSWERED = "The page could not answer this request ({kind}). Reload it and try
 
 
 class Uploads:
-    """The folder for uploads, one for all pages of a process. Everything in it is deleted in time, also what Gradio loses sight of:
-    uploads that were broken off, and its own temporary files.
+    """Folder for uploads, shared by all pages of a process. Old files are deleted, including aborted uploads and temporary files of
+    Gradio, which Gradio itself does not delete.
 
     Attributes:
-        folder: only for the user who runs the page. It is deleted when the process ends.
+        folder: accessible only to the user who runs the page. It is deleted when the process ends.
     """
 
     def __init__(self) -> None:
@@ -36,18 +36,18 @@ class Uploads:
             Path(given).mkdir(parents=True, exist_ok=True)
         self._owned = tempfile.TemporaryDirectory(prefix="ufgir-page-", dir=given or None, ignore_cleanup_errors=True)
         self.folder = Path(self._owned.name)
-        os.environ["GRADIO_TEMP_DIR"] = str(self.folder)  # which Gradio asks for at each request
+        os.environ["GRADIO_TEMP_DIR"] = str(self.folder)  # Gradio reads it at each request
 
     def sweep(self, age: float = UPLOAD_SECONDS) -> None:
-        """Delete what nobody has changed for `age` seconds."""
+        """Delete files and folders that were not changed for `age` seconds."""
         old = [path for path in self.folder.rglob("*") if time.time() - path.lstat().st_mtime >= age]
-        for path in sorted(old, reverse=True):  # what is inside a folder before the folder
-            with suppress(OSError):  # a folder in use, or a file that is gone
+        for path in sorted(old, reverse=True):  # the contents of a folder before the folder
+            with suppress(OSError):  # a folder that is not empty, or a file that was deleted in the meantime
                 path.rmdir() if path.is_dir() else path.unlink()
 
     @asynccontextmanager
     async def watched(self, app: Any) -> AsyncIterator[None]:
-        """Sweep while a page is served, and delete everything at its end."""
+        """Sweep regularly while a page is served, and delete everything afterwards."""
 
         async def sweeping() -> None:
             while True:
@@ -64,13 +64,13 @@ class Uploads:
 
 @cache
 def uploads() -> Uploads:
-    """Those of this process."""
+    """Return the upload folder of this process."""
     return Uploads()
 
 
-def answer_in_sentences(gr: Any, blocks: "gradio.Blocks") -> None:
-    """Let every error that a page answers with be one sentence without paths or code, also to those who call it as an API. What
-    `gr.Error` says is meant for visitors; anything else goes to the log."""
+def hide_tracebacks(gr: Any, blocks: "gradio.Blocks") -> None:
+    """Replace the errors of a page by one sentence without paths or code, for visitors and API clients. Messages of `gr.Error` are meant
+    for visitors and are kept; other errors are logged."""
     process = blocks.process_api
 
     async def guarded(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def answer_in_sentences(gr: Any, blocks: "gradio.Blocks") -> None:
     blocks.process_api = guarded
 
 
-async def unanswered(request: Any, error: Exception) -> Any:
-    """The answer to a request that fails before it reaches a function of the page."""
-    from starlette.responses import JSONResponse  # comes with Gradio
+async def error_response(request: Any, error: Exception) -> Any:
+    """Return the response to a request that fails before it reaches a function of the page."""
+    from starlette.responses import JSONResponse  # installed with Gradio
 
     return JSONResponse({"error": UNANSWERED.format(kind=type(error).__name__)}, status_code=500)

@@ -39,7 +39,12 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("topk", "evit", "dyvit", "ats", "dpcknn", "tome", "sit", "patchmerger", "heuristic", "kmedoids", "sinkhorn")
 METHODS += ("maws", "dmaws", "edar", "nfedar", "glsf")  # methods of the later CLCA code
-METHODS_LEFT_OUT = ("amaws", "multiselect", "mcrit", "asea")  # of the same code, without a published run
+METHODS_LEFT_OUT = (
+    "amaws",
+    "multiselect",
+    "mcrit",
+    "asea",
+)  # unsupported methods of the later code, without a published run
 LEARNED_SLOTS = {"sit": "weight.3.bias", "patchmerger": "queries", "sinkhorn": "v"}  # tensor with one row per slot
 
 _FILE_NAME = re.compile(
@@ -55,7 +60,10 @@ _PARTS = (
     (r"cluster_layers\.\d+\.v", "sinkhorn"),
     (r"query_prompt_embeddings", "vqt"),
 )
-_DEFAULT_LAYERS = {3: [3, 6, 9], 6: [2, 3, 5, 6, 8, 9]}  # of 12; six where ToMe keeps 25 %, since it can halve at most
+_DEFAULT_LAYERS = {
+    3: [3, 6, 9],
+    6: [2, 3, 5, 6, 8, 9],
+}  # of 12 layers; six stages for ToMe at 25 %, as it can at most halve
 _INTEGERS = ("num_clr", "ifa_dws_conv_groups", "num_query_tokens", "k_neighbors", "cluster_iters", "input_size")
 _INTEGERS += ("num_classes", "num_heads", "resize_size", "test_resize_size")
 _REPORTED = ("accuracy", "max_accuracy", "epoch")
@@ -184,15 +192,15 @@ def _only_safe_globals(*allowed: type) -> Iterator[None]:
 
 
 def _foreign_globals(path: Path, error: Exception) -> list[str]:
-    """Classes and functions that a file asks for beside what is allowed, without importing them."""
+    """Return the names of classes and functions that a file needs and that are not allowed, without importing them."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # only for the newer of torch's two formats
+    except Exception:  # torch's function supports only the newer of its two formats
         return sorted(set(re.findall(r"GLOBAL ([\w.]+)", str(error))))
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no more is known"]
+    lines = str(error).strip().splitlines() or ["no message"]
     return shortened(lines[0]).rstrip(":").removesuffix(".")
 
 
@@ -205,7 +213,7 @@ def _options(payload: Mapping[str, Any], source: str, path: Path) -> dict[str, A
 
 
 def _options_of_file_name(path: Path) -> dict[str, Any]:
-    """What the file's name says, under the names of the options; nothing if it follows another scheme."""
+    """Parse options from a file name, under the original's names; empty if the name has another scheme."""
     match = _FILE_NAME.fullmatch(path.stem)
     if match is None:
         return {}
@@ -217,17 +225,21 @@ def _options_of_file_name(path: Path) -> dict[str, Any]:
 
 
 def _from_text(value: Any) -> Any:
-    """An option's value, also where a file holds a list or a truth value as text: "[3, 6, 9]", "True"."""
+    """Parse a list, boolean or None that a file stores as text, such as "[3, 6, 9]" or "True"; return other values unchanged."""
     if isinstance(value, str) and (value.startswith("[") or value in ("True", "False", "None")):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return value  # `_checked` refuses it by its name
+            return value  # `_checked` reports it
     return value
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with `keep_rate` and `reduction_loc` as lists; ValueError for a value of the wrong kind."""
+    """Check the types of options, and convert `keep_rate` and `reduction_loc` to lists.
+
+    Raises:
+        ValueError: for a value of the wrong type.
+    """
     for name, kind, kind_name in (("keep_rate", Real, "numbers"), ("reduction_loc", int, "integers")):
         if name in options:
             value = options[name]
@@ -247,15 +259,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _without_wrapper(key: str) -> str:
-    """A weight's name without what DistributedDataParallel puts before it."""
+    """Remove the prefix that DistributedDataParallel adds to a weight's name."""
     return str(key).removeprefix("module.")
 
 
 def split_model_name(name: str) -> tuple[str, Architecture]:
-    """`evit_deit3_base_patch16_224.fb_in1k` -> "evit" and the architecture behind it; "vit" for no method.
+    """Split `evit_deit3_base_patch16_224.fb_in1k` into "evit" and the architecture; the method is "vit" if the name has none.
 
     Raises:
-        ValueError: no architecture or method of this version.
+        ValueError: if the method or architecture is not supported.
     """
     match = re.fullmatch(
         rf"(?:({'|'.join((*METHODS, *METHODS_LEFT_OUT))})_|({'|'.join(heads_reading('probes'))})_?)?(.+)", name
@@ -270,7 +282,7 @@ def split_model_name(name: str) -> tuple[str, Architecture]:
     try:
         return method, find_architecture(match[3])
     except ValueError as error:
-        network = match[3].partition(".")[0]  # a pretraining that is not known may be one of a network that is
+        network = match[3].partition(".")[0]  # the network may be known, even if this pretraining is not
         try:
             return method, find_architecture(network)
         except ValueError:
@@ -278,7 +290,7 @@ def split_model_name(name: str) -> tuple[str, Architecture]:
 
 
 def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLCAViTForImageClassification:
-    """The model of a file; see `load_original_file` for the overrides and errors."""
+    """Build the model of a file; see `load_original_file` for the overrides and errors."""
     overrides = dict(overrides or {})
     known = {f.name for f in fields(CLCAViTConfig)} | {"num_labels"}
     if unknown := sorted(set(overrides) - known):
@@ -287,18 +299,18 @@ def build(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> CLC
     config = CLCAViTConfig.from_dict(source.to_dict() | _changes(source, overrides))
     weights = resample_weights(convert_original_state(file.state, config), source, config)
     model = CLCAViTForImageClassification(config).eval()
-    # The original drops the final norm where the head reads CLS before it; ours stays, unused.
+    # The original has no final norm if the head uses CLS before it; ours has one, unused.
     optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(weights)), weights, optional, source=f"weights of `{file.path}`")
     return model
 
 
 def open_original(file: OriginalFile, overrides: Mapping[str, Any] | None = None) -> Weights:
-    """The weights of a file and the configuration that fits them.
+    """Return the weights of a file under our names, with the configuration that they match.
 
     Args:
-        file: as `read_original_file` returns it.
-        overrides: fields of `CLCAViTConfig` for what the file does not tell.
+        file: result of `read_original_file`.
+        overrides: fields of `CLCAViTConfig` that the file does not determine.
 
     Raises:
         ValueError: as `load_original_file`.
@@ -314,22 +326,26 @@ def open_original(file: OriginalFile, overrides: Mapping[str, Any] | None = None
 
 def original_image_processor(file: OriginalFile, image_size: int) -> Any:
     """Return the image processor of the original evaluation: resize to a square, then center crop."""
-    # mean and deviation of 0.5, or ImageNet's
+    # mean and std of 0.5, or ImageNet's
     statistics = [0.5] * 3 if file.options.get("custom_mean_std") else None
     if statistics and file.options.get("dataset_name") == "cifar10":
-        logger.warning("%s was trained with statistics of its own data: mean and deviation 0.5 are a guess", file.path)
+        logger.warning(
+            "%s was trained with the mean and std of its data, which it does not contain; using 0.5", file.path
+        )
     input_size, resize_size = file.options.get("input_size"), None
     patch_size = file.state["patch_embed.proj.weight"].shape[-1]
     if input_size is not None and input_size - input_size % patch_size == image_size:
-        # The later code evaluates at a size of its own.
+        # The later code has separate options for the size in evaluation.
         resize_size = file.options.get("test_resize_size", file.options.get("resize_size"))
         if resize_size is None:
-            resize_size = int(input_size / 0.875)  # of the whole, where the last pixels make no patch
+            resize_size = int(
+                input_size / 0.875
+            )  # from the full input size, including pixels after the last complete patch
     return make_image_processor(image_size, resize_size, image_mean=statistics, image_std=statistics)
 
 
 def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCAViTConfig:
-    """The configuration that a file's weights were trained in, heads and what else it cannot tell taken from overrides."""
+    """Return the configuration of the model in a file; `overrides` gives what the file does not determine, such as the heads."""
     options, dims = dict(file.options), _dims(file, overrides)
     _read_head(file, options, dims)
     _read_stages(file, options, dims, overrides)
@@ -343,7 +359,7 @@ def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCA
     if slots and not file.options.get("keep_rate"):
         exact |= {"keep_rate": [1.0], "keep_tokens": slots}
     config = CLCAViTConfig.from_dict(original_config(spec).to_dict() | exact)
-    expected = _learnt_slots(config, len(slots))
+    expected = _learned_slots(config, len(slots))
     if expected != slots:
         raise ValueError(
             f"`keep_rate` of `{file.path}` is {options['keep_rate']}, which gives {expected} tokens, but the weights have "
@@ -352,7 +368,7 @@ def _config_of_weights(file: OriginalFile, overrides: Mapping[str, Any]) -> CLCA
     return config
 
 
-def _learnt_slots(config: CLCAViTConfig, stages: int) -> list[int]:
+def _learned_slots(config: CLCAViTConfig, stages: int) -> list[int]:
     method = get_reduction(config.reduction)
     if not stages:
         return []
@@ -361,7 +377,11 @@ def _learnt_slots(config: CLCAViTConfig, stages: int) -> list[int]:
 
 
 def _changes(source: CLCAViTConfig, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The overrides, with what has to change with them. ValueError for those that contradict the weights."""
+    """Return the overrides and the fields that must change with them.
+
+    Raises:
+        ValueError: if an override contradicts the weights.
+    """
     fixed = ("num_labels", "hidden_size", "num_hidden_layers", "intermediate_size", "num_channels", "num_clr_tokens")
     for name in (*fixed, "num_register_tokens", "head"):
         if name in overrides and overrides[name] != getattr(source, name):
@@ -381,8 +401,8 @@ def _changes(source: CLCAViTConfig, overrides: dict[str, Any]) -> dict[str, Any]
 
 
 def kept_slots(source: CLCAViTConfig, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What else must change with a configuration whose method has its slots in the weights: there are as many for any number of
-    patches."""
+    """Return the fields that must change with `image_size` or `patch_size` for a method with learned slots, so that the number of slots
+    remains that of the weights."""
     resized = {"image_size", "patch_size"} & changes.keys()
     if (
         source.reduction not in LEARNED_SLOTS
@@ -390,11 +410,11 @@ def kept_slots(source: CLCAViTConfig, changes: Mapping[str, Any]) -> dict[str, A
         or {"keep_rate", "keep_tokens", "reduction"} & changes.keys()
     ):
         return {}
-    return {"keep_rate": [1.0], "keep_tokens": _learnt_slots(source, len(source.reduction_layers))}
+    return {"keep_rate": [1.0], "keep_tokens": _learned_slots(source, len(source.reduction_layers))}
 
 
 def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor arguments of the original's ViT."""
+    """Return the constructor arguments of the original's ViT."""
     state = file.state
     blocks = (f"blocks.0.{name}.weight" for name in ("attn.proj", "mlp.fc1", "mlp.fc2"))
     for key in ("patch_embed.proj.weight", "pos_embed", *blocks):
@@ -408,7 +428,7 @@ def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if image_size // patch_size != grid:
         _agree(file, "input_size", image_size, grid * patch_size, "the position embeddings")
     depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key)))
-    has_scale = "blocks.0.ls1.gamma" in state  # where it starts matters to new models only
+    has_scale = "blocks.0.ls1.gamma" in state  # the initial value affects only new models
     pool = "map" if "attn_pool.latent" in state else "token" if has_cls and "fc_norm.weight" not in state else "avg"
     return {
         "img_size": image_size,
@@ -422,7 +442,7 @@ def _dims(file: OriginalFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "layer_norm_eps": file.architecture.fields["layer_norm_eps"],
         "class_token": has_cls,
         "global_pool": pool,
-        "fc_norm": "norm.weight" not in state,  # of a mean: else the norm comes before it
+        "fc_norm": "norm.weight" not in state,  # whether the norm follows the mean
         "reg_tokens": registers,
         "no_embed_class": no_embed_class,
         "pre_norm": "norm_pre.weight" in state,
@@ -462,7 +482,11 @@ def _num_heads(file: OriginalFile, width: int, overrides: Mapping[str, Any]) -> 
 
 
 def _read_head(file: OriginalFile, options: dict[str, Any], dims: Mapping[str, Any]) -> None:
-    """Complete the options by what the weights tell about head and CLR. ValueError if they contradict each other."""
+    """Add options of the head and CLR that follow from the weights.
+
+    Raises:
+        ValueError: if options and weights contradict each other.
+    """
     state, width = file.state, dims["embed_dim"]
     clr = state["clr"].shape[1] if "clr" in state else 0
     _agree(file, "num_clr", options.get("num_clr"), clr, "the weights")
@@ -472,7 +496,7 @@ def _read_head(file: OriginalFile, options: dict[str, Any], dims: Mapping[str, A
     if has_ifa:
         is_cla = state["ifa_head.0.4.weight"].dim() == 3
         groups = state["ifa_head.0.1.weight"].shape[0] // width if is_cla else 0
-        # a file's name says `_cla` or `_ifa`, its options how many channels
+        # the file name has `_cla` or `_ifa`, the options have the number of channels
         _agree(file, "ifa_dws_conv_groups", options.get("ifa_dws_conv_groups"), groups, "the weights of the head")
         options["ifa_dws_conv_groups"] = groups
     if "query_prompt_embeddings" in state:
@@ -484,7 +508,11 @@ def _read_head(file: OriginalFile, options: dict[str, Any], dims: Mapping[str, A
 def _read_stages(
     file: OriginalFile, options: dict[str, Any], dims: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> None:
-    """Complete the options by method, layers and keep rate. ValueError if weights and options contradict each other."""
+    """Add the options method, layers and keep rate.
+
+    Raises:
+        ValueError: if options and weights contradict each other.
+    """
     for pattern, method in _PARTS:
         if method != file.method and (key := next((k for k in file.state if re.match(pattern, k)), None)):
             raise ValueError(
@@ -497,40 +525,42 @@ def _read_stages(
     if overrides.get("reduction_layers") is not None:
         options["reduction_loc"] = list(listed_layers(overrides["reduction_layers"], dims["depth"]))
     if file.method == "edar" and "dropped_token_fusion" not in options and overrides.get("reduction_kwargs") is None:
-        # Inferred from the logged costs of the published runs; weights do not tell.
+        # Inferred from the logged costs of the published runs; the weights are the same either way.
         logger.warning(
-            "%s does not tell `dropped_token_fusion`: tokens are fused, as in the published runs of edar at 224 px. Set "
-            "`reduction_kwargs` to {'fuse_rest': False} for a model that drops them",
+            "%s does not contain `dropped_token_fusion`: assuming that tokens are fused, as in the published runs of edar at "
+            "224 px. Set `reduction_kwargs` to {'fuse_rest': False} for a model that drops them",
             file.path,
         )
         options["dropped_token_fusion"] = True
     depth, probes = dims["depth"], file.method in heads_reading("probes")
     counts = _num_stages(file, dims)
     if file.method == "vit":
-        options["reduction_loc"] = [layer for layer in _DEFAULT_LAYERS[3] if layer < depth]  # whatever the options say
+        options["reduction_loc"] = [
+            layer for layer in _DEFAULT_LAYERS[3] if layer < depth
+        ]  # regardless of the options
     elif "reduction_loc" not in options:
         count = max(counts.values(), default=3)
         layers = list(range(depth)) if probes and count == depth else _DEFAULT_LAYERS.get(count)
         if layers is None or layers[-1] >= depth:
             raise ValueError(f"`reduction_layers` of `{file.path}` are unknown: set `reduction_layers`.")
-        logger.warning("%s does not tell its layers of reduction: %s are assumed", file.path, layers)
+        logger.warning("%s does not contain its layers of reduction; assuming %s", file.path, layers)
         options["reduction_loc"] = layers
     layers = options["reduction_loc"] or (list(range(depth)) if probes else [])
     for key, count in counts.items():
-        # an aggregation head reads the last layer in any case
+        # an aggregation head always uses the last layer
         if count != len(set(layers) - ({depth - 1} if key.startswith("ifa_head") else set())):
             raise ValueError(
-                f"`reduction_loc` of `{file.path}` is {options['reduction_loc']}, and `{key}` is made for {count} such "
+                f"`reduction_loc` of `{file.path}` is {options['reduction_loc']}, but `{key}` has the shape for {count} such "
                 "layers."
             )
     if file.method not in ("vit", *heads_reading("probes")) and not options.get("keep_rate"):
         if not _slots(file) and not {"keep_rate", "keep_tokens"} & overrides.keys():
             raise ValueError(f"`keep_rate` of `{file.path}` is unknown: set `keep_rate`.")
-        options["keep_rate"] = [1.0]  # replaced by what is known
+        options["keep_rate"] = [1.0]  # replaced by the slots or overrides
 
 
 def _num_stages(file: OriginalFile, dims: Mapping[str, Any]) -> dict[str, int]:
-    """How many layers reduce or are probed, by the name of each weight that tells it."""
+    """Return name of a weight -> number of layers that reduce tokens or are probed, for each weight whose shape determines it."""
     state, width, counts = file.state, dims["embed_dim"], {}
     if "ifa_head.0.4.weight" in state:
         key = "ifa_head.0.1.weight" if state["ifa_head.0.4.weight"].dim() == 3 else "ifa_head.0.0.weight"
@@ -547,14 +577,14 @@ def _num_stages(file: OriginalFile, dims: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _slots(file: OriginalFile) -> list[int]:
-    """Tokens that each stage makes, where they are weights."""
+    """Return the number of learned slots per stage; empty for other methods."""
     pattern = rf"cluster_layers\.(\d+)\.{re.escape(LEARNED_SLOTS.get(file.method, '-'))}"
     slots = {int(m[1]): len(tensor) for key, tensor in file.state.items() if (m := re.fullmatch(pattern, key))}
     return [slots[stage] for stage in sorted(slots)]
 
 
 def _num_labels(state: Mapping[str, torch.Tensor]) -> int:
-    """Classes of the head that is used: beside an aggregation head, the original keeps a stale one."""
+    """Return the number of classes. If there is an aggregation head, `head` is unused."""
     key = "ifa_head.0.4.weight" if "ifa_head.0.4.weight" in state else "head.weight"
     if key not in state:
         raise ValueError("`model` has no classifier: `head.weight` is missing.")
@@ -571,15 +601,15 @@ def _agree(file: OriginalFile, name: str, said: Any, shown: Any, where: str) -> 
 
 
 def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> CLCAViTForImageClassification:
-    """A model with the weights of the original code, in evaluation mode, in the dtype of the weights.
+    """Load weights of the original code, in evaluation mode, in the dtype of the weights.
 
     Args:
         state_dict: tensors under the original's keys (timm's, and `clr`, `ifa_head.*` and those of the methods).
-        spec: what the model is, see `original_config`. `num_labels` and the `mlp_layer` of `dims` may be left out: the weights
-            tell them.
+        spec: description of the model, see `original_config`. `num_labels` and the `mlp_layer` of `dims` are optional: they
+            follow from the weights.
 
     Raises:
-        ValueError: keys that do not belong, are missing, or have another shape than the configuration says.
+        ValueError: if keys are unexpected, missing, or have another shape than in the configuration.
     """
     if "num_labels" not in spec:
         spec = {**spec, "num_labels": _labels_of_spec(state_dict, spec)}
@@ -588,14 +618,14 @@ def load_original(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any
     config = original_config(spec)
     model = CLCAViTForImageClassification(config).eval()
     converted = convert_original_state(state_dict, config)
-    # The original drops the final norm where the head reads CLS before it; ours stays, unused.
+    # The original has no final norm if the head uses CLS before it; ours has one, unused.
     optional = [r"vit\.layernorm\..*"] if HEADS[config.head].before_norm else []
     fill_model(model.to(common_dtype(converted)), converted, optional, source="tensors of the `state_dict`")
     return model
 
 
 def _labels_of_spec(state_dict: Mapping[str, torch.Tensor], spec: Mapping[str, Any]) -> int:
-    """Classes of the head that is used: the last layer of an aggregation head, else `head`."""
+    """Return the number of classes of the head that is used: the last layer of an aggregation head, else `head`."""
     aggregates = spec["options"].get("ifa_head") and spec["method"] not in _PROBING_METHODS
     prefix = "ifa_head." if aggregates else "head."
     biases = [key for key in state_dict if key.startswith(prefix) and key.endswith("bias")]

@@ -28,7 +28,7 @@ from .state_dicts import NEW_PARTS
 
 logger = logging.getLogger(__name__)
 
-EVERYTHING = ("",)  # prefix of every name, for `load_model(spare=...)`
+EVERYTHING = ("",)  # prefix of every name, for `load_model(unused=...)`
 HEAD = ("classifier.",)  # not needed to inspect tokens
 _NAMED = 3  # weights listed in a message
 
@@ -83,7 +83,7 @@ def load(
     check_new(source, untrained)
     if untrained:
         logger.warning(
-            "%s does not contain %s. They are initialized: train the model first.", source, some_of(untrained)
+            "%s does not contain %s. They are initialized: train the model first.", source, first_few(untrained)
         )
     return model.eval()
 
@@ -168,7 +168,7 @@ def load_model(
     checkpoint: str | Path,
     config: CLCAViTConfig,
     revision: str | None = None,
-    spare: Sequence[str] = (),
+    unused: Sequence[str] = (),
     **options: Any,
 ) -> Loaded:
     """Load a trained model in evaluation mode, in float32. Weights that may be missing are drawn with a fixed seed.
@@ -177,7 +177,7 @@ def load_model(
         checkpoint: source, see `load`.
         config: configuration of the model.
         revision: branch, tag or commit of the Hub repository.
-        spare: prefixes of the names of weights that may be missing because they are not used.
+        unused: prefixes of the names of weights that may be missing because they are not used.
         options: `attn_implementation` and `use_safetensors` of `from_pretrained`.
 
     Raises:
@@ -186,7 +186,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, untrained = load_with_report(checkpoint, config, revision, **options)
-    check_trained(checkpoint, config, [name for name in untrained if not name.startswith(tuple(spare))])
+    check_trained(checkpoint, config, [name for name in untrained if not name.startswith(tuple(unused))])
     return Loaded(model.eval(), untrained)
 
 
@@ -199,11 +199,11 @@ def check_trained(checkpoint: str | Path, config: CLCAViTConfig, untrained: Sequ
     if untrained:
         of = f" of {config.reduction}" if any(".reduction." in name for name in untrained) else ""
         raise ValueError(
-            f"{checkpoint} does not contain {some_of(untrained)}{of}. They would be random: train the model first."
+            f"{checkpoint} does not contain {first_few(untrained)}{of}. They would be random: train the model first."
         )
 
 
-def some_of(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """Format the first few names and the number of the others."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
@@ -299,7 +299,7 @@ def load_config(model: str | None, values: dict[str, Any], revision: str | None 
         ValueError: if there is no such checkpoint, or a value is out of range.
     """
     config = read_config(model, values, revision)
-    check_meaning(values, [config])
+    warn_fields_without_effect(values, [config])
     return config
 
 
@@ -334,7 +334,7 @@ REQUIREMENTS = (  # conditions under which configuration fields have an effect
 )
 
 
-def check_meaning(values: Mapping[str, Any], configs: Sequence[CLCAViTConfig]) -> None:
+def warn_fields_without_effect(values: Mapping[str, Any], configs: Sequence[CLCAViTConfig]) -> None:
     """Warn about fields without effect on all given configurations, such as a keep rate without a reduction.
 
     Args:

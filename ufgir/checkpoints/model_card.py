@@ -61,23 +61,23 @@ def describe_preprocessing(image_processor: Any, name: str, revision: str | None
         revision: branch, tag or commit of the repository, if it is not main.
     """
     before, after = sizes_of(image_processor)
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if before is None:  # given by its shortest edge
         share = image_processor.crop_pct or 1
         edge = round(image_processor.size["shortest_edge"] / share)
         steps = f"resized to a shortest edge of {edge} pixels"
-        told["size"] = {"shortest_edge": edge}
+        arguments["size"] = {"shortest_edge": edge}
     else:
         steps = f"resized to {before[0]} x {before[1]} pixels without keeping its aspect ratio"
-        told["size"] = dict(zip(("height", "width"), before, strict=True))
+        arguments["size"] = dict(zip(("height", "width"), before, strict=True))
     if before != after and after is not None:
         steps += f", and center-cropped to {after[0]} x {after[1]} pixels"
-        told |= {"crop_size": dict(zip(("height", "width"), after, strict=True)), "do_center_crop": True}
+        arguments |= {"crop_size": dict(zip(("height", "width"), after, strict=True)), "do_center_crop": True}
     return _PREPROCESSING.format(
         steps=steps,
         name=name,
         revision=f', revision="{revision}"' if revision else "",
-        told="".join(f",\n    {key}={value}" for key, value in told.items()),
+        arguments="".join(f",\n    {key}={value}" for key, value in arguments.items()),
     )
 
 
@@ -268,7 +268,7 @@ from PIL import Image, ImageOps
 from transformers import ViTImageProcessor
 
 image_processor = ViTImageProcessor.from_pretrained(
-    "{name}"{revision}{told}
+    "{name}"{revision}{arguments}
 )
 image = ImageOps.exif_transpose(Image.open("leaf.png"))
 ```

@@ -19,10 +19,10 @@ from .timm_keys import convert_timm_tensor, translate
 
 logger = logging.getLogger(__name__)
 
-# Where the original puts the reduction in a plain ViT, whatever its options say.
+# Layers of the reduction that the original sets for a plain ViT, regardless of its options.
 _LAYERS_OF_PLAIN_VIT = (3, 6, 9)
 
-# Constructor arguments of the original's ViT (timm's names) that change what is computed.
+# Constructor arguments of the original's ViT (timm's names) that affect the computation.
 _DIMS = frozenset(
     [
         "img_size",
@@ -46,9 +46,9 @@ _DIMS = frozenset(
         "mlp_layer",
     ]
 )
-GATED_MLP = "SwiGLUPacked"  # timm's name of the `mlp_layer` of the DINOv2 giants
+GATED_MLP = "SwiGLUPacked"  # timm's name for the `mlp_layer` of the DINOv2 giants
 
-# Options of the original's command line that a model depends on.
+# Options of the original's command line that affect the model.
 _OPTIONS = frozenset(
     [
         "reduction_loc",
@@ -82,14 +82,14 @@ _OPTIONS = frozenset(
     ]
 )
 
-# Methods whose lists of keep rates hold one rate for each stage.
+# Methods whose list of keep rates has one rate per stage.
 _METHODS_BY_STAGE_RATES = ("topk", "evit", "maws", "dmaws", "edar", "nfedar", "glsf")
 
-_PROBING_METHODS = ("h2t", "vqt")  # forks of the original for a head
+_PROBING_METHODS = ("h2t", "vqt")  # variants of the original's code with another head
 
-# The original's own key -> ours, by regular expression, beside timm's (`timm_keys.TIMM_KEYS`).
+# The original's key (regular expression) -> ours, in addition to timm's (`timm_keys.TIMM_KEYS`).
 _KEYS = ((r"clr", "vit.embeddings.clr_tokens"),)
-# The number in these keys is that of the stage, not of the layer.
+# The first number in these keys is the stage, not the layer.
 _STAGE_KEYS = (
     (r"score_predictor\.(\d+)\.in_conv\.(\d)\.(weight|bias)", r"in_proj.\2.\3"),
     (r"score_predictor\.(\d+)\.out_conv\.(\d)\.(weight|bias)", r"out_proj.\2.\3"),
@@ -119,13 +119,13 @@ _HEAD_KEYS = {
 
 
 def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
-    """The configuration of a model of the original code.
+    """Return the configuration of a model of the original code.
 
     Args:
         spec: `method`; `options`, under the original's names; `dims`, the constructor arguments of its ViT; `num_labels`.
 
     Raises:
-        ValueError: a method, or an option's value, that this version cannot represent.
+        ValueError: if the method, or the value of an option, is not supported.
     """
     method, options, dims = spec["method"], spec["options"], spec["dims"]
     _check_spec(method, options, dims)
@@ -140,7 +140,7 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
     has_cls = dims.get("class_token", True)
     gated = dims.get("mlp_layer") == GATED_MLP
     if method in _PROBING_METHODS and (ignored := [name for name in ("clc", "ifa_head") if options.get(name)]):
-        logger.warning("%s of %s: the original ignores it, so it is left out.", " and ".join(ignored), method)
+        logger.warning("%s of %s: ignored, as in the original code.", " and ".join(ignored), method)
     return CLCAViTConfig(
         image_size=_image_size(dims),
         patch_size=dims.get("patch_size", 16),
@@ -168,7 +168,7 @@ def original_config(spec: Mapping[str, Any]) -> CLCAViTConfig:
         group_lasso_weight=options.get("lasso_loss_weight", 0.0),
         vqt_original_slicing=head == "vqt",
         first_patch_as_cls=HEADS[head].before_norm and not has_cls,
-        layerscale_value=dims.get("init_values") or None,  # zero means none there
+        layerscale_value=dims.get("init_values") or None,  # zero disables LayerScale in the original
         pre_norm=dims.get("pre_norm", False),
         num_register_tokens=dims.get("reg_tokens", 0),
         prefix_position_embeddings=not dims.get("no_embed_class", False),
@@ -183,33 +183,35 @@ def _check_spec(method: str, options: Mapping[str, Any], dims: Mapping[str, Any]
     unknown = sorted(set(dims) - _DIMS)
     if unknown:
         raise ValueError(
-            f"`dims` holds what this code does not know: {', '.join(unknown)}. Known: {', '.join(sorted(_DIMS))}."
+            f"`dims` contains unknown arguments: {', '.join(unknown)}. Known are {', '.join(sorted(_DIMS))}."
         )
     for name in options:
         close = [] if name in _OPTIONS else get_close_matches(name, _OPTIONS, n=1, cutoff=0.85)
-        if close:  # an option of training, of which there are many, is none of a model's business
-            raise ValueError(f"`options` holds {name!r}, which is no option of a model: did you mean {close[0]!r}?")
+        if close:  # other unknown options are options of the training, which do not affect the model
+            raise ValueError(
+                f"`options` contains {name!r}, which is not an option of a model: did you mean {close[0]!r}?"
+            )
     if dims.get("mlp_layer") not in (None, "Mlp", GATED_MLP):
         raise ValueError(f"`mlp_layer` must be Mlp or {GATED_MLP}, got {dims['mlp_layer']!r}.")
     required = {"reduction_loc", "keep_rate"} if method not in ("vit", *_PROBING_METHODS) else set()
     missing = sorted(name for name in required if name not in options)
     if missing:
-        raise ValueError(f"`options` of {method} must hold {' and '.join(missing)}.")
+        raise ValueError(f"`options` of {method} must contain {' and '.join(missing)}.")
     for name, only in (("lasso_inner_dim", 0), ("cls_weight", 1.0)):
         if options.get(name, only) != only:
-            raise ValueError(f"`{name}`={options[name]} of the original has no counterpart here; only {only} has.")
+            raise ValueError(f"`{name}`={options[name]} of the original is not supported: it must be {only}.")
 
 
 def _image_size(dims: Mapping[str, Any]) -> int | list[int]:
-    """Our `image_size` for `img_size`: what its whole patches cover. The original accepts any size, and its patch projection
-    cuts off the rest."""
+    """Convert `img_size` to our `image_size`: the area covered by complete patches. The original accepts any size, and its patch
+    projection ignores the remaining pixels."""
     size, patch = as_pair(dims.get("img_size", 224)), as_pair(dims.get("patch_size", 16))
     height, width = (side - side % step for side, step in zip(size, patch, strict=True))
     if (height, width) != tuple(size):
         logger.warning(
-            "`img_size` %s is no multiple of `patch_size` %s: the original cuts off the last rows and columns of pixels, and "
-            "`image_size` is what is left, %s x %s. Cut images to that, or pass `interpolate_pos_encoding=True` to the model, "
-            "which then takes those of the full size, too.",
+            "`img_size` %s is not a multiple of `patch_size` %s: the original ignores the last rows and columns of pixels, so "
+            "`image_size` is %s x %s. Crop images to this size, or pass `interpolate_pos_encoding=True` to the model, which "
+            "then accepts images of the full size.",
             dims.get("img_size", 224),
             dims.get("patch_size", 16),
             height,
@@ -219,22 +221,22 @@ def _image_size(dims: Mapping[str, Any]) -> int | list[int]:
 
 
 def mlp_layer_of(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """The `mlp_layer` of weights under the original's keys, by their shapes: that of gated MLPs, or None for the usual ones."""
+    """Return the `mlp_layer` of weights under the original's keys, from their shapes: `GATED_MLP`, or None for an ungated MLP."""
     inner, outer = (state_dict.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     if inner is None or outer is None or inner.dim() != 2 or outer.dim() != 2:
-        return None  # what is wrong with them is said where they are filled in
+        return None  # `fill_model` reports the problem
     return GATED_MLP if inner.shape[0] == 2 * outer.shape[1] else None
 
 
 def _pooling(dims: Mapping[str, Any], method: str) -> str:
-    """Our `pooling` for `global_pool` and `fc_norm`: with `fc_norm`, by default that of a mean, the norm comes after it."""
+    """Convert `global_pool` and `fc_norm` to our `pooling`. With `fc_norm`, the default for a mean, the norm follows the pooling."""
     pooling = dims.get("global_pool", "token")
     if pooling not in ("token", "avg", "map"):
         raise ValueError(f"`global_pool` must be token, avg or map, got {pooling!r}.")
     fc_norm = dims.get("fc_norm")
     norm_is_last = pooling == "avg" if fc_norm is None else bool(fc_norm)
     if method in _PROBING_METHODS and not norm_is_last:
-        return "cls"  # these do not pool
+        return "cls"  # these methods do not pool
     if pooling == "token":
         return "cls"
     if pooling == "avg":
@@ -243,16 +245,17 @@ def _pooling(dims: Mapping[str, Any], method: str) -> str:
 
 
 def _budget(reduction: str | None, options: Mapping[str, Any], dims: Mapping[str, Any]) -> dict[str, list]:
-    """Our `keep_rate` or `keep_tokens` for the original's `keep_rate`, whose lists mean three different things."""
+    """Convert the original's `keep_rate` to our `keep_rate` or `keep_tokens`. A list contains, depending on the method, a rate per stage,
+    cumulative rates, or token counts."""
     rates = list(options.get("keep_rate", []))
     if reduction is None:
         return {}
     if reduction == "heuristic" and not options.get("not_contiguous", False):
-        return {}  # shrinks evenly, whatever its rate says
+        return {}  # removes the same number of tokens in each stage, regardless of its rate
     if len(rates) == 1 or reduction in _METHODS_BY_STAGE_RATES:
         return {"keep_rate": rates}
     if reduction == "dyvit":
-        if options.get("clc"):  # only the first entry counts there, for every stage
+        if options.get("clc"):  # the original uses the first entry for every stage
             return {"keep_rate": [rates[0]] * len(rates)}
         side = [
             size // patch
@@ -266,7 +269,7 @@ def _budget(reduction: str | None, options: Mapping[str, Any], dims: Mapping[str
 
 
 def _own_rates(shares: list[float], num_tokens: int) -> list[float]:
-    """Rates of the stages themselves for cumulative shares of `num_tokens`, nudged until the counts round alike."""
+    """Convert cumulative rates of `num_tokens` to rates per stage, adjusted until the rounded token counts are equal."""
     rates: list[float] = []
     for share in shares:
         rate, count = min(share / math.prod(rates), 1.0), int(num_tokens * share)
@@ -279,11 +282,11 @@ def _own_rates(shares: list[float], num_tokens: int) -> list[float]:
 
 
 def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls: bool) -> dict[str, Any] | None:
-    """The method's own options, under our names."""
+    """Return the options of the method, under our names."""
     if reduction in ("topk", "evit"):
-        return None if has_cls else {"score_by": "cls"}  # there, the first patch acts as CLS
+        return None if has_cls else {"score_by": "cls"}  # the original uses the first patch as CLS
     if reduction in ("maws", "dmaws", "edar"):
-        # `fusion_crit_norm` without fusion, and of maws, has no effect there.
+        # In the original, `fusion_crit_norm` has no effect without fusion, nor with maws.
         fuses = bool(options.get("dropped_token_fusion"))
         normalizes = fuses and reduction != "maws" and bool(options.get("fusion_crit_norm"))
         return ({"fuse_rest": True} if fuses else {}) | ({"normalize_weights": True} if normalizes else {}) or None
@@ -305,12 +308,12 @@ def _reduction_kwargs(reduction: str | None, options: Mapping[str, Any], has_cls
 
 
 def convert_original_state(state_dict: Mapping[str, torch.Tensor], config: CLCAViTConfig) -> dict[str, torch.Tensor]:
-    """Tensors under the original's keys, or gradients of such, under ours.
+    """Convert tensors (weights or their gradients) from the original's keys to ours.
 
-    The original keeps a stale 1000-way `head` beside an aggregation head; it is left out.
+    The original keeps an unused 1000-way `head` next to an aggregation head; it is skipped.
 
     Raises:
-        ValueError: keys that are neither known nor stale, all of them named.
+        ValueError: if there are unknown keys; the message lists them.
     """
     converted, unexpected = {}, []
     for key, tensor in state_dict.items():

@@ -19,7 +19,7 @@ from clca.configuration_clca import as_pair
 
 from ..analysis.inputs import as_json, no_file
 from ..checkpoints.config_options import check_fields
-from ..checkpoints.loading import load_config, load_image_processor, load_model, some_of
+from ..checkpoints.loading import first_few, load_config, load_image_processor, load_model
 from ..data.checks import DatasetError
 from ..data.labels import class_feature, is_multi_label
 from ..data.load import load_ufgir_dataset
@@ -161,7 +161,9 @@ class OpenModel(NamedTuple):
         """Return a note about weights that the checkpoint does not contain; empty if it contains all of them."""
         if not self.untrained:
             return []
-        return [f"{self.name} is not fully trained: {some_of(self.untrained)} are random (seed 0), but not used here."]
+        return [
+            f"{self.name} is not fully trained: {first_few(self.untrained)} are random (seed 0), but not used here."
+        ]
 
 
 def open_model(
@@ -169,7 +171,7 @@ def open_model(
     revision: str | None = None,
     changes: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
-    spare: Sequence[str] = (),
+    unused: Sequence[str] = (),
 ) -> OpenModel:
     """Load a checkpoint in evaluation mode, with the transform of its images.
 
@@ -178,7 +180,7 @@ def open_model(
         revision: branch, tag or commit of the Hub repository.
         changes: configuration fields that override the checkpoint's, such as `keep_rate`.
         device: device of the model.
-        spare: prefixes of the names of weights that are not used and may be missing.
+        unused: prefixes of the names of weights that are not used and may be missing.
 
     Raises:
         ValueError: if there is no such checkpoint, a field or value in `changes` is invalid, weights are missing or do not
@@ -196,7 +198,7 @@ def open_model(
     except OSError:
         logger.warning("%s has no image processor; using the mean and std of ImageNet", name)
         transform = EvalTransform(make_image_processor(height))
-    model, untrained = load_model(name, config, revision, spare)
+    model, untrained = load_model(name, config, revision, unused)
     model.config._commit_hash = getattr(config, "_commit_hash", None)
     return OpenModel(name, model.to(device), transform, dict(changes or {}), untrained)
 

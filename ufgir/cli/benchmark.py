@@ -37,7 +37,7 @@ from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
 from ..utils.text import align
 from .common import FREE, check_rates, config_values, load_image_processor, require
-from .outputs import check_document, check_folder, told_first
+from .outputs import check_document, check_folder, print_before_error
 
 
 # Options whose combinations are measured: name -> (type, default, help).
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     measure = {"scaling": _scaling, "input-pipeline": _pipeline}.get(name, _cases)
     outcome = measure(args)
     said = [outcome.text]
-    with told_first(said):
+    with print_before_error(said):
         if args.output is not None:
             said.append("\n".join(f"wrote {file}" for file in outcome.write(Path(args.output))))
         if args.into is not None and outcome.status:

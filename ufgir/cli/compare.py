@@ -25,7 +25,7 @@ from .analysis_options import (
     provenance,
 )
 from .common import json_object, require
-from .outputs import told_first
+from .outputs import print_before_error
 
 
 RECORD = "comparison.json"
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> str:
     require("matplotlib", *(("sklearn", "scipy", "ot") if "patterns" in what else ()))
     device = device_of(args)
     sides = [(args.model_a, args.revision_a, args.changes_a), (args.model_b, args.revision_b, args.changes_b)]
-    models = [open_model(*side, device=device, spare=HEAD) for side in sides if side[0] is not None]
+    models = [open_model(*side, device=device, unused=HEAD) for side in sides if side[0] is not None]
     names, configs = _names(models), [model.model.config for model in models]
     check_comparison(configs, what, args.features, names)
     layers = (args.layers, args.layers_b or args.layers)
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> str:
     lines = [f"{name}: {value:.4f}" for name, value in result.scalars().items()]
     notes = dict.fromkeys(note for model in models for note in model.notes())
     text = "\n".join([f"{result.images} images", *lines, *notes])
-    with told_first([text]), new_folder(output) as folder:
+    with print_before_error([text]), new_folder(output) as folder:
         _write(folder, result, names, record)
     return f"{text}\nwrote {output}"
 

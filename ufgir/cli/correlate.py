@@ -16,7 +16,7 @@ from ..utils.provenance import now
 from ..utils.text import align
 from .common import require
 from .compare import RECORD
-from .outputs import check_file, told_first
+from .outputs import check_file, print_before_error
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> str:
         return text
     shown = [{key: pair[key] for key in ("folder", "models", "scores", "gap")} for pair in pairs]
     record = {"date": now(), "metric": metric, "pairs": shown, "correlations": rows}
-    with told_first([text]):
+    with print_before_error([text]):
         write_csv(output, rows)
         write_text_atomically(output.with_suffix(".json"), as_json(record))
     return f"{text}\n\nwrote {output}"

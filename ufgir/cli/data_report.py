@@ -6,7 +6,7 @@ from ..data.checks import DatasetError
 from ..data.load import load_ufgir_dataset
 from ..data.report import bin_name, data_report, describe, findings
 from ..utils.text import align
-from .outputs import check_folder, told_first
+from .outputs import check_folder, print_before_error
 
 
 SHOWN = 20  # lines per list; report.json contains all
@@ -82,6 +82,6 @@ def run(args: argparse.Namespace) -> str:
             more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             parts.append("\n".join([f"{heading}: {len(lines)}", *(f"  {line}" for line in lines[:SHOWN]), *more]))
     if args.output is not None:
-        with told_first(parts):
+        with print_before_error(parts):
             parts.append("\n".join(f"wrote {file}" for file in report.write(args.output, args.html)))
     return "\n\n".join(parts)

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> str:
     require("matplotlib", "sklearn")
     if args.layer is not None and check_options(args, ["--layer"], [OF_CLS]):
         args.layer = None
-    spare = () if args.features == "cla" else HEAD
-    opened = open_model(args.model, args.revision, config_values(args), device_of(args), spare=spare)
+    unused = () if args.features == "cla" else HEAD
+    opened = open_model(args.model, args.revision, config_values(args), device_of(args), unused=unused)
     check_features(opened.model.config, args.features, args.model)
     if args.layer is not None:
         checked_layers([args.layer], opened.model.config, "`--layer`")

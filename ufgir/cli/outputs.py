@@ -98,7 +98,7 @@ def _try(folder: Path, name: str, option: str, path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def told_first(done: Sequence[str]) -> Iterator[None]:
+def print_before_error(done: Sequence[str]) -> Iterator[None]:
     """Context in which files are written: if writing fails, the results are printed before the error.
 
     Args:

@@ -28,11 +28,11 @@ from ..profiling.layers import (
     write_trace,
 )
 from ..profiling.macs import count_macs, dense_config, describe, macs_in_advance, on_meta
-from ..profiling.methods import facts_about, facts_table
+from ..profiling.methods import collect_facts, facts_table
 from ..profiling.targets import check_target, spend
 from ..utils.text import align, one_sentence, shortened
 from .common import CLCA, FREE, add_network_options, add_reduction_options, config_values, require
-from .outputs import check_document, check_file, check_folder, told_first
+from .outputs import check_document, check_file, check_folder, print_before_error
 
 
 # GMACs of ViT-B/16 with EViT from the authors' log of their runs on SoyGene, which its accuracy-over-FLOPs figure shows.
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> str:
     if args.layers or args.trace:
         text, writing = layers(args, config)
         shown += text
-        with told_first(shown):
+        with print_before_error(shown):
             for written in writing:
                 shown.append(written)
     return "\n\n".join(shown)
@@ -166,7 +166,7 @@ def methods_table(args: argparse.Namespace, values: Mapping[str, Any]) -> str:
     facts, notes = [], []
     for name in names:
         try:
-            facts.append(facts_about(config, name, rate, args.target_gmacs))
+            facts.append(collect_facts(config, name, rate, args.target_gmacs))
         except ValueError as error:
             notes.append(f"{name} is skipped: {shortened(one_sentence(error), 300)}")
     if args.methods == [FREE]:
@@ -174,7 +174,7 @@ def methods_table(args: argparse.Namespace, values: Mapping[str, Any]) -> str:
     layers = ", ".join(map(str, config.reduction_layers))
     title = f"{describe(config).partition(chr(10))[0]}; reduced in layers {layers}"
     shown = [title, *([align(facts_table(facts))] if facts else []), *notes]
-    with told_first(shown):
+    with print_before_error(shown):
         if args.into is not None:
             content = "\n\n".join(
                 [markdown_table(facts_table(facts)), *notes, f"{title}. `{provenance()['command']}`"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..runs.records import RunRecords, read_run_records
 from ..utils.files import write_csv, write_text_atomically
-from .outputs import check_file, check_folder, told_first
+from .outputs import check_file, check_folder, print_before_error
 
 
 FIGURES = ("gmacs", "throughput", "box", "ablation", "gradients")
@@ -95,10 +95,10 @@ def run(args: argparse.Namespace) -> str:
     if args.output is None:
         return text
     if kind == ".csv":
-        with told_first([text]):
+        with print_before_error([text]):
             written = [write_csv(args.output, rows if rows is not None else summary)]
     elif kind == ".md":
-        with told_first([text]):
+        with print_before_error([text]):
             written = [write_text_atomically(args.output, text + "\n")]
     else:
         written = _write_figures(args, rows, by, summary, text)
@@ -133,7 +133,7 @@ def _write_figures(
     written = []
     with figures.style():
         drawn = {name: draw[name]() for name in names}  # before anything is written, so that errors come first
-        with told_first([text]):
+        with print_before_error([text]):
             if args.output.suffix in FIGURE_SUFFIXES:
                 return [figures.save_figure(drawn[names[0]], args.output)]
             if rows is not None:  # a summary gives figures only

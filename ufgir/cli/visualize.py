@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
-from ..checkpoints.loading import EVERYTHING, HEAD, check_meaning, load_model, read_config, some_of
+from ..checkpoints.loading import EVERYTHING, HEAD, first_few, load_model, read_config, warn_fields_without_effect
 from ..utils.options import Requirement, called, check_options
 from ..visualization.kinds import KINDS, comparison, draw
 from ..visualization.records import Kind, Option
@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_reduction_options(parser)
 
 
-def _takers(option: str) -> list[str]:
+def _kinds_with(option: str) -> list[str]:
     """Return the kinds that take an option."""
     return [name for name, kind in KINDS.items() if option in kind.options]
 
@@ -65,7 +65,7 @@ def _options_of_kinds() -> dict[str, Option]:
     """Return the options of all kinds. The help lists the kinds, and their defaults if these differ."""
     options = {}
     for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.options):
-        takers = {kind: KINDS[kind].options[name] for kind in _takers(name)}
+        takers = {kind: KINDS[kind].options[name] for kind in _kinds_with(name)}
         first, *others = takers.values()
         default = first.default
         if any(other.default != default for other in others):
@@ -116,11 +116,11 @@ def run(args: argparse.Namespace) -> str:
         variants, rows, columns = _variants(args, values)
         # check all before loading any
         configs = [(path, _config(path, changes, args)) for path, changes in variants]
-        check_meaning(variants[0][1] | values, [config for _, config in configs])
+        warn_fields_without_effect(variants[0][1] | values, [config for _, config in configs])
         figure = comparison(kind, _load_all(configs, notes), columns, rows=rows, **shared)
     else:
         config = _config(args.model, values, args)
-        check_meaning(values, [config])
+        warn_fields_without_effect(values, [config])
         figure = draw(kind, *next(_load_all([(args.model, config)], notes)), **shared)
     return "\n".join([f"wrote {save_image(figure, output)}", *notes])
 
@@ -146,7 +146,7 @@ def _warn_of_options(args: argparse.Namespace) -> None:
     given = [name for name in (*_options_of_kinds(), *GRID_OPTIONS) if getattr(args, name) is not None]
     requirements = [
         Requirement(
-            (name,), f"`--what` {' or '.join(_takers(name) or [GRID])}", lambda taken, name=name: name in taken
+            (name,), f"`--what` {' or '.join(_kinds_with(name) or [GRID])}", lambda taken, name=name: name in taken
         )
         for name in given
     ]
@@ -201,13 +201,13 @@ def _load_all(
     """Load models and image processors one by one; append a note about untrained weights."""
     for path, config in configs:
         image_processor = load_image_processor(path, config)
-        model, untrained = load_model(path, config, spare=EVERYTHING)
+        model, untrained = load_model(path, config, unused=EVERYTHING)
         new = [name for name in untrained if ".reduction." in name]
         # no figure needs the head
         others = [name for name in untrained if name not in new and not name.startswith(HEAD)]
         for names, what in (
             (new, f"weights of {config.reduction}: its {len(new)} are"),
-            (others, some_of(others) + ": they are"),
+            (others, first_few(others) + ": they are"),
         ):
             note = f"{path} does not contain {what} random (seed 0), not trained."
             if names and note not in notes:

@@ -50,7 +50,7 @@ class FineGrainedDataset:
             return ""
         return f"{self.image_column}, {self.label_column}" if self.image_column else "not looked up: found by type"
 
-    def how_to_get(self) -> str:
+    def instructions(self) -> str:
         """Explain how to get a data set that cannot be loaded by its short name."""
         note = f" ({self.note})" if self.note else ""
         return (

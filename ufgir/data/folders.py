@@ -25,6 +25,7 @@ from .image_files import (
     Entries,
     FolderScan,
     child_folders,
+    conversion_hint,
     count_others,
     entries_of,
     identity_of,
@@ -33,7 +34,6 @@ from .image_files import (
     problem_lines,
     scan_folder,
     shown,
-    why_no_image,
 )
 from .labels import one_spelling, warn_of_look_alikes
 from .listings import check_unused_tables
@@ -215,7 +215,7 @@ def find_images(folder_or_files: str | os.PathLike | Sequence[str | os.PathLike]
         scan = scan_folder(source)
         ordered = sorted(scan.images, key=lambda file: _natural(str(file.relative_to(source))))
         found.files.extend(map(str, ordered))
-        found.others.update({shown(file): why_no_image(file) or "" for file in scan.others})
+        found.others.update({shown(file): conversion_hint(file) or "" for file in scan.others})
         found.problems.update({shown(file): why for file, why in scan.problems.items()})
     if not found.files:
         left_out = "; ".join(line.strip() for line in found.describe())

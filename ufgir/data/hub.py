@@ -45,7 +45,7 @@ def open_known_set(source: Source) -> Opened:
         )
     entry = FINE_GRAINED[source.name]
     if entry.hub_id is None:
-        raise DatasetError(f"{argument('name_or_path')}: {entry.how_to_get()}")
+        raise DatasetError(f"{argument('name_or_path')}: {entry.instructions()}")
     columns = {name: value or getattr(entry, name) for name, value in source.columns.items()}
     return Opened(_load(entry.hub_id, source), columns, entry=entry)
 

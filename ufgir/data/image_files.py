@@ -90,7 +90,7 @@ def is_image(file: str | os.PathLike) -> bool:
         return False
 
 
-def why_no_image(file: str | os.PathLike) -> str | None:
+def conversion_hint(file: str | os.PathLike) -> str | None:
     """Return how to convert a photo that Pillow cannot decode (HEIC, raw); None for other files."""
     suffix = Path(file).suffix.lower()
     if suffix in HEIF_SUFFIXES - IMAGE_SUFFIXES:
@@ -219,7 +219,7 @@ def count_others(files: Iterable[Path]) -> str:
     counts = Counter(file.suffix for file in files)
     parts = []
     for suffix, count in counts.most_common():
-        why = why_no_image(Path(f"x{suffix}"))
+        why = conversion_hint(Path(f"x{suffix}"))
         parts.append(f"{count:,} {suffix or 'without a suffix'}" + (f" ({why})" if why else ""))
     return ", ".join(parts)
 

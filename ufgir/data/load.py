@@ -141,7 +141,7 @@ def _num_classes(splits: Mapping[str, Any]) -> int:
     return (label.feature if isinstance(label, datasets.List) else label).num_classes
 
 
-def _where(splits: datasets.DatasetDict, where: Callable[[str, int], str] | None, split: str, row: int) -> str:
+def _image_place(splits: datasets.DatasetDict, where: Callable[[str, int], str] | None, split: str, row: int) -> str:
     """Return a name for an image of a table: its file and row there, also if the split is a part of another split."""
     chosen = splits[split]._indices  # of `select`, which divides train
     row = row if chosen is None else chosen.column(0)[row].as_py()
@@ -285,7 +285,7 @@ def load_ufgir_dataset(
     if shots is not None:
         splits = limit_shots(splits, source, shots, split_seed)
     if verify if verify is not None else given.is_folder and not streaming:
-        verify_images(splits, where=functools.partial(_where, splits, opened.where))
+        verify_images(splits, where=functools.partial(_image_place, splits, opened.where))
     sizes = ", ".join(f"{name} {len(split)}" for name, split in splits.items())
     logger.info("%s: %d classes, images: %s", source, _num_classes(splits), sizes)
     return to_stream(splits) if streaming else splits

@@ -165,7 +165,7 @@ def _line(distance: np.ndarray, width: np.ndarray | np.float32) -> np.ndarray:
     return np.exp(-t * t)
 
 
-def _off_line(phase: np.ndarray) -> np.ndarray:
+def _line_distance(phase: np.ndarray) -> np.ndarray:
     """Return the distance 0..0.5 to the nearest line, where lines are at `phase` = integer + 0.5."""
     return np.abs(phase - np.floor(phase) - np.float32(0.5))
 
@@ -252,14 +252,14 @@ def _venation(
     gap = phase - number - np.float32(0.5)  # 0 on a vein, -0.5 and 0.5 halfway to its neighbours
     distance = np.abs(gap)
     for fork_at, way in ((0.42, 0.95), (0.66, -0.95))[: round(traits.vein_forks)]:
-        branch = _off_line(phase + np.float32(way) * (across - np.float32(fork_at)))
+        branch = _line_distance(phase + np.float32(way) * (across - np.float32(fork_at)))
         distance = np.where(across > fork_at, np.minimum(distance, branch), distance)
     unit = length * np.float32(np.sin(angle)) / count  # from gaps to half image sides
     taper = np.maximum(np.float32(0.0090) - np.float32(0.0054) * across, np.float32(0.8) * pixel)
     secondary = _line(distance * unit, taper) * ((start > 0.01) & (start < 0.93)) * _smoothstep(-across, -1.02, -0.85)
     midrib = _line(reach * length, np.maximum(np.float32(0.020) - np.float32(0.015) * u, pixel))
     offsets = rng.uniform(size=64).astype(np.float32)[(number * 2 + leaf.side).astype(np.int32) & 63]
-    rungs = _off_line(reach * np.float32(17) + offsets + np.float32(0.9) * gap * gap)
+    rungs = _line_distance(reach * np.float32(17) + offsets + np.float32(0.9) * gap * gap)
     tertiary = _line(rungs * (length / np.float32(17)), np.maximum(np.float32(0.0055), np.float32(0.7) * pixel))
     zone = np.exp(np.float32(-24) * distance * distance) * _smoothstep(-across, -0.98, -0.55) * (start > 0)
     zone = np.maximum(zone, _line(reach, np.float32(0.045)))

@@ -36,7 +36,7 @@ from clca.loss_clca import classification_loss
 from ..data.checks import DatasetError, file_of
 from ..utils.distributed import broadcast_buffers
 from ..utils.files import write_text_atomically
-from ..utils.locks import only_one
+from ..utils.locks import exclusive_lock
 from ..utils.provenance import as_read
 from ..utils.text import one_sentence
 from .prediction_files import PredictionTable, Shard, join, left_out, metrics
@@ -118,7 +118,7 @@ def predict_to_file(
     multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
     table = PredictionTable(tuple(class_names), min(top, len(class_names)), output.suffix, multi_label)
     refusal = f"{output} is being written by another process. Wait for it to finish or choose another file."
-    with only_one(output, refusal) if state.is_main_process else contextlib.nullcontext():
+    with exclusive_lock(output, refusal) if state.is_main_process else contextlib.nullcontext():
         folder = output.with_name(f"_{output.name}.partial")
         ranges: list[Any] = [None]
         if state.is_main_process:

@@ -19,7 +19,7 @@ from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.attention_clca import AttentionContext, at_least_float32
 from clca.cache_clca import mean_rows
 
-from .tracing import Step, carry, regroup
+from .tracing import Step, propagate_shares, regroup
 
 
 _CHUNK = 256  # queries per chunk of attention of all heads
@@ -227,7 +227,7 @@ def cls_attention_of_patches(
     check_class_token(model.config, "CLS attention")
     layers = checked_layers(layers, model.config)
     assignments, recorded = _observe(model, pixel_values, cls_attention, layers, interpolate_pos_encoding)
-    trace = carry(embedded_tokens(model, pixel_values), assignments, model.config)
+    trace = propagate_shares(embedded_tokens(model, pixel_values), assignments, model.config)
     maps = []
     for layer in layers:
         attention, reduced = recorded[layer]  # (B, H, N)
@@ -270,7 +270,7 @@ def rollout_of_patches(
     maps = []
     for start, stop in ranges:
         step = _rollout_step({layer: recorded[layer] for layer in range(start, stop)})
-        rows = carry(sources, assignments, config, step).left[stop - 1]
+        rows = propagate_shares(sources, assignments, config, step).left[stop - 1]
         if config.use_class_token:
             chosen = rows[:, 0]
         else:

@@ -19,7 +19,7 @@ from .attention_maps import (
     evaluation_mode,
     of_patches,
 )
-from .tracing import carry, unmerge
+from .tracing import propagate_shares, unmerge
 
 
 def feature_similarity(
@@ -61,7 +61,7 @@ def feature_similarity(
             output_assignments=True,
             output_hidden_states=chosen is not None,
         )
-        trace = carry(embedded_tokens(model, pixel_values), output.assignments, config, retrieve=False)
+        trace = propagate_shares(embedded_tokens(model, pixel_values), output.assignments, config, retrieve=False)
         if chosen is None:
             pairs = [(output.last_hidden_state, trace.final)]
         else:

@@ -57,10 +57,10 @@ def trace_patches(
         )
     num_patches = config.num_patches if num_patches is None else num_patches
     rows = patch_shares(config, num_patches, assignments[0].shape[0], assignments[0].device)
-    return carry(rows, assignments, config, retrieve=retrieve)
+    return propagate_shares(rows, assignments, config, retrieve=retrieve)
 
 
-def carry(
+def propagate_shares(
     rows: torch.Tensor,
     assignments: Sequence[torch.Tensor],
     config: CLCAViTConfig,
@@ -89,4 +89,4 @@ def carry(
     return Trace([left[layer] for layer in stages], tracker.rows, entered, left)
 
 
-__all__ = ["Step", "Trace", "carry", "regroup", "trace_patches", "unmerge"]
+__all__ = ["Step", "Trace", "propagate_shares", "regroup", "trace_patches", "unmerge"]

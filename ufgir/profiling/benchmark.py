@@ -324,12 +324,12 @@ class Benchmark:
         if self.checkpoint is None:
             torch.manual_seed(self.seed)
             return CLCAViTForImageClassification(config).state_dict()
-        from ..checkpoints.loading import HEAD, load_with_report, some_of  # here, as it takes seconds to import
+        from ..checkpoints.loading import HEAD, first_few, load_with_report  # here, as it takes seconds to import
 
         model, untrained = load_with_report(self.checkpoint, config, ignore_mismatched_sizes=True)
         if self.images is not None:
             if lacking := [name for name in untrained if not name.startswith(HEAD)]:
-                raise ValueError(f"{self.checkpoint} has no {some_of(lacking)}: its predictions would be random.")
+                raise ValueError(f"{self.checkpoint} has no {first_few(lacking)}: its predictions would be random.")
             if untrained:
                 self.base.num_labels = 0
         return model.state_dict()

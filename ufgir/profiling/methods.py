@@ -71,7 +71,7 @@ class Facts(NamedTuple):
     dense_macs: int
 
 
-def facts_about(
+def collect_facts(
     config: CLCAViTConfig, method: str, keep_rate: float | None, target_gmacs: float | None = None
 ) -> Facts:
     """Collect the facts about a method.
@@ -99,7 +99,7 @@ def facts_about(
         macs, dense_macs = count_macs(on_meta(config)), count_macs(on_meta(dense))
     return Facts(
         name=method,
-        does=what_it_does(small),
+        does=describe_effect(small),
         place=place_of(cls),
         training=_with_options(training_free_options(small), "no", "yes"),
         parameters=own_parameters(config),
@@ -150,7 +150,7 @@ def share_of(config: CLCAViTConfig) -> str:
     return "the current tokens"
 
 
-def what_it_does(config: CLCAViTConfig) -> str:
+def describe_effect(config: CLCAViTConfig) -> str:
     """Return what happens to tokens, from the assignments of a random model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -118,7 +118,7 @@ class Scaling:
         counts = [_count(config) for config in configs]
         batch = case.setting.batch_size
         work = configs[0].num_patches * max(batch, TRAINING_BATCH) * depth
-        why = self._too_much(sum(counts) * batch, work)
+        why = self._reason_to_skip(sum(counts) * batch, work)
         if why is not None:
             dense = Result(case.setting, None, "dense", macs=counts[0])
             return Point(axis, value, dense, Result(case.setting, case, str(case), dense, macs=counts[1]), skipped=why)
@@ -146,7 +146,7 @@ class Scaling:
         whole.threads, whole.seconds = part.threads, seconds
         whole.interrupted |= part.interrupted
 
-    def _too_much(self, macs: int, work: int) -> str | None:
+    def _reason_to_skip(self, macs: int, work: int) -> str | None:
         """Return why a point is not measured, or None."""
         if self.pace is not None:
             expected = self.pace * macs * (self.options["repetitions"] + 3 + TRAINING_PASSES)

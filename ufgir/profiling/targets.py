@@ -121,7 +121,7 @@ def keep_rate_for(config: CLCAViTConfig, target_gmacs: float) -> float:
     with torch.random.fork_rng(devices=[]):
         found = search.largest()
         if found == 0:
-            raise ValueError(_out_of_reach(search, target_gmacs))
+            raise ValueError(_unreachable_message(search, target_gmacs))
     for digits in DIGITS:
         unit = STEPS // 10**digits
         short = found // unit * unit
@@ -220,7 +220,7 @@ def _last(low: int, high: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def _out_of_reach(search: _Search, target: float) -> str:
+def _unreachable_message(search: _Search, target: float) -> str:
     config = search.config
     least, most = search.cost(1), search.cost(STEPS)
     dense = count_macs(on_meta(dense_config(config)))

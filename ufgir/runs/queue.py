@@ -225,7 +225,7 @@ class RunQueue:
             ends = "finished"
         else:
             self.failed.append(name)
-            error = f"{_exit(status)}: {self._last_words(name)}"
+            error = f"{_exit(status)}: {self._last_line(name)}"
             self._note(name, status="failed", seconds=round(seconds, 1), error=error)
             ends = f"failed, {error}"
         left = sum(self.manifest["runs"][n]["status"] in ("waiting", "running") for n in self.runs)
@@ -242,7 +242,7 @@ class RunQueue:
     def _log(self, name: str) -> Path:
         return self.output / LOGS / f"{name}.log"
 
-    def _last_words(self, name: str) -> str:
+    def _last_line(self, name: str) -> str:
         """Return the last line of a run's output."""
         with self._log(name).open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))

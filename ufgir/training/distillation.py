@@ -144,7 +144,7 @@ class Distillation:
         processors = None if image_processor is None else (image_processor, _processor_of(args, image_processor))
         use_tokens = self.by_method and args.distill_tokens
         self.teacher = Teacher(model, config.num_patches, use_tokens, processors)
-        if use_tokens and (problem := self.teacher.why_no_tokens(config)):
+        if use_tokens and (problem := self.teacher.token_mismatch(config)):
             if require_tokens:
                 raise ValueError(
                     f"`distill_tokens`: `teacher` {args.teacher} {problem}. Choose another teacher, or distill only its "

@@ -28,7 +28,7 @@ def _method_may_be(options: Any, such: Callable[[type[TokenReduction]], bool]) -
 
 
 # Requirements across groups of `Options`. Requirements within a group are defined with the group, those between configuration
-# fields in `ufgir.checkpoints.loading.check_meaning`.
+# fields in `ufgir.checkpoints.loading.warn_fields_without_effect`.
 REQUIREMENTS = (
     Requirement(
         ("distill_tokens",),

@@ -28,7 +28,7 @@ class Teacher:
             student are renormalized for the teacher.
 
     Raises:
-        ValueError: in a call, if `use_tokens` is set and the model has no suitable tokens; see `why_no_tokens`.
+        ValueError: in a call, if `use_tokens` is set and the model has no suitable tokens; see `token_mismatch`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Teacher:
         return {"teacher_logits": output.logits, "teacher_tokens": tokens}
 
     @torch.no_grad()
-    def why_no_tokens(self, student: CLCAViTConfig) -> str | None:
+    def token_mismatch(self, student: CLCAViTConfig) -> str | None:
         """Return why the student cannot learn from this model's tokens, None if it can.
 
         The text continues a sentence that starts with the model's name. The model is run on a blank image.

@@ -55,7 +55,7 @@ def raise_disk_full(path: Path, needed: int | None = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, DiskFull) or not _is_full(error):
             raise
-        raise DiskFull(_what_is_full(path, needed, error)) from None
+        raise DiskFull(_full_disk_message(path, needed, error)) from None
 
 
 def _is_full(error: Exception) -> bool:
@@ -66,7 +66,7 @@ def _is_full(error: Exception) -> bool:
     return of_torch or any(f"(os error {number})" in text for number in _FULL)
 
 
-def _what_is_full(path: Path, needed: int | None, error: Exception) -> str:
+def _full_disk_message(path: Path, needed: int | None, error: Exception) -> str:
     place = next(folder for folder in (path, *path.parents) if folder.is_dir())
     free = _megabytes(shutil.disk_usage(place).free)
     size = "" if needed is None else f"{_megabytes(needed)} are needed, "

@@ -11,7 +11,7 @@ PATIENCE = 10.0  # seconds for which the workers of a killed process may still h
 
 
 @contextlib.contextmanager
-def only_one(target: Path, refusal: str) -> Iterator[None]:
+def exclusive_lock(target: Path, refusal: str) -> Iterator[None]:
     """Context manager that locks a file or folder: only one process at a time runs a block with the same target.
 
     The lock is a file `.NAME.lock` next to the target. It is released when the process ends in any way, and deleted at the end of

@@ -10,7 +10,7 @@ To log a single warning for several checks:
 
     with collected() as without_effect:
         ...                                             # any number of `check_options`
-    warn_of(without_effect)
+    warn_without_effect(without_effect)
 """
 
 import logging
@@ -70,7 +70,7 @@ def check_options(subject: Any, given: Collection[str], requirements: Sequence[R
             found |= dict.fromkeys(names, requirement.needs)
     collector = _collector.get()
     if collector is None:
-        warn_of(found)
+        warn_without_effect(found)
     else:
         collector |= found
     return found
@@ -86,7 +86,7 @@ def collected() -> Iterator[dict[str, str]]:
         _collector.reset(token)
 
 
-def warn_of(found: Mapping[str, str]) -> None:
+def warn_without_effect(found: Mapping[str, str]) -> None:
     """Log one warning that lists options without effect, if there are any.
 
     Args:

@@ -1,4 +1,4 @@
-"""A trained model as a static web page that runs it in the visitor's browser, by ONNX Runtime Web, without a server."""
+"""Static web page that runs a trained model in the visitor's browser with ONNX Runtime Web, without a server."""
 
 from .graphs import PRECISIONS, Graph, make_graph, share_weights
 from .server import serve_folder

@@ -1,4 +1,4 @@
-"""ONNX graphs for the web page: logits, and which patches are left after each stage, for one image.
+"""ONNX graphs for the web page: logits of one image, and the patches that are kept after each stage.
 
 Shapes: S reduction stages, P patches, K classes.
 """
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     import onnx
 
 PRECISIONS = ("float32", "float16", "int8")
-MOST_BYTES = 1_500_000_000  # of weights: a page of WebAssembly has 4 GB of memory, and loads them twice
-_SHARED = 1024  # bytes from which on a tensor lies in the file of weights
+MOST_BYTES = 1_500_000_000  # size of the weights; WebAssembly has 4 GB of memory and needs them twice
+_SHARED = 1024  # bytes, smallest tensor that is stored in the file of weights
 _ALIGNMENT = 64  # bytes
-_LARGEST_HALF = 65504  # of float16
-_SAME_SHARE = 1e-4
+_LARGEST_HALF = 65504  # largest float16
+_SAME_SHARE = 1e-4  # tolerance of shares of patches
 
 
 class Graph(NamedTuple):
-    """A model as a graph, at one setting.
+    """ONNX graph of a model at one keep rate.
 
     Attributes:
-        model: inputs `pixel_values` (1, 3, height, width), normalised; outputs `logits` (1, K) and, of a model with a
-            reduction, `shares` (1, S, P): how much of the token that holds most of a patch is that patch, 1 where it still has a
-            token of its own, 0 where it was dropped.
-        keep_rate: of each stage, or None: the model's own.
-        tokens: that enter each layer, and last the final norm.
+        model: the graph. Its input is `pixel_values` (1, 3, height, width), normalized. Its outputs are `logits` (1, K) and,
+            for a model with a reduction, `shares` (1, S, P): the largest share of each patch in a token, after each stage. It is
+            1 for a patch that still has its own token, and 0 for a dropped one.
+        keep_rate: keep rate of each stage; None for the model's own.
+        tokens: number of tokens that enter each layer, and finally the last norm.
         macs: multiply-adds of one image.
-        stages: layers after which the stages stand.
-        difference: the largest absolute difference of its logits from the model's, on random images.
+        stages: layers that contain a stage.
+        difference: largest absolute difference between the logits of graph and model, on random images.
     """
 
     model: "onnx.ModelProto"
@@ -57,7 +57,7 @@ class Graph(NamedTuple):
 
 
 class _Shown(nn.Module):
-    """Pixels in; logits and, with a reduction, shares of patches out."""
+    """Model that returns the outputs of `Graph`."""
 
     def __init__(self, model: CLCAViTForImageClassification) -> None:
         super().__init__()
@@ -78,18 +78,20 @@ def make_graph(
     precision: str = "float32",
     tolerance: float = 1e-3,
 ) -> Graph:
-    """Export a model for the web page and compare the graph with it.
+    """Export a model for the web page, and compare the graph with the model.
 
     Args:
-        model: of any method with static shapes; it stays as it is.
-        keep_rate: of every stage, in (0, 1]; None for the model's own.
-        precision: of the weights. float16: stored so, computed in float32. int8: stored and multiplied so, by the largest value
-            of each column and of each image's activations; reductions, the patch embedding and the head stay in float32.
-        tolerance: the largest difference of logits on random images in float32. In other precisions it is only told.
+        model: model of a method with static shapes; it is not changed.
+        keep_rate: keep rate of each stage, in (0, 1]; None for the model's own.
+        precision: precision of the weights. float16: stored in float16, computed in float32. int8: stored and multiplied in
+            int8, with one scale per column of the weights and per tensor of activations; reductions, the patch embedding and
+            the head remain in float32.
+        tolerance: largest accepted difference of logits on random images in float32. In other precisions, the difference is
+            only reported.
 
     Raises:
-        ValueError: another precision, a model that cannot be exported or is too large, a package that is missing, or a graph
-            whose logits or kept patches differ.
+        ValueError: if the precision is unknown, the model cannot be exported or is too large, a package is missing, or logits or
+            kept patches differ.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
@@ -97,7 +99,7 @@ def make_graph(
     size = sum(p.numel() * 4 for p in model.parameters())
     if size > MOST_BYTES:
         raise ValueError(
-            f"the model has {size / 1e9:.1f} GB of float32 weights, and a web page takes {MOST_BYTES / 1e9:.1f} GB."
+            f"the model has {size / 1e9:.1f} GB of float32 weights; a web page supports at most {MOST_BYTES / 1e9:.1f} GB."
         )
     import_onnx()
     model = copy.deepcopy(model).float().cpu()
@@ -118,13 +120,13 @@ def make_graph(
     if not difference <= tolerance or not same_patches:
         raise ValueError(
             f"the graph differs from the model by {difference:.1e} in its logits, `tolerance`={tolerance}"
-            f"{'' if same_patches else ', and keeps other patches'}: it was not written."
+            f"{'' if same_patches else ', and keeps other patches'}. It was not written."
         )
     if precision != "float32":
         graph = _halved(graph) if precision == "float16" else _quantized(graph)
         difference, _ = _compare(graph, examples, expected)
         if not math.isfinite(difference):
-            raise ValueError(f"`precision`={precision!r} makes logits that are not finite. Use float32.")
+            raise ValueError(f"`precision`={precision!r} gives logits that are not finite. Use float32.")
     counts = model(examples[0]).token_counts
     stages = stage_layers(model.config) if model.config.reduction else []
     return Graph(graph, keep_rate, list(counts), count_macs(model), stages, difference)
@@ -133,7 +135,7 @@ def make_graph(
 def _compare(
     graph: "onnx.ModelProto", examples: Sequence[torch.Tensor], expected: Sequence[tuple[torch.Tensor, ...]]
 ) -> tuple[float, bool]:
-    """The largest difference of the logits, NaN if there is one, and whether the shares of the patches are the same."""
+    """Return the largest difference of logits (NaN if any is NaN), and whether the shares of patches are equal up to rounding."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -151,8 +153,8 @@ def _example(config: Any, seed: int) -> torch.Tensor:
 
 
 def _without_traces(graph: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph without what the exporter notes of the Python code, its paths included. The names of nodes that must not be
-    quantized, all that lie outside of the layers, begin with a mark."""
+    """Remove the exporter's metadata, which contains paths of the Python code. Mark nodes that must not be quantized, all those outside
+    of the layers, by a prefix of their names."""
     for node in graph.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
         if "'model.vit.layers." not in scopes or ".reduction" in scopes:
@@ -162,16 +164,18 @@ def _without_traces(graph: "onnx.ModelProto") -> "onnx.ModelProto":
     for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
         if hasattr(value, "metadata_props"):
             del value.metadata_props[:]
-    del graph.graph.value_info[:]  # quantization would check the shapes again, and stumble
+    del graph.graph.value_info[:]  # quantization infers shapes again and fails with them
     del graph.metadata_props[:], graph.graph.metadata_props[:]
     return graph
 
 
-_EXACT = "exact_"  # begins the names of nodes that stay in float32: small ones, and a token that a rounded score drops is gone
+_EXACT = (
+    "exact_"  # prefix of nodes that remain in float32: they are small, and a rounded score could drop another token
+)
 
 
 def _halved(graph: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph with weights in float16, to be cast once, when it is loaded: the arithmetic stays in float32."""
+    """Convert the weights to float16. They are cast to float32 once, when the graph is loaded."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -184,7 +188,7 @@ def _halved(graph: "onnx.ModelProto") -> "onnx.ModelProto":
             continue
         if abs(values).max() > _LARGEST_HALF:
             raise ValueError(
-                f"`precision` float16: {tensor.name} has values above {_LARGEST_HALF}. Use float32 or int8."
+                f"`precision` cannot be float16: {tensor.name} has values above {_LARGEST_HALF}. Use float32 or int8."
             )
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_float16"))
@@ -196,7 +200,7 @@ def _halved(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def _quantized(graph: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph with int8 weights in its matrix products, by ONNX Runtime's dynamic quantization."""
+    """Convert the weights of matrix products to int8, with dynamic quantization of ONNX Runtime."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -216,23 +220,23 @@ def _quantized(graph: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def _check_operators(graph: "onnx.ModelProto") -> None:
-    """Name the operators that ONNX Runtime Web would lack."""
+    """Raise a ValueError if the graph has operators that ONNX Runtime Web does not support."""
     domains = {node.domain for node in graph.graph.node} - {"", "ai.onnx", "com.microsoft"}
     if graph.functions or domains:
         raise ValueError(
-            f"the graph has functions or operators of other makers, which a web page lacks: {sorted(domains)}."
+            f"the graph has functions or custom operators, which a web page does not support: {sorted(domains)}."
         )
 
 
 def share_weights(graphs: Sequence["onnx.ModelProto"], name: str) -> tuple[bytes, str]:
-    """Move the weights of graphs into one file that all of them use, each tensor once.
+    """Move the weights of graphs to one shared file that contains each tensor once.
 
     Args:
-        graphs: are changed in place. Tensors of less than a kilobyte stay in them.
-        name: of the file; `{hash}` in it becomes a checksum of its content.
+        graphs: graphs, changed in place. Tensors below one kilobyte remain in them.
+        name: name of the file; `{hash}` is replaced by a checksum of its contents.
 
     Returns:
-        The content of the file, and its name.
+        Contents and name of the file.
     """
     from onnx import numpy_helper
     from onnx.external_data_helper import set_external_data

@@ -1,4 +1,4 @@
-"""ONNX Runtime Web, which runs the graphs in a browser: fetched by npm when a page is built, and never by the page itself."""
+"""ONNX Runtime Web, which runs the graphs in a browser. npm downloads it when a page is built; the page contains its files."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ PACKAGE = "onnxruntime-web"
 VERSION = "1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # SHA-512 of the package
 
-# SHA-256 of the files that a page takes, in the order module, loader, WebAssembly.
+# SHA-256 of the files that a page needs, in the order module, loader, WebAssembly.
 WASM = {
     "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
     "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
@@ -32,18 +32,18 @@ WEBGPU = {
 
 
 def runtime_files(webgpu: bool = False, source: str | os.PathLike[str] | None = None) -> dict[str, Path]:
-    """The files of ONNX Runtime Web that a page takes, each checked.
+    """Find or download the files of ONNX Runtime Web that a page needs, and check their checksums.
 
     Args:
-        webgpu: those that also run on a GPU, through WebGPU; they hold the ones for the CPU, too.
-        source: folder with these files, the unpacked npm package, or the package as npm packs it (.tgz). By default the
-            package is fetched by npm, once, and kept in the cache of this user.
+        webgpu: the variant that also supports GPUs, through WebGPU.
+        source: folder with these files, the unpacked npm package, or the packed npm package (.tgz). By default, npm downloads
+            the package once to the user's cache.
 
     Returns:
         Name -> file.
 
     Raises:
-        ValueError: no npm, no network, or files that are missing or not those of `VERSION`.
+        ValueError: if npm or the network is missing, or files are missing or not from `VERSION`.
     """
     files = WEBGPU if webgpu else WASM
     if source is None:
@@ -59,15 +59,15 @@ def runtime_files(webgpu: bool = False, source: str | os.PathLike[str] | None = 
         file = folder / name
         if not file.is_file():
             raise ValueError(
-                f"`runtime` {folder} lacks {name}: it must hold {', '.join(files)} of {PACKAGE} {VERSION}."
+                f"`runtime` {folder} does not contain {name}: it must contain {', '.join(files)} of {PACKAGE} {VERSION}."
             )
         if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
-            raise ValueError(f"`runtime` {file} is not that of {PACKAGE} {VERSION}: take this version's files.")
+            raise ValueError(f"`runtime` {file} is not from {PACKAGE} {VERSION}: use the files of this version.")
     return {name: folder / name for name in files}
 
 
 def is_cached(webgpu: bool = False) -> bool:
-    """Whether `runtime_files` needs neither npm nor a network."""
+    """Return whether `runtime_files` needs neither npm nor a network."""
     return _are_there(_cache(), WEBGPU if webgpu else WASM)
 
 
@@ -81,30 +81,30 @@ def _are_there(folder: Path, files: Mapping[str, str]) -> bool:
 
 
 def _fetch(folder: Path) -> None:
-    """Fetch the package by npm, which knows the proxies and registries of this machine."""
+    """Download the package with npm, which uses the proxies and registries configured on this machine."""
     npm = shutil.which("npm")
     if npm is None:
         raise ValueError(
-            f"the page needs {PACKAGE} {VERSION}, and there is no npm to fetch it: install Node.js (`apt-get install npm`, or "
-            "nodejs.org), or pass `--runtime` with a folder that holds the package."
+            f"the page needs {PACKAGE} {VERSION}, which npm downloads, and npm is not installed: install Node.js "
+            "(`apt-get install npm`, or nodejs.org), or pass `--runtime` with a folder that contains the package."
         )
     with tempfile.TemporaryDirectory(prefix="ufgir-") as place:
         command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", place]
         try:
             done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ValueError(f"npm could not fetch {PACKAGE} {VERSION}: {type(error).__name__}.") from error
+            raise ValueError(f"npm could not download {PACKAGE} {VERSION}: {type(error).__name__}.") from error
         packed = next(Path(place).glob("*.tgz"), None)
         if done.returncode or packed is None:
-            said = next((line for line in done.stderr.splitlines() if line.strip()), "it said nothing")
+            message = next((line for line in done.stderr.splitlines() if line.strip()), "without an error message")
             raise ValueError(
-                f"npm could not fetch {PACKAGE} {VERSION} ({said.strip()}). Try again, or pass `--runtime`."
+                f"npm could not download {PACKAGE} {VERSION} ({message.strip()}). Try again, or pass `--runtime`."
             )
         _unpack(packed, folder)
 
 
 def _unpack(packed: Path, folder: Path) -> None:
-    """Check the package as a whole, and keep the files that pages take."""
+    """Check the checksum of the package, and extract the files that pages need."""
     found = base64.b64encode(hashlib.sha512(packed.read_bytes()).digest()).decode()
     if found != INTEGRITY:
         raise ValueError(f"{packed} is not {PACKAGE} {VERSION}: its SHA-512 is {found}, not {INTEGRITY}.")
@@ -115,7 +115,7 @@ def _unpack(packed: Path, folder: Path) -> None:
                 (place / name).write_bytes(file.read())
 
 
-if __name__ == "__main__":  # fetch it, for the tests
+if __name__ == "__main__":  # download the package for the tests
     try:
         runtime_files()
     except ValueError as error:

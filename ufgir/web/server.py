@@ -1,4 +1,4 @@
-"""Serve a built page on this machine, with the headers that let it use several threads."""
+"""Serve a built page on this machine, with the headers that allow it to use several threads."""
 
 import gzip
 import posixpath
@@ -16,7 +16,7 @@ HEADERS = {
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # asked again each time, so that a page that was built again is seen
+    "Cache-Control": "no-cache",  # revalidate each time, so that a rebuilt page is loaded
 }
 TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -29,17 +29,17 @@ TYPES = {
     ".wasm": "application/wasm",
     ".webmanifest": "application/manifest+json",
 }
-_UNPACKED = (".png",)  # compressed already
+_UNPACKED = (".png",)  # files that are already compressed
 
 
 @lru_cache(maxsize=64)
 def _packed(path: Path, changed: int) -> bytes:
-    """A file as gzip; `changed` is when it was, in nanoseconds."""
+    """Compress a file with gzip; `changed` is its modification time in nanoseconds, a key of the cache."""
     return gzip.compress(path.read_bytes(), 6, mtime=0)
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Files of one folder, compressed where the browser takes that, and nothing else."""
+    """Request handler that serves the files of one folder, compressed if the browser supports it."""
 
     protocol_version = "HTTP/1.1"
 
@@ -83,14 +83,14 @@ class _Handler(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Stay silent."""
+        """Log nothing."""
 
 
 def make_server(folder: Path, port: int = 8000) -> ThreadingHTTPServer:
-    """A server of a folder at 127.0.0.1, not yet serving; port 0 is any free one.
+    """Create a server of a folder at 127.0.0.1 without starting it; port 0 selects a free port.
 
     Raises:
-        ValueError: the port is taken.
+        ValueError: if the port is in use.
     """
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(folder)))
@@ -99,10 +99,10 @@ def make_server(folder: Path, port: int = 8000) -> ThreadingHTTPServer:
 
 
 def serve_folder(folder: Path, port: int = 8000, ready: Callable[[str], None] = lambda address: None) -> None:
-    """Serve a built page until Ctrl-C; `ready` is called with its address.
+    """Serve a built page until Ctrl-C; `ready` is called with its URL.
 
     Raises:
-        ValueError: the port is taken.
+        ValueError: if the port is in use.
     """
     with make_server(folder, port) as server, suppress(KeyboardInterrupt):
         ready(f"http://127.0.0.1:{server.server_address[1]}/")

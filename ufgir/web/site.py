@@ -23,8 +23,8 @@ from .graphs import Graph, make_graph, share_weights
 from .runtime import VERSION, runtime_files
 
 
-MODEL, RUNTIME = "model", "runtime"  # folders whose files are replaced together
-SURE = 0.5  # a lower probability of the best class is shown as not sure
+MODEL, RUNTIME = "model", "runtime"  # folders whose old files are deleted when the page is rebuilt
+SURE = 0.5  # the page calls a prediction uncertain if its probability is lower
 _RESAMPLING = (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.BOX)
 _RESAMPLING += (Image.Resampling.HAMMING,)
 _NOT_CACHED = ("README.md", "sw.js")
@@ -52,9 +52,9 @@ class Site(NamedTuple):
     """A built page.
 
     Attributes:
-        folder: that holds it.
-        sizes: file, relative to the folder -> bytes on disk, and bytes as gzip.
-        graphs: each with its file; equal graphs have one file.
+        folder: folder of the page.
+        sizes: file, relative to the folder -> size in bytes, and size compressed with gzip.
+        graphs: file and graph of each keep rate; equal graphs share a file.
     """
 
     folder: Path
@@ -73,36 +73,36 @@ def build_site(
     title: str = "Leaves",
     tolerance: float = 1e-3,
 ) -> Site:
-    """Write the page that runs a model.
+    """Write a page that runs a model.
 
     Args:
-        model: of any method with static shapes.
-        image_processor: saved with it.
-        folder: is made; its other files stay.
-        keep_rates: of the graphs that visitors choose from, in (0, 1]; None: one graph, at the model's own.
-        precision: of the weights, see `make_graph`.
-        webgpu: take the larger runtime that also runs on a GPU.
-        runtime: see `runtime_files`.
-        title: of the page.
+        model: model of a method with static shapes.
+        image_processor: image processor that is saved with the model.
+        folder: folder of the page, created if missing; other files in it are not changed.
+        keep_rates: keep rates that visitors can choose, in (0, 1]; None for only the model's own.
+        precision: precision of the weights, see `make_graph`.
+        webgpu: use the larger runtime that also supports GPUs.
+        runtime: source of the runtime, see `runtime_files`.
+        title: title of the page.
         tolerance: see `make_graph`.
 
     Raises:
-        ValueError: as of `runtime_files`, `make_graph` and `preprocessing`; two keep rates that are equal.
+        ValueError: as `runtime_files`, `make_graph` and `preprocessing`; or if two keep rates are equal.
     """
     rates = [None] if keep_rates is None else list(keep_rates)
     if len(set(rates)) < len(rates):
         raise ValueError(f"`keep_rates` must differ, got {', '.join(map(str, rates))}.")
-    steps = preprocessing(image_processor, model.config)  # refuse before the long part
+    steps = preprocessing(image_processor, model.config)  # report errors before the export, which takes long
     runtime_parts = runtime_files(webgpu, runtime)
     graphs = [make_graph(model, rate, precision, tolerance) for rate in rates]
     return assemble(model.config, steps, graphs, runtime_parts, folder, precision, title)
 
 
 def preprocessing(image_processor: Any, config: CLCAViTConfig) -> dict[str, Any]:
-    """What the page does with an image, from the image processor: as evaluation does it.
+    """Return the preprocessing of the page, which is that of the image processor in evaluation.
 
     Raises:
-        ValueError: a processor that does not resize to a height and a width, by one of Pillow's filters; or pads.
+        ValueError: if the processor pads, or does not resize to a height and a width with a filter of Pillow.
     """
     before, after = sizes_of(image_processor)
     does = {
@@ -110,12 +110,12 @@ def preprocessing(image_processor: Any, config: CLCAViTConfig) -> dict[str, Any]
     }
     if before is None or after is None or not does["do_resize"] or does["do_pad"]:
         raise ValueError(
-            "the image processor must resize to a height and a width, without padding, to be rebuilt in a browser; got "
+            "the page requires an image processor that resizes to a height and a width, without padding, got "
             f"`size`={image_processor.size}, `crop_size`={getattr(image_processor, 'crop_size', None)}."
         )
     if tuple(after) != as_pair(config.image_size):
         raise ValueError(
-            f"the image processor makes images of {after}, and the model takes {as_pair(config.image_size)}."
+            f"the image processor produces images of {after}, but the model requires {as_pair(config.image_size)}."
         )
     if image_processor.resample not in _RESAMPLING:
         raise ValueError(
@@ -141,7 +141,7 @@ def assemble(
     precision: str,
     title: str,
 ) -> Site:
-    """Write the files of the page; those of a page that was there before are replaced, and others stay. See `build_site`."""
+    """Write the files of the page, and replace those of an earlier page; other files are not changed. See `build_site`."""
     folder = Path(folder)
     contents = {name: files(__package__).joinpath("page", name).read_bytes() for name in ("app.js", "style.css")}
     weights, name = share_weights([graph.model for graph in graphs], f"{MODEL}-{{hash}}.bin")
@@ -187,7 +187,7 @@ def assemble(
     )
     page = files(__package__).joinpath("page", "index.html").read_text(encoding="utf-8")
     contents["index.html"] = page.replace("{{title}}", _escaped(title)).encode()
-    if not (folder / "README.md").exists():  # of a Space, which may have been edited
+    if not (folder / "README.md").exists():  # the user may have edited the README.md of a Space
         contents["README.md"] = _SPACE.format(title=title.replace("\n", " ")).encode()
     cached = {name: _integrity(content) for name, content in sorted(contents.items()) if name not in _NOT_CACHED}
     worker = files(__package__).joinpath("page", "sw.js").read_text(encoding="utf-8")
@@ -216,7 +216,7 @@ def _short(content: bytes) -> str:
 
 
 def _integrity(content: bytes) -> str:
-    """As browsers check it."""
+    """Return the checksum in the format of browsers."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content).digest()).decode()
 
 
@@ -239,7 +239,7 @@ def _manifest(title: str) -> dict[str, Any]:
 
 
 def _icon(side: int) -> bytes:
-    """A leaf on a square, drawn large and made small."""
+    """Draw a leaf on a square, large first, then resized for smooth edges."""
     drawn = 4 * 128
     icon = Image.new("RGB", (drawn, drawn), "#2f7d32")
     leaf = Image.new("L", (drawn, drawn))

@@ -27,7 +27,7 @@ from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
-from ...utils.locks import only_one
+from ...utils.locks import exclusive_lock
 from ..catalog import UltraFGVCSet
 from ..splits import check_split_arguments, few_shots, split_rows
 from .ultra_fgvc import (
@@ -42,7 +42,7 @@ from .ultra_fgvc import (
     find_root,
     fingerprint,
     inspect_file,
-    sound_or_raise,
+    require_usable,
 )
 
 
@@ -148,7 +148,7 @@ def _work_folder(output: Path) -> Iterator[Path]:
     The folder is kept if the block fails, except for problems in the data (`UnsoundData`).
     """
     work = output.with_name(f".{output.name}.preparing")
-    with only_one(
+    with exclusive_lock(
         output,
         f"`output` {output} is being prepared by another process. Wait for it to finish or choose another folder.",
     ):
@@ -234,7 +234,7 @@ def prepare(
 
     with _work_folder(output) as work:
         with open(work / JOURNAL, "a", encoding="utf-8") as stream:
-            checked = sound_or_raise(check(spec, source, workers, _Journal(work / JOURNAL, stream)), skip_bad)
+            checked = require_usable(check(spec, source, workers, _Journal(work / JOURNAL, stream)), skip_bad)
         splits = _splits(checked, fraction, (seed or 0) if validation == "random" else None, shots, seed or 0)
         shards = plan_shards(root, splits, bytes_per_shard)
         columns = features(checked.class_names)

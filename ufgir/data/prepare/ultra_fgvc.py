@@ -181,24 +181,24 @@ def _copies(rows: Sequence[Row], checksums: dict[str, str]) -> tuple[set[int], l
             others = by_split["test"] if split == "train" else []
             if others:
                 for i in members:
-                    text = f"also {_which(rows, i, others[0])}; the train copy is left out, the test copy is kept"
+                    text = f"also {_duplicate_place(rows, i, others[0])}; the train copy is left out, the test copy is kept"
                     left_out[i] = Problem("leaking", rows[i].file, text)
             elif len({rows[i].label for i in members}) > 1:
                 for i in members:
                     other = next(j for j in members if rows[j].label != rows[i].label)
                     text = (
-                        f"{split}, class {rows[i].label + 1}, also {_which(rows, i, other)}, class {rows[other].label + 1}; "
+                        f"{split}, class {rows[i].label + 1}, also {_duplicate_place(rows, i, other)}, class {rows[other].label + 1}; "
                         "both are left out, because one label is wrong"
                     )
                     left_out[i] = Problem("duplicate", rows[i].file, text)
             else:
                 for i in members[1:]:
-                    text = f"{split}, also {_which(rows, i, members[0])}; only the first is kept"
+                    text = f"{split}, also {_duplicate_place(rows, i, members[0])}; only the first is kept"
                     left_out[i] = Problem("duplicate", rows[i].file, text)
     return set(left_out), [left_out[i] for i in sorted(left_out)]
 
 
-def _which(rows: Sequence[Row], index: int, other: int) -> str:
+def _duplicate_place(rows: Sequence[Row], index: int, other: int) -> str:
     if rows[index].file == rows[other].file:
         return f"listed in {rows[other].split}" if rows[index].split != rows[other].split else "listed twice"
     return f"{rows[other].file} of {rows[other].split}"
@@ -300,7 +300,7 @@ class UltraFGVC(datasets.GeneratorBasedBuilder):
     def checked(self) -> Checked:
         """Return the raw data, checked once."""
         if self._checked is None:
-            self._checked = sound_or_raise(check(self.config.spec, self.config.data_dir), self.config.skip_bad)
+            self._checked = require_usable(check(self.config.spec, self.config.data_dir), self.config.skip_bad)
         return self._checked
 
     def _info(self) -> datasets.DatasetInfo:
@@ -321,7 +321,7 @@ class UltraFGVC(datasets.GeneratorBasedBuilder):
                 yield row.file, example(checked.root, row, checksum)
 
 
-def sound_or_raise(checked: Checked, skip_bad: bool) -> Checked:
+def require_usable(checked: Checked, skip_bad: bool) -> Checked:
     """Return `checked` if it can be used.
 
     Raises:

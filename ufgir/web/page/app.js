@@ -1,28 +1,28 @@
-// The page, and the worker that computes: one module, which looks where it runs.
+// This module is both the page and its worker; the last lines check where it runs.
 //
-// The page decodes an image and hands its pixels, strip by strip, to the worker. The worker resizes them as Pillow does, runs the
-// model by ONNX Runtime Web, and hands back what there is to show.
+// The page decodes an image and sends its pixels to the worker in strips. The worker resizes them as Pillow does, runs the model with
+// ONNX Runtime Web, and returns the results.
 
-const MOST_BYTES = 100e6; // of a file
-const MOST_PIXELS = 120e6; // of an image; as in `ufgir app`
-const LARGE_PIXELS = 24e6; // from here on reading takes a while, and the page says so
-const STRIP_PIXELS = 1 << 20; // of an image that are handed over at once
+const MOST_BYTES = 100e6; // size of a file
+const MOST_PIXELS = 120e6; // pixels of an image, as in `ufgir app`
+const LARGE_PIXELS = 24e6; // images above this size are slow to read, so the page shows a message
+const STRIP_PIXELS = 1 << 20; // pixels of a strip
 const MOST_THREADS = 8;
 const TOP_CLASSES = 5;
-const RUNS = 5, RUN_SECONDS = 1.5; // that the latency is the median of
-const OWN = 0.999; // share of a patch that has a token of its own
+const RUNS = 5, RUN_SECONDS = 1.5; // runs for the median of the latency, and their maximal duration
+const OWN = 0.999; // smallest share of a patch that counts as having its own token
 const DARK = 0.15; // brightness of a patch without a token
 
-// ---------------------------------------------------------------------------------------------- resizing, as Pillow does it
+// ------------------------------------------------------------------------------------------------------ resizing as in Pillow
 
-const FILTERS = { // support in pixels, and weight by distance
+const FILTERS = { // support in pixels, and weight as a function of the distance
   box: [0.5, (x) => (x > -0.5 && x <= 0.5 ? 1 : 0)],
   bilinear: [1, (x) => Math.max(0, 1 - Math.abs(x))],
   hamming: [1, (x) => (x === 0 ? 1 : Math.abs(x) >= 1 ? 0 : sinc(x) * (0.54 + 0.46 * Math.cos(Math.PI * x)))],
   bicubic: [2, cubic],
   lanczos: [3, (x) => (Math.abs(x) < 3 ? sinc(x) * sinc(x / 3) : 0)],
 };
-const BITS = 22; // of the fraction of a weight
+const BITS = 22; // fractional bits of a weight
 
 function sinc(x) {
   return x === 0 ? 1 : Math.sin(Math.PI * x) / (Math.PI * x);
@@ -34,7 +34,7 @@ function cubic(x) {
   return t < 2 ? (((t - 5) * t + 8) * t - 4) * a : 0;
 }
 
-/** For each of `to` pixels: the first of the `from` pixels that it is made of, and their weights in fixed point. */
+/** Return for each of `to` pixels the first of the `from` pixels that contribute to it, and their weights in fixed point. */
 export function resizeWeights(from, to, name) {
   const [support, weigh] = FILTERS[name], scale = from / to, wide = Math.max(scale, 1), reach = support * wide;
   return Array.from({length: to}, (_, index) => {
@@ -56,7 +56,7 @@ function level(sum) {
   return value < 0 ? 0 : value > 255 ? 255 : value;
 }
 
-/** An image that arrives in strips, each resized in width at once; `finish` resizes in height. */
+/** Resizes an image that arrives in strips: `add` resizes the width of a strip, `finish` the height of the image. */
 export class Resizer {
   constructor(width, height, [toHeight, toWidth], filter) {
     Object.assign(this, {width, height, toHeight, toWidth});
@@ -65,7 +65,7 @@ export class Resizer {
     this.narrow = new Uint8Array(height * toWidth * 3);
   }
 
-  /** Add rows from `top` on, RGBA. */
+  /** Add rows of RGBA pixels, starting at row `top`. */
   add(rgba, top) {
     const {width, toWidth, columns, narrow} = this, rows = rgba.length / 4 / width;
     for (let y = 0; y < rows; y++) {
@@ -91,7 +91,7 @@ export class Resizer {
     }
   }
 
-  /** (height, width, 3), 8 bits. */
+  /** Return the resized levels (height, width, 3), 8 bits each. */
   finish() {
     const {toHeight, toWidth, rows, narrow} = this, stride = toWidth * 3;
     if (!rows) return narrow;
@@ -108,7 +108,7 @@ export class Resizer {
   }
 }
 
-/** The centre of resized levels. */
+/** Return the center crop of resized levels. */
 export function crop(levels, [height, width], [toHeight, toWidth]) {
   const top = Math.floor((height - toHeight) / 2), left = Math.floor((width - toWidth) / 2);
   const done = new Uint8Array(toHeight * toWidth * 3);
@@ -119,7 +119,7 @@ export function crop(levels, [height, width], [toHeight, toWidth]) {
   return done;
 }
 
-/** Levels (height, width, 3) as the model takes them: (3, height, width), in float32 at every step, as PyTorch computes. */
+/** Convert levels (height, width, 3) to the model's input (3, height, width), rounded to float32 after each step as in PyTorch. */
 export function normalize(levels, {scale, mean, std}) {
   const round = Math.fround, count = levels.length / 3, pixels = new Float32Array(levels.length);
   for (let c = 0; c < 3; c++) {
@@ -163,7 +163,7 @@ function startWorker() {
         session = await create();
       } catch (error) {
         if (provider === 'wasm') throw error;
-        provider = 'wasm'; // a GPU that cannot run this model
+        provider = 'wasm'; // the GPU cannot run this model
         session = await create();
       }
       return {provider, bytes: graph.length + weights.length};
@@ -193,13 +193,13 @@ function startWorker() {
         output = await session.run(feeds);
         times.push(performance.now() - before);
       } while (times.length < 1 + RUNS && performance.now() - start < 1000 * seconds);
-      if (times.length > 1) times.shift(); // the first one warms up
+      if (times.length > 1) times.shift(); // the first run is a warm-up
       const [logits, shares] = ['logits', 'shares'].map((name) => output[name] && Float32Array.from(output[name].data));
       return {logits, shares, times, pixels};
     },
   };
 
-  let last = Promise.resolve(); // one after the other
+  let last = Promise.resolve(); // actions run one after another
   onmessage = ({data: {id, action, values}}) => {
     last = last.then(async () => {
       try {
@@ -224,26 +224,26 @@ function element(name, text = '', attributes = {}) {
   return made;
 }
 
-/** A sentence for an error of the worker. */
+/** Return the message for an error of the worker. */
 export function sentence(text) {
   if (/memory|bad_alloc|allocat|RangeError|ERROR_CODE: 6/i.test(text)) {
-    return 'This device has not enough free memory for the model: close other tabs and programs, and reload the page.';
+    return 'This device does not have enough free memory for the model. Close other tabs and programs, and reload the page.';
   }
   if (/missing|fetch|network|load failed/i.test(text)) {
-    return navigator.onLine ? 'Files of the model are missing: it may have been updated. Reload the page.'
-      : 'There is no network, and the page has not been visited completely before: go online once and reload it.';
+    return navigator.onLine ? 'Files of the model are missing, perhaps because it was updated. Reload the page.'
+      : 'The device is offline, and the page has not been loaded completely before. Go online once and reload it.';
   }
-  return `The model could not be run here (${text.split('\n')[0].slice(0, 160)}). Reload the page, or try another browser.`;
+  return `The model could not run here (${text.split('\n')[0].slice(0, 160)}). Reload the page, or try another browser.`;
 }
 
-/** Why this browser cannot run the page, or an empty text. */
+/** Return why this browser cannot run the page; an empty text if it can. */
 function lacking() {
   const simd = [0, 97, 115, 109, 1, 0, 0, 0, 1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 10, 9, 1, 7, 0, 65, 0, 253, 15, 26, 11];
   const lacks = [];
   if (typeof WebAssembly !== 'object' || !WebAssembly.validate(Uint8Array.from(simd))) lacks.push('WebAssembly with SIMD');
   if (typeof createImageBitmap !== 'function') lacks.push('createImageBitmap');
   if (typeof Worker !== 'function') lacks.push('workers');
-  return lacks.length ? `This browser lacks ${lacks.join(' and ')}: update it, or use a recent Chrome, Firefox or Safari.` : '';
+  return lacks.length ? `This browser does not support ${lacks.join(' and ')}. Update it, or use a recent Chrome, Firefox or Safari.` : '';
 }
 
 class Engine {
@@ -275,27 +275,27 @@ class Engine {
 
 class Unreadable extends Error {}
 
-/** The levels of a file as the model sees it, decoded as Pillow does it: turned upright, over white, colours as stored. */
+/** Return the preprocessed levels of an image file, decoded as in Pillow: rotated by EXIF, on white, without color management. */
 async function read(file, engine, busy) {
   const name = file.name || 'The image';
-  if (file.size > MOST_BYTES) throw new Unreadable(`${name} has ${megabytes(file.size)}, and this page takes ${megabytes(MOST_BYTES)} at most: make it smaller.`);
+  if (file.size > MOST_BYTES) throw new Unreadable(`${name} has ${megabytes(file.size)}; the limit is ${megabytes(MOST_BYTES)}. Use a smaller file.`);
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, {premultiplyAlpha: 'none', colorSpaceConversion: 'none', imageOrientation: 'from-image'});
   } catch {
     throw new Unreadable(file.size > 10e6
-      ? `${name} could not be read: it is broken, not an image that this browser knows, or too large for the memory of this device. Try a smaller JPEG or PNG file.`
-      : `${name} is broken, or not an image that this browser knows. Try another JPEG or PNG file.`);
+      ? `${name} could not be read: it is damaged, not an image that this browser supports, or too large for the memory of this device. Try a smaller JPEG or PNG file.`
+      : `${name} is damaged, or not an image that this browser supports. Try another JPEG or PNG file.`);
   }
   try {
     const {width, height} = bitmap, count = width * height;
-    if (count > MOST_PIXELS) throw new Unreadable(`${name} has ${Math.round(count / 1e6)} million pixels, and this page takes ${MOST_PIXELS / 1e6} at most: make it smaller.`);
+    if (count > MOST_PIXELS) throw new Unreadable(`${name} has ${Math.round(count / 1e6)} million pixels; the limit is ${MOST_PIXELS / 1e6}. Use a smaller image.`);
     if (count > LARGE_PIXELS) busy(`Reading ${Math.round(count / 1e6)} million pixels: this takes a few seconds.`);
     await engine.ask('begin', [width, height]);
     const rows = Math.max(1, Math.min(height, Math.floor(STRIP_PIXELS / width)));
     const canvas = Object.assign(document.createElement('canvas'), {width, height: rows});
     const context = canvas.getContext('2d', {willReadFrequently: true, colorSpace: 'srgb'});
-    if (!context) throw new Unreadable(`${name} is too wide for this browser: make it smaller.`);
+    if (!context) throw new Unreadable(`${name} is too wide for this browser. Use a smaller image.`);
     context.fillStyle = '#fff';
     for (let top = 0; top < height; top += rows) {
       const count = Math.min(rows, height - top);
@@ -307,7 +307,7 @@ async function read(file, engine, busy) {
     return await engine.ask('finish');
   } catch (error) {
     if (error instanceof Unreadable || !/memory|allocat|RangeError/i.test(`${error}`)) throw error;
-    throw new Unreadable(`${name} is too large for the memory of this device: make it smaller.`);
+    throw new Unreadable(`${name} is too large for the memory of this device. Use a smaller image.`);
   } finally {
     bitmap.close();
   }
@@ -344,7 +344,7 @@ class Panel {
       input.setAttribute('aria-label', `${input.nextElementSibling.textContent}, image ${letter}`);
       input.addEventListener('change', () => {
         if (input.files.length) this.choose(input.files[0]);
-        input.value = ''; // the same file may be chosen again
+        input.value = ''; // allow the same file to be chosen again
       });
     }
     for (const event of ['dragenter', 'dragover', 'dragleave', 'drop']) {
@@ -372,7 +372,7 @@ class Panel {
       await this.look();
     } catch (error) {
       if (turn !== this.turn) return;
-      const kept = this.levels ? ' The results below are those of the image before.' : '';
+      const kept = this.levels ? ' The results below are those of the previous image.' : '';
       say(this.problem, (error instanceof Unreadable ? error.message : sentence(error.message)) + kept);
     } finally {
       if (turn === this.turn) this.busy('');
@@ -381,7 +381,7 @@ class Panel {
 
   async look() {
     if (!this.levels) return;
-    this.busy('Looking …');
+    this.busy('Classifying …');
     const index = this.page.graph;
     const result = await this.page.queue(async () => {
       await this.page.ready;
@@ -406,8 +406,8 @@ class Panel {
       return row;
     }));
     const sure = chances[best[0]] >= about.sure;
-    say(one('.unsure', root), sure ? '' : `Not sure: the best class has only ${(100 * chances[best[0]]).toFixed(0)} %. This may be a leaf of none of the ${about.classes.length} classes, or an unclear image.`);
-    one('.known', root).textContent = `The model knows only its ${about.classes.length} classes, and can be sure of a wrong one.`;
+    say(one('.unsure', root), sure ? '' : `Uncertain: the best class has a probability of only ${(100 * chances[best[0]]).toFixed(0)} %. The leaf may belong to none of the ${about.classes.length} classes, or the image may be unclear.`);
+    one('.known', root).textContent = `The model knows only its ${about.classes.length} classes. A high probability does not mean that the prediction is correct.`;
     this.showStages(shares, graph);
     const giga = (macs) => (macs / 1e9).toPrecision(3), share = (100 * graph.macs) / about.denseMacs;
     const facts = [
@@ -419,7 +419,7 @@ class Panel {
       row.append(element('th', name, {scope: 'row'}), element('td', value));
       return row;
     }));
-    one('.tokens', root).textContent = `Tokens, layer by layer: ${graph.tokens.join(' → ')}.`;
+    one('.tokens', root).textContent = `Tokens in each layer: ${graph.tokens.join(' → ')}.`;
     one('.results', root).hidden = false;
     root.dataset.shown = String(Number(root.dataset.shown ?? 0) + 1);
   }
@@ -503,8 +503,8 @@ class Page {
       this.provider = provider;
       if (index !== this.graph) return;
       const alone = globalThis.crossOriginIsolated || provider === 'webgpu';
-      const why = alone ? '' : isSecureContext ? ' (this host does not send the headers for more; reload the page once)' : ' (browsers allow more over HTTPS only, and offline use as well)';
-      say(one('#status'), `Ready. It runs on this device with ${this.means}${why}; the model has ${megabytes(bytes)}.`);
+      const why = alone ? '' : isSecureContext ? ' (reload the page once to use more threads)' : ' (browsers allow more threads, and offline use, only over HTTPS)';
+      say(one('#status'), `Ready. The model (${megabytes(bytes)}) runs on this device with ${this.means}${why}.`);
       for (const panel of this.panels) await panel.look();
     } catch (error) {
       say(one('#status'), '');
@@ -513,19 +513,19 @@ class Page {
   }
 }
 
-/** Keep the page for use without a network, and say when a newer model has come. */
+/** Install the service worker for offline use, and show a message when a newer model is available. */
 async function keep(page) {
   if (!('serviceWorker' in navigator) || !isSecureContext) return;
   const had = Boolean(navigator.serviceWorker.controller);
   navigator.serviceWorker.addEventListener('controllerchange', () => {
     if (had) one('#update').hidden = false;
-    else if (!globalThis.crossOriginIsolated && page && page.panels.every((panel) => panel.turn === 0)) location.reload(); // with threads
+    else if (!globalThis.crossOriginIsolated && page && page.panels.every((panel) => panel.turn === 0)) location.reload(); // to enable threads
   });
   one('#reload').addEventListener('click', () => location.reload());
   try {
     await navigator.serviceWorker.register(new URL('sw.js', import.meta.url), {updateViaCache: 'none'});
   } catch (error) {
-    console.warn(`The page is not kept for use without a network: ${error.message}`); // a browser that forbids it
+    console.warn(`The page is not available offline: ${error.message}`); // the browser forbids service workers
   }
 }
 

@@ -1,8 +1,8 @@
-/* Keeps the page for use without a network, and sends the headers that let it use several threads. */
+/* Service worker: caches the page for offline use, and adds the headers that allow it to use several threads. */
 'use strict';
 
 const BUILD = "{{build}}";
-const FILES = "{{files}}"; // name: checksum
+const FILES = "{{files}}"; // name -> checksum
 const PREFIX = `ufgir ${self.registration.scope} `;
 const HEADERS = {
   'Cross-Origin-Opener-Policy': 'same-origin',
@@ -15,7 +15,7 @@ const address = (name) => new URL(name, self.registration.scope).href;
 function isolated(response, more = {}) {
   if (response.type === 'opaque' || response.type === 'opaqueredirect' || response.type === 'error') return response;
   const headers = new Headers(response.headers);
-  for (const name of ['Content-Encoding', 'Content-Length']) headers.delete(name); // the body is unpacked already
+  for (const name of ['Content-Encoding', 'Content-Length']) headers.delete(name); // the body is already decompressed
   for (const [name, value] of Object.entries({...HEADERS, ...more})) headers.set(name, value);
   const empty = [101, 204, 205, 304].includes(response.status);
   return new Response(empty ? null : response.body, {status: response.status, statusText: response.statusText, headers});
@@ -28,7 +28,7 @@ async function older() {
 
 async function keep(cache, before, name, checksum) {
   const url = address(name);
-  for (const old of before) { // a file that has not changed is not fetched again
+  for (const old of before) { // reuse files that have not changed
     const found = await old.match(url);
     if (found?.headers.get('X-Checksum') === checksum) return cache.put(url, found);
   }
