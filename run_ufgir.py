@@ -93,42 +93,49 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = RecipeParser(GROUPS, prog="run_ufgir.py", description=__doc__)
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending_signals(parser.prog))
-        with collected() as without_effect:
-            options = Options(*parser.parse(sys.argv[1:] if argv is None else argv))
-            args = options.training
-            logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-            logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
-            try:
-                if args.process_index == 0:
-                    refusal = (
-                        f"`output_dir` {args.output_dir} is in use by another run. Wait for it to finish or choose another "
-                        "folder"
-                    )
-                    stack.enter_context(exclusive_lock(Path(args.output_dir), refusal))
-                run = prepare(options, parser.given)
-            except (ValueError, OSError) as error:
-                parser.error(one_sentence(error))
-            except KeyboardInterrupt as error:
-                ended = Ended.of(error)
-                parser.exit(ended.status, f"{parser.prog}: {ended}\n")
-        if args.process_index == 0:
-            warn_without_effect(without_effect)
+        args = None  # of a run that has begun
         try:
+            run, options = _set_up(parser, argv, stack)
+            args = options.training
             return execute_run(run, options, parser, start)
-        except KeyboardInterrupt as error:
-            ended = Ended.of(error)
-            parser.exit(ended.status, f"{parser.prog}: {ended}. {resume_hint(args)}\n")
-        except CheckpointError as error:
-            parser.error(one_sentence(error))
-        # a full disk, the NaN guard, or images that changed after they were verified: the checkpoints are valid
-        except (DiskFull, FloatingPointError, DatasetError) as error:
-            parser.exit(1, f"{parser.prog}: error: {one_sentence(error).rstrip('.')}. {resume_hint(args)}\n")
-        except Exception as error:
-            if (number := raised_signal()) is not None:  # the signal also ended a process that this one waits for
-                parser.exit(128 + number, f"{parser.prog}: {Ended(number)}. {resume_hint(args)}\n")
-            if args.world_size > 1 and is_lost_process(error):
-                parser.exit(1, f"{parser.prog}: another process of this run has ended. {resume_hint(args)}\n")
+        except (KeyboardInterrupt, Exception) as error:
+            hint = "" if args is None else f". {resume_hint(args)}"
+            # a signal may have been raised where exceptions are converted, or have ended a process that this one waits for
+            number = Ended.of(error).number if isinstance(error, KeyboardInterrupt) else raised_signal()
+            if number is not None:
+                parser.exit(128 + number, f"{parser.prog}: {Ended(number)}{hint}\n")
+            if is_lost_process(error):
+                parser.exit(1, f"{parser.prog}: another process of this run has ended{hint}\n")
+            if isinstance(error, CheckpointError):
+                parser.error(one_sentence(error))
+            # a full disk, the NaN guard, or images that changed after they were verified: the checkpoints are valid
+            if isinstance(error, DiskFull | FloatingPointError | DatasetError):
+                parser.exit(1, f"{parser.prog}: error: {one_sentence(error).rstrip('.')}{hint}\n")
             raise
+
+
+def _set_up(parser: RecipeParser, argv: list[str] | None, stack: contextlib.ExitStack) -> tuple[Run, Options]:
+    """Parse the options, lock `output_dir` until `stack` is closed, and prepare the run. Exit with status 2 for a mistake."""
+    with collected() as without_effect:
+        options = Options(*parser.parse(sys.argv[1:] if argv is None else argv))  # waits for the other processes
+        args = options.training
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+        logger.setLevel(logging.INFO if args.should_log else logging.WARNING)
+        try:
+            if args.process_index == 0:
+                refusal = (
+                    f"`output_dir` {args.output_dir} is in use by another run. Wait for it to finish or choose another "
+                    "folder"
+                )
+                stack.enter_context(exclusive_lock(Path(args.output_dir), refusal))
+            run = prepare(options, parser.given)
+        except (ValueError, OSError) as error:
+            if raised_signal() is not None:
+                raise
+            parser.error(one_sentence(error))
+    if args.process_index == 0:
+        warn_without_effect(without_effect)
+    return run, options
 
 
 def prepare(options: Options, given: Collection[str] = ()) -> Run:

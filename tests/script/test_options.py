@@ -499,13 +499,14 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkey
 @pytest.mark.parametrize(
     "part, training, words",
     [
+        ("Options", True, "interrupted\n"),
         ("load_data", True, "interrupted\n"),
         ("evaluate", True, "interrupted. Run the same command with `--resume_from_checkpoint true` to resume from "),
         ("predict", False, "interrupted. Run the same command again to continue the predictions"),
     ],
 )
 def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training, words):
-    """Before the training and after it, and where nothing is trained."""
+    """While options are parsed, before the training and after it, and where nothing is trained."""
     options = QUICK | {"save_strategy": "epoch", "do_train": training, "do_eval": True, "do_predict": True}
     path = recipe(tmp_path, leaves, tmp_path / "out", **options)
 

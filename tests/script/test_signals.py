@@ -154,3 +154,17 @@ def test_processes_that_do_not_know_of_each_other(leaves: Path, tmp_path: Path, 
     monkeypatch.setenv("LOCAL_RANK", "0")
     said = ends(capsys, 2, recipe(tmp_path, leaves, tmp_path / "out", use_cpu=False))
     assert "`use_cpu`" in said and "2 processes" in said
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_a_signal_that_becomes_another_error(leaves: Path, tmp_path: Path, capsys, monkeypatch, error: type) -> None:
+    """Before the training begins: code that converts exceptions, or a process that was waited for."""
+
+    def load(*args: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise error("something else") from None
+
+    monkeypatch.setattr("run_ufgir.load_data", load)
+    assert ends(capsys, 128 + signal.SIGTERM, recipe(tmp_path, leaves, tmp_path / "out")).endswith("SIGTERM")
