@@ -1,6 +1,7 @@
 """Early stopping, the best and the last model, and the deterministic mode."""
 
 import csv
+import json
 import re
 
 import pytest
@@ -23,6 +24,7 @@ from ufgir.training.gradients import (
     GradientRecorder,
 )
 from ufgir.utils.arguments import RecipeParser
+from ufgir.utils.checksums import FILE_LIST
 
 
 # Early stopping, best and last model
@@ -39,6 +41,7 @@ def test_early_stopping_keeps_best_and_last_model(tmp_path):
     assert_same(weights(trainer), snapshots.taken[3])
     last = CLCAViTForImageClassification.from_pretrained(tmp_path / "last")
     assert_same(last.state_dict(), snapshots.taken[11])
+    assert list(json.loads((tmp_path / "last" / FILE_LIST).read_text())["files"]) == ["model.safetensors"]
     assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {"last", "checkpoint-4"}
 
 

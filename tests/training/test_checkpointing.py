@@ -342,6 +342,24 @@ def test_damage_is_reported_before_anything_is_loaded(
     assert last_complete_checkpoint(tmp_path) == damaged.parent
 
 
+@pytest.mark.parametrize("name", [".", "ema"])
+def test_damage_of_a_saved_model_is_reported(whole: Path, tmp_path: Path, name: str) -> None:
+    """Saving it again lists the new weights; without a list, nothing is compared."""
+    folder = shutil.copytree(whole / name, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    model = load_pretrained(str(folder), CLCAViTConfig.from_pretrained(folder))
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=rf"model\.safetensors .* checksum.*{FILE_LIST}"):
+        load_pretrained(str(folder), model.config)
+    trainer = make_trainer(folder)
+    trainer.save_model()
+    load_pretrained(str(folder), model.config)
+    weights.write_bytes(content)
+    (folder / FILE_LIST).unlink()
+    load_pretrained(str(folder), model.config)
+
+
 @pytest.mark.parametrize("changes", [{"newer_key": 1}, {"global_step": "three"}, {"log_history": 5}, {"epoch": "two"}])
 def test_states_that_trainer_would_stumble_over(plain: Path, changes: dict[str, Any]) -> None:
     (plain / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"global_step": 2} | changes))

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from clca import CLCAViTConfig
 
+from ..utils.checksums import list_weights
 from ..utils.files import new_folder, write_text_atomically
 from ..utils.text import listed
 from .loading import check_new, checkpoint_config, load_with_report
@@ -74,6 +75,7 @@ def convert_pretrained(
     trained = {name: tensor for name, tensor in model.state_dict().items() if name not in untrained}
     with new_folder(output) as folder:
         model.save_pretrained(folder, state_dict=trained)
+        list_weights(folder)
         processor.save_pretrained(folder)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=False)
         write_text_atomically(folder / "README.md", str(card))

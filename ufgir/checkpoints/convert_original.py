@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clca import CLCAViTForImageClassification
 
+from ..utils.checksums import list_weights
 from ..utils.files import new_folder, write_text_atomically
 from ..utils.text import one_sentence
 from .convert import MARKER, is_made_of
@@ -90,6 +91,7 @@ def convert_file(
         model.config.label2id = {name: index for index, name in enumerate(class_names)}
     with new_folder(output) as folder:
         model.save_pretrained(folder)
+        list_weights(folder)
         processor = original_image_processor(file, model.config.image_size)
         processor.save_pretrained(folder)
         write_text_atomically(folder / "README.md", _card(file, model, processor, output.name))

@@ -35,7 +35,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
-from ..utils.checksums import FILE_LIST, find_differences, write_file_list
+from ..utils.checksums import FILE_LIST, find_differences, list_weights, write_file_list
 from ..utils.files import raise_disk_full, remove, share, to_disk, whole_files, write_text_atomically
 from ..utils.provenance import as_read
 from ..utils.signals import Ended, ending_signals, pending_signal, raised_signal
@@ -653,6 +653,7 @@ class CheckpointMixin:
             return
         with whole_files(Path(output_dir or self.args.output_dir)) as folder:
             super()._save(str(folder), state_dict)
+            list_weights(folder)  # it gets its final name last
 
     def save_state(self) -> None:
         """Write the training log, `trainer_state.json` in `output_dir`, atomically."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
+from ..utils.checksums import list_weights
 from ..utils.files import new_folder, raise_disk_full
 from .adapters import merge
 from .checkpoint_files import EMA_FILE, EMA_FOLDER
@@ -136,6 +137,7 @@ class EMACallback(TrainerCallback):
                 whole.save_pretrained(folder)
                 if processing_class is not None:
                     processing_class.save_pretrained(folder)
+                list_weights(folder)
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
-"""File list of a checkpoint: sizes and checksums, compared before loading.
+"""File lists of checkpoints and models: sizes and checksums, compared before loading.
 
+The list of a checkpoint has all its files, that of a model only its weights, since people edit configurations and model cards.
 The checksums are 128-bit XXH3. They detect accidental damage, but do not protect against deliberate manipulation.
 """
 
@@ -14,7 +15,7 @@ import xxhash
 
 
 FILE_LIST = "checkpoint_files.json"
-WEIGHTS = ("*.safetensors", "*.bin")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 _CHUNK = 2**20  # bytes
 
 
@@ -43,6 +44,11 @@ def write_file_list(folder: Path, files: Sequence[Path], about: Mapping[str, Any
     }
     (folder / FILE_LIST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return folder / FILE_LIST
+
+
+def list_weights(folder: Path) -> None:
+    """Write the file list of a model folder, with its weights."""
+    write_file_list(folder, sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)}), {})
 
 
 def find_differences(folder: Path, read: bool, names: Sequence[str] = ("*",)) -> Iterator[str]:
@@ -85,4 +91,7 @@ def check_weights(checkpoint: str | os.PathLike) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         problem = f"{FILE_LIST} cannot be read"
     if problem is not None:
-        raise ValueError(f"{folder} differs from the saved checkpoint: {problem}. Use another checkpoint")
+        raise ValueError(
+            f"{folder} differs from the saved checkpoint: {problem}. Use another checkpoint, or delete {FILE_LIST} in it if the "
+            "weights were replaced on purpose"
+        )
