@@ -6,13 +6,15 @@ import shutil
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import tiny_config
+from tests.run_folders import VARIANTS, write_run
 from ufgir.cli import entry as cli
 from ufgir.runs import figures as paper_figures
-from ufgir.runs.records import MANIFEST, RECORD, is_finished, read_run_records, remove_run_record, write_run_record
+from ufgir.runs.records import MANIFEST, RECORD, is_finished, read_run_records, remove_run_record
 from ufgir.runs.tables import (
     default_factors,
     default_metric,
@@ -24,37 +26,12 @@ from ufgir.runs.tables import (
     summarize,
     varying,
 )
+from ufgir.training.gradients import GradientCurve
 from ufgir.utils.files import write_csv
 from ufgir.utils.plotting import style
 
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "data" / "published_accuracy_evit_448.csv"
-VARIANTS = {
-    "base": {},
-    "CLC": {"cross_layer_cache": True, "num_clr_tokens": 1},
-    "CLA": {"head": "cla"},
-    "CLCA": {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"},
-}
-
-
-def write(folder: Path, seed: int = 1, top1: float = 0.5, method: str | None = "evit", rate: float = 0.5, **changes):
-    """The record of a run that never was."""
-    options = {"reduction": method, "keep_rate": [rate], **changes.pop("options", {})}
-    arguments = {
-        "settings": {**options, "seed": seed, "learning_rate": 1e-3, "logging_steps": seed},
-        "dataset": "leaves",
-        "split_sizes": {"train": 80, "test": 20},
-        "config": tiny_config(**options),
-        "metrics": {"test": {"top1": top1, "macro_f1": top1 / 2}},
-        "macs": int(1e9 * rate),
-        "dense_macs": 10**9,
-        "num_parameters": 1000,
-        "seed": seed,
-        "train_seconds": 10.0 * seed,
-        "images_per_second": {"test": 100.0 / rate},
-        "command": ["run_ufgir.py", "a b.yaml"],
-    }
-    return write_run_record(folder, **(arguments | changes))
 
 
 @pytest.fixture
@@ -65,7 +42,7 @@ def study(tmp_path) -> Path:
             for index, seed in enumerate((1, 10, 100)):
                 top1 = 0.4 + 0.2 * (variant == "CLCA") + 0.1 * rate + 0.01 * index
                 folder = tmp_path / "study" / f"variant={variant},keep_rate={rate},seed={seed}"
-                write(folder, seed, top1, rate=rate, options=VARIANTS[variant])
+                write_run(folder, seed, top1, rate=rate, options=VARIANTS[variant])
     runs = {"seed=13": {"status": "failed", "error": "status 1: no"}, "seed=14": {"status": "running"}}
     (tmp_path / "study" / MANIFEST).write_text(json.dumps({"recipe": {}, "runs": runs}))
     (tmp_path / "study" / "alone" / "checkpoint-3").mkdir(parents=True)
@@ -76,7 +53,7 @@ def study(tmp_path) -> Path:
 
 
 def test_a_record_says_what_the_run_was(tmp_path):
-    path = write(tmp_path / "a")
+    path = write_run(tmp_path / "a")
     record = json.loads(path.read_text())
     assert path == tmp_path / "a" / RECORD and is_finished(tmp_path / "a") and not is_finished(tmp_path)
     assert record["settings"]["keep_rate"] == [0.5] and record["config"]["hidden_size"] == 16
@@ -94,7 +71,7 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
     """As run_ufgir.py does it: the configuration comes back from a saved model."""
     config = tiny_config(reduction="evit", keep_rate=[0.5])
     easy = {"source": {"synthetic_difficulty": "easy"}, "validation": {"validation_fraction": 0.4}, "test": {}}
-    write(tmp_path, top1=0.5, data=easy)
+    write_run(tmp_path, top1=0.5, data=easy)
     config.save_pretrained(tmp_path / "model")
     loaded = type(config).from_pretrained(tmp_path / "model")
     extra = {
@@ -103,7 +80,7 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
         "split_sizes": {"train": 9, "validation": 7},
     }
     extra["data"] = easy | {"validation": {"validation_fraction": 0.2}}  # not measured before: it may be of any images
-    write(tmp_path, config=loaded, command=["later"], images_per_second={"validation": 3.0}, **extra)
+    write_run(tmp_path, config=loaded, command=["later"], images_per_second={"validation": 3.0}, **extra)
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["metrics"]["validation"] == {"top1": 0.9} and record["metrics"]["test"]["top1"] == 0.5
     assert record["split_sizes"] == {"train": 80, "test": 20, "validation": 7} and record["train_seconds"] == 10
@@ -113,7 +90,7 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
     other = extra | {"metrics": {"test": {"top1": 0.1}}, "split_sizes": {"test": 3}, "settings": {"dataset": "other"}}
     hard, few = {"source": {"synthetic_difficulty": "hard"}}, {"test": {"max_predict_samples": 3}}
     for changes in ({"dataset": "other"}, {"data": easy | hard}, {"data": easy | few}):
-        write(tmp_path, config=loaded, **other | changes)
+        write_run(tmp_path, config=loaded, **other | changes)
         again = json.loads((tmp_path / RECORD).read_text())
         assert {k: v for k, v in again.items() if k != "evaluations"} == {
             k: v for k, v in record.items() if k != "evaluations"
@@ -123,10 +100,10 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
         assert {k: last[k] for k in changes} == changes
     record = again
     # another model, in the folder of this one
-    write(tmp_path, rate=0.25, **extra | {"metrics": {"test": {"top1": 0.1}}})
+    write_run(tmp_path, rate=0.25, **extra | {"metrics": {"test": {"top1": 0.1}}})
     assert json.loads((tmp_path / RECORD).read_text()) == record and "another model" in caplog.text
     # a new training takes its place
-    write(tmp_path, rate=0.25, top1=0.3)
+    write_run(tmp_path, rate=0.25, top1=0.3)
     assert json.loads((tmp_path / RECORD).read_text())["metrics"] == {"test": {"top1": 0.3, "macro_f1": 0.15}}
 
 
@@ -136,7 +113,7 @@ def test_unfinished_runs_are_listed_separately(study, tmp_path):
     (study / "odd").mkdir()
     (study / "odd" / RECORD).write_text("{}")
     (study / "seed=14").mkdir()
-    write(study / "seed=14" / "checkpoint-1")  # an upload, a copy: not a run
+    write_run(study / "seed=14" / "checkpoint-1")  # an upload, a copy: not a run
     records = read_run_records([study, study / "alone", study])
     assert len(records.finished) == 12 and len({r["folder"] for r in records.finished}) == 12
     why = {folder.name: reason for folder, reason in records.unfinished.items()}
@@ -177,9 +154,9 @@ def test_means_and_sample_deviations_over_seeds(study):
 def test_options_that_differ_within_a_setting_are_factors(tmp_path):
     for count in (1, 4):
         options = VARIANTS["CLCA"] | {"num_clr_tokens": count}
-        write(tmp_path / str(count), seed=1, top1=0.1 * count, options=options)
-    write(tmp_path / "dense", method=None, rate=1.0)
-    write(tmp_path / "stages", options={"keep_rate": [0.5, 0.25]})
+        write_run(tmp_path / str(count), seed=1, top1=0.1 * count, options=options)
+    write_run(tmp_path / "dense", method=None, rate=1.0)
+    write_run(tmp_path / "stages", options={"keep_rate": [0.5, 0.25]})
     rows = run_rows(read_run_records([tmp_path]).finished)
     factors = default_factors(rows)
     assert factors[-1] == "num_clr_tokens" and "logging_steps" not in factors and "seed" not in factors
@@ -193,17 +170,17 @@ def test_options_that_differ_within_a_setting_are_factors(tmp_path):
 
 def test_variants_are_known_by_the_model(tmp_path):
     for name, options in VARIANTS.items():
-        write(tmp_path / name, options=options)
-    write(tmp_path / "vqt", options={"head": "vqt"})
-    write(tmp_path / "ifa", options=VARIANTS["CLC"] | {"head": "ifa"})
+        write_run(tmp_path / name, options=options)
+    write_run(tmp_path / "vqt", options={"head": "vqt"})
+    write_run(tmp_path / "ifa", options=VARIANTS["CLC"] | {"head": "ifa"})
     rows = run_rows(read_run_records([tmp_path]).finished)
     assert [row["variant"] for row in rows] == ["base", "CLC", "CLA", "CLCA", "CLC+IFA", "VQT"]
     assert [row["variant"] for row in summarize(rows[::-1], "test_top1", ["variant"])] == [r["variant"] for r in rows]
 
 
 def test_a_metric_that_some_runs_lack(tmp_path):
-    write(tmp_path / "a")
-    write(tmp_path / "b", seed=2, metrics={"validation": {"top1": 0.25}}, resumed_from="checkpoint-3")
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=2, metrics={"validation": {"top1": 0.25}}, resumed_from="checkpoint-3")
     rows = run_rows(read_run_records([tmp_path]).finished)
     assert [row["train_seconds"] for row in rows] == [10, ""]  # the other's whole time is not known
     assert default_metric(rows) == "test_top1" and default_metric(rows, "validation_top1") == "validation_top1"
@@ -215,8 +192,8 @@ def test_a_metric_that_some_runs_lack(tmp_path):
 
 def test_a_cost_that_differs_by_image_is_left_out(tmp_path):
     for seed in (1, 2):
-        write(tmp_path / f"ats{seed}", seed=seed, method="ats", macs=None)
-        write(tmp_path / f"evit{seed}", seed=seed)
+        write_run(tmp_path / f"ats{seed}", seed=seed, method="ats", macs=None)
+        write_run(tmp_path / f"evit{seed}", seed=seed)
     rows = run_rows(read_run_records([tmp_path]).finished)
     assert [row["gmacs"] for row in rows] == ["", "", 0.5, 0.5] and {row["dense_gmacs"] for row in rows} == {1.0}
     summary = summarize(rows, "test_top1", default_factors(rows))
@@ -345,7 +322,7 @@ def test_a_variant_looks_the_same_whichever_others_there_are() -> None:
 def test_methods_and_variants_of_ones_own_are_drawn_too(tmp_path):
     for method in (None, "topk", "tome"):
         for head in ("vqt", "ifa"):
-            write(
+            write_run(
                 tmp_path / f"{method}{head}",
                 method=method,
                 options={"head": head},
@@ -364,19 +341,17 @@ def test_methods_and_variants_of_ones_own_are_drawn_too(tmp_path):
 def test_gradients_of_runs_that_agree_share_a_name(study):
     rows = run_rows(read_run_records([study]).finished)
     arguments = ("test_top1", ["variant", "keep_rate", "dataset"])
+    curve = GradientCurve.of(np.arange(1, 4), 0.1 * np.arange(1, 4))
     with style():
         with pytest.raises(ValueError, match="`record_gradients`"):
-            paper_figures.draw_gradients(rows, *arguments)
-        for row in matching(rows, ["keep_rate=0.5"]):
-            lines = [f"{step},{0.1 * step}\n" for step in (1, 2, 3)]
-            (Path(row["run"]) / "gradients.csv").write_text("step,max_grad_all\n" + "".join(lines))
-        (axes,) = paper_figures.draw_gradients(rows, *arguments).axes
+            paper_figures.draw_gradients(rows, {}, *arguments)
+        curves = {row["run"]: curve for row in matching(rows, ["keep_rate=0.5"])}
+        (axes,) = paper_figures.draw_gradients(rows, curves, *arguments).axes
         assert axes.get_legend_handles_labels()[1] == ["base 46.0", "CLCA 66.0"] and len(axes.lines) == 6
         assert axes.get_legend().get_title().get_text() == "Test top-1 (%)"
         other = next(row for row in rows if row["keep_rate"] == 0.25)
-        (Path(other["run"]) / "gradients.csv").write_text("step,max_grad_all\n1,0.1\n")
         with pytest.raises(ValueError, match=r"differ in variant and keep_rate.*`--where`"):
-            paper_figures.draw_gradients(rows, *arguments)
+            paper_figures.draw_gradients(rows, curves | {other["run"]: curve}, *arguments)
 
 
 # The command

@@ -187,12 +187,12 @@ def file_names(dataset: datasets.Dataset, column: str = "image") -> Callable[[in
     return lambda index: file_of(raw[index][column])
 
 
-def read_predictions(path: str | os.PathLike, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Read the lines with the given image indices from a prediction file, as index -> line."""
-    wanted, found = set(indices), {}
+def read_predictions(path: str | os.PathLike, indices: Sequence[int] | None = None) -> dict[int, dict[str, Any]]:
+    """Read the lines with the given image indices (None: all) from a prediction file, as index -> line."""
+    wanted, found = None if indices is None else set(indices), {}
     with Path(path).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file) if Path(path).suffix == ".csv" else map(json.loads, file):
-            if int(row["index"]) in wanted:
+            if wanted is None or int(row["index"]) in wanted:
                 found[int(row["index"])] = row
     return found
 

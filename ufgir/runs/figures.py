@@ -6,11 +6,10 @@ matplotlib figure; call them inside `ufgir.utils.plotting.style()`.
 
 import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..training.gradients import GRADIENTS_FILE, stability_figure
+from ..training.gradients import GradientCurve, draw_curves
 from ..utils.files import Row
 from ..utils.plotting import (
     METHOD_STYLES,
@@ -195,13 +194,20 @@ def draw_bars(summary: Sequence[Row], title: str | None = None) -> "Figure":
     return figure
 
 
-def draw_gradients(rows: Sequence[Row], metric: str, factors: Sequence[str], title: str | None = None) -> "Figure":
+def draw_gradients(
+    rows: Sequence[Row],
+    curves: Mapping[str, GradientCurve],
+    metric: str,
+    factors: Sequence[str],
+    title: str | None = None,
+) -> "Figure":
     """Plot the largest gradient at each step of each run that recorded gradients, like the paper's stability figure.
 
     The legend shows the factor in which the runs differ and the mean accuracy.
 
     Args:
         rows: rows of `run_rows`.
+        curves: run -> largest gradients; rows without a curve are ignored.
         metric: a column.
         factors: columns that distinguish settings; runs with the same values share a legend entry.
         title: title of the figure.
@@ -209,7 +215,7 @@ def draw_gradients(rows: Sequence[Row], metric: str, factors: Sequence[str], tit
     Raises:
         ValueError: if no run has recorded gradients, or if the runs that have differ in more than one factor.
     """
-    rows = [row for row in rows if (Path(row["run"]) / GRADIENTS_FILE).exists()]
+    rows = [row for row in rows if row["run"] in curves]
     if not rows:
         raise ValueError("none of the runs has recorded gradients. Train with `record_gradients`")
     changing = varying(rows, sorted(factors, key=lambda name: name != "variant"))
@@ -222,8 +228,7 @@ def draw_gradients(rows: Sequence[Row], metric: str, factors: Sequence[str], tit
         mean = [f"{scale_of(metric) * sum(values) / len(values):.1f}"] if values else []
         name = [str(group[0][factor]) for factor in changing]
         labels |= {row["run"]: " ".join(name + mean) for row in group}
-    files = [Path(row["run"]) / GRADIENTS_FILE for row in rows]
-    figure = stability_figure(files, [labels[row["run"]] for row in rows])
+    figure = draw_curves([curves[row["run"]] for row in rows], [labels[row["run"]] for row in rows])
     (axes,) = figure.axes
     axes.set_title(title or "")
     if axes.get_legend():

@@ -20,12 +20,14 @@ from ..utils.provenance import (
     describe_host,
     now,
     peak_memory,
+    source_commit,
 )
 
 
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+REQUIRED = {"settings", "config", "metrics", "split_sizes", "macs", "seed"}
 MANIFEST = "sweep.json"  # in the folder of a sweep: its runs and how they ended
 NOT_STORED |= {"transformers_version", "clca_version"}  # these are stored with the versions
 NOT_STORED |= {"use_cache"}  # Trainer disables it in training
@@ -54,7 +56,7 @@ def write_run_record(
 ) -> Path:
     """Write `run.json` into `output_dir`, atomically, as the last result of a run, except for its upload.
 
-    Adds versions, machine, date and peak memory. A run that only evaluates adds its splits to the record of the
+    Adds versions, commit, machine, date and peak memory. A run that only evaluates adds its splits to the record of the
     training of the same model in that folder. Metrics on another data set, or on other images of a split that was
     measured before, are added to `evaluations` only. The record of another model's training is not changed, with a
     warning.
@@ -130,6 +132,7 @@ def write_run_record(
             **({} if pushed is None else {"pushed": pushed}),
             "peak_memory": peak_memory(),
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+            "commit": source_commit(),
         }
     return _write(path, record)
 
@@ -261,7 +264,7 @@ def _read(path: Path) -> dict[str, Any] | str | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"settings", "config", "metrics", "split_sizes", "macs", "seed"} - set(record)
+        missing = REQUIRED - set(record)
     except (OSError, ValueError, TypeError) as error:
         return f"{RECORD} could not be read: {error}"
     return f"{RECORD} lacks {', '.join(sorted(missing))}" if missing else record

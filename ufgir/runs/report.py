@@ -16,6 +16,7 @@ from ..training.checkpoint_files import KEPT_PATCHES_FILE
 from ..training.checkpointing import remove_checkpoints, remove_results
 from ..training.setup import Run
 from ..transforms.images import to_rgb
+from ..utils.provenance import source_commit
 from ..visualization.kinds import kept_patches_image
 from ..visualization.sheet import save_image
 from .records import prediction_files, remove_run_record, write_run_record
@@ -35,6 +36,7 @@ def remove_earlier(run: Run, options: Options) -> None:
 
 def describe_start(run: Run, options: Options) -> str:
     """Return a line with the data set, its sizes and the cost of the model."""
+    source_commit()  # for the record, before the code changes
     sizes = ", ".join(f"{len(images)} {split}" for split, images in run.data.items())
     cost = cost_in_words(run.macs, run.dense_macs)
     return f"{options.data.dataset}: {len(run.class_names)} classes, {sizes} images; {cost}"

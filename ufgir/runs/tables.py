@@ -10,6 +10,7 @@ from typing import Any
 
 from ..utils.files import Row
 from ..utils.metric_names import METRIC_NAMES, measured
+from .details import gradients_of
 
 
 # Columns that distinguish settings in every study; other options are added if they differ.
@@ -22,7 +23,10 @@ WITHOUT_EFFECT |= {"num_pictures", "predictions_file", "per_device_eval_batch_si
 WITHOUT_EFFECT |= {"save_total_limit", "push_to_hub", "hub_model_id", "hub_revision", "do_eval", "do_predict"}
 
 COSTS = ("gmacs", "images_per_second", "model_images_per_second", "train_seconds")
-SUMMARY = ("metric", "mean", "std", "n", *COSTS)  # columns of a summary that are not factors
+INTERVAL = ("low", "high")
+DIFFERENCE = ("difference", "difference_std", "pairs", "pairs_won", "difference_low", "difference_high", "p", "p_holm")
+# columns of a summary that are not factors
+SUMMARY = ("metric", "mean", "std", "n", *COSTS, *INTERVAL, "baseline", *DIFFERENCE, "significant")
 FRACTIONS = METRIC_NAMES  # metrics that are fractions, displayed in percent
 
 
@@ -45,11 +49,16 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else "" if value is None else value
 
 
-def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return a row for each record of `read_run_records`.
+def run_rows(records: Sequence[Mapping[str, Any]], gradients: bool = False) -> list[Row]:
+    """Return a row for each record of `read_runs`.
 
     Columns: `run`, the factors, `seed`, every option in which the runs differ, all metrics as `split_metric`, costs,
-    machine and date. Units: metrics as recorded, GMACs, seconds, GiB.
+    machine, date and commit. Units: metrics as recorded, GMACs, seconds, GiB.
+
+    Args:
+        records: one per run.
+        gradients: read recorded gradients, too. Columns: `largest_gradient_median_last_third`, ..., the median and the
+            maximum of the largest |gradient| over the steps of each third of the training.
     """
 
     def option(record: Mapping[str, Any], name: str) -> Any:
@@ -89,7 +98,10 @@ def run_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
             **{f"peak_{kind}_gib": size / 2**30 for kind, size in memory.items()},
             "host": record.get("host", ""),
             "date": record.get("date", ""),
+            "commit": record.get("commit") or "",
         }
+        if gradients and (found := gradients_of(record)):
+            row |= found.columns()
         rows.append(row)
     columns = dict.fromkeys(name for row in rows for name in row)
     rows.sort(key=lambda row: [sort_key(row[name]) for name in (*FACTORS, *names, "seed")])
@@ -108,7 +120,7 @@ def matching(rows: Sequence[Row], conditions: Iterable[str]) -> list[Row]:
         if not equals or not values:
             raise ValueError(f"`--where` must be COLUMN=VALUE,VALUE, got {condition!r}")
         column = known_column(column.replace("-", "_"), rows, "--where")
-        wanted = {sort_key(_number(value.strip())) for value in values.split(",")}
+        wanted = {sort_key(parsed_cell(value.strip())) for value in values.split(",")}
         left = [row for row in rows if sort_key(row[column]) in wanted]
         if not left:
             there = ", ".join(sorted({str(row[column]) for row in rows}))
@@ -148,8 +160,9 @@ def default_factors(rows: Sequence[Row]) -> list[str]:
 
 
 def _measured(row: Row) -> set[str]:
-    own = {"dense_gmacs", "parameters", "host", "date", *COSTS}
-    return own | {name for name in row if name.startswith(("test_", "validation_", "train_", "peak_"))}
+    own = {"dense_gmacs", "parameters", "host", "date", "commit", *COSTS}
+    prefixes = ("test_", "validation_", "train_", "peak_", "largest_gradient_")
+    return own | {name for name in row if name.startswith(prefixes)}
 
 
 def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple, list[Row]]:
@@ -228,7 +241,7 @@ def read_summary(path: Path) -> list[Row]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)]
+            rows = [{k: parsed_cell(v) for k, v in row.items()} for row in csv.DictReader(file, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} could not be read: {error}") from error
     if not rows or not {"metric", "mean", "std", "n"} <= set(rows[0]):
@@ -239,10 +252,12 @@ def read_summary(path: Path) -> list[Row]:
         if not _is_number(row["mean"]) or not _is_number(row["n"]):
             raise ValueError(f"{path}: `mean` and `n` must be numbers, got {row['mean']!r} and {row['n']!r}")
         row |= {name: value if _is_number(value := row.get(name)) else None for name in ("std", *COSTS)}
+        row |= {name: row[name] if _is_number(row[name]) else None for name in (*INTERVAL, *DIFFERENCE) if name in row}
     return rows
 
 
-def _number(text: str) -> Any:
+def parsed_cell(text: str) -> Any:
+    """Return the number that a text stands for, or the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -271,25 +286,93 @@ def scale_of(metric: str) -> float:
 
 
 def markdown(summary: Sequence[Row]) -> str:
-    """Return a summary as a Markdown table; factors with a single value are listed above it."""
+    """Return a summary as a Markdown table; factors with a single value are listed above it.
+
+    Intervals and differences (`ufgir.runs.comparison`) have columns if the summary has them.
+    """
     factors = factors_of(summary)
     columns = varying(summary, factors)
     metric = summary[0]["metric"]
-    scale = scale_of(metric)
-    digits = 2 if scale == 100 else 4
     costs = [name for name in COSTS if any(row[name] is not None for row in summary)]
     shown = {"gmacs": "GMACs", "images_per_second": "images/s with loading"}
     shown |= {"model_images_per_second": "images/s, model only", "train_seconds": "training (s)"}
-    head = [*columns, metric_name(metric), "runs", *(shown[name] for name in costs)]
+    compared = _comparison_columns(summary)
+    head = [*columns, metric_name(metric), "runs", *compared, *(shown[name] for name in costs)]
     lines = [head, ["---"] * len(columns) + ["---:"] * (len(head) - len(columns))]
-    for row in summary:
-        mean = f"{scale * row['mean']:.{digits}f}"
-        spread = "" if row["std"] is None else f" ± {scale * row['std']:.{digits}f}"
+    for index, row in enumerate(summary):
         numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in costs]
-        lines.append([*(str(row[name]) for name in columns), mean + spread, str(row["n"]), *numbers])
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        mean = _mean(metric, row["mean"], row["std"])
+        cells = [values[index] for values in compared.values()]
+        lines.append([*(str(row[name]) for name in columns), mean, str(row["n"]), *cells, *numbers])
     constant = ", ".join(f"{name} {summary[0][name]}" for name in factors if name not in columns)
+    table = as_table(lines)
     return f"{constant}\n\n{table}" if constant else table
+
+
+def as_table(lines: Iterable[Sequence[str]]) -> str:
+    """Return lines of cells, the second of which has the alignments, as a Markdown table."""
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _mean(metric: str, mean: float, std: float | None, sign: str = "") -> str:
+    scale = scale_of(metric)
+    digits = 2 if scale == 100 else 4
+    return f"{scale * mean:{sign}.{digits}f}" + ("" if std is None else f" ± {scale * std:.{digits}f}")
+
+
+def _comparison_columns(summary: Sequence[Row]) -> dict[str, list[str]]:
+    """Return title -> cells for those columns of intervals and differences that have values."""
+    metric = summary[0]["metric"]
+
+    def interval(row: Row, low: str, high: str, sign: str = "") -> str:
+        if row.get(low) is None:
+            return ""
+        return " to ".join(_mean(metric, row[name], None, sign) for name in (low, high))
+
+    def number(row: Row, name: str) -> str:
+        return "" if row.get(name) is None else f"{row[name]:.2g}"
+
+    def difference(row: Row) -> str:
+        if row.get("difference") is None:
+            return ""
+        return _mean(metric, row["difference"], row["difference_std"], "+")
+
+    higher = "pairs won" if scale_of(metric) == 100 else "pairs higher"
+    columns = {
+        "95 % interval": [interval(row, "low", "high") for row in summary],
+        f"difference to {summary[0].get('baseline')}": [difference(row) for row in summary],
+        higher: [f"{row['pairs_won']} of {row['pairs']}" if row.get("pairs") else "" for row in summary],
+        "95 % interval of the difference": [
+            interval(row, "difference_low", "difference_high", "+") for row in summary
+        ],
+        "significant": [row.get("significant") or "" for row in summary],
+        "p": [number(row, "p") for row in summary],
+        "p (Holm)": [number(row, "p_holm") for row in summary],
+    }
+    if sum(row.get("p") is not None for row in summary) < 2:
+        del columns["p (Holm)"]  # the same as p
+    return {title: cells for title, cells in columns.items() if any(cells)}
+
+
+def pair_table(pairs: Sequence[Row], columns: Sequence[str], baseline: str) -> str:
+    """Return `pair_rows` of `ufgir.runs.comparison` as a Markdown table; empty if no pair was tested.
+
+    Args:
+        pairs: the rows.
+        columns: of the rows, to show before the seed.
+        baseline: name of the baseline.
+    """
+    pairs = [row for row in pairs if row["p"] is not None]
+    if not pairs:
+        return ""
+    columns = [*columns, "seed"]
+    head = ["difference", "only this right", f"only {baseline} right", "p", "p (Holm)"]
+    lines = [[*columns, *head], ["---"] * len(columns) + ["---:"] * len(head)]
+    for row in pairs:
+        cells = [f"{100 * row['difference']:+.2f}", str(row["only_run_right"])]
+        cells += [str(row["only_baseline_right"]), f"{row['p']:.2g}", f"{row['p_holm']:.2g}"]
+        lines.append([*(str(row[name]) for name in columns), *cells])
+    return as_table(lines)
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:

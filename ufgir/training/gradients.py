@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -247,6 +247,47 @@ def read_gradients(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 LONG = 100  # steps; longer trainings are drawn with a running median
+DIGITS = 4  # significant digits of a shortened curve
+
+
+class GradientCurve(NamedTuple):
+    """What `draw_curves` draws of a training.
+
+    Attributes:
+        steps: (n,) training steps, increasing.
+        values: (n,) a statistic of the gradients at these steps.
+        level_steps: (k,) steps of the running median; empty for a training of at most `LONG` steps.
+        level: (k,) the running median over 5 % of the steps.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    level_steps: np.ndarray
+    level: np.ndarray
+
+    @classmethod
+    def of(cls, steps: np.ndarray, values: np.ndarray) -> "GradientCurve":
+        """Return the curve of a statistic `values` (n,) that was recorded at `steps` (n,)."""
+        if len(steps) <= LONG:
+            return cls(steps, values, steps[:0], values[:0])
+        half = len(steps) // 20 // 2
+        level = [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(steps))]
+        return cls(steps, values, steps, np.asarray(level))
+
+    def shortened(self, points: int = LONG) -> "GradientCurve":
+        """Return a curve of at most `points` values: the largest in each of equal windows, and the median in their middle.
+
+        Values have four significant digits.
+        """
+        windows = np.array_split(np.arange(len(self.steps)), min(points, len(self.steps)))
+        highest = np.asarray([w[0] + np.nan_to_num(self.values[w], nan=-np.inf).argmax() for w in windows], dtype=int)
+        middle = np.asarray([w[len(w) // 2] for w in windows], dtype=int) if len(self.level) else highest[:0]
+        level_steps, level = self.level_steps[middle], _rounded(self.level[middle])
+        return GradientCurve(self.steps[highest], _rounded(self.values[highest]), level_steps, level)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    return np.asarray([float(f"{value:.{DIGITS}g}") for value in values], dtype=np.float64)
 
 
 def stability_figure(
@@ -257,14 +298,12 @@ def stability_figure(
 ) -> "Figure":
     """Plot the paper's figure "Max Gradient Absolute Value vs Train Step".
 
-    Call this inside `ufgir.utils.plotting.style()`. Trainings of more than 100 steps are drawn as thin lines with
-    every step, and a running median over 5 % of the steps on top.
+    Call this inside `ufgir.utils.plotting.style()`. See `draw_curves` for the lines.
 
     Args:
         csv_files: files written by `GradientRecorder`, one per training.
-        labels: names of the trainings; files with the same label (e.g. several seeds) share a style and a legend
-            entry. A label that starts with a variant or a method, such as `CLCA 53.2 %`, gets its style. None: no
-            legend for a single file, the names of the folders for several.
+        labels: names of the trainings, see `draw_curves`. None: no legend for a single file, the names of the folders
+            for several.
         column: column of the files, e.g. `mean_avg_grad_layer`, or `max/<layer>`.
         log: use a logarithmic axis for the gradients.
 
@@ -281,25 +320,45 @@ def stability_figure(
             known = ", ".join(name for name in table if name != "step")
             raise ValueError(f"`column` must be a column of {file} ({known}), got {column!r}.")
     names = list(labels) if labels is not None else [Path(file).absolute().parent.name for file in csv_files]
+    curves = [GradientCurve.of(table["step"], table[column]) for table in tables]
+    return draw_curves(curves, names, column, log, legend=bool(labels) or len(set(names)) > 1)
+
+
+def draw_curves(
+    curves: Sequence[GradientCurve],
+    names: Sequence[str],
+    column: str = "max_grad_all",
+    log: bool = False,
+    legend: bool = True,
+) -> "Figure":
+    """Plot curves of gradients over training steps.
+
+    Trainings of more than 100 steps are drawn as thin lines with every step, and their running median on top.
+
+    Args:
+        curves: one per training.
+        names: names of the trainings; those with the same name (e.g. several seeds) share a style and a legend entry.
+            A name that starts with a variant or a method, such as `CLCA 53.2 %`, gets its style.
+        column: the statistic, see `STATISTICS`, for the label of the axis.
+        log: use a logarithmic axis for the gradients.
+        legend: show the legend.
+    """
     looks = {name: plain_style(name, i) for i, name in enumerate(dict.fromkeys(names))}
     figure, axes = new_figure()
-    for position, (name, table) in enumerate(zip(names, tables, strict=True)):
-        steps, values = table["step"], table[column]
+    for position, (name, curve) in enumerate(zip(names, curves, strict=True)):
         look = looks[name] | ({"label": None} if name in names[:position] else {})
-        if len(steps) <= LONG:
-            axes.plot(steps, values, **look | {"linewidth": 1.0, "markersize": 4})
+        if not len(curve.level):
+            axes.plot(curve.steps, curve.values, **look | {"linewidth": 1.0, "markersize": 4})
             continue
         # A thin line with every step shows the peaks; a running median in the label's style shows the level.
-        axes.plot(steps, values, color=look["color"], linewidth=0.5, alpha=0.35)
-        width = len(steps) // 20
-        level = [np.median(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(steps))]
+        axes.plot(curve.steps, curve.values, color=look["color"], linewidth=0.5, alpha=0.35)
+        width = max(1, len(curve.level) // 20)
         marks = (list(looks).index(name) * width // 2, 2 * width)
-        axes.plot(steps, level, markevery=marks, **look | {"linewidth": 1.4, "markersize": 4, "zorder": 3})
+        look |= {"linewidth": 1.4, "markersize": 4, "zorder": 3}
+        axes.plot(curve.level_steps, curve.level, markevery=marks, **look)
     if log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    label(
-        axes, "Training step", STATISTICS.get(column, f"|gradient|, {column}"), legend=len(looks) > 1 or bool(labels)
-    )
+    label(axes, "Training step", STATISTICS.get(column, f"|gradient|, {column}"), legend=legend)
     return figure

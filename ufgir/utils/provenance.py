@@ -1,8 +1,10 @@
 """Provenance of a result: time, machine, memory and package versions."""
 
+import functools
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -60,3 +62,23 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # run from a checkout, not installed
         return None
+
+
+@functools.cache
+def source_commit() -> str | None:
+    """Return the git commit of this code, with `+changes` if tracked files differ from it; None outside a git checkout.
+
+    It is determined by the first call: call this early, since the files may change while a process runs.
+    """
+    here = Path(__file__).resolve()
+    root = next((folder for folder in here.parents if (folder / ".git").exists()), None)
+    if root is None or not here.is_relative_to(root / "ufgir"):  # e.g. installed into an environment inside a checkout
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+changes" if changes.strip() else "")
