@@ -7,22 +7,11 @@ transformers that the client admits. Its last line goes into docs/compatibility.
 import os
 import re
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.compat.__main__ import requirements
-from tests.compat.environments import (
-    DOCUMENT,
-    ROOT,
-    WORK,
-    CannotRunError,
-    environment,
-    machine,
-    minutes,
-    today,
-    update_table,
-)
+from tests.compat.environments import WORK, CannotRunError, environment, requirements, run_rows, today
 
 
 PYTHON = "3.12"
@@ -124,28 +113,16 @@ def run_client(uv: Path, key: str) -> tuple[list[str], bool]:
     return [client.name, *shown, client.since, result, today()], works != bool(client.upstream)
 
 
+def not_run(key: str, reason: str) -> list[str]:
+    """The cells of a client that could not be run."""
+    client = CLIENTS[key]
+    return [client.name, "-", "-", "-", client.since, reason, today()]
+
+
 def main(arguments: list[str]) -> int | str:
     """Run; the exit status is 1 if a client that should work fails, or one that fails upstream works."""
-    uv, chosen = Path(arguments[0]).absolute(), arguments[1:] or list(CLIENTS)
-    unknown = [name for name in chosen if name not in CLIENTS]
-    if unknown:
-        return f"CLIENTS: {', '.join(unknown)} is unknown; there are {', '.join(CLIENTS)}"
-    WORK.mkdir(exist_ok=True)
-    unexpected = []
-    for key in chosen:
-        begun = time.monotonic()
-        try:
-            cells, expected = run_client(uv, key)
-        except CannotRunError as error:
-            client = CLIENTS[key]
-            cells, expected = [client.name, "-", "-", "-", client.since, f"not run: {error}", today()], True
-        print(f"{key}: {cells[1]}, {cells[-2]} ({minutes(begun)})", flush=True)
-        unexpected += [] if expected else [key]
-        update_table("clients", COLUMNS, {key: cells}, list(CLIENTS))
-    print(f"{DOCUMENT.relative_to(ROOT)}: rows written, measured on {machine()}")
-    if unexpected:
-        print(f"not as expected: {', '.join(unexpected)}")
-    return int(bool(unexpected))
+    uv = Path(arguments[0]).absolute()
+    return run_rows("clients", "CLIENTS", COLUMNS, list(CLIENTS), arguments[1:], partial(run_client, uv), not_run)
 
 
 if __name__ == "__main__":

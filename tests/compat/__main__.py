@@ -4,14 +4,13 @@ Each row gets an environment of its own. Rows with `oldest` have the lower bound
 `newest` the newest releases that its ranges admit.
 """
 
-import configparser
 import sys
-import time
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .environments import DOCUMENT, ROOT, WORK, CannotRunError, environment, machine, minutes, today, update_table
+from .environments import WORK, environment, requirements, run_rows, today
 
 
 class Row(NamedTuple):
@@ -53,14 +52,6 @@ SHOWN = ("torch", "transformers", "huggingface-hub", "datasets", "accelerate", "
 COLUMNS = ("row", "Python", *SHOWN, "passed", "failed", "skipped", "date")
 
 
-def requirements() -> list[str]:
-    """What setup.cfg says that the package needs."""
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg", encoding="utf-8")
-    lines = parser["options"]["install_requires"].splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-
-
 def counts(report: Path) -> tuple[int, int, int]:
     """Passed, failed (or stopped by an error) and skipped tests of pytest's XML report."""
     suites = list(ET.parse(report).getroot().iter("testsuite"))
@@ -99,29 +90,15 @@ def run_row(uv: Path, name: str) -> tuple[list[str], bool]:
         return cells, status == 0
 
 
+def not_run(name: str, reason: str) -> list[str]:
+    """The cells of a row that could not be run."""
+    return ["-", *["-"] * len(SHOWN), reason, "-", "-", today()]
+
+
 def main(arguments: list[str]) -> int | str:
     """Run; the exit status is 1 if a test failed."""
-    uv, chosen = Path(arguments[0]).absolute(), arguments[1:] or list(ROWS)
-    unknown = [name for name in chosen if name not in ROWS]
-    if unknown:
-        return f"ROWS: {', '.join(unknown)} is unknown; there are {', '.join(ROWS)}"
-    WORK.mkdir(exist_ok=True)
-    failed = []
-    for name in chosen:
-        begun = time.monotonic()
-        try:
-            cells, passed = run_row(uv, name)
-        except CannotRunError as error:
-            cells = ["-", *["-"] * len(SHOWN), f"not run: {error}", "-", "-", today()]
-            print(f"{name}: skipped, {error}", flush=True)
-        else:
-            print(f"{name}: {', '.join(cells)} ({minutes(begun)}; {WORK / name}.log)", flush=True)
-            failed += [] if passed else [name]
-        update_table("compat", COLUMNS, {name: cells}, list(ROWS))
-    print(f"{DOCUMENT.relative_to(ROOT)}: rows written, measured on {machine()}")
-    if failed:
-        print(f"failed: {', '.join(failed)}")
-    return int(bool(failed))
+    uv = Path(arguments[0]).absolute()
+    return run_rows("compat", "ROWS", COLUMNS, list(ROWS), arguments[1:], partial(run_row, uv), not_run)
 
 
 if __name__ == "__main__":

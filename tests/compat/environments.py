@@ -3,6 +3,7 @@
 Only the standard library: whatever Python starts `make compat` has nothing else.
 """
 
+import configparser
 import datetime
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,6 +143,57 @@ def environment(uv: Path, python: str) -> Iterator[Environment]:
         yield Environment(uv, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def requirements() -> list[str]:
+    """What setup.cfg says that the package needs."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = parser["options"]["install_requires"].splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def run_rows(
+    table: str,
+    option: str,
+    columns: Sequence[str],
+    known: Sequence[str],
+    chosen: Sequence[str],
+    run: Callable[[str], tuple[list[str], bool]],
+    not_run: Callable[[str, str], list[str]],
+) -> int | str:
+    """Run rows of a table of docs/compatibility.md one after the other and write each when it is done.
+
+    Args:
+        table: name of the table.
+        option: variable of `make` that chooses rows.
+        columns: its column names.
+        known: names of all its rows.
+        chosen: names of the rows to run; all if empty.
+        run: return the cells of a row, and whether it ended as expected.
+        not_run: return the cells of a row that this machine cannot run, from its name and the reason.
+
+    Returns:
+        The exit status: a message if a name is unknown, 1 if a row did not end as expected, else 0.
+    """
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        return f"{option}: unknown {', '.join(unknown)}. There are {', '.join(known)}"
+    WORK.mkdir(exist_ok=True)
+    unexpected = []
+    for name in chosen or known:
+        begun = time.monotonic()
+        try:
+            cells, expected = run(name)
+        except CannotRunError as error:
+            cells, expected = not_run(name, f"not run: {error}"), True
+        print(f"{name}: {', '.join(cells)} ({minutes(begun)})", flush=True)
+        unexpected += [] if expected else [name]
+        update_table(table, columns, {name: cells}, list(known))
+    print(f"{DOCUMENT.relative_to(ROOT)}: rows written, measured on {machine()}; logs in {WORK}")
+    if unexpected:
+        print(f"not as expected: {', '.join(unexpected)}")
+    return int(bool(unexpected))
 
 
 def machine() -> str:
