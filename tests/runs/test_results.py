@@ -168,6 +168,15 @@ def test_options_that_differ_within_a_setting_are_factors(tmp_path):
     )
 
 
+def test_options_are_not_taken_for_metrics(tmp_path):
+    """Their names begin like those of metrics: train_..., validation_..."""
+    for i, option in enumerate(("train_on_trainval", "validation_fraction", "test_option")):
+        write_run(tmp_path / option, settings={"seed": 1, option: i + 1})
+    rows = run_rows(read_run_records([tmp_path]).finished)
+    assert set(default_factors(rows)[6:]) == {"train_on_trainval", "validation_fraction", "test_option"}
+    assert len(summarize(rows, "test_top1", default_factors(rows))) == 3
+
+
 def test_variants_are_known_by_the_model(tmp_path):
     for name, options in VARIANTS.items():
         write_run(tmp_path / name, options=options)

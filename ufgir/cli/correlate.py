@@ -9,7 +9,7 @@ from typing import Any
 
 from ..analysis.inputs import as_json
 from ..interpret.patterns import gap_correlation
-from ..runs.records import read_run_records
+from ..runs.summaries import SUFFIX, read_runs
 from ..runs.tables import default_metric, run_rows
 from ..utils.files import write_csv, write_text_atomically
 from ..utils.provenance import now
@@ -25,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results",
         required=True,
-        metavar="FOLDER|results.csv",
-        help="folder of the runs, or results.csv of `ufgir results`",
+        metavar="FOLDER|SUMMARY.json|results.csv",
+        help="folder of the runs, or a file of `ufgir results`: of --summary, or results.csv",
     )
     parser.add_argument(
         "--metric", default="top1", help="top1, macro_f1, ... on the test split (else validation), or a column [top1]"
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> str:
 
 def _scores(source: str, metric: str) -> tuple[str, dict[str, float]]:
     """Return the name of the metric's column, and the metric of each run by its folder."""
-    if Path(source).is_dir():
-        records = read_run_records([source]).finished
+    if Path(source).is_dir() or Path(source).suffix == SUFFIX:
+        records = read_runs([source]).finished
         if not records:
             raise ValueError(f"`--results` {source} contains no finished run.")
         rows = run_rows(records)

@@ -195,12 +195,16 @@ def _table(args: argparse.Namespace, by: Sequence[str] | None, records: RunRecor
         baseline = ", ".join(map(str, conditions.values()))
         found = comparison.pairs_of(rows, metric, conditions)
         notes += comparison.add_differences(summary, found, by, baseline, outcomes_of, resamples)
-        pairs = comparison.pair_rows(found, by, metric, outcomes_of)
+        columns = run_tables.varying(rows, dict.fromkeys([*by, *run_tables.default_factors(rows)]))
+        pairs = comparison.pair_rows(found, columns, metric, outcomes_of)
     parts = [run_tables.markdown(summary)]
     if args.intervals or args.baseline:
         parts.append(comparison.explain(summary, resamples))
-    if pairs and (tests := run_tables.pair_table(pairs, run_tables.varying(summary, by), baseline)):
-        parts += ["McNemar's exact test, over the test images of each pair:", tests]
+    if pairs and (tests := run_tables.pair_table(pairs, columns, baseline)):
+        parts += [
+            "McNemar's exact test over the test images of each pair; p (Holm): corrected for all these tests.",
+            tests,
+        ]
     parts += ["\n".join(notes), "" if args.by else _repeated(rows, by), _unfinished(records)]
     return _Table(summary, "\n\n".join(part for part in parts if part), rows, by, pairs, chosen)
 

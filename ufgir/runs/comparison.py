@@ -169,16 +169,16 @@ def grouped_pairs(pairs: Sequence[Pair], by: Sequence[str]) -> dict[tuple, list[
     return groups
 
 
-def pair_rows(pairs: Sequence[Pair], by: Sequence[str], metric: str, outcomes_of: OutcomesOf) -> list[Row]:
-    """Return a row for each pair: the columns `by`, seed, both runs, the difference, and McNemar's exact test.
+def pair_rows(pairs: Sequence[Pair], columns: Sequence[str], metric: str, outcomes_of: OutcomesOf) -> list[Row]:
+    """Return a row for each pair: some columns of the run, seed, both runs, the difference, and McNemar's exact test.
 
     The test needs top-1 on test images; its columns are None if the outcomes of a run are not known. `p_holm` is `p`
     after Holm's correction for all pairs.
     """
     rows = []
-    for group in dict(sorted(grouped_pairs(pairs, [*by, "seed"]).items())).values():
+    for group in dict(sorted(grouped_pairs(pairs, [*columns, "seed"]).items())).values():
         for run, baseline in group:
-            row = {name: run[name] for name in (*by, "seed", "run")} | {"baseline_run": baseline["run"]}
+            row = {name: run[name] for name in (*columns, "seed", "run")} | {"baseline_run": baseline["run"]}
             row |= {"difference": float(run[metric]) - float(baseline[metric])}
             row |= dict.fromkeys(("only_run_right", "only_baseline_right", "p", "p_holm"))
             own, other = (outcomes_of(run), outcomes_of(baseline)) if metric == METRIC else (None, None)

@@ -22,6 +22,7 @@ WITHOUT_EFFECT = {"seed", "run_name", "report_to", "project", "logging_steps", "
 WITHOUT_EFFECT |= {"num_pictures", "predictions_file", "per_device_eval_batch_size", "dataloader_num_workers"}
 WITHOUT_EFFECT |= {"save_total_limit", "push_to_hub", "hub_model_id", "hub_revision", "do_eval", "do_predict"}
 
+AFTER_OPTIONS = "parameters"  # the first column of `run_rows` after the options
 COSTS = ("gmacs", "images_per_second", "model_images_per_second", "train_seconds")
 INTERVAL = ("low", "high")
 DIFFERENCE = ("difference", "difference_std", "pairs", "pairs_won", "difference_low", "difference_high", "p", "p_holm")
@@ -52,8 +53,8 @@ def _plain(value: Any) -> Any:
 def run_rows(records: Sequence[Mapping[str, Any]], gradients: bool = False) -> list[Row]:
     """Return a row for each record of `read_runs`.
 
-    Columns: `run`, the factors, `seed`, every option in which the runs differ, all metrics as `split_metric`, costs,
-    machine, date and commit. Units: metrics as recorded, GMACs, seconds, GiB.
+    Columns: `run`, the factors, `seed`, every option in which the runs differ, `parameters`, all metrics as
+    `split_metric`, costs, machine, date and commit. Units: metrics as recorded, GMACs, seconds, GiB.
 
     Args:
         records: one per run.
@@ -82,6 +83,7 @@ def run_rows(records: Sequence[Mapping[str, Any]], gradients: bool = False) -> l
             "variant": variant_of(config),
             "seed": record["seed"],
             **{name: option(record, name) for name in names},
+            AFTER_OPTIONS: record.get("num_parameters", ""),
         }
         for split, metrics in record["metrics"].items():
             row |= {f"{split}_{name}": value for name, value in metrics.items()}
@@ -91,7 +93,6 @@ def run_rows(records: Sequence[Mapping[str, Any]], gradients: bool = False) -> l
         row |= {
             "gmacs": "" if record["macs"] is None else record["macs"] / 1e9,  # None if they differ between images
             "dense_gmacs": record["dense_macs"] / 1e9,
-            "parameters": record.get("num_parameters", ""),
             # for a resumed run, only the time since then is known
             "train_seconds": "" if record.get("resumed_from") else record.get("train_seconds") or "",
             "model_images_per_second": record.get("model_images_per_second") or "",
@@ -153,16 +154,10 @@ def default_metric(rows: Sequence[Row], metric: str = "top1") -> str:
 
 def default_factors(rows: Sequence[Row]) -> list[str]:
     """Return `FACTORS`, and every option that differs between runs with equal factors."""
-    options = list(rows[0])[len(FACTORS) + 2 :]  # after run, factors, seed
-    options = [name for name in options if name not in _measured(rows[0])]
+    columns = list(rows[0])
+    options = columns[columns.index("seed") + 1 : columns.index(AFTER_OPTIONS)]
     groups = grouped(rows, FACTORS)
     return [*FACTORS, *(o for o in options if any(len({str(r[o]) for r in group}) > 1 for group in groups.values()))]
-
-
-def _measured(row: Row) -> set[str]:
-    own = {"dense_gmacs", "parameters", "host", "date", "commit", *COSTS}
-    prefixes = ("test_", "validation_", "train_", "peak_", "largest_gradient_")
-    return own | {name for name in row if name.startswith(prefixes)}
 
 
 def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple, list[Row]]:
