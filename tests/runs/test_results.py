@@ -107,6 +107,28 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
     assert json.loads((tmp_path / RECORD).read_text())["metrics"] == {"test": {"top1": 0.3, "macro_f1": 0.15}}
 
 
+@pytest.mark.parametrize(
+    "jit, step, stopping, finished",
+    [(True, 3, None, False), (True, 10, None, True), (True, 3, 1, False), (True, 3, 2, True), (False, 3, None, True)],
+)
+def test_records_that_earlier_versions_wrote_after_a_signal(tmp_path, jit, step, stopping, finished):
+    """They do not count, and a sweep continues these runs. A training that stopped early is finished."""
+    settings = {"enable_jit_checkpoint": jit, "seed": 1}
+    folder = write(tmp_path / "a", settings=settings).parent
+    write(tmp_path / "b", settings=settings)  # no state: nothing is known
+    early = {"args": {"early_stopping_patience": 2}, "attributes": {"early_stopping_patience_counter": stopping}}
+    state = {
+        "global_step": step,
+        "max_steps": 10,
+        "stateful_callbacks": {"EarlyStoppingCallback": early} if stopping else {},
+    }
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert is_finished(folder) == finished
+    records = read_run_records([tmp_path])
+    assert len(records.finished) == 1 + finished
+    assert finished or "3 of 10" in records.unfinished[folder.resolve()]
+
+
 def test_unfinished_runs_are_listed_separately(study, tmp_path):
     (study / "damaged").mkdir()
     (study / "damaged" / RECORD).write_text('{"settings": {')

@@ -267,4 +267,28 @@ def _read(path: Path) -> dict[str, Any] | str | None:
         missing = REQUIRED - set(record)
     except (OSError, ValueError, TypeError) as error:
         return f"{RECORD} could not be read: {error}"
-    return f"{RECORD} lacks {', '.join(sorted(missing))}" if missing else record
+    if missing:
+        return f"{RECORD} lacks {', '.join(sorted(missing))}"
+    return _why_unfinished(path.parent, record) or record
+
+
+def _why_unfinished(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """Return why a recorded training has not finished, in a few words; None if it has.
+
+    Earlier versions wrote a record when a signal had ended a training with `enable_jit_checkpoint`.
+    """
+    if not record["settings"].get("enable_jit_checkpoint"):
+        return None
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+        if (
+            stopping
+            and stopping["attributes"]["early_stopping_patience_counter"]
+            >= stopping["args"]["early_stopping_patience"]
+        ):
+            return None
+        step, steps = int(state["global_step"]), int(state["max_steps"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # nothing is known
+    return f"ended by a signal after step {step} of {steps}" if step < steps else None
