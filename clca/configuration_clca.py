@@ -4,7 +4,7 @@ cache (CLC), the aggregation head (CLA) and the backbones of the paper need (htt
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -63,6 +63,23 @@ logger = logging.getLogger(__name__)
 POOLINGS = ("cls", "mean", "normed_mean", "map", "map_then_norm")
 FEATURE_FILLS = ("last", "nearest", "zero")
 MULTI_LABEL_LOSSES = ("bce", "asymmetric")
+
+# Largest accepted sizes, several times those of any published ViT: a number in a file must not fill the memory.
+LARGEST = {
+    "num_labels": 100_000,
+    "num_hidden_layers": 1000,
+    "hidden_size": 65_536,
+    "intermediate_size": 1_048_576,
+    "num_attention_heads": 4096,
+    "image_size": 8192,  # pixels
+    "patch_size": 8192,
+    "num_channels": 4096,
+    "num_register_tokens": 4096,
+    "num_clr_tokens": 4096,
+    "num_query_tokens": 4096,
+    "cla_multiplier": 4096,
+    "num_selected_features": 100_000_000,
+}
 
 # Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -336,6 +353,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
             raise ValueError(_unknown_names(unknown, [f.name.removeprefix("_") for f in fields(self)]))
         if (kwargs.get("num_labels") or 0) < 0:
             raise ValueError(f"`num_labels` must be at least 0, got {kwargs['num_labels']}.")
+        _check_largest(kwargs)  # transformers makes a name for each class
         if features is not None or indices is not None:
             self.set_output_features_output_indices(features, indices)
         super().__post_init__(**kwargs)
@@ -364,6 +382,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
                 "with `ufgir.checkpoints.load_transformers`."
             )
         config_dict = dict(config_dict)
+        _check_largest(config_dict | kwargs)
         # What is overridden takes the place of what the file says about the same thing under another name.
         if kwargs.get("keep_tokens") is not None and "keep_rate" not in kwargs:
             config_dict.pop("keep_rate", None)
@@ -481,6 +500,7 @@ def check_config(config: CLCAViTConfig) -> None:
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
+    _check_largest(vars(config))
     config.reduction_layers = listed_layers(config.reduction_layers, config.num_hidden_layers)
     if isinstance(config.reduction_layers, str):
         raise ValueError(f"`reduction_layers` must be 'all' or a list of layers, got {config.reduction_layers!r}.")
@@ -503,6 +523,14 @@ def check_config(config: CLCAViTConfig) -> None:
     _check_cache(config)
     _check_head(config)
     _check_without_class_token(config)
+
+
+def _check_largest(values: Mapping[str, Any]) -> None:
+    for name, most in LARGEST.items():
+        value = values.get(name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and number > most:
+                raise ValueError(f"`{name}` must be at most {most}, got {value}.")
 
 
 def _check_choices(config: CLCAViTConfig) -> None:

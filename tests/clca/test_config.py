@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoConfig, ViTConfig
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, __version__
+from clca.configuration_clca import LARGEST
 from tests.helpers import METHODS, build, images, tiny_config
+from tests.limits import memory_limit
 
 
 NAN = float("nan")
@@ -135,6 +137,21 @@ def test_refused_as_an_override_of_a_saved_model(changes: dict[str, Any], name: 
     """transformers does not look at values handed to `from_pretrained`."""
     with pytest.raises(ValueError, match=f"`{name}`"):
         CLCAViTForImageClassification.from_pretrained(saved, **changes)
+
+
+@pytest.mark.parametrize("name", LARGEST)
+@pytest.mark.parametrize("size", [10**9, 1e9])
+def test_sizes_in_a_file_cannot_fill_the_memory(name: str, size: float, saved: Path, tmp_path: Path) -> None:
+    """Nothing is made of such a size: neither a name for each class nor a list of the layers."""
+    contents = json.loads((saved / "config.json").read_text()) | {name: size, "id2label": None, "label2id": None}
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    for load in (CLCAViTConfig.from_pretrained, AutoConfig.from_pretrained):
+        with memory_limit(2**30), pytest.raises(ValueError, match=f"`{name}` must be at most {LARGEST[name]}"):
+            load(tmp_path, reduction_layers="all")
+    with memory_limit(2**30), pytest.raises(ValueError, match=f"`{name}`"):
+        CLCAViTConfig.from_pretrained(saved, **{name: size})
+    with memory_limit(2**30), pytest.raises(ValueError, match=f"`{name}`"):
+        CLCAViTConfig(**{name: size})
 
 
 def test_changed_lists_are_checked_when_a_model_is_built() -> None:

@@ -14,34 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 
+from clca.configuration_clca import LARGEST
+
 from ..utils.text import one_sentence, shortened
 
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # index of weights in several files
 
-# Largest numbers accepted in a config.json, several times those of any published ViT.
+# Largest numbers accepted in a config.json: ours and transformers' names, and timm's.
 MOST = {
-    "num_labels": 100_000,
-    "num_hidden_layers": 1000,
-    "depth": 1000,  # timm's name
-    "hidden_size": 65_536,
-    "embed_dim": 65_536,
-    "intermediate_size": 1_048_576,
+    **LARGEST,
+    "depth": LARGEST["num_hidden_layers"],
+    "embed_dim": LARGEST["hidden_size"],
     "mlp_ratio": 256,
-    "num_attention_heads": 4096,
-    "num_heads": 4096,
-    "image_size": 8192,  # pixels
-    "img_size": 8192,
-    "patch_size": 8192,
-    "num_channels": 4096,
-    "in_chans": 4096,
-    "num_register_tokens": 4096,
-    "reg_tokens": 4096,
-    "num_clr_tokens": 4096,
-    "num_query_tokens": 4096,
-    "cla_multiplier": 4096,
-    "num_selected_features": 100_000_000,
+    "num_heads": LARGEST["num_attention_heads"],
+    "img_size": LARGEST["image_size"],
+    "in_chans": LARGEST["num_channels"],
+    "reg_tokens": LARGEST["num_register_tokens"],
 }
 LARGEST_RESIZE = 4  # largest ratio of the image side before the crop to that of the model's input
 ALWAYS_RESIZED = 1024  # side in pixels that is always accepted
