@@ -87,6 +87,25 @@ def test_csv_layout(tmp_path):
     assert [row["image"].getpixel((0, 0))[0] for row in loaded["train"]] == [0, 1, 10, 11]
 
 
+@pytest.mark.parametrize("first", ["missing", "absolute"])
+def test_the_folder_of_listed_images_does_not_depend_on_the_first_one(tmp_path, first):
+    """It may be missing, or be given by an absolute path, which is found from every folder."""
+    make_csv(tmp_path, {"train": 2})
+    images = sorted(tmp_path.rglob("*.png"))
+    assert images[0].parent.name == "images"
+    file = tmp_path / "train.csv"
+    text = file.read_text()
+    name = images[0].name if first == "missing" else str(images[0])
+    assert text.splitlines()[1].endswith(images[0].name)
+    if first == "absolute":
+        file.write_text(text.replace(images[0].name, name, 1))
+        assert len(load_ufgir_dataset(tmp_path, validation_fraction=0)["train"]) == 4
+    else:
+        images[0].unlink()
+        with pytest.raises(DatasetError, match=rf" 1 listed images are not in .*images .*: {name}\."):
+            load_ufgir_dataset(tmp_path)
+
+
 def test_csv_train_val_is_split_in_order(tmp_path):
     make_csv(tmp_path, {"train_val": 3, "test": 1}, folder="images/deep")
     loaded = load_ufgir_dataset(tmp_path, csv_data_folder="images/deep")

@@ -334,33 +334,31 @@ def _other_names(data: Data, row: dict[str, Any], generator: random.Random) -> s
     return other
 
 
+def _list_again(data: Data, generator: random.Random, first: str, second: str, other_label: bool = False) -> Expect:
+    """List a row of the split `first` in `second`, under another path to its file, and with another label if requested."""
+    row = data.choose(generator, first)
+    labels = [r["label"] for r in data.rows[first] if (r["label"] != row["label"]) == other_label]
+    data.rows[second].append({"file": _other_names(data, row, generator), "label": labels[0]})
+    generator.shuffle(data.rows[second])
+    data.write()
+    return Expect((row["file"], "again.png"))
+
+
 @fault(DUPLICATES, "csv", "jsonl", "parquet listing")
 def in_two_splits(data: Data, generator: random.Random) -> Expect:
-    first, second = generator.sample(list(SPLITS), 2)
-    row = data.choose(generator, first)
-    data.rows[second].append(row | {"file": _other_names(data, row, generator)})
-    data.write()
-    return Expect((row["file"],))
+    return _list_again(data, generator, *generator.sample(list(SPLITS), 2))
 
 
 @fault(DUPLICATES, *LISTINGS)
 def with_two_labels(data: Data, generator: random.Random) -> Expect:
     split = generator.choice(list(SPLITS))
-    row = data.choose(generator, split)
-    other = next(r["label"] for r in data.rows[split] if r["label"] != row["label"])
-    data.rows[split].append({"file": _other_names(data, row, generator), "label": other})
-    generator.shuffle(data.rows[split])
-    data.write()
-    return Expect((row["file"], "again.png"))
+    return _list_again(data, generator, split, split, other_label=True)
 
 
 @fault(DUPLICATES, *LISTINGS)
 def with_the_same_label(data: Data, generator: random.Random) -> Expect:
     split = generator.choice(list(SPLITS))
-    row = data.choose(generator, split)
-    data.rows[split].append(row | {"file": _other_names(data, row, generator)})
-    data.write()
-    return Expect((row["file"],))
+    return _list_again(data, generator, split, split)
 
 
 @fault(DUPLICATES, "folders", "class folders")

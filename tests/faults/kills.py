@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image
 from transformers import modeling_utils
 
 import run_ufgir
 from tests.faults.results import Result
+from tests.script import helpers
 from ufgir.cli import entry
 from ufgir.cli import predict as predict_command  # noqa: F401 (`entry` would import it in every fork)
 from ufgir.evaluation import prediction
@@ -40,27 +39,11 @@ from ufgir.training.trainer import UFGIRTrainer
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TIMEOUT = 300.0  # seconds after which a try counts as hanging
 EXIT_GRACE = 20.0  # seconds for one of two processes to end after the other
-MODEL: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "reduction": "evit",
-    "reduction_layers": [1],
-    "keep_rate": 0.5,
-    "cross_layer_cache": True,
-    "num_clr_tokens": 1,
-    "head": "cla",
-    "hidden_dropout_prob": 0.1,
-}
+MODEL: dict[str, Any] = {**helpers.MODEL, "hidden_dropout_prob": 0.1}
 TRAINING: dict[str, Any] = {
-    "do_train": True,
+    **helpers.TRAINING,
     "do_predict": True,
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
-    "learning_rate": 1e-3,
     "logging_steps": 1,
     "save_strategy": "steps",
     "save_steps": 2,
@@ -68,9 +51,6 @@ TRAINING: dict[str, Any] = {
     "eval_steps": 1,
     "save_total_limit": 2,
     "num_pictures": 2,
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 5,
 }
 DENSE = {"reduction": "none", "keep_rate": None, "reduction_layers": None}
 PLAIN = {"cross_layer_cache": False, "num_clr_tokens": 0, "head": "linear"}
@@ -130,22 +110,9 @@ class Kind(NamedTuple):
     processes: int = 1
 
 
-def draw_leaves(root: Path) -> Path:
-    """Draw three classes of noisy colors: 6 images per class for training, 3 for validation, 3 for test."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3), ("test", 3)):
-        for channel, name in enumerate(("red", "green", "blue")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 100, (20, 24, 3))
-                pixels[..., channel] += 120
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{name}{i}.png")
-    return root
-
-
 def make_kinds(work: Path) -> list[Kind]:
     """Return all kinds; create what they need in `work`: images, a trained model, recipes."""
-    leaves, trained = draw_leaves(work / "leaves"), work / "trained" / "out"
+    leaves, trained = helpers.draw_leaves(work / "leaves"), work / "trained" / "out"
 
     def recipe(name: str, **changes: Any) -> str:
         options = {"dataset": str(leaves), **MODEL, **TRAINING, **changes}

@@ -114,8 +114,8 @@ def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
 def test_records_that_earlier_versions_wrote_after_a_signal(tmp_path, jit, step, stopping, finished):
     """They do not count, and a sweep continues these runs. A training that stopped early is finished."""
     settings = {"enable_jit_checkpoint": jit, "seed": 1}
-    folder = write(tmp_path / "a", settings=settings).parent
-    write(tmp_path / "b", settings=settings)  # no state: nothing is known
+    folder = write_run(tmp_path / "a", settings=settings).parent
+    write_run(tmp_path / "b", settings=settings)  # no state: nothing is known
     early = {"args": {"early_stopping_patience": 2}, "attributes": {"early_stopping_patience_counter": stopping}}
     state = {
         "global_step": step,

@@ -3,25 +3,14 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.script.helpers import CLASSES, recipe, run
+from tests.script.helpers import draw_leaves, recipe, run
 
 
 @pytest.fixture(scope="session")
 def leaves(tmp_path_factory) -> Path:
-    """Three classes of noisy colours: 6 images a class to train on, 3 to validate, 2 to test."""
-    root, generator = tmp_path_factory.mktemp("leaves"), np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3), ("test", 2)):
-        for channel, name in enumerate(reversed(CLASSES)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 100, (20, 24, 3))
-                pixels[..., channel] += 120
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{name}{i}.png")
-    return root
+    return draw_leaves(tmp_path_factory.mktemp("leaves"))
 
 
 @pytest.fixture

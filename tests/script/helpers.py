@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import run_ufgir
@@ -34,6 +36,19 @@ TRAINING = {
     "use_cpu": True,
     "seed": 5,
 }
+
+
+def draw_leaves(root: Path) -> Path:
+    """Draw three classes of noisy colors: 6 images per class for training, 3 for validation, 2 for test."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("validation", 3), ("test", 2)):
+        for channel, name in enumerate(reversed(CLASSES)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100, (20, 24, 3))
+                pixels[..., channel] += 120
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{name}{i}.png")
+    return root
 
 
 def recipe(folder: Path, data: Path, out: Path, **changes) -> str:

@@ -39,6 +39,7 @@ METADATA = tuple(f"metadata{suffix}" for suffix in SUFFIXES)  # names of the lis
 TABLES = (*SUFFIXES, ".txt", ".json", ".xls", ".xlsx", ".ods", ".xml")  # suffixes of files that may list images
 # Text files that are never listings, by the start of their names.
 _NO_LISTINGS = ("readme", "license", "licence", "copying", "citation", "changelog", "requirements")
+_SAMPLED = 20  # listed files that are looked for to find the folder that all are relative to
 _WORDS_OF_LABELS = ("label", "class", "cultivar", "variety", "species", "category", "target")
 
 
@@ -457,10 +458,22 @@ def _find(root: Path, name: str) -> tuple[str, Identity] | None:
     return None
 
 
-def _root(path: Path, data_folder: str | None, sample: str) -> Path:
-    """Return the folder that listed files are relative to."""
+def _root(path: Path, data_folder: str | None, names: Sequence[str]) -> Path:
+    """Return the folder that listed files are relative to.
+
+    Without `data_folder`, it is the first of `path` and its subfolders that has the most of some listed files: single ones may be
+    missing, or be given by absolute paths, which are found from every folder.
+    """
     if data_folder is None:
-        return next((folder for folder in (path, *child_folders(path)) if _find(folder, sample)), path)
+        sample = names[:: -(-len(names) // _SAMPLED)]
+        best, most = path, 0
+        for folder in (path, *child_folders(path)):
+            count = sum(_find(folder, name) is not None for name in sample)
+            if count > most:
+                best, most = folder, count
+            if most == len(sample):
+                break
+        return best
     if not (path / data_folder).is_dir():
         raise DatasetError(f"{argument('csv_data_folder')}: {path / data_folder} is not a folder.")
     return path / data_folder
@@ -570,7 +583,7 @@ def load_listings(
         labels = {split: [next(parts) for _ in values] for split, values in labels.items()}
 
     names = [row.file for pairs in rows.values() for _, row in pairs]
-    root = _root(path, data_folder, names[0])
+    root = _root(path, data_folder, names)
     places = {name: _find(root, name) for name in dict.fromkeys(names)}
     if missing := [name for name, place in places.items() if place is None]:
         raise DatasetError(

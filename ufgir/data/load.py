@@ -222,7 +222,7 @@ def load_ufgir_dataset(
             given, only the given ones are read:
             `csv_train="train_val.csv", csv_test="test.csv", validation_fraction=0` trains on all images of train_val.
         csv_data_folder: folder that the listed files are relative to, itself relative to `name_or_path`. By default
-            `name_or_path`, or its first subfolder that has the first image.
+            `name_or_path`, or the subfolder that has more of the listed images.
         csv_class_names: name of the CSV file with class names, `classid_classname.csv` by default.
         config_name, revision: configuration and revision of a data set on the Hub.
         cache_dir: folder for data that are drawn, converted from parquet or downloaded; by default the cache of `datasets`.
