@@ -8,13 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_extensions")]
-os.environ["COLUMNS"] = "90"  # argparse breaks its lines by it
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up while modules are imported
+os.environ["COLUMNS"] = "90"  # line width of argparse
+os.environ["HF_HUB_OFFLINE"] = "1"  # imports must not access the network
 
 from clca import __version__  # noqa: E402
 
 
-gc.freeze()  # else a third of the build would go into looking through all that torch has made, again and again
+gc.freeze()  # otherwise a third of the build is spent on garbage collection of torch's objects
 
 
 project = "CLCA for transformers"
@@ -32,9 +32,9 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_extensions", "**.ipynb_checkpoints"]
 nitpicky = True
-# Every type of ours that a signature names is found. Other packages have no inventory here: nothing is downloaded.
+# Types of this project in signatures must be found. Types of other packages are not checked: their inventories would be downloaded.
 nitpick_ignore_regex = [
-    ("py:obj", ".*"),  # `words` of docstrings, which need not be names
+    ("py:obj", ".*"),  # `words` of docstrings, which are not always names
     ("py:.*", r"(?!(clca|ufgir|dataset_scripts|run_ufgir)\b).*"),
     ("py:.*", r".*\._\w+"),
 ]
@@ -50,11 +50,11 @@ html_show_sphinx = False
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # the notebooks hold their outputs; tests/project/test_notebooks.py runs them
+nb_execution_mode = "off"  # the notebooks contain their outputs; tests/project/test_notebooks.py runs them
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
-autodoc_inherit_docstrings = False  # an override without words of its own does what the base says
+autodoc_inherit_docstrings = False  # an override without docstring behaves as documented in the base class
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

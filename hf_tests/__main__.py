@@ -1,4 +1,4 @@
-"""Fetch transformers' common tests and run them: `python -m hf_tests [options of pytest]`."""
+"""Download and run transformers' common tests: `python -m hf_tests [options of pytest]`."""
 
 import os
 import subprocess
@@ -9,12 +9,12 @@ from .source import prepare
 
 
 def main() -> int:
-    """Run; the exit status is pytest's."""
+    """Run the tests, and return the exit status of pytest."""
     folder = prepare()
-    # Before anything imports transformers: its tests read the variables then.
+    # transformers reads these variables when it is imported
     settings = {
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",  # tiny models: more threads only wait for each other
+        "OMP_NUM_THREADS": "1",  # several threads are slower for tiny models
         "TRANSFORMERS_TINY_MODEL_PATH": str(folder / "tiny_models"),
         "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

@@ -1,4 +1,4 @@
-"""After the run, a table of what passed and of what was skipped, and why."""
+"""Print tables of passed and skipped tests after the run, with the reasons."""
 
 from collections import Counter, defaultdict
 
@@ -13,7 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Results:
-    """Outcome of each test: of its subtests, too, the worst of them. One of two skipped counts as skipped."""
+    """Outcome of each test; for a test with subtests the worst one, where skipped is worse than passed."""
 
     def __init__(self, reporter: pytest.TerminalReporter) -> None:
         self.outcomes: dict[tuple[str, str], str] = {}
@@ -27,14 +27,14 @@ class Results:
                 self.reasons[key] = _reason(report)
 
     def counts(self) -> dict[str, Counter[str]]:
-        """By configuration."""
+        """Return configuration -> outcome -> number of tests."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for (configuration, _), outcome in self.outcomes.items():
             counts[configuration][outcome] += 1
         return counts
 
     def skips(self) -> dict[str | None, dict[str, set[str]]]:
-        """By explanation, then by test: the configurations."""
+        """Return explanation -> test -> configurations in which it was skipped."""
         skips: dict[str | None, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         for (configuration, test), outcome in self.outcomes.items():
             if outcome == "skipped":
@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A skip that nobody has explained is a failure."""
+    """Fail the run if a skip has no explanation."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and session.exitstatus == pytest.ExitCode.OK and None in Results(reporter).skips():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,7 +1,7 @@
-"""What a pipeline must do with a model, for transformers' `PipelineTesterMixin`.
+"""Tests of pipelines for transformers' `PipelineTesterMixin`.
 
-The mixin loads the model, asks the class of the task for a pipeline and for examples, and lets it judge the results. Those
-classes are not in the source distribution; these take their place.
+The mixin loads a model and calls the class of a task to create a pipeline and examples and to check the results. The source distribution
+does not contain these classes, so they are defined here.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 
 def _images() -> list[Image.Image]:
-    """Images of several sizes and modes."""
+    """Create images of several sizes and modes."""
     sizes = {"RGB": (40, 30), "L": (16, 16), "RGBA": (20, 50)}
     return [Image.effect_noise(size, 64).convert(mode) for mode, size in sizes.items()]
 
@@ -30,12 +30,12 @@ class _ImagePipelineTests:
         image_processor: BaseImageProcessor | None = None,
         dtype: str = "float32",
     ) -> tuple[Pipeline, list[Image.Image]]:
-        """The pipeline, and inputs for it."""
+        """Return a pipeline and its inputs."""
         pipe = self.pipeline_class(model=model, image_processor=image_processor, dtype=getattr(torch, dtype))
         return pipe, _images()
 
     def run_pipeline_test(self, pipe: Pipeline, examples: list[Image.Image]) -> None:
-        """One image, several, a file, several in batches: results of the right form, and the same."""
+        """Check the results for one image, several images, batches and a file, which must be equal."""
         singly = [pipe(image) for image in examples]
         for result in singly:
             self.check(pipe, result)
@@ -58,7 +58,7 @@ class _ImagePipelineTests:
 
 
 class ImageClassificationPipelineTests(_ImagePipelineTests):
-    """Every class with its score, the best first."""
+    """The result contains every class with its score, in descending order."""
 
     pipeline_class = ImageClassificationPipeline
 
@@ -77,7 +77,7 @@ class ImageClassificationPipelineTests(_ImagePipelineTests):
 
 
 class ImageFeatureExtractionPipelineTests(_ImagePipelineTests):
-    """The tokens that are left at the end."""
+    """The result contains the final tokens."""
 
     pipeline_class = ImageFeatureExtractionPipeline
 

@@ -1,18 +1,18 @@
-"""Which of transformers' common tests do not run here, and why. A skip that no row explains fails the run."""
+"""transformers' common tests that are skipped, with reasons. Any other skip fails the run."""
 
 import re
 from typing import NamedTuple
 
 
 class Skip(NamedTuple):
-    """Tests that are skipped, by patterns of their names and of the reason that transformers gives."""
+    """Skipped tests: explanation, and patterns of their names and of transformers' reason."""
 
     why: str
     reason: str
     test: str = ""
 
 
-# Tasks with a model to run; skips of their tests mean that it could not be loaded.
+# Tests of our own tasks are not listed: a skip would mean that the model could not be loaded.
 _OTHER_PIPELINES = r"^test_pipeline_(?!image_classification|image_feature_extraction)"
 
 SKIPS = [
@@ -31,14 +31,14 @@ SKIPS = [
     Skip("for models with a plan for tensor parallelism; ViT has none", r"does not have a TP plan"),
     Skip("for models that keep parts in float32", r"_keep_in_fp32_modules"),
     Skip(
-        "looks for a linear layer, the CLA head ends in a convolution; `..._of_any_head` takes its place",
+        "needs a linear layer, but the CLA head ends in a convolution; `..._of_any_head` replaces it",
         r"Could not locate the classification Linear layer",
     ),
 ]
 
 
 def explain(test: str, reason: str) -> str | None:
-    """Why `test` is skipped with `reason`; None if no row knows."""
+    """Return why `test` is skipped with `reason`; None if it is not in `SKIPS`."""
     for skip in SKIPS:
         if re.search(skip.test, test) and re.search(skip.reason, reason):
             return skip.why

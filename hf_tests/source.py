@@ -1,6 +1,6 @@
-"""The tests of the installed transformers, fetched through pip and put where they can be imported.
+"""Download the tests of the installed transformers with pip, and make them importable.
 
-The source distribution holds the common tests, without some of the files they import. What those lack is written here.
+The source distribution contains the common tests, but not all files that they import. Replacements of the others are defined here.
 """
 
 import json
@@ -16,15 +16,15 @@ import transformers
 
 
 CACHE = Path(__file__).resolve().parents[1] / ".hf_tests"
-PACKAGE = "transformers_tests"  # the name it is imported by: `tests` is taken
+PACKAGE = "transformers_tests"  # import name, because our own tests are called `tests`
 
-# Modules that the common tests import and the source distribution lacks.
+# Modules that the common tests import, but the source distribution does not contain.
 STUBS = {
-    # Tests of transformers.exporters: not to be had.
+    # Tests of transformers.exporters are not published.
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
-    # Tests of text generation: nothing here generates.
+    # Our models do not generate text.
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
-    # Arguments that every configuration must store, each with another value than its default.
+    # Arguments that every configuration must store, with values that differ from their defaults.
     "utils/test_configuration_utils.py": """config_common_kwargs = {
     "return_dict": False,
     "output_hidden_states": True,
@@ -41,13 +41,13 @@ STUBS = {
 
 
 def prepare() -> Path:
-    """Fetch and unpack what is not there yet.
+    """Download and unpack the tests, unless this was done before.
 
     Returns:
-        The folder that must be on the import path; it holds the package `transformers_tests`.
+        Folder for the import path, which contains the package `transformers_tests`.
 
     Raises:
-        SystemExit: pip cannot get it.
+        SystemExit: if pip cannot download them.
     """
     version = metadata.version("transformers")
     folder = CACHE / version
@@ -59,7 +59,7 @@ def prepare() -> Path:
         _unpack(_download(version), folder / PACKAGE)
         _complete(folder)
         (folder / ".ready").touch()
-    # Files of the tests look for the package beside them; the environment may have moved since.
+    # The tests expect the package next to them. The link is updated because the environment may have moved.
     link = folder / "src" / "transformers"
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
@@ -71,17 +71,17 @@ def _download(version: str) -> Path:
     archive = CACHE / f"transformers-{version}.tar.gz"
     if not archive.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as partial:
-            # pip asks a source distribution for its metadata. Without isolation the installed setuptools answers.
+            # pip reads the metadata of a source distribution with setuptools; without isolation it uses the installed one
             options = ["--no-deps", "--no-build-isolation", "--no-binary", "transformers"]
             command = [sys.executable, "-m", "pip", "download", *options, f"transformers=={version}"]
             if subprocess.run(command, cwd=partial, check=False).returncode:
-                raise SystemExit(f"pip could not fetch the source distribution of transformers {version}.")
+                raise SystemExit(f"pip could not download the source distribution of transformers {version}.")
             (Path(partial) / archive.name).replace(archive)
     return archive
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Take the folder tests/ out of the archive, and nothing else."""
+    """Extract only the folder tests/ of the archive."""
     with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
         members = [m for m in tar.getmembers() if PurePosixPath(m.name).parts[1:2] == ("tests",)]
         tar.extractall(unpacked, members=members, filter="data")
@@ -94,12 +94,12 @@ def _complete(folder: Path) -> None:
     for name, text in STUBS.items():
         file = package / name
         if file.exists():
-            raise FileExistsError(f"transformers' source distribution now has {file}: take it out of STUBS.")
+            raise FileExistsError(f"transformers' source distribution now contains {file}: remove it from STUBS.")
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
     for place in (package, *(file.parent for file in map(package.joinpath, STUBS))):
         (place / "__init__.py").touch()
-    # What the pipeline tests know of the tiny models on the Hub. Here they are made as they are needed.
+    # The pipeline tests read the properties of tiny models on the Hub from this file. Ours are created when needed.
     summary = {
         name: {"tokenizer_classes": [], "processor_classes": ["ViTImageProcessorPil"]}
         for name in ("CLCAViTModel", "CLCAViTForImageClassification")

@@ -1,6 +1,5 @@
-"""`CLCAViTModel`, `CLCAViTForImageClassification` and `CLCAViTBackbone` under transformers' common tests of models, configurations,
-pipelines and backbones: without a reduction, and with methods that drop, fuse and merge tokens, with the cross-layer cache and
-the aggregation head.
+"""transformers' common tests of models, configurations, pipelines and backbones for `CLCAViTModel`, `CLCAViTForImageClassification` and
+`CLCAViTBackbone`: without a reduction, and with methods that drop, fuse and merge tokens, with the cross-layer cache and the CLA head.
 """
 
 import tempfile
@@ -22,7 +21,7 @@ from transformers_tests.test_pipeline_mixin import PipelineTesterMixin
 from clca import CLCAViTBackbone, CLCAViTConfig, CLCAViTForImageClassification, CLCAViTModel, CLCAViTPreTrainedModel
 
 
-# The tests know by these tables which class takes which labels.
+# The tests use these tables to determine the labels of a class.
 modeling_auto.MODEL_MAPPING_NAMES["clca_vit"] = "CLCAViTModel"
 modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["clca_vit"] = "CLCAViTBackbone"
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["clca_vit"] = "CLCAViTForImageClassification"
@@ -35,7 +34,7 @@ for task, name in {
 
 
 class CLCAViTModelTester:
-    """Tiny models and inputs for them. The tests read the attributes."""
+    """Configuration and inputs of tiny models. The tests read the attributes."""
 
     def __init__(self, parent: unittest.TestCase, **options: Any) -> None:
         self.parent = parent
@@ -45,7 +44,7 @@ class CLCAViTModelTester:
         self.patch_size = 8  # 16 patches
         self.num_channels = 3
         self.hidden_size = 32
-        self.num_hidden_layers = 3  # two may reduce, and one is left to work with the result
+        self.num_hidden_layers = 3  # two layers that reduce, and one after them
         self.num_attention_heads = 4
         self.num_labels = 4
         self.is_training = True
@@ -70,7 +69,7 @@ class CLCAViTModelTester:
 
 
 class CommonTests(ModelTesterMixin, PipelineTesterMixin):
-    """What every configuration goes through."""
+    """Tests of every configuration."""
 
     all_model_classes = (CLCAViTModel, CLCAViTForImageClassification, CLCAViTBackbone)
     pipeline_model_mapping: ClassVar = {
@@ -78,12 +77,12 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
         "image-feature-extraction": CLCAViTModel,
     }
     test_resize_embeddings = False  # there is no vocabulary
-    test_can_init_all_missing_weights_before_2023 = True  # else skipped where the file does not tell its year
+    test_can_init_all_missing_weights_before_2023 = True  # otherwise skipped for files without a year
 
     options: ClassVar[dict[str, Any]] = {}
-    # Rows that enter each layer, and those that leave the last: CLS, 16 patches, CLR; what the cache recalls.
+    # Tokens that enter each layer, and those after the last: CLS, 16 patches, CLR, and tokens retrieved from the cache.
     token_counts: tuple[int, ...] = (17, 17, 17, 17)
-    attended_first = 17  # rows in the attention of the first layer
+    attended_first = 17  # tokens in the attention of the first layer
 
     def setUp(self) -> None:
         set_seed(0)
@@ -94,7 +93,7 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
         self.config_tester.run_common_tests()
 
     def test_tokens_are_reduced(self) -> None:
-        """The other tests would mean little if they met a model that does not reduce."""
+        """Tokens are reduced, so that the other tests check a model with a reduction."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         config._attn_implementation = "eager"
         for model_class in self.all_model_classes:
@@ -107,17 +106,17 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
     # Overrides.
 
     def test_num_layers_is_small(self) -> None:
-        """Theirs allows two layers; a reduction in the first ones needs a third."""
+        """The original allows two layers, but a reduction in both needs a third."""
         self.assertEqual(self.model_tester.num_hidden_layers, 3)
 
     def test_attention_outputs(self) -> None:
-        """Theirs, told how many rows the first layer attends to: a method that merges tokens before a layer leaves fewer
-        than the embeddings have."""
+        """The original, with the number of tokens in the first attention, which is smaller than that of the embeddings for a method that
+        merges tokens before a layer."""
         with mock.patch.object(self.model_tester, "encoder_seq_length", self.attended_first, create=True):
             super().test_attention_outputs()
 
     def test_model_get_set_embeddings(self) -> None:
-        """Theirs expects a table of words; here it is the projection of patches."""
+        """The original expects an embedding of words; ours is the projection of patches."""
         config, _ = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(config)
@@ -128,7 +127,7 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             self.assertIs(model.get_input_embeddings(), other)
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self) -> None:
-        """Theirs, which looks for `weight` in the embeddings; here it is one level below."""
+        """The original needs the attribute `weight` of the embeddings, which ours have one level below."""
 
         def projection(model: CLCAViTModel) -> torch.nn.Module:
             return model.embeddings.patch_embeddings.projection
@@ -137,8 +136,8 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             super().test_enable_input_require_grads_with_gradient_checkpointing()
 
     def test_reverse_loading_mapping(self) -> None:
-        """Theirs, with the old key names of stock ViT files. It takes them for the default; here they are an option,
-        since Trainer cannot resume from such files."""
+        """The original, with the key names of older ViT files. They are the default of transformers, but an option of ours, because
+        Trainer cannot resume from such files."""
         save = CLCAViTPreTrainedModel.save_pretrained
 
         def save_old_names(model: CLCAViTPreTrainedModel, folder: str) -> None:
@@ -150,7 +149,7 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             super().test_reverse_loading_mapping()
 
     def test_can_load_ignoring_mismatched_shapes_of_any_head(self) -> None:
-        """Their test of almost this name looks for a linear layer and skips where it finds none, as in the CLA head."""
+        """Replaces the original, which is skipped without a linear layer, as in the CLA head."""
         config, _ = self.model_tester.prepare_config_and_inputs_for_common()
         old = CLCAViTForImageClassification(config)
         with tempfile.TemporaryDirectory() as folder:
@@ -170,15 +169,15 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
             self.assertTrue(after[name].isfinite().all())
 
     def test_pipeline_image_feature_extraction(self) -> None:
-        """Theirs requires timm, which has no part in it."""
+        """The original requires timm without using it."""
         self.run_task_tests("image-feature-extraction")
 
     def test_pipeline_image_feature_extraction_fp16(self) -> None:
-        """Likewise."""
+        """The original requires timm without using it."""
         self.run_task_tests("image-feature-extraction", dtype="float16")
 
     def run_pipeline_test(self, task: str, repo_name: str, model_architecture: type, **kwargs: Any) -> None:
-        """Theirs, on a model of this configuration instead of one from the Hub."""
+        """The original, with a model of this configuration instead of one from the Hub."""
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / model_architecture.config_class.model_type / repo_name
             model_architecture(self.model_tester.get_config()).save_pretrained(model)
@@ -191,7 +190,7 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
 # Reductions in the first two of three layers; CLC with GAP and one CLR; CLA.
 CLCA: dict[str, Any] = {
     "reduction_layers": [0, 1],
-    "keep_rate": [0.5],  # a list, as it is stored: they compare
+    "keep_rate": [0.5],  # a list, as in a saved configuration, because the tests compare them
     "cross_layer_cache": True,
     "num_clr_tokens": 1,
     "head": "cla",
@@ -199,11 +198,11 @@ CLCA: dict[str, Any] = {
 
 
 class NoReductionTest(CommonTests, unittest.TestCase):
-    """A ViT."""
+    """ViT without reduction."""
 
 
 class TopKTest(CommonTests, unittest.TestCase):
-    """Drops tokens."""
+    """Method that drops tokens."""
 
     options = CLCA | {"reduction": "topk"}
     token_counts = (18, 10, 8, 8)
@@ -211,7 +210,7 @@ class TopKTest(CommonTests, unittest.TestCase):
 
 
 class EViTTest(CommonTests, unittest.TestCase):
-    """Drops tokens, and keeps their weighted sum."""
+    """Method that fuses dropped tokens into one."""
 
     options = CLCA | {"reduction": "evit"}
     token_counts = (18, 11, 9, 9)
@@ -219,7 +218,7 @@ class EViTTest(CommonTests, unittest.TestCase):
 
 
 class ToMeTest(CommonTests, unittest.TestCase):
-    """Merges pairs of tokens."""
+    """Method that merges pairs of tokens."""
 
     options = CLCA | {"reduction": "tome"}
     token_counts = (18, 10, 8, 8)
@@ -227,7 +226,7 @@ class ToMeTest(CommonTests, unittest.TestCase):
 
 
 class DPCKNNTest(CommonTests, unittest.TestCase):
-    """Merges clusters of tokens, before the layer."""
+    """Method that merges clusters of tokens before a layer."""
 
     options = CLCA | {"reduction": "dpcknn"}
     token_counts = (18, 10, 8, 8)
@@ -235,7 +234,7 @@ class DPCKNNTest(CommonTests, unittest.TestCase):
 
 
 class BackboneCommonTests(BackboneTesterMixin):
-    """Feature maps."""
+    """Tests of feature maps."""
 
     all_model_classes = (CLCAViTBackbone,)
     config_class = CLCAViTConfig
@@ -247,16 +246,16 @@ class BackboneCommonTests(BackboneTesterMixin):
 
 
 class NoReductionBackboneTest(BackboneCommonTests, unittest.TestCase):
-    """Of a ViT."""
+    """Backbone without reduction."""
 
 
 class EViTBackboneTest(BackboneCommonTests, unittest.TestCase):
-    """Of a model that drops and fuses tokens."""
+    """Backbone with a method that drops and fuses tokens."""
 
     options = CLCA | {"reduction": "evit"}
 
 
 class ToMeBackboneTest(BackboneCommonTests, unittest.TestCase):
-    """Of a model that merges tokens."""
+    """Backbone with a method that merges tokens."""
 
     options = CLCA | {"reduction": "tome"}

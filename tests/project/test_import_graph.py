@@ -1,6 +1,7 @@
-"""Imports point one way: floor by floor, without a circle, function-level imports included."""
+"""Imports go in one direction and without a circle, function-level imports included."""
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 from tests.imports import Import, circle, imports_of
 
@@ -44,18 +45,18 @@ FILES = {
 
 
 def graph() -> dict[str, list[Import]]:
-    """What each module imports of the others."""
+    """Return module -> its imports of other modules."""
     packages = {m: m if file.name == "__init__.py" else m.rpartition(".")[0] for m, file in FILES.items()}
     return {m: imports_of(file.read_text(encoding="utf-8"), packages[m], FILES) for m, file in FILES.items()}
 
 
 def part_of(module: str) -> str:
-    """The part that a module belongs to: `ufgir.data` of `ufgir.data.load`."""
+    """Return the part that a module belongs to: `ufgir.data` for `ufgir.data.load`."""
     return ".".join(module.split(".")[: 2 if module.startswith("ufgir") else 1])
 
 
 def test_the_graph_sees_imports():
-    """What the other tests rely on: relative, absolute and function-level imports, of modules and of names."""
+    """Relative, absolute and function-level imports of modules and names are found, which the other tests rely on."""
     code = "from ..utils import text\nimport clca\ndef f():\n    from .folders import x\n"
     code += "if TYPE_CHECKING:\n    from ..runs import records\n"
     found = dict(imports_of(code, "ufgir.data", FILES))
@@ -79,6 +80,21 @@ def test_no_arrow_points_upwards():
         and FLOORS.index(part_of(other)) > FLOORS.index(part_of(module))
     ]
     assert upward == []
+
+
+def test_figure_of_the_parts():
+    """docs/figures/parts.svg has a group per part, in order; its dots are the parts that it imports."""
+    svg = "{http://www.w3.org/2000/svg}"
+    rows = [g for g in ElementTree.parse(ROOT / "docs/figures/parts.svg").iter(f"{svg}g") if g.get("data-part")]
+    assert [row.get("data-part") for row in rows] == FLOORS
+    arrows = graph()
+    for row in rows:
+        part = row.get("data-part")
+        others = {part_of(other) for module, found in arrows.items() if part_of(module) == part for other, _ in found}
+        expected = [floor for floor in FLOORS if floor in others - {part}]
+        assert row.get("data-imports", "").split() == expected, part
+        dots = [float(circle.get("cx", "nan")) for circle in row.findall(f"{svg}circle")]
+        assert dots == [481 + 26 * FLOORS.index(other) for other in expected], f"{part}: dots are at 481 + 26 * column"
 
 
 def test_utils_imports_no_other_part():
