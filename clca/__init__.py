@@ -18,7 +18,7 @@ AutoModel.register(CLCAViTConfig, CLCAViTModel, exist_ok=True)
 AutoBackbone.register(CLCAViTConfig, CLCAViTBackbone, exist_ok=True)
 AutoModelForImageClassification.register(CLCAViTConfig, CLCAViTForImageClassification, exist_ok=True)
 
-# What save_pretrained and push_to_hub write into a model's folder: this code, and where to find the classes in it.
+# save_pretrained and push_to_hub copy this code into the folder of a model and record there which classes to load.
 CLCAViTConfig.register_for_auto_class()
 CLCAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CLCAViTBackbone.register_for_auto_class("AutoBackbone")

@@ -1,4 +1,4 @@
-"""What a reduction may ask about the attention of a layer, and what it may answer: which rows become which.
+"""Attention of one layer as token reduction methods see it, and maps from old tokens to new ones.
 
 Shapes: B batch, N tokens in, M tokens out, D width, H heads, d head width.
 """
@@ -16,51 +16,60 @@ if TYPE_CHECKING:
     from .reduction_base import TokenState
 
 
-FIRST_ROW = slice(0, 1)
+FIRST_TOKEN = slice(0, 1)
 
 
-class RowMap:
-    """How the M rows of a new sequence are made of the N rows of the old one: as weighted sums of them, whatever the rows
-    hold. So it does not matter whether attention's output is projected before or after.
+class TokenMap:
+    """Linear map from the N tokens of a sequence to the M tokens of a new one.
+
+    The weights do not depend on the values that are mapped. So the output of the attention may be mapped before or
+    after its projection.
 
     Attributes:
-        rows: where each new row is an old one as it was, which: indices (B, M), or a slice. Else None.
-        weight_sums: what the weights of each new row add up to, (B, M, 1), or None if that is one for all.
+        selected: indices (B, M), or a slice, of the old tokens if every new token is an unchanged old one; else None.
+        weight_sums: sum of the weights of each new token, (B, M, 1), or None if all sums are 1.
     """
 
-    rows: torch.Tensor | slice | None = None
+    selected: torch.Tensor | slice | None = None
     weight_sums: torch.Tensor | None = None
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (B, N, C) of the old rows to those of the new ones, (B, M, C)."""
+        """Map values (B, N, C) of the old tokens to values (B, M, C) of the new ones."""
         raise NotImplementedError
 
 
-class TakenRows(RowMap):
-    """Some of the rows as they are."""
+class SelectedTokens(TokenMap):
+    """Select some of the tokens and leave them unchanged.
 
-    def __init__(self, rows: torch.Tensor | slice) -> None:
-        self.rows = rows
+    Args:
+        selected: indices (B, M), or a slice.
+    """
+
+    def __init__(self, selected: torch.Tensor | slice) -> None:
+        self.selected = selected
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        assert self.rows is not None
-        return values[:, self.rows] if isinstance(self.rows, slice) else gather_rows(values, self.rows)
+        assert self.selected is not None
+        return values[:, self.selected] if isinstance(self.selected, slice) else gather_rows(values, self.selected)
 
 
 class AttentionContext:
-    """Answers a method's questions about the attention of one layer, each computed only when asked for.
+    """Keys and values of one layer, and statistics of its attention that methods can ask for.
 
-    The full map (B, H, N, N) is never needed for them, so the fast kernels stay in use: a row is one query against all
-    keys, column sums are taken over chunks of query rows.
+    Each statistic is computed when it is first asked for. None of them needs the full map (B, H, N, N), so fast
+    attention kernels stay in use: a row of the map is one query against all keys, and column sums are accumulated over
+    chunks of queries.
 
     Attributes:
-        hidden_states: normalised input of the attention, (B, N, D).
-        key, value: (B, H, N, d), the key after its norm if it has one.
+        hidden_states: normalized input of the attention, (B, N, D).
+        key, value: (B, H, N, d). The key is taken after its norm, if the layer has one.
         mask: boolean or additive, (B, 1, 1, N), or None.
-        state: what belongs to the tokens that the keys are of.
-        output: what the attention gives all rows, (B, N, H, d), where an answer has brought it about. None otherwise.
-        keeps_output: whether `output` would be of use.
-        layer_input: the tokens as they enter the layer, before its norm, (B, N, D); `hidden_states` until the layer sets it.
+        state: the state of the tokens that the keys belong to.
+        output: output of the attention for all tokens, (B, N, H, d), if it was computed together with a statistic;
+            else None.
+        keeps_output: whether to store `output` when a statistic computes it.
+        layer_input: tokens that enter the layer, before its norm, (B, N, D). Equal to `hidden_states` until the layer
+            sets it.
     """
 
     def __init__(
@@ -85,48 +94,56 @@ class AttentionContext:
         self._comparable_key: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()
 
-    def query(self, rows: slice = slice(None)) -> torch.Tensor:
-        """Queries (B, H, n, d) of a slice of rows. Row 0 alone is projected alone; whoever asks for more has all of them
-        projected, once."""
-        if self._query is None and rows == FIRST_ROW:
-            return self.attention.project_query(self.hidden_states[:, rows])
+    def query(self, tokens: slice = slice(None)) -> torch.Tensor:
+        """Return the queries (B, H, n, d) of a slice of tokens.
+
+        Token 0 alone is projected separately. Any other slice projects all tokens and keeps the result."""
+        if self._query is None and tokens == FIRST_TOKEN:
+            return self.attention.project_query(self.hidden_states[:, tokens])
         if self._query is None:
-            # Also where the question is asked without gradients: the attention itself needs them.
+            # Record gradients even if the caller does not: the attention itself reuses these queries.
             with torch.set_grad_enabled(self._records_gradients):
                 self._query = self.attention.project_query(self.hidden_states)
-        return self._query[:, :, rows]
+        return self._query[:, :, tokens]
 
-    def attention_logits(self, rows: slice) -> torch.Tensor:
-        """Logits (B, H, n, N) of a slice of query rows, before any mask, in float32 at least."""
+    def attention_logits(self, queries: slice) -> torch.Tensor:
+        """Return the logits (B, H, n, N) of a slice of queries, before any mask, in float32 or float64."""
         if self._comparable_key is None:
             with torch.set_grad_enabled(self._records_gradients):
                 self._comparable_key = at_least_float32(self.key)
         with full_precision(self.key):
-            query, key = at_least_float32(self.query(rows)), self._comparable_key
+            query, key = at_least_float32(self.query(queries)), self._comparable_key
             return query * self.attention.scaling @ key.transpose(-1, -2)
 
-    def attention_rows(self, rows: slice) -> torch.Tensor:
-        """Attention weights (B, H, n, N) of a slice of query rows, before dropout, in float32 at least: rows are compared
-        by them, and half precision would make ties."""
-        return attention_softmax(self.attention_logits(rows), self.mask)
+    def attention_rows(self, queries: slice) -> torch.Tensor:
+        """Return the attention weights (B, H, n, N) of a slice of queries, before dropout, in float32 or float64.
+
+        Half precision is not enough: methods rank tokens by these weights, and rounding would create ties."""
+        return attention_softmax(self.attention_logits(queries), self.mask)
 
     def cls_attention(self) -> torch.Tensor:
-        """What row 0 attends to: (B, N), averaged over heads."""
-        return self.attention_rows(FIRST_ROW).mean(dim=1).squeeze(1)
+        """Return the attention from token 0 to each token, (B, N), averaged over heads."""
+        return self.attention_rows(FIRST_TOKEN).mean(dim=1).squeeze(1)
 
     def mutual_attention(self) -> torch.Tensor:
-        """Logarithm (B, N) of what token 0 gives to each token, averaged over heads, times what that token gives to token 0
-        compared with the other tokens: a softmax over queries of the logits to key 0, these averaged over heads before.
+        """Return the logarithm (B, N) of the mutual attention between token 0 and each token.
 
-        One row and one column of the attention. A logarithm, since products of such small numbers would vanish in float32.
-        For methods without a mask."""
-        given = self.attention_logits(FIRST_ROW).squeeze(2).log_softmax(dim=-1).logsumexp(dim=1)  # (B, N), of H heads
+        This is the product of two factors. The first is the attention from token 0 to the token, averaged over heads.
+        The second is a softmax over queries of the logits to key 0, averaged over heads before the softmax: how much
+        the token attends to token 0, compared with the other tokens.
+
+        Only one row and one column of the attention map are computed. The result is a logarithm because such small
+        products underflow in float32. Masks are not applied."""
+        given = (
+            self.attention_logits(FIRST_TOKEN).squeeze(2).log_softmax(dim=-1).logsumexp(dim=1)
+        )  # (B, N), summed over heads
         return given - math.log(self.key.shape[1]) + self.first_key_logits().log_softmax(dim=1)
 
     def first_key_logits(self) -> torch.Tensor:
-        """Logits (B, N) that the query of each token gives to key 0, averaged over heads, in float32 at least. No queries
-        are projected for them where none exist yet and the projection's weights tell as much."""
-        # (B, D): the sum over heads of their products is one product of all their widths.
+        """Return the logits (B, N) from each query to key 0, averaged over heads, in float32 or float64.
+
+        If the queries do not exist yet, the logits are computed from the weights of the projection where possible."""
+        # key: (B, D). The sum over heads of the products equals one product over the width of all heads.
         key = at_least_float32(self.key[:, :, 0]).flatten(1)
         with full_precision(key):
             logits = self.attention.query_products(self.hidden_states, key) if self._query is None else None
@@ -136,36 +153,36 @@ class AttentionContext:
         return logits * (self.attention.scaling / self.key.shape[1])
 
     def received_attention(self) -> torch.Tensor:
-        """What each row receives, summed over heads and query rows: (B, N)."""
+        """Return the attention that each token receives, summed over heads and queries, (B, N)."""
         return torch.stack(self._of_chunks(lambda weights: weights.sum(dim=(1, 2)))).sum(dim=0)
 
     def mean_attention(self) -> torch.Tensor:
-        """The attention weights averaged over heads, (B, N, N); those of all heads never exist at the same time."""
+        """Return the attention weights averaged over heads, (B, N, N), without storing those of all heads at once."""
         return torch.cat(self._of_chunks(lambda weights: weights.mean(dim=1)), dim=1)
 
-    def _of_chunks(self, answer: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        """What `answer` makes of the weights (B, H, n, N) of each chunk of query rows.
+    def _of_chunks(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """Apply `reduce` to the weights (B, H, n, N) of each chunk of queries and return the results.
 
-        The weights, all of which this takes, are those of the attention itself: where nothing else is expected of that,
-        its output is computed with them, and not once more by a kernel."""
-        num_rows, with_output = self.key.shape[2], self._may_give_output()
-        answers: list[torch.Tensor] = []
+        These are all weights of the attention. So its output is computed with them, if allowed, and no kernel has to
+        compute them again."""
+        num_tokens, with_output = self.key.shape[2], self._may_give_output()
+        results: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
-        # Each chunk is to stay in the cache of a CPU; a compiler, or a GPU, has less to do for fewer of them.
+        # Chunks fit into the cache of a CPU. Compilers and GPUs are faster with fewer, larger chunks.
         chunk = 64 if self.key.device.type == "cpu" and not torch.compiler.is_compiling() else 256
-        for start in range(0, num_rows, chunk):
+        for start in range(0, num_tokens, chunk):
             weights = self.attention_rows(slice(start, start + chunk))
-            answers.append(answer(weights))
+            results.append(reduce(weights))
             if with_output:
                 with full_precision(self.value):
                     outputs.append((weights.to(self.value.dtype) @ self.value).transpose(1, 2))
         if with_output:
             self.output = torch.cat(outputs, dim=1)
-        return answers
+        return results
 
     def _may_give_output(self) -> bool:
-        """Whether attention is softmax attention without dropout and gradients, by no kernel of the user's own choice, with
-        a query for each key."""
+        """Whether the output may be computed with the weights: softmax attention with a standard kernel, no dropout,
+        no gradients, and one query per key."""
         attention = self.attention
         return (
             self.keeps_output
@@ -177,8 +194,12 @@ class AttentionContext:
 
 
 def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of attention logits (B, H, n, N) under a boolean mask (True: attend) or an additive one, in float32 at
-    least, given back in the logits' dtype."""
+    """Return the softmax of attention logits (B, H, n, N) under a mask, in the dtype of the logits.
+
+    Args:
+        logits: (B, H, n, N). The softmax is computed in float32 or float64.
+        mask: boolean (True: attend) or additive, broadcast to the logits, or None.
+    """
     if mask is not None:
         logits = (
             logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
@@ -188,18 +209,19 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision is too coarse to compare scores in; float64 stays."""
+    """Convert half precision to float32; leave float32 and float64 unchanged. Scores in half precision are too coarse
+    to compare."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
-    """A context in which autocast does not compute products of such tensors in half precision."""
-    if tensor.device.type == "meta":  # where nothing is computed, autocast does not exist
+    """Return a context in which autocast does not run matrix products on the device of `tensor` in half precision."""
+    if tensor.device.type == "meta":  # autocast does not support it
         return nullcontext()
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
-def gather_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of `values` (B, N, ...) at the indices `rows` (B, M): (B, M, ...)."""
-    index = rows.reshape(*rows.shape, *(1,) * (values.dim() - 2)).expand(*rows.shape, *values.shape[2:])
+def gather_rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Gather rows of `values` (B, N, ...) at `indices` (B, M) of dimension 1: (B, M, ...)."""
+    index = indices.reshape(*indices.shape, *(1,) * (values.dim() - 2)).expand(*indices.shape, *values.shape[2:])
     return values.gather(1, index)

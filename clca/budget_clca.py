@@ -1,6 +1,6 @@
-"""How many tokens each stage keeps, set by the configuration or by a call of the model. Also `as_pair`, for sizes.
+"""How many tokens each stage keeps, as set by the configuration or by a call of the model, and `as_pair` for sizes.
 
-The lowest module of the package: it imports none of the others.
+This module imports no other module of the package.
 """
 
 import math
@@ -13,14 +13,20 @@ if TYPE_CHECKING:
 
 
 class Budget(NamedTuple):
-    """Keep rates, or absolute counts in their place: one for all stages or one per stage."""
+    """Keep rates, or absolute token counts instead of them: one value for all stages or one per stage.
+
+    Attributes:
+        keep_rate: rates in (0, 1].
+        keep_tokens: token counts, or None to use the rates.
+    """
 
     keep_rate: tuple[float, ...]
     keep_tokens: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, config: "CLCAViTConfig") -> "Budget":
-        """What the configuration says: lists, and numbers where somebody set them after the model was made."""
+        """Return the budget of a configuration, whose fields may be lists or, if set after the model was built,
+        numbers."""
         rate, tokens = config.keep_rate, config.keep_tokens
         if tokens is not None:
             tokens = (tokens,) if isinstance(tokens, int) else tuple(tokens)
@@ -28,54 +34,57 @@ class Budget(NamedTuple):
 
     @property
     def mean_rate(self) -> float:
-        """One rate that stands for those of all stages: their geometric mean, since rates compound."""
+        """Geometric mean of the rates of all stages. Rates compound, so this is the equivalent single rate."""
         if len(set(self.keep_rate)) == 1:
             return self.keep_rate[0]
         return math.prod(self.keep_rate) ** (1 / len(self.keep_rate))
 
     def rate(self, stage: int) -> float:
-        """The stage's own keep rate: a share of the tokens that reach it."""
+        """Return the keep rate of a stage: a share of the tokens that reach it."""
         return self.keep_rate[stage if len(self.keep_rate) > 1 else 0]
 
     def tokens(self, stage: int) -> int | None:
-        """The stage's absolute count where `keep_tokens` is used, else None."""
+        """Return the absolute token count of a stage, or None if `keep_tokens` is not used."""
         if self.keep_tokens is None:
             return None
         return self.keep_tokens[stage if len(self.keep_tokens) > 1 else 0]
 
     def cumulative_rate(self, stage: int) -> float:
-        """Share of the image's patches left after a stage: the product of the rates so far."""
+        """Return the share of the patches of the image that is left after a stage: the product of the rates
+        up to it."""
         if len(self.keep_rate) == 1:
-            return self.keep_rate[0] ** (stage + 1)  # not a product: the published counts were rounded from a power
+            return self.keep_rate[0] ** (stage + 1)  # published counts use the power, which rounds differently
         return math.prod(self.keep_rate[: stage + 1])
 
     def of_current(self, stage: int, candidates: int) -> int:
-        """Tokens a stage keeps of those that reach it: ceil(rate * candidates). 0.1 of 785 candidates: 79."""
+        """Return how many of `candidates` tokens a stage keeps: ceil(rate * candidates). Rate 0.1 of 785 candidates
+        gives 79."""
         count = self.tokens(stage)
         return min(math.ceil(self.rate(stage) * candidates) if count is None else count, candidates)
 
     def of_patches(self, stage: int, num_patches: int) -> int:
-        """Tokens left after a stage as a share of the image's patches: int(patches * product of rates). At 448 px, patch
-        16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
+        """Return how many tokens are left after a stage as a share of all patches: int(patches * product of rates).
+
+        At 448 px with patch size 16 and rate 0.1: 784 -> 78 -> 7 -> 0."""
         count = self.tokens(stage)
         return int(num_patches * self.cumulative_rate(stage)) if count is None else min(count, num_patches)
 
 
 def check_rates(rates: Sequence[float]) -> None:
-    """Refuse what is not a list of keep rates.
+    """Check a list of keep rates.
 
     Raises:
-        ValueError: a rate out of (0, 1], something that is no number, or no rate at all.
+        ValueError: if a rate is not a number in (0, 1], or if there are none.
     """
     for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:  # NaN is neither
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:  # also refuses NaN
             raise ValueError(f"`keep_rate` must be in (0, 1], got {rate}.")
     if not rates:
         raise ValueError("`keep_rate` must hold at least one rate, got [].")
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or two."""
+    """Return (height, width) of a size given as one number or two."""
     return (
         (size, size) if isinstance(size, int) else cast("tuple[int, int]", tuple(size))
-    )  # whoever asks users counts them
+    )  # the length of user input is checked elsewhere

@@ -1,5 +1,5 @@
-"""The configuration of a CLCA ViT: every field of transformers' `ViTConfig`, and what token reduction, the cross-layer
-cache (CLC), the aggregation head (CLA) and the backbones of the paper need (https://huggingface.co/papers/2501.00243).
+"""Configuration of a CLCA ViT: all fields of transformers' `ViTConfig`, and those of token reduction, the cross-layer
+cache (CLC), the cross-layer aggregation head (CLA) and the backbones of https://huggingface.co/papers/2501.00243.
 """
 
 import logging
@@ -23,8 +23,8 @@ from .reductions_clca import checked_budget, get_reduction
 
 
 if TYPE_CHECKING:
-    # transformers below 5.10 copies, of a model in a local folder, only the files that this one names. It names them all, so
-    # that `versions_clca` is imported there and says which version is needed.
+    # From a local folder, transformers below 5.10 copies only the files that this file imports. All files are listed here, so
+    # that `versions_clca` is copied, too, and its error names the version that is needed.
     from .attention_clca import AttentionContext  # noqa: F401
     from .cache_clca import CrossLayerCache  # noqa: F401
     from .fast_paths_clca import set_fast_paths  # noqa: F401
@@ -81,7 +81,7 @@ LARGEST = {
     "num_selected_features": 100_000_000,
 }
 
-# Keys that transformers itself writes into a config.json or hands to the constructor beside the fields.
+# Keys besides the fields that transformers writes into a config.json or passes to the constructor.
 _TRANSFORMERS_KEYS = frozenset(
     [
         "_attn_implementation",
@@ -106,8 +106,8 @@ _TRANSFORMERS_KEYS = frozenset(
         "trust_remote_code",
     ]
 )
-# Keys of files that older transformers wrote. They mean nothing today, so they are dropped from files without a word. (In a
-# call they are mistakes: `top_k` for `keep_tokens`, say.)
+# Keys in files that older versions of transformers wrote. They have no effect today and are dropped from files silently. In a
+# call they are errors: `top_k` instead of `keep_tokens`, for example.
 _LEGACY_KEYS = frozenset(
     [
         "_num_labels",
@@ -160,8 +160,7 @@ _LEGACY_KEYS = frozenset(
 )
 
 
-# Fields that only backbones use, by the names that files and callers know them by, and their defaults. Files of other models
-# hold none of them.
+# Fields that only backbones use, under the names in files and calls, with their defaults. Defaults are not written to files.
 _BACKBONE_KEYS: dict[str, Any] = {
     "out_features": None,
     "out_indices": None,
@@ -174,7 +173,7 @@ _Config = TypeVar("_Config", bound=ViTConfig)
 
 
 def _with_value_errors(cls: type[_Config]) -> type[_Config]:
-    """Make a strict dataclass raise `ValueError` for a wrong type, which transformers' own strict errors are not."""
+    """Make a strict dataclass raise `ValueError` for a wrong type instead of the error class of `huggingface_hub`."""
     strict_setattr = cls.__setattr__
 
     def __setattr__(self: ViTConfig, name: str, value: Any) -> None:
@@ -185,7 +184,7 @@ def _with_value_errors(cls: type[_Config]) -> type[_Config]:
             expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
             raise ValueError(f"`{name.removeprefix('_')}` must be {expected}, got {value!r}.") from error
 
-    cls.__setattr__ = __setattr__  # ty: ignore[invalid-assignment]  # which is no longer the method of the class
+    cls.__setattr__ = __setattr__  # ty: ignore[invalid-assignment]  # replaces the method of the class
     return cls
 
 
@@ -195,86 +194,94 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
     r"""Configuration of `CLCAViTModel`, `CLCAViTForImageClassification` and `CLCAViTBackbone`.
 
     Args (and the other fields of `ViTConfig`):
-        image_size (`int`, defaults to 224): Side of the input, in pixels.
-        patch_size (`int`, defaults to 16): Side of a patch, in pixels.
+        image_size (`int`, defaults to 224): Height and width of the input in pixels.
+        patch_size (`int`, defaults to 16): Height and width of a patch in pixels.
         hidden_size (`int`, defaults to 768): Width of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
-        num_attention_heads (`int`, defaults to 12): Attention heads of each layer.
-        intermediate_size (`int`, defaults to 3072): Width inside the MLP.
+        num_attention_heads (`int`, defaults to 12): Number of attention heads per layer.
+        intermediate_size (`int`, defaults to 3072): Width of the hidden layer of the MLP.
         layer_norm_eps (`float`, defaults to 1e-12): Epsilon of every LayerNorm.
-        qkv_bias (`bool`, defaults to `True`): Queries, keys and values have a bias.
-        hidden_dropout_prob (`float`, defaults to 0.0): Probability of dropout.
-        attention_probs_dropout_prob (`float`, defaults to 0.0): Probability of dropout on attention.
+        qkv_bias (`bool`, defaults to `True`): Add a bias to queries, keys and values.
+        hidden_dropout_prob (`float`, defaults to 0.0): Dropout probability.
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout probability of the attention weights.
         reduction (`str`, *optional*): Token reduction method: none, or a name of `clca.REDUCTIONS`.
         reduction_layers (`str` or `list[int]`, defaults to `[3, 6, 9]`):
-            Layers, counted from 0, at which tokens are reduced, strictly increasing, or "all". The cache is recalled after
-            them, and the CLA and IFA heads read CLS after them, without a reduction as well. The H2T and VQT heads probe
-            them, or all layers if the list is empty. Stored as a list.
+            Layers, counted from 0, at which tokens are reduced, strictly increasing, or "all". The other parts of the
+            model use them as well, with or without a reduction: the cache is retrieved after them, the CLA and IFA
+            heads read CLS after them, and the H2T and VQT heads probe them (or all layers if the list is empty).
+            Stored as a list.
         keep_rate (`float` or `list[float]`, defaults to `1.0`):
-            Share of tokens that a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound. Stored
-            as a list.
+            Share of tokens that a stage keeps, in (0, 1]: one rate for all stages or one per stage. Rates compound.
+            Stored as a list.
         keep_tokens (`list[int]`, *optional*):
-            Tokens that each stage keeps, one count per stage, instead of `keep_rate`.
+            Number of tokens that each stage keeps, one count per stage, instead of `keep_rate`.
         train_keep_rates (`list[float]`, *optional*):
-            Keep rates that one model is trained for, one drawn at random per training step. It then serves them all and
-            those between. A CLA head keeps the statistics of its BatchNorms for each of them apart. Stored in ascending order.
+            Keep rates to train one model for; each training step draws one at random. The model then works at these
+            rates and those in between. A CLA head keeps separate BatchNorm statistics for each rate. Stored in
+            ascending order.
         reduction_kwargs (`dict`, *optional*):
-            The method's own options, checked against its signature.
+            Options of the method, checked against its signature.
         cross_layer_cache (`bool`, defaults to `False`):
-            Cache a summary of each layer and append what was cached to the tokens after every reduction (CLC).
+            Cache a summary of each layer and append the cached tokens after every reduction (CLC).
         num_clr_tokens (`int`, defaults to 0):
-            Cross-layer registers (CLR): learned tokens at the end of the sequence, cached with each layer.
-        cache_gap (`bool`, defaults to `True`): The cache holds the mean of the tokens (GAP).
-        cache_pool_cls (`bool`, defaults to `False`): The GAP includes CLS.
-        cache_pool_clr (`bool`, defaults to `False`): The GAP includes CLR, also before the first retrieval.
+            Number of cross-layer registers (CLR): learned tokens at the end of the sequence, cached with each layer.
+        cache_gap (`bool`, defaults to `True`): Cache the mean of the tokens (GAP).
+        cache_pool_cls (`bool`, defaults to `False`): Include CLS in the GAP.
+        cache_pool_clr (`bool`, defaults to `False`): Include CLR in the GAP also before the first retrieval.
         cache_recover_at_last (`bool`, defaults to `True`):
-            Retrieve what is left in the cache before the last layer.
+            Retrieve the remaining cached tokens before the last layer.
         head (`str`, defaults to `"linear"`): Classification head: a name of `clca.heads_clca.HEADS`.
-        cla_multiplier (`int`, defaults to 2): Channels of the CLA head's depth-wise convolution per input channel.
-        num_query_tokens (`int`, defaults to 5): Queries per layer of the VQT head.
+        cla_multiplier (`int`, defaults to 2): Output channels per input channel of the depth-wise convolution of the
+            CLA head.
+        num_query_tokens (`int`, defaults to 5): Number of queries per layer of the VQT head.
         vqt_original_slicing (`bool`, defaults to `False`):
-            Compute VQT as the original CLCA code does: queries join the tokens, and the first rows leave instead of them.
-            Its published baseline was made so; without a reduction or cache only.
+            Compute VQT as the original CLCA code does: append the queries to the tokens, and remove as many tokens at
+            the front instead of the queries. The published baseline was trained this way. Not available with a
+            reduction or the cache.
         first_patch_as_cls (`bool`, defaults to `False`):
-            Without a CLS token, let the heads cla, ifa and vqt read the first patch instead, as the original CLCA code does.
+            Let the heads cla, ifa and vqt read the first patch in a model without a CLS token, as the original CLCA
+            code does.
         num_selected_features (`int`, *optional*):
-            Features that `select_features` left to the H2T or VQT head.
+            Number of features that `select_features` kept for the H2T or VQT head.
         multi_label_loss (`str`, defaults to `"bce"`):
-            Loss where images have several classes: `bce` or `asymmetric`. This is `problem_type` multi_label_classification.
-            Binary cross-entropy is averaged over the classes, the asymmetric loss
-            (https://huggingface.co/papers/2009.14119) summed over them; either averaged over images.
+            Loss for images with several classes, `problem_type` multi_label_classification: `bce` or `asymmetric`.
+            `bce` is binary cross-entropy, averaged over classes and images. The asymmetric loss
+            (https://huggingface.co/papers/2009.14119) is summed over classes and averaged over images.
         label_smoothing (`float`, defaults to 0.0):
-            Share of the target that all classes get alike, in [0, 1), in the loss of a training; evaluation has the plain loss.
-            Use it instead of `label_smoothing_factor` of transformers' Trainer, which computes a loss of its own, without those
-            of reductions and heads. (`run_ufgir.py --label_smoothing` smooths the labels instead: do not use both.)
+            Share of the target that is spread evenly over all classes in the training loss, in [0, 1); evaluation is
+            not smoothed. Use it instead of `label_smoothing_factor` of transformers' Trainer, which computes its own
+            loss, without the terms of reductions and heads. Do not combine it with `run_ufgir.py --label_smoothing`,
+            which smooths the labels.
         group_lasso_weight (`float`, defaults to 0.0):
-            Weight of a group lasso on the head in training, one group per input feature.
+            Weight of a group lasso on the head in training, with one group per input feature.
         layerscale_value (`float`, *optional*): Initial value of LayerScale; none for no LayerScale.
-        pre_norm (`bool`, defaults to `False`): LayerNorm before the first layer, as in CLIP. The patch
-            projection has no bias then.
-        num_register_tokens (`int`, defaults to 0): Register tokens after CLS, as in DINOv2.
-        prefix_position_embeddings (`bool`, defaults to `True`): CLS, registers and CLR have position embeddings.
-        use_class_token (`bool`, defaults to `True`): The sequence begins with a CLS token.
+        pre_norm (`bool`, defaults to `False`):
+            Add a LayerNorm before the first layer, as in CLIP. The patch projection then has no bias.
+        num_register_tokens (`int`, defaults to 0): Number of register tokens after CLS, as in DINOv2.
+        prefix_position_embeddings (`bool`, defaults to `True`): Add position embeddings to CLS, registers and CLR.
+        use_class_token (`bool`, defaults to `True`): Begin the sequence with a CLS token.
         pooling (`str`, defaults to `"cls"`):
-            What a linear head reads: `cls`, `mean`, `normed_mean`, `map` or `map_then_norm`. The mean is of the other tokens,
-            `mean` normalised after it and `normed_mean` before it; `map` is attention pooling with a learned query, after the
-            final norm, and `map_then_norm` before it.
-        use_qk_norm (`bool`, defaults to `False`): LayerNorm on queries and keys.
-        use_swiglu_ffn (`bool`, defaults to `False`): SwiGLU instead of GELU in the MLP.
+            What a linear head reads: `cls`, `mean`, `normed_mean`, `map` or `map_then_norm`. `mean` is the mean of all
+            tokens after the prefix, followed by the final norm; `normed_mean` applies the norm first. `map` is
+            attention pooling with a learned query after the final norm; `map_then_norm` applies the norm after the
+            pooling.
+        use_qk_norm (`bool`, defaults to `False`): Apply LayerNorm to queries and keys.
+        use_swiglu_ffn (`bool`, defaults to `False`): Use SwiGLU instead of GELU in the MLP.
         drop_path_rate (`float`, defaults to 0.0):
-            Probability of stochastic depth in the last layer; it grows linearly from 0 in the first.
+            Probability of stochastic depth in the last layer; it increases linearly from 0 in the first layer.
         out_features (`list[str]`, *optional*):
-            Stages whose feature maps `CLCAViTBackbone` returns: of `stem` (the embeddings) and `stage1`, `stage2` and so on (after
-            the first layer, the second), in this order. By default the last one.
-        out_indices (`list[int]`, *optional*): The same by number: 0 for `stem`, 1 for `stage1`. Negative ones count from the end.
+            Stages whose feature maps `CLCAViTBackbone` returns, in this order: `stem` (the embeddings), `stage1`
+            (after the first layer), `stage2` and so on. The default is the last stage.
+        out_indices (`list[int]`, *optional*): The same by number: 0 for `stem`, 1 for `stage1`. Negative numbers count
+            from the end.
         feature_fill (`str`, defaults to `"last"`):
-            What a feature map has at a patch that no token holds: what the patch had in the last layer in which a token held it
-            (`last`), what the nearest patch has that a token holds (`nearest`), or zeros (`zero`).
-        apply_layernorm (`bool`, defaults to `True`): Feature maps are of tokens after the final norm.
-        clca_version (`str`): Version of this code that made the config.
+            Value of a feature map at a patch that no token holds: `last`, the value in the last layer in which a token
+            held the patch; `nearest`, the value of the nearest patch that a token holds; `zero`, zeros.
+        apply_layernorm (`bool`, defaults to `True`): Apply the final norm to the tokens of feature maps.
+        clca_version (`str`): Version of this code that wrote the configuration.
 
     Raises:
-        ValueError: unknown names, values outside their range, or options that exclude each other.
+        ValueError: if a name is unknown, a value is out of range, or options exclude each other.
 
     Example:
 
@@ -288,7 +295,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
     """
 
     model_type: ClassVar[str] = "clca_vit"
-    # Trainer must not gather outputs whose length differs from batch to batch.
+    # Trainer cannot gather outputs whose length differs between batches.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "loss_terms",
         "auxiliary_loss",
@@ -299,7 +306,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
     ]
 
     reduction: str | None = None
-    if TYPE_CHECKING:  # a list whenever it is read, and "all" as well where it is set
+    if TYPE_CHECKING:  # always read as a list; may also be set to "all"
         reduction_layers: Any = field(default_factory=lambda: [3, 6, 9])
     else:
         reduction_layers: list[int] | tuple[int, ...] | str = field(default_factory=lambda: [3, 6, 9])
@@ -335,7 +342,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
     use_swiglu_ffn: bool = False
     drop_path_rate: float | int = 0.0
 
-    # None is the last stage of as many layers as there are when it is read. See `out_features` and `out_indices`.
+    # None stands for the last stage, whatever the number of layers is when it is read. See `out_features`, `out_indices`.
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     feature_fill: str = "last"
@@ -343,7 +350,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
 
     clca_version: str = __version__
 
-    if TYPE_CHECKING:  # an argument of every configuration, though transformers keeps no field of it
+    if TYPE_CHECKING:  # an argument of every configuration that transformers does not keep as a field
         num_labels: int = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -361,8 +368,10 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Contents of a config.json. Those of a stock ViT or DeiT pass for ours, which they are meant to: transformers would
-        warn of another model type at every load."""
+        """Return the contents of a config.json.
+
+        A file of a stock ViT or DeiT gets our model type; otherwise transformers would warn of a different model type
+        at every load."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") in ("vit", "deit"):
             registers = (
@@ -373,17 +382,29 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        """Build a config from the contents of a config.json. Keys unknown to this version are dropped with a warning:
-        a file written by a newer or another code must load, a typing error in a constructor call must not."""
+        """Build a configuration from the contents of a config.json.
+
+        Keys that this version does not know are dropped with a warning, so that files of newer versions load. (In a
+        constructor call an unknown argument is an error.) Three fields are reset by overrides of others: `keep_rate`
+        and `keep_tokens` by each other, `reduction_kwargs` by another `reduction`, and its `ratio_targets` by another
+        keep rate or other `reduction_layers`.
+
+        Args:
+            config_dict: contents of the file.
+            kwargs: fields to override.
+
+        Raises:
+            ValueError: if the file describes another type of model, or a value is refused.
+        """
         model_type = config_dict.get("model_type")
         if model_type not in (None, "", cls.model_type):
             raise ValueError(
-                f"`model_type` {model_type!r} is not that of a ViT, DeiT or CLCA ViT. If it is another kind of ViT, convert it "
+                f"`model_type` {model_type!r} is not supported: it must be 'vit', 'deit' or 'clca_vit'. Convert other kinds of ViT "
                 "with `ufgir.checkpoints.load_transformers`."
             )
         config_dict = dict(config_dict)
         _check_largest(config_dict | kwargs)
-        # What is overridden takes the place of what the file says about the same thing under another name.
+        # An override replaces what the file says about the same thing under another name.
         if kwargs.get("keep_tokens") is not None and "keep_rate" not in kwargs:
             config_dict.pop("keep_rate", None)
         if kwargs.get("keep_rate") is not None and "keep_tokens" not in kwargs:
@@ -394,7 +415,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
         rebudgeted = any(kwargs.get(name) is not None for name in ("keep_rate", "keep_tokens", "reduction_layers"))
         if rebudgeted and "reduction_kwargs" not in kwargs:
             config_dict["reduction_kwargs"] = without_targets(config_dict.get("reduction_kwargs"))
-        if config_dict.get("layerscale_value") == 0:  # once another way to say none
+        if config_dict.get("layerscale_value") == 0:  # earlier versions wrote 0 for none
             config_dict["layerscale_value"] = None
         if "reduction_layers" in kwargs:
             depth = kwargs.get("num_hidden_layers", config_dict.get("num_hidden_layers", cls.num_hidden_layers))
@@ -406,7 +427,7 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
         return super().from_dict({k: v for k, v in config_dict.items() if k in known}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """All values by name. Those that only backbones use are left out where they are the defaults."""
+        """Return all values by name, without the fields of backbones that have their default."""
         contents = super().to_dict()
         for name, default in _BACKBONE_KEYS.items():
             if contents.get(name) == default:
@@ -414,8 +435,8 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
         return contents
 
     def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None) -> None:
-        """Choose the stages of a backbone, see transformers' `BackboneConfigMixin`. None for both is the last stage, of however
-        many layers there are."""
+        """Choose the stages that a backbone returns, see transformers' `BackboneConfigMixin`. If both are None, this
+        is the last stage."""
         if out_features is None and out_indices is None:
             self._out_features = self._out_indices = None
         else:
@@ -423,7 +444,8 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of what a backbone can return, in their order: `stem` for the embeddings, `stage1` after the first layer."""
+        """Names of the stages that a backbone can return, in order: `stem` for the embeddings, `stage1` after the
+        first layer."""
         return ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
 
     @property
@@ -446,23 +468,23 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
 
     @property
     def image_grid(self) -> tuple[int, int]:
-        """Patches per column and per row: (height, width)."""
+        """Number of patches along height and width: (rows, columns)."""
         (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
         return height // patch_height, width // patch_width
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image at `image_size`."""
+        """Number of patches of one image at `image_size`."""
         return math.prod(self.image_grid)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Rows before the patches: CLS and registers."""
+        """Number of tokens before the patches: CLS and registers."""
         return int(self.use_class_token) + self.num_register_tokens
 
     @property
     def pools_by_attention(self) -> bool:
-        """Whether a learned query pools the tokens."""
+        """Whether the tokens are pooled by attention with a learned query."""
         return self.pooling in ("map", "map_then_norm")
 
     @property
@@ -479,26 +501,29 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
 
     @property
     def uses_reduction_layers(self) -> bool:
-        """Whether `reduction_layers` means anything to this model."""
+        """Whether `reduction_layers` has an effect on this model."""
         return self.reduction is not None or self.cross_layer_cache or HEADS[self.head].reads_layers()
 
 
 def without_targets(reduction_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Options of a method without `ratio_targets`, DynamicViT's, which belong to the keep rates that they came with."""
+    """Return the options of a method without `ratio_targets` of DynamicViT, which are only valid for the keep rates
+    they were set for."""
     return {name: value for name, value in (reduction_kwargs or {}).items() if name != "ratio_targets"} or None
 
 
 def listed_layers(layers: Any, num_hidden_layers: int) -> Any:
-    """`reduction_layers` as they are, or every layer where they are "all"."""
+    """Return `reduction_layers`, with "all" expanded to a list of all layers."""
     return list(range(num_hidden_layers)) if layers == "all" else layers
 
 
 def check_config(config: CLCAViTConfig) -> None:
-    """Check every value and store sequences as lists. Called when a config is made, and again when a model is built
-    from it, since transformers does not validate what `from_pretrained` overrides.
+    """Check every value of a configuration and store sequences as lists.
+
+    This is called when a configuration is made, and again when a model is built from it, because transformers does not
+    validate values that `from_pretrained` overrides.
 
     Raises:
-        ValueError: naming the argument, its value and what is allowed.
+        ValueError: if a value is refused. The message names the argument, its value and what is allowed.
     """
     _check_largest(vars(config))
     config.reduction_layers = listed_layers(config.reduction_layers, config.num_hidden_layers)
@@ -515,7 +540,7 @@ def check_config(config: CLCAViTConfig) -> None:
             setattr(config, name, list(getattr(config, name)))
     _check_choices(config)
     _check_sizes(config)
-    if config._out_features is not None or config._out_indices is not None:  # else no list of all stages is made
+    if config._out_features is not None or config._out_indices is not None:  # otherwise there is nothing to verify
         config.verify_out_features_out_indices()
     _check_reduction(config)
     if config.train_keep_rates is not None:
@@ -594,16 +619,16 @@ def _check_reduction(config: CLCAViTConfig) -> None:
         raise ValueError(f"`reduction_layers` must be strictly increasing, got {layers}.")
     if config.uses_reduction_layers and any(not 0 <= i < config.num_hidden_layers for i in layers):
         raise ValueError(
-            f"`reduction_layers` must lie in 0 .. {config.num_hidden_layers - 1} for a network of "
-            f"`num_hidden_layers`={config.num_hidden_layers} layers, got {layers}."
+            f"`reduction_layers` must lie in 0 .. {config.num_hidden_layers - 1} with "
+            f"`num_hidden_layers`={config.num_hidden_layers}, got {layers}."
         )
     if budget.keep_tokens is not None:
         _check_keep_tokens(config, budget.keep_tokens)
     if config.reduction is None:
         if config.reduction_kwargs:
             raise ValueError(
-                f"`reduction_kwargs` {config.reduction_kwargs} has no method to go to: `reduction` is None. "
-                "Choose a method, or leave the options out."
+                f"`reduction_kwargs` {config.reduction_kwargs} requires `reduction`, which is None. Set a method, or remove "
+                "the options."
             )
         return
     if not layers:
@@ -612,8 +637,8 @@ def _check_reduction(config: CLCAViTConfig) -> None:
         value = getattr(config, name)
         if value is not None and len(value) not in (1, len(layers)):
             raise ValueError(
-                f"`{name}` must hold one value for all stages or one per stage; `reduction_layers` {layers} makes "
-                f"{len(layers)} stages, got {value}."
+                f"`{name}` must hold one value for all stages or one per stage, {len(layers)} for `reduction_layers` {layers}; "
+                f"got {value}."
             )
     get_reduction(config.reduction).check(config)
 
@@ -621,7 +646,7 @@ def _check_reduction(config: CLCAViTConfig) -> None:
 def _check_keep_tokens(config: CLCAViTConfig, counts: Sequence[int]) -> None:
     if config.keep_rate != [1.0]:
         raise ValueError(
-            f"`keep_tokens` {config.keep_tokens} and `keep_rate` {config.keep_rate} exclude each other: give one."
+            f"`keep_tokens` {config.keep_tokens} and `keep_rate` {config.keep_rate} exclude each other. Set only one of them."
         )
     for count in counts:
         if isinstance(count, bool) or not 1 <= count <= config.num_patches:
@@ -634,22 +659,24 @@ def _check_keep_tokens(config: CLCAViTConfig, counts: Sequence[int]) -> None:
 def _check_train_keep_rates(config: CLCAViTConfig, rates: Sequence[float]) -> None:
     rates = config.train_keep_rates = sorted(set(rates))
     if not rates:
-        raise ValueError("`train_keep_rates` must hold at least one keep rate, got []. Leave it out for none.")
+        raise ValueError(
+            "`train_keep_rates` must hold at least one keep rate, got []. Remove it to train for a single keep rate."
+        )
     if config.keep_tokens is not None:
         raise ValueError(
-            f"`train_keep_rates` {rates} and `keep_tokens` {config.keep_tokens} exclude each other: use `keep_rate`."
+            f"`train_keep_rates` {rates} and `keep_tokens` {config.keep_tokens} exclude each other. Use `keep_rate` instead of the latter."
         )
     try:
         for rate in rates:
             checked_budget(config, rate)
     except ValueError as error:
-        raise ValueError(f"`train_keep_rates` {rates} cannot be: {error}") from error
+        raise ValueError(f"`train_keep_rates` {rates} is not valid: {error}") from error
 
 
 def _check_cache(config: CLCAViTConfig) -> None:
     if config.cross_layer_cache and not config.cache_gap and config.num_clr_tokens == 0:
         raise ValueError(
-            "`cross_layer_cache` has nothing to cache: `cache_gap` is False and `num_clr_tokens` is 0. Set one of them."
+            "`cross_layer_cache` has nothing to cache: `cache_gap` is False and `num_clr_tokens` is 0. Change one of them."
         )
 
 
@@ -657,14 +684,14 @@ def _check_head(config: CLCAViTConfig) -> None:
     head = HEADS[config.head]
     if head.reads == "probes" and config.pooling != "cls":
         raise ValueError(
-            f"`pooling` must be 'cls' with `head`={config.head!r}, which does not pool, got {config.pooling!r}."
+            f"`pooling` must be 'cls' with `head`={config.head!r}, which does not use it, got {config.pooling!r}."
         )
     if config.vqt_original_slicing and (head.probe is not VQTProbe or config.reduction or config.cross_layer_cache):
-        raise ValueError("`vqt_original_slicing` is for `head`='vqt' without `reduction` and `cross_layer_cache`.")
+        raise ValueError("`vqt_original_slicing` requires `head`='vqt' without `reduction` and `cross_layer_cache`.")
     if config.num_selected_features is not None:
         if head.reads != "probes":
-            names = " and ".join(heads_reading("probes"))
-            raise ValueError(f"`num_selected_features` is for the heads {names}, not for {config.head!r}.")
+            names = " or ".join(heads_reading("probes"))
+            raise ValueError(f"`num_selected_features` requires the head {names}, got `head`={config.head!r}.")
         _check_minimum(config, "num_selected_features", 1)
     if not 0 <= config.label_smoothing < 1:
         raise ValueError(f"`label_smoothing` must be in [0, 1), got {config.label_smoothing}.")
@@ -673,8 +700,8 @@ def _check_head(config: CLCAViTConfig) -> None:
     if config.num_labels == 0 and (head.reads == "cls_tokens" or config.group_lasso_weight):
         *names, last = (name for name in HEADS if name not in heads_reading("cls_tokens"))
         raise ValueError(
-            f"`num_labels`=0, features without a classifier, is for the {', '.join(names)} and {last} heads without "
-            f"`group_lasso_weight`; got `head`={config.head!r}."
+            f"`num_labels`=0, features without a classifier, requires the head {', '.join(names)} or {last} without "
+            f"`group_lasso_weight`, got `head`={config.head!r}."
         )
     head.check(config)
 
@@ -684,8 +711,8 @@ def _check_without_class_token(config: CLCAViTConfig) -> None:
     if config.first_patch_as_cls and (config.use_class_token or not head.before_norm):
         names = ", ".join(name for name, one in HEADS.items() if one.before_norm)
         raise ValueError(
-            f"`first_patch_as_cls` is for the heads {names} without `use_class_token`; got `head`={config.head!r} and "
-            f"`use_class_token`={config.use_class_token}. Leave it out."
+            f"`first_patch_as_cls` requires one of the heads {names} without `use_class_token`, got `head`={config.head!r} "
+            f"and `use_class_token`={config.use_class_token}. Remove it."
         )
     if config.use_class_token:
         return

@@ -1,4 +1,4 @@
-"""From tokens back to patches: which patches each token holds, layer by layer, and feature maps over the patches of an image.
+"""Trace tokens back to patches layer by layer, and build feature maps over the patches of an image.
 
 Shapes: B batch, N tokens in, M tokens out, D width, S sources, P patches of the image.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .cache_clca import last_rows, mean_rows, recovery_layers
+from .cache_clca import last_tokens, masked_mean, recovery_layers
 from .reductions_clca import get_reduction, initial_state
 
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-# What a layer does to shares (B, N, S), given its index and, if it holds a stage, its assignment (B, M, N): (B, M, S).
+# Maps the layer index, shares (B, N, S) and, if the layer holds a stage, its assignment (B, M, N) to new shares (B, M, S).
 Step = Callable[[int, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def regroup(index: int, rows: torch.Tensor, assignment: torch.Tensor | None) -> torch.Tensor:
-    """The step of a layer that only hands its tokens on, or reduces them."""
-    return rows if assignment is None else assignment @ rows
+def regroup(index: int, shares: torch.Tensor, assignment: torch.Tensor | None) -> torch.Tensor:
+    """Apply the assignment of a layer to shares (B, N, S), or return them unchanged if there is none."""
+    return shares if assignment is None else assignment @ shares
 
 
 def by_layer(assignments: Sequence[torch.Tensor], config: "CLCAViTConfig") -> dict[int, torch.Tensor]:
-    """The assignment of each layer that holds a stage.
+    """Return the assignment of each layer that holds a stage, by layer index.
 
     Raises:
-        ValueError: another number of assignments than the model has stages.
+        ValueError: if the number of assignments is not the number of stages of the model.
     """
     layers = get_reduction(config.reduction).layers(config) if config.reduction else []
     if len(assignments) != len(layers):
@@ -44,82 +44,87 @@ def by_layer(assignments: Sequence[torch.Tensor], config: "CLCAViTConfig") -> di
 def patch_shares(
     config: "CLCAViTConfig", num_patches: int, batch: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Shares (B, N, P) of the embedded tokens: each patch holds itself. CLS, registers and CLR come from no patch."""
+    """Return the shares (B, N, P) of the embedded tokens: each patch token holds its own patch; CLS, registers and CLR
+    hold none."""
     patches = torch.eye(num_patches, device=device).expand(batch, -1, -1)
     return nn.functional.pad(patches, (0, 0, config.num_prefix_tokens, config.num_clr_tokens))
 
 
 class TokenTracker:
-    """Follow what each token holds of each source, from layer to layer, through all stages and the cache.
+    """Track which share of each source every token holds, layer by layer, through all stages and the cache.
 
     Args:
-        rows: (B, N, S), what each embedded token (CLS, registers, patches, CLR) holds of each source.
+        shares: (B, N, S), the share of each source in each embedded token (CLS, registers, patches, CLR).
         config: the model's configuration.
-        retrieve: whether retrieved tokens hold what they summarise. If not, a patch is only in the tokens that took its place.
+        retrieve: whether tokens retrieved from the cache hold what they summarize. If not, they hold nothing.
 
     Attributes:
-        rows: (B, N, S) for the tokens that enter the next layer.
+        shares: (B, N, S) of the tokens that enter the next layer.
     """
 
-    def __init__(self, rows: torch.Tensor, config: "CLCAViTConfig", retrieve: bool = True) -> None:
-        self.rows, self.config, self.retrieve = rows, config, retrieve
-        self.num_patches = rows.shape[1] - config.num_prefix_tokens - config.num_clr_tokens
+    def __init__(self, shares: torch.Tensor, config: "CLCAViTConfig", retrieve: bool = True) -> None:
+        self.shares, self.config, self.retrieve = shares, config, retrieve
+        self.num_patches = shares.shape[1] - config.num_prefix_tokens - config.num_clr_tokens
         self._pool_len = initial_state(config, (1, self.num_patches)).pool_len
         self._recovery = recovery_layers(config)
-        self._real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)  # not padding
+        self._real = torch.ones(shares.shape[:2], dtype=torch.bool, device=shares.device)  # not padding
         self._cached: list[torch.Tensor] = []
 
     def pass_layer(self, index: int, assignment: torch.Tensor | None, step: Step = regroup) -> torch.Tensor:
-        """Go through layer `index`, the next one.
+        """Advance through layer `index`, which must be the next one.
 
         Args:
-            index: of the layer, from 0.
-            assignment: (B, M, N) of the layer's stage. None for a layer without a stage.
-            step: what the layer does to the shares. Rows of zeros are padding, or not attended to, and must stay so.
+            index: the layer, from 0.
+            assignment: (B, M, N) of the stage of this layer, or None if it has no stage.
+            step: maps the shares before the layer to those after it. Shares of padding and masked tokens are zero and
+                must stay zero.
 
         Returns:
-            (B, M, S) for the tokens that leave the layer, before the cache is retrieved.
+            Shares (B, M, S) of the tokens that leave the layer, before cached tokens are appended.
 
         Raises:
-            ValueError: an assignment that does not fit the tokens.
+            ValueError: if the assignment does not fit the number of tokens.
         """
-        rows, real = self.rows, self._real
+        shares, real = self.shares, self._real
         if assignment is not None:
-            rows, real = rows.to(assignment.device), real.to(assignment.device)  # layers may lie on different devices
-            assignment = assignment.to(torch.promote_types(assignment.dtype, rows.dtype))
-            rows = rows.to(assignment.dtype)
-            if assignment.shape[2] != rows.shape[1]:
+            shares, real = (
+                shares.to(assignment.device),
+                real.to(assignment.device),
+            )  # layers may be on different devices
+            assignment = assignment.to(torch.promote_types(assignment.dtype, shares.dtype))
+            shares = shares.to(assignment.dtype)
+            if assignment.shape[2] != shares.shape[1]:
                 raise ValueError(
-                    f"`assignments` of layer {index} take in {assignment.shape[2]} tokens, but {self.num_patches} patches "
-                    f"make {rows.shape[1]}: they belong to images with another grid of patches."
+                    f"`assignments` of layer {index} must map {shares.shape[1]} tokens for images of {self.num_patches} "
+                    f"patches, got {assignment.shape[2]}. They belong to images with another grid of patches."
                 )
-            real = assignment.sum(dim=-1) > 0  # a padding row is made of nothing
-        left = rows = step(index, rows, assignment)
+            real = assignment.sum(dim=-1) > 0  # padding has no shares
+        left = shares = step(index, shares, assignment)
         if index in self._recovery:
-            self._pool_len = rows.shape[1]
-            rows = torch.cat([rows, *(entry.to(rows) for entry in self._cached)], dim=1)
-            real = nn.functional.pad(real, (0, rows.shape[1] - self._pool_len), value=True)
+            self._pool_len = shares.shape[1]
+            shares = torch.cat([shares, *(entry.to(shares) for entry in self._cached)], dim=1)
+            real = nn.functional.pad(real, (0, shares.shape[1] - self._pool_len), value=True)
             self._cached = []
         if self._recovery and index < self._recovery[-1]:
-            self._cached += self._entry(rows, real)
-        self.rows, self._real = rows, real
+            self._cached += self._entry(shares, real)
+        self.shares, self._real = shares, real
         return left
 
-    def _entry(self, rows: torch.Tensor, real: torch.Tensor) -> list[torch.Tensor]:
-        """What a layer writes to the cache."""
+    def _entry(self, shares: torch.Tensor, real: torch.Tensor) -> list[torch.Tensor]:
+        """Return the shares that a layer writes to the cache."""
         config, entry = self.config, []
         if config.cache_gap:
-            entry.append(mean_rows(rows, 0 if config.cache_pool_cls else 1, self._pool_len, real))
+            entry.append(masked_mean(shares, 0 if config.cache_pool_cls else 1, self._pool_len, real))
         if config.num_clr_tokens:
-            entry.append(last_rows(rows, config.num_clr_tokens, real))
-        return entry if self.retrieve else [torch.zeros_like(row) for row in entry]
+            entry.append(last_tokens(shares, config.num_clr_tokens, real))
+        return entry if self.retrieve else [torch.zeros_like(part) for part in entry]
 
 
 def unmerge(tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Spread tokens back over the patches they came from: for dense predictions, and for pictures.
+    """Spread tokens back over the patches they came from, for dense predictions and figures.
 
-    A patch gets the mean of the tokens that hold a part of it, weighted by the parts; a patch that no token holds, which
-    pruning leaves behind, gets zeros.
+    Each patch gets the mean of the tokens that hold a share of it, weighted by these shares. A patch that no token
+    holds, because it was pruned, gets zeros.
 
     Args:
         tokens: (B, N, D), for example `last_hidden_state`.
@@ -129,7 +134,7 @@ def unmerge(tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         (B, P, D), in the order of the patches.
 
     Raises:
-        ValueError: shares that do not belong to the tokens.
+        ValueError: if the shares do not fit the tokens.
     """
     if shares.shape[:2] != tokens.shape[:2]:
         raise ValueError(
@@ -141,8 +146,16 @@ def unmerge(tokens: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_held(held: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """For each patch of a grid (rows, columns) the nearest one that is `held` (B, P), by Euclidean distance, of several the one
-    with the lowest index: (B, P). Any patch where an image has none."""
+    """Return, for each patch of a grid, the nearest patch that is held, by Euclidean distance; of equally near ones
+    the lowest index.
+
+    Args:
+        held: (B, P), True for held patches.
+        grid: (rows, columns) of patches.
+
+    Returns:
+        Indices (B, P). They are arbitrary for an image without held patches.
+    """
     axes = [torch.arange(side, device=held.device, dtype=torch.float32) for side in grid]
     rows, columns = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
     squares = (rows - rows[:, None]).square() + (columns - columns[:, None]).square()  # (P, P), exact
@@ -157,25 +170,25 @@ def feature_maps(
     indices: Sequence[int],
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Put the tokens of some layers back on the grid of patches.
+    """Build feature maps over the grid of patches from the tokens of some layers.
 
-    A patch gets the mean of the tokens that hold a part of it (`unmerge`; tokens from the cache hold none). Where no token holds
-    it, `config.feature_fill` says what it gets: what it had in the last layer in which a token held it (`last`), what the
-    nearest patch has that is held (`nearest`), or zeros (`zero`).
+    Each patch gets the mean of the tokens that hold a share of it (see `unmerge`; tokens from the cache hold none). If
+    no token holds it, `config.feature_fill` decides: `last`, its value in the last layer in which a token held it;
+    `nearest`, the value of the nearest held patch; `zero`, zeros.
 
     Args:
-        hidden_states: the embeddings (B, N, D) and the output of each layer, before the cache is retrieved.
-        assignments: one (B, M, N) per stage; none for a model without a reduction.
+        hidden_states: the embeddings (B, N, D) and the output of each layer, before cached tokens are appended.
+        assignments: (B, M, N) of each stage; empty for a model without a reduction.
         config: the model's configuration.
-        grid: patches of the images: rows, columns.
-        indices: of the hidden states that are wanted, ascending, from 0 for the embeddings.
-        norm: what to apply to the tokens first.
+        grid: (rows, columns) of patches of the images.
+        indices: indices of the hidden states to return, ascending; 0 for the embeddings.
+        norm: function to apply to the tokens first.
 
     Returns:
         One map (B, D, rows, columns) per index.
 
     Raises:
-        ValueError: assignments that do not belong to the configuration or to the grid.
+        ValueError: if the assignments do not fit the configuration or the grid.
     """
     stages = by_layer(assignments, config)
     first_stage = min(stages, default=len(hidden_states))
@@ -192,7 +205,7 @@ def feature_maps(
         if index not in indices and not before_stage:
             continue
         tokens = tokens if norm is None else norm(tokens)
-        if index <= first_stage:  # nothing has moved yet
+        if index <= first_stage:  # tokens are still in the order of the patches
             patches = tokens[:, prefix : prefix + num_patches]
         else:
             patches = _filled(unmerge(tokens, shares.to(tokens.device)), shares, last, config.feature_fill, grid)
@@ -206,11 +219,11 @@ def feature_maps(
 def _filled(
     patches: torch.Tensor, shares: torch.Tensor, last: torch.Tensor | None, fill: str, grid: tuple[int, int]
 ) -> torch.Tensor:
-    """Patches (B, P, D), which are zero where no token holds them, after filling those."""
+    """Fill the patches (B, P, D) that no token holds, which are zero, as `fill` says."""
     if fill == "zero":
         return patches
     held = (shares.sum(dim=1) > 0).to(patches.device)  # (B, P)
     if fill == "nearest":
         return patches.gather(1, nearest_held(held, grid).unsqueeze(-1).expand_as(patches))
-    assert last is not None  # what no token holds was dropped by a stage
+    assert last is not None  # patches without a token were dropped by an earlier stage
     return torch.where(held.unsqueeze(-1), patches, last.to(patches))

@@ -1,38 +1,38 @@
-"""The switch of all fast paths: what a model leaves out, or computes in another way than by calling its modules.
+"""Switch for all fast paths: computations that a model skips, or does without calling its modules.
 
-| fast path | where | off in one model or process |
+| fast path | where | disable it alone |
 | --- | --- | --- |
-| tokens that nobody reads are not computed | `CLCAViTModel.shortcuts` | `model.vit.skip_unread_rows = False` |
-| linear layers by oneDNN, in inference on a CPU in float32 | `linear_clca` | `torch.backends.mkldnn.flags(enabled=False)` |
-| GELU in place, in inference | `gelu_clca` | |
-| attention and what is asked of all of it from one pass, in inference | `AttentionContext._of_chunks` | |
-| products of all queries with one vector by the projection's weights | `linear_clca.linear_products` | |
+| unused tokens are not computed | `CLCAViTModel.shortcuts` | `model.vit.skip_unread_rows = False` |
+| linear layers by oneDNN, in float32 inference on a CPU | `linear_clca` | `torch.backends.mkldnn.flags(enabled=False)` |
+| in-place GELU, in inference | `gelu_clca` | |
+| attention output and statistics in one pass, in inference | `AttentionContext._of_chunks` | |
+| products of all queries with one vector from the projection weights | `linear_clca.linear_products` | |
 
-Results are equal but for rounding. Each path steps aside by itself where it would be noticed: for hooks (`hooks_clca`),
-recorded hidden states and attention maps, replaced modules and tracers. So the switch is for comparisons and for the search
-for a fault.
+Results are the same up to rounding. A fast path is not taken where the difference would be noticeable: with hooks
+(`hooks_clca`), recorded hidden states or attention maps, replaced modules, and during tracing. Use the switch for
+comparisons and debugging.
 """
 
 _enabled = True
 
 
 def fast_paths_enabled() -> bool:
-    """Whether fast paths may be taken, as `set_fast_paths` says."""
+    """Whether fast paths may be taken, see `set_fast_paths`."""
     return _enabled
 
 
 class set_fast_paths:
-    """Turn all fast paths on or off, for all models of the process and all of its threads: from now on, or in a `with` block.
+    """Turn all fast paths on or off, for all models and threads of the process: permanently, or within a `with` block.
 
     Args:
-        enabled: whether fast paths may be taken. They may by default.
+        enabled: whether fast paths may be taken. They are on by default.
 
     Example:
 
     ```python
     >>> from clca import set_fast_paths
     >>> with set_fast_paths(False):
-    ...     pass  # forwards here call every module, on all tokens
+    ...     pass  # forward passes in this block call every module, on all tokens
     >>> _ = set_fast_paths(True)
 
     ```

@@ -1,4 +1,6 @@
-"""GELU in place: the hidden units of an MLP are a model's largest tensor, and a second one costs as much as the function."""
+"""In-place GELU. The hidden activations of the MLP are the largest tensor of a model, and a second copy costs as much
+time as the function.
+"""
 
 import torch
 from torch import nn
@@ -9,9 +11,19 @@ from .hooks_clca import is_hooked
 
 
 def activate(activation: nn.Module, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The activation of what a layer gave, `hidden` (...): in place where nobody else can hold that tensor, which is in
-    inference, for GELU, behind torch's own linear layer and without hooks; otherwise by calling `activation`.
-    `set_fast_paths(False)` always calls it."""
+    """Apply `activation` to `hidden`, the output of `layer`.
+
+    GELU is applied in place if no other code can hold a reference to `hidden`: in inference, after a plain
+    `nn.Linear`, and without hooks. In all other cases, and with `set_fast_paths(False)`, `activation` is called.
+
+    Args:
+        activation: activation function of an MLP.
+        layer: module that computed `hidden`.
+        hidden: tensor of any shape.
+
+    Returns:
+        Tensor of the same shape.
+    """
     if (
         not torch.is_grad_enabled()
         and type(activation) is GELUActivation

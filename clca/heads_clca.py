@@ -1,17 +1,17 @@
-"""Heads: what classifies, and what it reads of which layers.
+"""Classification heads, and the probes that collect their features from the layers.
 
-| head | reads | classifies by |
+| head | features | classifier |
 | --- | --- | --- |
-| `linear` | what `config.pooling` makes of the last tokens | a linear layer |
+| `linear` | the last tokens, pooled as `config.pooling` says | a linear layer |
 | `cla` | CLS after several layers | a depth-wise and a point-wise convolution |
 | `ifa` | CLS after several layers | a learned weighted sum, and a linear layer |
 | `h2t` | means over the tokens of four tensors of each probed layer | a linear layer |
 | `vqt` | learned queries that pass through each probed layer | a linear layer |
 
-Everything that the configuration, the layers and the model have to know of a head stands in its class, and `HEADS` lists
-them all: another head is one class more, and one line there.
+The configuration, the layers and the model ask the class of a head for everything they need, and `HEADS` lists all
+heads. To add a head, write one class and add one entry.
 
-Shapes: B batch, N tokens, M layers that are read, D width, Q queries, F features, K classes.
+Shapes: B batch, N tokens, M aggregated layers, D width, Q queries, F features, K classes.
 """
 
 import math
@@ -24,33 +24,36 @@ from transformers import initialization as init
 
 from .attention_clca import AttentionContext
 from .budget_clca import as_pair
-from .cache_clca import mean_rows
+from .cache_clca import masked_mean
 
 
 if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-# Probes: modules in the layers, which take out of them what a head reads.
+# Probes: modules inside the layers that extract the features of a head.
 
 
 class LayerTrace(NamedTuple):
-    """What a probe may look at in a layer. Tokens may be fewer after a reduction inside the layer."""
+    """Tensors of a layer that a probe may read. After a reduction inside the layer, later tensors have fewer
+    tokens."""
 
     normed: torch.Tensor  # input of the attention, (B, N, D)
-    attended: torch.Tensor  # what the attention adds, (B, N, D)
-    inner: torch.Tensor | None  # hidden units of the MLP, (B, N, intermediate_size), for probes that read tokens
-    transformed: torch.Tensor  # what the MLP adds, (B, N, D)
-    visible: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]  # of the first, second, other two
+    attended: torch.Tensor  # what the attention adds to the residual stream, (B, N, D)
+    inner: torch.Tensor | None  # hidden activations of the MLP, (B, N, intermediate_size); None unless `reads_tokens`
+    transformed: torch.Tensor  # what the MLP adds to the residual stream, (B, N, D)
+    key_masks: tuple[
+        torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+    ]  # of `normed`, `attended`, the others
     context: AttentionContext
 
 
 class Probe(nn.Module):
-    """What a head puts into each of `config.probe_layers`.
+    """Base of the modules that a head places into each of `config.probe_layers`.
 
     Attributes:
-        reads_tokens: it looks at all tokens of the layer, those that leave in it too, and at the hidden units of its MLP. The
-            layer then computes them all.
+        reads_tokens: whether the probe reads all tokens of the layer, including those removed in it, and the hidden
+            activations of its MLP. The layer then computes all of them.
 
     Args:
         config: the model's configuration.
@@ -62,19 +65,24 @@ class Probe(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, answer: Callable, trace: LayerTrace) -> torch.Tensor:
-        """Features (B, ...) of one layer, of what is seen there. `answer(queries, context)` takes tokens (B, Q, D) of the
-        probe's own through the layer: they attend to its tokens, not to each other."""
+    def forward(self, transform: Callable, trace: LayerTrace) -> torch.Tensor:
+        """Return the features (B, ...) of one layer.
+
+        Args:
+            transform: function `(queries, context) -> tokens` that passes additional tokens (B, Q, D) through the layer.
+                They attend to the tokens of the layer, not to each other.
+            trace: tensors of the layer.
+        """
         raise NotImplementedError
 
 
 class H2TProbe(Probe):
-    """Head2Toe (https://huggingface.co/papers/2201.03529): the means over tokens of four tensors of a layer."""
+    """Head2Toe (https://huggingface.co/papers/2201.03529): means over the tokens of four tensors of a layer."""
 
-    def forward(self, answer: Callable, trace: LayerTrace) -> torch.Tensor:
-        """Features (B, 3 D + intermediate_size) of unit length."""
-        before, between, after = trace.visible
-        assert trace.inner is not None  # since it reads tokens
+    def forward(self, transform: Callable, trace: LayerTrace) -> torch.Tensor:
+        """Return features (B, 3 D + intermediate_size) of unit length."""
+        before, between, after = trace.key_masks
+        assert trace.inner is not None  # because of `reads_tokens`
         means = (
             mean_tokens(trace.normed, before),
             mean_tokens(trace.attended, between),
@@ -85,8 +93,9 @@ class H2TProbe(Probe):
 
 
 class VQTProbe(Probe):
-    """Visual Query Tuning (https://huggingface.co/papers/2212.03220): learned queries look at a layer's tokens and pass
-    through the layer, while the tokens do not see them."""
+    """Visual Query Tuning (https://huggingface.co/papers/2212.03220): learned queries that pass through a layer.
+
+    The queries attend to the tokens of the layer; the tokens do not attend to the queries."""
 
     reads_tokens = False
 
@@ -95,46 +104,49 @@ class VQTProbe(Probe):
         self.queries = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
 
     def init_weights(self) -> None:
-        """Draw the queries from a uniform distribution that depends on the patch size."""
+        """Draw the queries from a uniform distribution whose range depends on the patch size."""
         patch_height, patch_width = as_pair(self.config.patch_size)
         bound = (6 / (3 * patch_height * patch_width + self.config.hidden_size)) ** 0.5
         init.uniform_(self.queries, -bound, bound)
 
-    def forward(self, answer: Callable | None = None, trace: LayerTrace | None = None) -> torch.Tensor:
-        """The queries (B, Q, D) after the layer, which `answer` takes them through; without it as they were learned,
-        (1, Q, D)."""
-        if answer is None:
+    def forward(self, transform: Callable | None = None, trace: LayerTrace | None = None) -> torch.Tensor:
+        """Return the queries (B, Q, D) after the layer, or, without arguments, the learned queries (1, Q, D)."""
+        if transform is None:
             return self.queries
-        assert trace is not None  # comes with `answer`
-        return answer(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context)
+        assert trace is not None  # passed together with `transform`
+        return transform(self.queries.expand(trace.normed.shape[0], -1, -1), trace.context)
 
 
 # Heads.
 
 
 class NetworkEnds(NamedTuple):
-    """The two ends of a network, beside what probes took out of its layers."""
+    """Tensors at both ends of the network, besides the features from the probes."""
 
-    embeddings: torch.Tensor  # that enter the first layer, (B, N, D)
-    hidden_states: torch.Tensor  # that leave the last layer, (B, N, D)
-    normalised: torch.Tensor  # the same after the final norm, (B, N, D)
-    visible: torch.Tensor | None  # which of these may be averaged, (B, N); None for all
+    embeddings: torch.Tensor  # input of the first layer, (B, N, D)
+    hidden_states: torch.Tensor  # output of the last layer, (B, N, D)
+    normalized: torch.Tensor  # the same after the final norm, (B, N, D)
+    key_mask: torch.Tensor | None  # (B, N), True for the output tokens that may be averaged; None for all
 
 
 class Head:
-    """What a head reads of the network, and the classifier that it puts on that. A subclass is listed in `HEADS`, under the
-    name that `config.head` knows it by; it is a module itself where its classifier is more than a linear layer.
+    """Base of the heads: what a head reads from the network, and how its classifier is built.
 
-    A module of a classifier or a probe that has parameters of its own and a method `init_weights` is initialised by that,
-    after its parts. (In code from the Hub transformers passes over modules without parameters of their own.)
+    List subclasses in `HEADS` under the name that `config.head` uses. If the classifier is more than a linear layer,
+    the subclass is also the module.
+
+    If a module of the classifier or of a probe has its own parameters and a method `init_weights`, this method
+    initializes it, after its submodules. (transformers does not call it on modules without their own parameters in
+    code from the Hub.)
 
     Attributes:
-        reads: what the classifier is called with.
-            `pooled`: what `config.pooling` makes of the last tokens, (B, D).
+        reads: input of the classifier.
+            `pooled`: the last tokens, pooled as `config.pooling` says, (B, D).
             `cls_tokens`: CLS after each of `config.aggregation_layers`, before the final norm, (B, M, D).
-            `probes`: what `collect` makes of what a `probe` in each of `config.probe_layers` has taken out, (B, F).
-        before_norm: it reads CLS before the final norm, and nothing behind that. The norm stays in the checkpoint, frozen.
-        probe: the module that `reads="probes"` puts into layers. None for the other heads.
+            `probes`: the features that `collect` joins from the probes in `config.probe_layers`, (B, F).
+        before_norm: whether the head reads CLS before the final norm and nothing after it. The unused norm stays in
+            the checkpoint and is frozen.
+        probe: class of the modules placed into layers with `reads="probes"`; None for the other heads.
     """
 
     reads: ClassVar[str] = "pooled"
@@ -143,41 +155,46 @@ class Head:
 
     @classmethod
     def check(cls, config: "CLCAViTConfig") -> None:
-        """Refuse configurations that the head cannot serve, beyond what follows from its attributes.
+        """Refuse configurations that the head does not support, beyond those that its attributes exclude.
 
         Raises:
-            ValueError: whatever a subclass refuses.
+            ValueError: if a subclass refuses the configuration.
         """
 
     @classmethod
     def reads_layers(cls) -> bool:
-        """Whether it reads more of the network than its end."""
+        """Whether the head reads more than the output of the last layer."""
         return cls.reads != "pooled"
 
     @classmethod
     def reads_only_cls(cls, config: "CLCAViTConfig") -> bool:
-        """Whether CLS is all that it reads of the last layer."""
+        """Whether the head reads only CLS from the last layer."""
         return cls.before_norm or (cls.reads == "pooled" and config.pooling == "cls")
 
     @classmethod
     def takes_rate(cls, config: "CLCAViTConfig") -> bool:
-        """Whether the classifier's second argument is the keep rate of the forward."""
+        """Whether the classifier takes the keep rate of the forward pass as its second argument."""
         return False
 
     @classmethod
     def num_features(cls, config: "CLCAViTConfig") -> int:
-        """Width F of what a linear classifier reads."""
+        """Return the number of input features F of a linear classifier."""
         return config.hidden_size
 
     @classmethod
     def collect(cls, probed: Sequence[torch.Tensor], ends: NetworkEnds) -> Sequence[torch.Tensor]:
-        """Features (B, ...), to be joined along their last axis, of what the probes took out of the layers, one tensor for
-        each, and of the ends of the network. The tensors may lie on different devices."""
+        """Return the features (B, ...) of a head with `reads="probes"`; they are joined along the last axis.
+
+        Args:
+            probed: output of the probe of each layer. The tensors may be on different devices.
+            ends: tensors at both ends of the network.
+        """
         raise NotImplementedError
 
     @classmethod
     def build(cls, config: "CLCAViTConfig") -> nn.Module:
-        """The classifier, to logits (B, K). By default a linear layer; with `num_labels=0` what is read, as it is."""
+        """Build the classifier, which returns logits (B, K): by default a linear layer, or the identity with
+        `num_labels=0`."""
         if config.num_labels == 0:
             return nn.Identity()
         if config.num_selected_features is not None:
@@ -204,14 +221,16 @@ class LinearHead(Head):
 
 
 class SwitchableBatchNorm(nn.Module):
-    """BatchNorm that keeps running statistics for each of several keep rates apart, since CLS is distributed otherwise
-    after each; scale and shift are shared (as in https://huggingface.co/papers/1812.08928).
+    """BatchNorm with separate running statistics for each of several keep rates
+    (https://huggingface.co/papers/1812.08928).
 
-    Training at a rate moves the statistics of that rate only. Evaluation at a rate between two takes statistics between
-    theirs, linear in the logarithm of the rate, and outside of all those of the nearest.
+    The distribution of CLS depends on the keep rate. Scale and shift are shared between rates.
+
+    Training at a rate updates the statistics of that rate only. Evaluation at a rate between two of them interpolates
+    their statistics linearly in the logarithm of the rate; outside of their range it uses those of the nearest rate.
 
     Args:
-        num_features: channels C.
+        num_features: number of channels C.
         rates: R keep rates, ascending.
     """
 
@@ -221,7 +240,7 @@ class SwitchableBatchNorm(nn.Module):
     def __init__(self, num_features: int, rates: Sequence[float]) -> None:
         super().__init__()
         self.rates = list(rates)
-        self.eps, self.momentum = 1e-5, 0.1  # those of `nn.BatchNorm1d`
+        self.eps, self.momentum = 1e-5, 0.1  # the defaults of `nn.BatchNorm1d`
         self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
         self.register_buffer("rate_mean", torch.zeros(len(rates), num_features))
         self.register_buffer("rate_var", torch.ones(len(rates), num_features))
@@ -232,16 +251,16 @@ class SwitchableBatchNorm(nn.Module):
             init.ones_(ones)
 
     def forward(self, hidden: torch.Tensor, rate: float) -> torch.Tensor:
-        """Normalise `hidden` (B, C, ...) at a keep rate.
+        """Normalize `hidden` (B, C, ...) at a keep rate.
 
         Raises:
-            ValueError: training at a rate that is not one of the module's.
+            ValueError: if the module trains at a rate that is not in `rates`.
         """
         if self.training:
             if rate not in self.rates:
                 raise ValueError(
-                    f"`keep_rate` {rate} is none of `train_keep_rates` {self.rates}, whose statistics the head keeps. Pass "
-                    "one of them to the forward of each training step (`ufgir.training.draw_keep_rate`)."
+                    f"`keep_rate` must be one of `train_keep_rates` {self.rates} in training, got {rate}. Pass one of them to "
+                    "`forward` in each training step, see `ufgir.training.draw_keep_rate`."
                 )
             row = self.rates.index(rate)
             mean, var = self.rate_mean[row], self.rate_var[row]
@@ -252,7 +271,7 @@ class SwitchableBatchNorm(nn.Module):
         )
 
     def at(self, rate: float, statistics: torch.Tensor) -> torch.Tensor:
-        """Statistics (C,) at any rate, of those (R, C) at the module's rates."""
+        """Return statistics (C,) at any rate, interpolated between those (R, C) at the rates of the module."""
         above = sum(own < rate for own in self.rates)
         if above == 0 or above == len(self.rates):
             return statistics[min(above, len(self.rates) - 1)]
@@ -261,7 +280,8 @@ class SwitchableBatchNorm(nn.Module):
 
 
 class AggregationHead(Head, nn.Module):
-    """Base of the heads that are modules on the CLS tokens of several layers."""
+    """Base of the heads that are modules on the CLS tokens of several layers. Subclasses define `__init__` and
+    `forward`."""
 
     reads = "cls_tokens"
     before_norm = True
@@ -272,21 +292,25 @@ class AggregationHead(Head, nn.Module):
 
 
 class LayerConvolution(nn.Conv1d):
-    """A depth-wise convolution over the layers."""
+    """Depth-wise convolution over the layers."""
 
     def init_weights(self) -> None:
-        """Draw the kernels: a few numbers per channel need more than the range meant for wide layers."""
+        """Draw the kernels from U(-1/sqrt(M), 1/sqrt(M)) for M layers. `initializer_range` is meant for
+        wider inputs."""
         bound = self.kernel_size[0] ** -0.5
         init.uniform_(self.weight, -bound, bound)
 
 
 class CLAHead(AggregationHead):
-    """Cross-layer aggregation (https://huggingface.co/papers/2501.00243): a depth-wise convolution over the layers mixes
-    the CLS tokens channel by channel, a point-wise one classifies.
+    """Cross-layer aggregation (https://huggingface.co/papers/2501.00243).
 
-    BatchNorm -> depth-wise Conv1d, kernel M, `cla_multiplier` channels out per channel in -> BatchNorm -> GELU -> classes.
-    With `config.train_keep_rates` each BatchNorm is a `SwitchableBatchNorm`.
-    """
+    A depth-wise convolution over the layers mixes the CLS tokens channel by channel; a point-wise convolution
+    classifies:
+
+    BatchNorm -> depth-wise Conv1d, kernel size M, `cla_multiplier` output channels per input channel -> BatchNorm ->
+    GELU -> point-wise Conv1d.
+
+    With `config.train_keep_rates` each BatchNorm is a `SwitchableBatchNorm`."""
 
     def __init__(self, config: "CLCAViTConfig", num_labels: int) -> None:
         super().__init__()
@@ -303,10 +327,14 @@ class CLAHead(AggregationHead):
         return bool(config.train_keep_rates)
 
     def forward(self, cls_tokens: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
-        """CLS tokens (B, M, D), not normalised, that come from a backbone at a keep rate, to logits (B, K).
+        """Return logits (B, K).
+
+        Args:
+            cls_tokens: (B, M, D), before the final norm.
+            rate: keep rate of the backbone in this forward pass.
 
         Raises:
-            ValueError: training with a single image.
+            ValueError: if the head trains on a single image.
         """
         if self.training and cls_tokens.shape[0] < 2:
             raise ValueError(
@@ -322,8 +350,7 @@ class CLAHead(AggregationHead):
 class IFAHead(AggregationHead):
     """Intermediate feature aggregation: one learned weighted sum over the layers, then a linear classifier.
 
-    Linear(M, 1) over the layers -> ReLU -> LayerNorm -> classes.
-    """
+    Linear(M, 1) over the layers -> ReLU -> LayerNorm -> linear classifier."""
 
     def __init__(self, config: "CLCAViTConfig", num_labels: int) -> None:
         super().__init__()
@@ -333,13 +360,14 @@ class IFAHead(AggregationHead):
         self.out_proj = nn.Linear(config.hidden_size, num_labels)
 
     def forward(self, cls_tokens: torch.Tensor) -> torch.Tensor:
-        """CLS tokens (B, M, D), not normalised, to logits (B, K)."""
+        """Return logits (B, K) of CLS tokens (B, M, D), which are not normalized."""
         hidden = self.aggregate(cls_tokens.transpose(1, 2)).squeeze(-1)  # (B, D)
         return self.out_proj(self.layernorm(self.activation(hidden)))
 
 
 class H2THead(Head):
-    """Head2Toe: a linear layer on what its probes take out, and on the mean token at both ends, each of unit length."""
+    """Head2Toe: a linear layer on the features of the probes and on the mean token at both ends, each of
+    unit length."""
 
     reads = "probes"
     probe = H2TProbe
@@ -351,12 +379,12 @@ class H2THead(Head):
 
     @classmethod
     def collect(cls, probed: Sequence[torch.Tensor], ends: NetworkEnds) -> Sequence[torch.Tensor]:
-        first, last = ends.embeddings.mean(dim=1), mean_tokens(ends.normalised, ends.visible)
+        first, last = ends.embeddings.mean(dim=1), mean_tokens(ends.normalized, ends.key_mask)
         return [nn.functional.normalize(first, dim=-1), *probed, nn.functional.normalize(last, dim=-1)]
 
 
 class VQTHead(Head):
-    """Visual Query Tuning: a linear layer on the queries of each layer and on the last CLS, each part of unit length."""
+    """Visual Query Tuning: a linear layer on the queries of each layer and on the last CLS, each of unit length."""
 
     reads = "probes"
     before_norm = True
@@ -368,7 +396,7 @@ class VQTHead(Head):
 
     @classmethod
     def collect(cls, probed: Sequence[torch.Tensor], ends: NetworkEnds) -> Sequence[torch.Tensor]:
-        parts = [*(answers.flatten(1) for answers in probed), ends.hidden_states[:, 0]]
+        parts = [*(queries.flatten(1) for queries in probed), ends.hidden_states[:, 0]]
         return [nn.functional.normalize(part, dim=-1) for part in parts]
 
 
@@ -382,23 +410,28 @@ HEADS: dict[str, type[Head]] = {
 
 
 def heads_reading(what: str) -> tuple[str, ...]:
-    """Names of the heads whose `reads` is `pooled`, `cls_tokens` or `probes`."""
+    """Return the names of the heads whose `reads` is `pooled`, `cls_tokens` or `probes`."""
     return tuple(name for name, head in HEADS.items() if head.reads == what)
 
 
 def head_weight(head: nn.Module) -> torch.Tensor:
-    """Weight (K, features, ...) of the last layer of a head, which the group lasso acts on."""
-    # By attribute, not by class: peft wraps the head.
+    """Return the weight (K, features, ...) of the last layer of a head. The group lasso acts on it."""
+    # By attribute, not by class, because peft wraps the head.
     last: Any = getattr(head, "linear", getattr(head, "out_proj", head))
     return last.weight
 
 
 def best_features(weight: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Indices, ascending, of the share of features whose weights (K, F) have the largest norms: Head2Toe's selection."""
+    """Return the ascending indices of the features whose weights (K, F) have the largest norms: Head2Toe's selection.
+
+    Args:
+        weight: (K, F).
+        fraction: share of the features to select, in (0, 1].
+    """
     norms = weight.norm(dim=0)
     return norms.topk(max(1, round(fraction * len(norms)))).indices.sort().values
 
 
-def mean_tokens(tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """Mean (B, D) over all `tokens` (B, N, D) that may be averaged."""
-    return mean_rows(tokens, 0, tokens.shape[1], visible).squeeze(1)
+def mean_tokens(tokens: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean (B, D) of `tokens` (B, N, D) over the tokens that the mask (B, N) admits."""
+    return masked_mean(tokens, 0, tokens.shape[1], key_mask).squeeze(1)

@@ -1,4 +1,4 @@
-"""Find out whether hooks watch a module: fast paths must not skip what somebody watches."""
+"""Detect hooks on modules. Fast paths must not skip computations that a hook observes."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,18 +9,19 @@ from torch.nn.modules import module as torch_module
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# Their hooks on layers gather, move or record tensors, and read no tokens.
+# Hooks of these libraries gather, move or record tensors of layers. They do not read tokens.
 _HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed.", "torch.utils.", "transformers.")
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether there is any hook on a module itself, of forward or backward passes."""
+    """Whether a module itself has a forward or backward hook."""
     return any(getattr(module, kind) for kind in _KINDS)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether there is any hook on a module itself, or one on every module, of forward or backward passes. (torch asks the
-    same before it calls `forward` and nothing else.)"""
+    """Whether a module itself has a forward or backward hook, or a global module hook is registered.
+
+    torch makes the same test before it calls only `forward`."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -34,19 +35,21 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 class HookWatch:
-    """Says whether somebody's hooks look at what a module, one of its parts, or one of some other modules takes or gives.
+    """Detect hooks that observe a module, one of its submodules, or one of some other modules.
 
-    Hooks may come at any time, and parts be replaced (peft and quantisation do that). So both are looked at in each call, but
-    in a list of the parts, kept from call to call, which is quick; the tree is walked only when that list is out of date.
-    """
+    Hooks can be added and submodules replaced at any time (peft and quantization do so), so both are checked in each
+    call. To be fast, a call checks a cached list of submodules and walks the module tree only if the list is out of
+    date."""
 
     def __init__(self) -> None:
-        self._parts: list[nn.Module] = []  # of the module last asked about, itself the first
-        self._children: list[nn.Module | None] = []  # of all parts, in their order
+        self._parts: list[nn.Module] = []  # the module of the last call and its submodules
+        self._children: list[nn.Module | None] = []  # children of all parts, in order
 
     def __call__(self, module: nn.Module, *others: nn.Module) -> bool:
-        """Whether anybody watches `module` with all its parts, or `others` themselves. Hooks of libraries that move or record
-        tensors do not count, nor those that have an attribute `reads_no_rows`; none do while a graph is compiled."""
+        """Whether hooks observe `module` with all its submodules, or one of `others` without theirs.
+
+        Hooks of libraries that move or record tensors are ignored, and hooks with an attribute `reads_no_rows`. While
+        a graph is compiled, the answer is False."""
         if torch.compiler.is_compiling():
             return False
         modules = (*self._parts_of(module), *others)
@@ -55,7 +58,7 @@ class HookWatch:
         return any(not (_is_of_library(hook) or getattr(hook, "reads_no_rows", False)) for hook in _hooks_on(modules))
 
     def _parts_of(self, module: nn.Module) -> list[nn.Module]:
-        parts = self._parts  # of its own, should another thread replace it
+        parts = self._parts  # local reference, in case another thread replaces it
         same = bool(parts) and parts[0] is module
         if not same or [child for part in parts for child in part._modules.values()] != self._children:
             parts = list(module.modules())
@@ -65,7 +68,7 @@ class HookWatch:
 
 
 def _hooks_on(modules: Iterable[nn.Module]) -> Iterator[Callable]:
-    """All hooks on these modules themselves and those on every module."""
+    """Yield all hooks on these modules and all global module hooks."""
     yield from (hook for kind in _KINDS for hook in getattr(torch_module, "_global" + kind).values())
     yield from (hook for module in modules for kind in _KINDS for hook in getattr(module, kind).values())
 

@@ -1,9 +1,10 @@
-"""The image processor of a CLCA ViT: from an image of any mode, orientation and depth to `pixel_values`, as in training.
+"""Image processor of a CLCA ViT: from an image of any mode, orientation and bit depth to `pixel_values`, as in
+training.
 
-    upright 8-bit RGB -> resize to size / crop_pct -> crop the centre to size -> rescale -> normalize
+    upright 8-bit RGB -> resize to size / crop_pct -> crop the center to size -> rescale -> normalize
 
-`size` is what the model takes. `crop_pct` is the share of the resized image that the crop keeps, as in timm. Files that name
-both sizes themselves, `size` before the crop and `crop_size` with `do_center_crop`, are read as well.
+`size` is the input size of the model. `crop_pct` is the share of the resized image that the crop keeps, as in timm.
+Files that specify both sizes, `size` before the crop and `crop_size` with `do_center_crop`, are also supported.
 """
 
 import logging
@@ -26,26 +27,26 @@ _depths_warned_of: set[int] = set()
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-    """Open an image file, or an open one, as 8-bit RGB, see `to_rgb`. Pillow tells its format by its content.
+    """Open an image file, or a file object, as 8-bit RGB, see `to_rgb`. Pillow detects the format from the content.
 
     Raises:
-        ValueError: its values cannot be taken for brightness.
-        OSError: it is no image, or a broken one. (Pillow's decoders raise other errors, too.)
+        ValueError: if its values cannot be interpreted as brightness.
+        OSError: if it is not an image or is damaged. (Some decoders of Pillow raise other errors.)
     """
     with Image.open(source) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB, turned upright as its EXIF orientation says.
+    """Convert an image of any mode to 8-bit RGB, upright according to its EXIF orientation.
 
-    Transparent pixels are laid over white, as transformers' image processors do. Grey values of more than 8 bits are scaled,
-    where Pillow would cut them off at 255: integers up to 255 are levels already, those up to 65535 are of 16 bits;
-    floating-point values lie in [0, 1], or are levels up to 255. A 16-bit image that uses 14 bits or fewer is converted with
-    a warning, once per process and number of bits.
+    Transparent pixels are composited on white, as in transformers' image processors. Gray values of more than 8 bits
+    are scaled (Pillow would clip them at 255). Integers up to 255 are kept, integers up to 65535 are taken as 16 bits;
+    floating-point values are taken as [0, 1], or as levels up to 255 if they exceed 1. A 16-bit image that uses 14
+    bits or fewer is converted with a warning, once per process and number of bits.
 
     Raises:
-        ValueError: other values, which cannot be taken for brightness.
+        ValueError: if other values occur, which cannot be interpreted as brightness.
     """
     if image.getexif().get(ExifTags.Base.Orientation) is not None:
         image = ImageOps.exif_transpose(image)
@@ -65,10 +66,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _levels_of_8_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 or 32 bits, or floating-point ones, as levels (mode L)."""
+    """Convert 16-bit, 32-bit or floating-point gray values to 8-bit levels (mode L)."""
     values = np.asarray(image).astype(np.float64)
     name = getattr(image, "filename", "") or "an image"
-    low, high = values.min(), values.max()  # NaN if one of them is
+    low, high = values.min(), values.max()  # NaN if there is a NaN
     if image.mode == "F":
         highest = 1 if high <= 1 else 255
     else:
@@ -76,8 +77,8 @@ def _levels_of_8_bits(image: Image.Image) -> Image.Image:
     if not 0 <= low <= high <= highest:
         allowed = "[0, 1] or [0, 255]" if image.mode == "F" else "[0, 65535]"
         raise ValueError(
-            f"{name}: its values (mode {image.mode}) must lie in {allowed} to be brightness, got {low:g} to {high:g}: save "
-            "it with 8 or 16 bits."
+            f"{name}: its values (mode {image.mode}) must lie in {allowed} to be interpreted as brightness, got {low:g} to "
+            f"{high:g}. Save it with 8 or 16 bits."
         )
     if highest == 65535:
         _warn_of_unused_bits(name, int(high))
@@ -88,14 +89,14 @@ def _levels_of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _warn_of_unused_bits(name: str, high: int) -> None:
-    """Warn of a 16-bit image that looks like one of a camera of fewer bits."""
+    """Warn about a 16-bit image that seems to come from a camera with fewer bits."""
     bits = high.bit_length()
     if not 0 < bits <= 14 or bits in _depths_warned_of:
         return
     _depths_warned_of.add(bits)
     logger.warning(
-        "%s has 16 bits but no value above %d, as if it was taken with %d bits: it becomes nearly black, with %d of 256 "
-        "levels. If so, multiply its values by %d before saving. (Further images of %d bits are not named.)",
+        "%s has 16 bits but no value above %d, as if it was taken with %d bits. It becomes nearly black, with %d of 256 "
+        "levels. If so, multiply its values by %d before saving. (Further images of %d bits are not reported.)",
         name,
         high,
         bits,
@@ -106,28 +107,36 @@ def _warn_of_unused_bits(name: str, high: int) -> None:
 
 
 def normalize_levels(levels: torch.Tensor, scale: float, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Rescale and normalize 8-bit levels (3, height, width): times `scale`, less `mean`, over `std`, each (3, 1, 1), float32."""
+    """Rescale and normalize 8-bit levels: (levels * scale - mean) / std, in float32.
+
+    Args:
+        levels: (3, height, width).
+        scale: rescale factor, usually 1 / 255.
+        mean, std: (3, 1, 1).
+    """
     return (levels * scale).sub_(mean).div_(std)
 
 
 class CLCAImagesKwargs(ImagesKwargs, total=False):
-    """What `CLCAImageProcessor` takes beside the arguments of transformers' image processors."""
+    """Arguments of `CLCAImageProcessor` in addition to those of transformers' image processors."""
 
     crop_pct: float | list[float] | tuple[float, float] | None
 
 
 class CLCAImageProcessor(ViTImageProcessorPil):
-    """Images to `pixel_values` (B, 3, height, width), float32, as in training and evaluation. Needs no torchvision.
+    """Convert images to `pixel_values` (B, 3, height, width), float32, as in training and evaluation. Does not need
+    torchvision.
 
     Args:
-        size: height and width of the model's input, pixels. Or its `shortest_edge`, for images that keep their aspect ratio.
-        crop_pct: share of the resized image that the crop keeps, in (0, 1], or one for the height and one for the width. The
-            image is resized to `round(size / crop_pct)`, then its centre is cropped. None: resized to `size`, not cropped.
-        kwargs: as for `ViTImageProcessor`. `do_center_crop` with a `crop_size` not larger than `size` has the meaning that it
-            has there: `crop_size` becomes `size`, and `crop_pct` their ratio.
+        size: height and width of the model's input in pixels, or its `shortest_edge` for images that keep their aspect
+            ratio.
+        crop_pct: share of the resized image that the center crop keeps, in (0, 1], or a pair for height and width. The
+            image is resized to `round(size / crop_pct)` and then cropped. None: resize to `size`, do not crop.
+        kwargs: as for `ViTImageProcessor`. `do_center_crop` with a `crop_size` not larger than `size` means the same
+            as there: `crop_size` becomes `size`, and `crop_pct` their ratio.
 
     Raises:
-        ValueError: `crop_pct` is out of range.
+        ValueError: if `crop_pct` is out of range.
     """
 
     valid_kwargs = CLCAImagesKwargs
@@ -135,10 +144,10 @@ class CLCAImageProcessor(ViTImageProcessorPil):
 
     @property
     def resize_size(self) -> tuple[int, int]:
-        """Height and width that images are resized to before the crop, pixels.
+        """Height and width that images are resized to before the crop, in pixels.
 
         Raises:
-            ValueError: `size` is not a height and a width.
+            ValueError: if `size` is not a height and a width.
         """
         resized = _before_crop(self.size, self.crop_pct)
         if "height" not in resized or "width" not in resized:
@@ -146,22 +155,27 @@ class CLCAImageProcessor(ViTImageProcessorPil):
         return resized["height"], resized["width"]
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved. Clients that run no code of a model folder load it as a `ViTImageProcessor`, which does not crop."""
+        """Return the values to save.
+
+        The type is saved as `ViTImageProcessor`: clients that do not run the code of a model folder load this class,
+        which does not crop."""
         return super().to_dict() | {"image_processor_type": "ViTImageProcessor"}
 
     @staticmethod
     def open_image(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-        """Open an image file as upright 8-bit RGB: what to give a pipeline, which loses 16 bits and alpha channels."""
+        """Open an image file as upright 8-bit RGB. Use it with pipelines, whose own loader mishandles 16-bit images
+        and alpha channels."""
         return open_image(source)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Open the local files among images, files and URLs, in lists of any depth."""
+        """Open local files in a nested list of images, files and URLs."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return open_image(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Convert an image to an array (channels, height, width): Pillow's to RGB, see `to_rgb`, arrays as they are."""
+        """Convert an image to an array (channels, height, width). Pillow images become RGB, see `to_rgb`; arrays stay
+        unchanged."""
         if isinstance(image, Image.Image):
             return np.asarray(to_rgb(image)).transpose(2, 0, 1)
         image = super().process_image(image, *args, **kwargs)
@@ -237,7 +251,7 @@ def _pair(value: float | Sequence[float]) -> Sequence[float]:
 
 
 def _before_crop(size: Any, crop_pct: float | Sequence[float] | None) -> dict[str, int]:
-    """The size, pixels, of which the crop to `size` keeps the share `crop_pct`."""
+    """Return the size in pixels before the crop, of which the crop to `size` keeps the share `crop_pct`."""
     height, width = (1.0, 1.0) if crop_pct is None else _pair(crop_pct)
     shares = {"width": width, "max_width": width}
     return {

@@ -1,6 +1,6 @@
-"""The modules of a CLCA ViT: embeddings, attention, MLP, layer, attention pooling.
+"""Modules of a CLCA ViT: embeddings, attention, MLP, layer, attention pooling.
 
-Written as the difference to transformers' ViT; names of parameters are the same wherever the parts are.
+Parameters have the same names as in transformers' ViT wherever both have the same part.
 
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width.
 """
@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTMLP
 
-from .attention_clca import FIRST_ROW, AttentionContext, RowMap, TakenRows, attention_softmax
+from .attention_clca import FIRST_TOKEN, AttentionContext, SelectedTokens, TokenMap, attention_softmax
 from .budget_clca import as_pair
 from .configuration_clca import CLCAViTConfig
 from .fast_paths_clca import fast_paths_enabled
@@ -26,7 +26,8 @@ from .reductions_clca import get_reduction
 
 
 class CLCAViTEmbeddings(nn.Module):
-    """Pixels (B, C, height, width) to `[CLS | registers | patches | CLR]` with positions, (B, N, D)."""
+    """Embed pixels (B, C, height, width) as tokens `[CLS | registers | patches | CLR]` with position embeddings, (B,
+    N, D)."""
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class CLCAViTEmbeddings(nn.Module):
         self.clr_tokens = _token_parameter(config.num_clr_tokens, width)
         num_positions = config.num_patches + config.num_prefix_tokens * config.prefix_position_embeddings
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, width))
-        # A table of their own: one enlarged table would not fit any stock checkpoint.
+        # A separate table: stock checkpoints fit the main table only without positions of CLR.
         num_clr_positions = config.num_clr_tokens * config.prefix_position_embeddings
         self.clr_position_embeddings = _token_parameter(num_clr_positions, width)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -63,12 +64,14 @@ class CLCAViTEmbeddings(nn.Module):
         return self.layernorm(self.dropout(embeddings))
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images (B, C, height, width)."""
+        """Return the (rows, columns) of patches of images (B, C, height, width)."""
         (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], self.patch_embeddings.patch_size
         return height // patch_height, width // patch_width
 
     def interpolate_pos_encoding(self, new_grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings for images of another size, bicubic, as transformers' ViT does it; the prefix's stay."""
+        """Return position embeddings for another grid of patches, by bicubic interpolation as in transformers' ViT.
+
+        The position embeddings of the prefix stay unchanged."""
         grid = self.config.image_grid
         if grid == new_grid:
             return self.position_embeddings
@@ -80,7 +83,11 @@ class CLCAViTEmbeddings(nn.Module):
 
 
 class CLCAViTPatchEmbeddings(nn.Module):
-    """Pixels (B, C, height, width) to patch tokens (B, patches, D)."""
+    """Project pixels (B, C, height, width) to patch tokens (B, patches, D).
+
+    Raises:
+        ValueError: if the pixels have the wrong shape or there are none.
+    """
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
@@ -101,8 +108,8 @@ class CLCAViTPatchEmbeddings(nn.Module):
                 f"`pixel_values` must have the shape (batch, {self.num_channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
             )
-        if pixel_values.shape[0] == 0:  # attention kernels and BatchNorms fail at such a batch, each in its own way
-            raise ValueError("`pixel_values` must hold at least one image, got a batch of none. Skip empty batches.")
+        if pixel_values.shape[0] == 0:  # attention kernels and BatchNorm would raise less clear errors
+            raise ValueError("`pixel_values` must hold at least one image, got an empty batch. Skip empty batches.")
         size = tuple(pixel_values.shape[-2:])
         if not any_size and size != self.image_size:
             raise ValueError(
@@ -110,7 +117,9 @@ class CLCAViTPatchEmbeddings(nn.Module):
                 f"{self.image_size[1]}. Resize the images, or pass `interpolate_pos_encoding=True`."
             )
         if min(size[0] // self.patch_size[0], size[1] // self.patch_size[1]) < 1:
-            raise ValueError(f"`pixel_values` of {size[0]} x {size[1]} pixels are smaller than a patch.")
+            raise ValueError(
+                f"`pixel_values` of {size[0]} x {size[1]} pixels are smaller than a patch, {self.patch_size[0]} x {self.patch_size[1]}."
+            )
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
@@ -128,17 +137,19 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with its map: output (B, N, H, d) and weights (B, H, N, N). transformers' own takes the softmax in float32
-    even for float64 tensors."""
+    """Compute attention together with its map: output (B, N, H, d) and weights (B, H, N, N).
+
+    transformers' own version computes the softmax in float32 even for float64 tensors."""
     weights = attention_softmax(query @ key.transpose(-1, -2) * scaling, attention_mask)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class CLCAViTAttention(nn.Module):
-    """Self-attention in two steps, between which a stage may say what becomes of the tokens: `make_context` makes keys and
-    values, a call of the module the rest. Only the parts have parameters, and they are always called as modules, which
-    offloading and sharding wait for."""
+    """Self-attention in two steps, so that a stage can decide in between which tokens to keep.
+
+    `make_context` computes keys and values; calling the module computes the rest. Only submodules have parameters, and
+    they are always called as modules, because offloading and sharding fetch parameters when a module is called."""
 
     q_proj: nn.Module
     k_proj: nn.Module
@@ -161,21 +172,30 @@ class CLCAViTAttention(nn.Module):
             self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
 
     def split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) to (B, H, N, d)."""
+        """Reshape (B, N, D) to (B, H, N, d)."""
         return hidden_states.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Queries (B, H, n, d) of normalised rows (B, n, D)."""
+        """Return the queries (B, H, n, d) of normalized tokens (B, n, D)."""
         return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
 
     def query_products(self, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
-        """Products (B, N) of the queries of normalised tokens (B, N, D), their heads side by side, with one vector (B, D),
-        without the queries. None where the queries must be made: they have a norm, or weights alone do not tell them."""
+        """Return the products (B, N) of all queries with one vector, without computing the queries.
+
+        Args:
+            hidden_states: normalized tokens (B, N, D).
+            vector: (B, D), the concatenation over heads.
+
+        Returns:
+            (B, N), or None if the queries must be computed: they have a norm, or the projection is not a plain linear
+            layer.
+        """
         return None if self.config.use_qk_norm else linear_products(self.q_proj, hidden_states, vector)
 
     def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
-        """Keys, values and mask of normalised tokens (B, N, D), for questions and for the attention itself. The first
-        `hidden_keys` tokens have neither key nor value."""
+        """Compute keys, values and mask of normalized tokens (B, N, D), for statistics and for the attention itself.
+
+        The first `hidden_keys` tokens get neither key nor value."""
         key = self.k_norm(self.split_heads(linear(self.k_proj, hidden_states[:, hidden_keys:])))
         value = self.split_heads(linear(self.v_proj, hidden_states[:, hidden_keys:]))
         mask = self.method.attention_mask(state)
@@ -187,38 +207,39 @@ class CLCAViTAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         context: AttentionContext,
-        row_map: RowMap | None = None,
+        token_map: TokenMap | None = None,
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the attention adds to the tokens.
+        """Return what the attention adds to the tokens.
 
         Args:
-            hidden_states: the normalised tokens (B, N, D) that `context` was made of.
-            context: their keys and values. If a hook has put other tokens in the place of `hidden_states`, new ones are made.
-            row_map: which M tokens are made of the N. None for all as they are.
+            hidden_states: the normalized tokens (B, N, D) that `context` was computed from.
+            context: their keys and values. It is recomputed if a hook has replaced `hidden_states`.
+            token_map: map from the N tokens to M tokens. None for no change.
             output_attentions: compute the whole attention map.
             kwargs: options of the attention kernel.
 
         Returns:
-            (B, M, D), and the map (B, H, N, N), (B, H, M, N) for tokens chosen before, or None.
+            (B, M, D), and the map: (B, H, N, N), or (B, H, M, N) if tokens are selected before the attention. None
+            unless asked for.
         """
         if hidden_states is not context.hidden_states:
             context = self.make_context(hidden_states, context.state, hidden_states.shape[1] - context.key.shape[2])
         has_output = context.output is not None
-        from_rows = row_map is None or row_map.rows is None or has_output
+        from_tokens = token_map is None or token_map.selected is None or has_output
         if has_output:
             output, weights = context.output.flatten(2), None
         else:
-            query = context.query() if from_rows else self.project_query(row_map(hidden_states))
-            output, weights = self.attend(query, context, output_attentions, from_rows, **kwargs)
-        if row_map is None:
+            query = context.query() if from_tokens else self.project_query(token_map(hidden_states))
+            output, weights = self.attend(query, context, output_attentions, from_tokens, **kwargs)
+        if token_map is None:
             return linear(self.o_proj, output), weights
-        output = row_map(output) if from_rows else output
-        if row_map.weight_sums is None:
+        output = token_map(output) if from_tokens else output
+        if token_map.weight_sums is None:
             return linear(self.o_proj, output), weights
-        # The projection's bias counts as often as the weights of a row say; the projection itself is linear.
-        sums = row_map.weight_sums.to(output.dtype)
+        # The projection is linear, except for its bias, which must be scaled by the weight sums.
+        sums = token_map.weight_sums.to(output.dtype)
         return linear(self.o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums, weights
 
     def attend(
@@ -226,14 +247,24 @@ class CLCAViTAttention(nn.Module):
         query: torch.Tensor,
         context: AttentionContext,
         output_attentions: bool = False,
-        from_rows: bool = True,
+        from_tokens: bool = True,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of queries (B, H, n, d) to the keys and values of a context: output (B, n, D) before its projection and,
-        if asked for, weights (B, H, n, N). `from_rows`: the queries are those of the N tokens, one each."""
+        """Compute the attention of queries (B, H, n, d) to the keys and values of a context.
+
+        Args:
+            query: (B, H, n, d).
+            context: keys, values and mask.
+            output_attentions: return the weights.
+            from_tokens: whether there is one query for each of the N tokens.
+            kwargs: options of the attention kernel.
+
+        Returns:
+            The output (B, n, D) before its projection, and the weights (B, H, n, N) or None.
+        """
         key, value, outcome = context.key, context.value, None
         if self.training:
-            outcome = self.method.attend(query, key, value, self.scaling, context.state, from_rows)
+            outcome = self.method.attend(query, key, value, self.scaling, context.state, from_tokens)
         if outcome is None:
             dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
             function = self.attention_function(context.mask, output_attentions)
@@ -244,8 +275,10 @@ class CLCAViTAttention(nn.Module):
     def attention_function(
         self, mask: torch.Tensor | None, output_attentions: bool
     ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-        """The configured kernel, or one that can do what it cannot: return its map (only eager attention does), take a
-        mask of keys (flash attention takes none, flex attention only one of another shape)."""
+        """Return the configured attention kernel, or a substitute if it lacks a feature.
+
+        Only eager attention returns its map. Flash attention takes no mask of keys, and flex attention needs another
+        mask format."""
         name = self.config._attn_implementation
         if output_attentions:
             name = "eager"
@@ -255,14 +288,14 @@ class CLCAViTAttention(nn.Module):
 
 
 class CLCAViTMLP(ViTMLP):
-    """fc2(gelu(fc1 x)), in two steps, between which a probe may look."""
+    """MLP, fc2(gelu(fc1 x)), in two steps, so that a probe can read the hidden activations in between."""
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) to (B, N, intermediate_size)."""
+        """Map (B, N, D) to the hidden activations (B, N, intermediate_size)."""
         return activate(self.activation_fn, self.fc1, linear(self.fc1, hidden_states))
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """And back."""
+        """Map the hidden activations (B, N, intermediate_size) back to (B, N, D)."""
         return linear(self.fc2, hidden)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -270,7 +303,7 @@ class CLCAViTMLP(ViTMLP):
 
 
 class CLCAViTSwiGLU(nn.Module):
-    """Gated MLP: silu(W1 x) * (W2 x), projected back; in two steps."""
+    """Gated MLP, W3(silu(W1 x) * (W2 x)), in two steps as in `CLCAViTMLP`."""
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
@@ -279,11 +312,11 @@ class CLCAViTSwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) to (B, N, intermediate_size)."""
+        """Map (B, N, D) to the hidden activations (B, N, intermediate_size)."""
         return nn.functional.silu(linear(self.gate_proj, hidden_states)) * linear(self.up_proj, hidden_states)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """And back."""
+        """Map the hidden activations (B, N, intermediate_size) back to (B, N, D)."""
         return linear(self.down_proj, hidden)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -291,7 +324,7 @@ class CLCAViTSwiGLU(nn.Module):
 
 
 class CLCAViTLayerScale(nn.Module):
-    """A learnt factor per channel."""
+    """Scale each channel by a learned factor."""
 
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
@@ -303,7 +336,8 @@ class CLCAViTLayerScale(nn.Module):
 
 
 class CLCAViTDropPath(nn.Module):
-    """Stochastic depth (https://huggingface.co/papers/1603.09382): drop a residual branch for whole images in training."""
+    """Stochastic depth (https://huggingface.co/papers/1603.09382): drop a residual branch for entire images in
+    training."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -320,10 +354,11 @@ class CLCAViTDropPath(nn.Module):
 
 
 class CLCAViTLayer(GradientCheckpointingLayer):
-    """One transformer layer. If it holds a stage, tokens are reduced before it, in its attention, or before its MLP.
+    """One transformer layer. If it holds a stage, tokens are reduced before the layer, in its attention, or before its
+    MLP.
 
     Attributes:
-        tokens: a module through which the tokens (B, M, D) leave the layer, unchanged: the place for hooks, whose output is a
+        tokens: identity module that the output tokens (B, M, D) pass through. Register hooks here: its output is a
             tensor.
     """
 
@@ -346,10 +381,10 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if config.layerscale_value:
             self.layer_scale1, self.layer_scale2 = CLCAViTLayerScale(config), CLCAViTLayerScale(config)
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
-        # The layer itself returns a tuple, which tools of interpretability cannot take: they hook into this.
+        # The layer returns a tuple, which interpretability tools cannot handle. They hook into this module instead.
         self.tokens = nn.Identity()
-        # A probe of all tokens needs them before they are merged. (What is drawn per token, as dropout is, must be drawn
-        # before, too.)
+        # A probe that reads all tokens needs them before they are merged. (Values that are drawn per token, as in dropout,
+        # must also be drawn before.)
         self.can_merge_early = (
             self.reduction is not None and self.reduction.merges_early and not self.probe_reads_tokens
         )
@@ -357,7 +392,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, state: TokenState, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, TokenState]:
-        """Tokens (B, N, D) through the layer, to (B, M, D). Arguments are those of `transform`."""
+        """Compute the layer: tokens (B, N, D) to (B, M, D). For the arguments see `transform`."""
         hidden_states, state = self.transform(hidden_states, state, *args, **kwargs)
         return self.tokens(hidden_states), state
 
@@ -371,16 +406,19 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         hidden_keys: int = 0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, TokenState]:
-        """Compute what leaves the layer.
+        """Compute the output of the layer.
 
         Args:
-            hidden_states: the tokens.
-            state: what belongs to them.
-            output_attentions: compute the whole attention map, for whoever records it.
-            skip_unread: compute nothing in a stage for tokens that leave in it, where that is possible.
-            only_first: give token 0 alone, (B, 1, D), and compute nothing for the others but keys and values.
-            hidden_keys: first tokens that nobody attends to.
+            hidden_states: tokens (B, N, D).
+            state: their state.
+            output_attentions: compute the whole attention map, for recording.
+            skip_unread: in a stage, skip computations for tokens that it removes, where possible.
+            only_first: return only token 0, (B, 1, D), and compute only keys and values of the others.
+            hidden_keys: number of tokens at the front that no token attends to.
             kwargs: options of the attention kernel.
+
+        Returns:
+            Tokens (B, M, D) and their state.
         """
         if self.reduction is not None:
             hidden_states, state = self.reduction("before_layer", hidden_states, state)
@@ -389,89 +427,96 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         context = self.attention.make_context(normed, state, hidden_keys)
         context.layer_input = hidden_states
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
-        # A trace is checked by another one without gradients, where attention may give its output.
+        # torch.jit.trace checks a trace by a second one without gradients, which must not take this path.
         context.keeps_output = not output_attentions and fast_paths_enabled() and not torch.jit.is_tracing()
-        row_map, state = self.map_rows(context, merge_early, only_first)
-        context.keeps_output = False  # whoever asks later asks about an attention that has been computed
-        attended, _ = self.attention(normed, context, row_map, output_attentions, **kwargs)
+        token_map, state = self.map_tokens(context, merge_early, only_first)
+        context.keeps_output = False  # from here on the output is known
+        attended, _ = self.attention(normed, context, token_map, output_attentions, **kwargs)
         attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
-        if row_map is not None:
-            hidden_states = row_map(hidden_states)
+        if token_map is not None:
+            hidden_states = token_map(hidden_states)
         hidden_states, between = hidden_states + attended, state
 
         if self.reduction is not None and not merge_early:
             hidden_states, state = self.reduction("before_mlp", hidden_states, state, context)
 
-        if self.probe is None:  # what only a probe asks for is large
-            del normed, attended, context, row_map
-        rows, inner = self.layernorm_after(hidden_states), None
-        if self.probe_reads_tokens:  # and what is inside the MLP, which is otherwise called whole, as hooks expect
-            inner = self.mlp.hidden(rows)
-        transformed = self.mlp(rows) if inner is None else self.mlp.project(inner)
+        if self.probe is None:  # free memory: only probes read these tensors
+            del normed, attended, context, token_map
+        tokens, inner = self.layernorm_after(hidden_states), None
+        if self.probe_reads_tokens:  # otherwise the MLP is called as a whole, so that hooks on it work
+            inner = self.mlp.hidden(tokens)
+        transformed = self.mlp(tokens) if inner is None else self.mlp.project(inner)
         transformed = self.drop_path(self.layer_scale2(self.dropout(transformed)))
         if self.probe is not None:
             method = self.method
-            visible = method.visible(context.state), method.visible(between), method.visible(state)
-            trace = LayerTrace(normed, attended, inner, transformed, visible, context)
+            key_masks = method.key_mask(context.state), method.key_mask(between), method.key_mask(state)
+            trace = LayerTrace(normed, attended, inner, transformed, key_masks, context)
             state = state.with_report(probe=self.read_probe(trace))
         return hidden_states + transformed, state
 
-    def map_rows(
+    def map_tokens(
         self, context: AttentionContext, merge_early: bool, only_first: bool
-    ) -> tuple[RowMap | None, TokenState]:
-        """Return the map from the tokens to those that leave the attention (None for all as they are), as far as the stage
-        knows it from the context, and the state that belongs to these."""
+    ) -> tuple[TokenMap | None, TokenState]:
+        """Return the map from the tokens to those that leave the attention, as far as it is known before the
+        attention.
+
+        Returns:
+            The map, or None if all tokens stay unchanged; and the state of the new tokens.
+        """
         state = self.method.observe(context, context.state, self.before_stage)
         if self.reduction is None:
-            return first_row(state) if only_first else (None, state)
-        rows, state = self.reduction("choose_rows", context, state)
-        if rows is not None:
-            return TakenRows(rows), state
-        return self.reduction("merge_rows", context, state) if merge_early else (None, state)
+            return first_token(state) if only_first else (None, state)
+        indices, state = self.reduction("choose_tokens", context, state)
+        if indices is not None:
+            return SelectedTokens(indices), state
+        return self.reduction("merge_tokens", context, state) if merge_early else (None, state)
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
-        """What the head's probe takes out of this layer."""
+        """Return the features that the probe of the head extracts from this layer."""
         assert self.probe is not None
-        # It is given a function and not a module: accelerate moves modules among the arguments to a device.
-        return self.probe(self.answer, trace)
+        # Pass a function, not a module: accelerate moves modules among the arguments to a device.
+        return self.probe(self.transform_queries, trace)
 
-    def answer(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """Tokens (B, Q, D) that pass through the layer beside its own: they attend to those, not to each other."""
+    def transform_queries(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Pass additional tokens (B, Q, D) through the layer. They attend to the tokens of the layer, not to each
+        other."""
         query = self.attention.project_query(self.layernorm_before(queries))
-        attended, _ = self.attention.attend(query, context, from_rows=False)
+        attended, _ = self.attention.attend(query, context, from_tokens=False)
         attended = linear(self.attention.o_proj, attended)
         queries = queries + self.drop_path(self.layer_scale1(self.dropout(attended)))
         transformed = self.mlp(self.layernorm_after(queries))
         return queries + self.drop_path(self.layer_scale2(self.dropout(transformed)))
 
 
-def first_row(state: TokenState) -> tuple[RowMap, TokenState]:
-    """Of all rows, only row 0."""
-    rows = TakenRows(FIRST_ROW)
-    return rows, state._replace(tracks={name: rows(track) for name, track in state.tracks.items()})
+def first_token(state: TokenState) -> tuple[TokenMap, TokenState]:
+    """Return the map that keeps only token 0, and the state of that token."""
+    first = SelectedTokens(FIRST_TOKEN)
+    return first, state._replace(tracks={name: first(track) for name, track in state.tracks.items()})
 
 
 class CLCAViTSlicingLayer(CLCAViTLayer):
-    """A layer with VQT as the original CLCA code computes it: the queries are appended and stay, while as many rows at the
-    front lend nobody their keys and values, are read as the queries' features, and leave."""
+    """Layer with VQT as the original CLCA code computes it.
+
+    The Q queries are appended to the tokens. The first Q tokens have no keys and values; after the layer they are
+    removed and used as the features in place of the queries, which stay."""
 
     def transform(
         self, hidden_states: torch.Tensor, state: TokenState, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, TokenState]:
-        assert self.probe is not None  # the configuration refuses this layer without queries
+        assert self.probe is not None  # the configuration only creates this layer with queries
         queries = self.probe()
         count = queries.shape[1]
-        rows = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
-        rows, state = super().transform(rows, state, *args, hidden_keys=count, **kwargs)
-        return rows[:, count:], state.with_report(probe=rows[:, :count])
+        tokens = torch.cat([hidden_states, queries.expand(hidden_states.shape[0], -1, -1)], dim=1)
+        tokens, state = super().transform(tokens, state, *args, hidden_keys=count, **kwargs)
+        return tokens[:, count:], state.with_report(probe=tokens[:, :count])
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
-        """Nothing yet: the features are rows that leave the layer, MLP and all."""
+        """Return empty features: the features are tokens after the MLP, see `transform`."""
         return trace.transformed[:, :0]
 
 
 class CLCAViTAttentionPooling(nn.Module):
-    """One learnt query attends to all tokens (`pooling="map"`, as in SigLIP): (B, N, D) to (B, D)."""
+    """Pool tokens (B, N, D) to (B, D) by attention with one learned query (`pooling="map"`, as in SigLIP)."""
 
     q_proj: nn.Module
     k_proj: nn.Module
@@ -487,12 +532,12 @@ class CLCAViTAttentionPooling(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = ViTMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = (
             projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
             for projected in (self.q_proj(self.query), self.k_proj(hidden_states), self.v_proj(hidden_states))
         )
-        mask = None if visible is None else visible[:, None, None, :]
+        mask = None if key_mask is None else key_mask[:, None, None, :]
         query = query.expand(hidden_states.shape[0], -1, -1, -1)
         pooled = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         pooled = self.o_proj(pooled.transpose(1, 2).flatten(2))  # (B, 1, D)

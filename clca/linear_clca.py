@@ -1,10 +1,10 @@
-"""Linear layers for the few rows that a reduction leaves, and products with rows that are not computed.
+"""Linear layers for small numbers of tokens, and products with queries that are never computed.
 
-On a CPU, torch multiplies float32 matrices by its BLAS, which is made for many rows: with a dozen of them it may take twice
-the time it takes to read the weights. oneDNN, which torch brings along too, is faster there, and not slower elsewhere if the
-layer is not tiny.
+On a CPU, torch multiplies float32 matrices with a BLAS library that is optimized for many rows. With a dozen tokens,
+as they are left after a reduction, it can take twice as long as reading the weights. oneDNN, which torch includes, is
+faster there, and not slower otherwise unless the layer is tiny.
 
-The layers themselves stay plain `nn.Linear`: what quantises or adapts models looks for just that class.
+The layers stay plain `nn.Linear`, because libraries for quantization and adapters look for exactly this class.
 """
 
 import torch
@@ -16,8 +16,8 @@ from .hooks_clca import has_own_hooks, is_hooked
 
 
 try:
-    # What torch.compile puts in the place of a linear layer on a CPU, and ways to see who else is listening. They are not
-    # public: in a torch that lacks one of them, all stays as it is there.
+    # The operator that torch.compile uses for linear layers on a CPU, and functions to detect tracers. They are not public:
+    # if a torch version lacks one of them, layers are always called.
     from torch._C import _are_functorch_transforms_active as _is_transformed
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -26,19 +26,21 @@ try:
 except (ImportError, AttributeError):
     _onednn_linear = None
 
-# Below, looking up the plan of a multiplication (some 20 us) takes longer than the multiplication. Measured for 1 to 788 rows.
-_FEWEST_WEIGHTS = 2**16
+# In smaller layers, looking up the plan (about 20 us) takes longer than the multiplication. Measured for 1 to 788 tokens.
+_MIN_WEIGHTS = 2**16
 
 
 def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """What a linear layer makes of rows (..., in_features): by oneDNN in inference on a CPU in float32, and by calling the
-    layer in all other cases. `set_fast_paths(False)` turns the former off, `torch.backends.mkldnn.flags(enabled=False)` too."""
-    # Few rows take little more time than these questions: those that most often answer no come first.
+    """Apply a linear layer to `hidden_states` (..., in_features).
+
+    oneDNN is used in inference on a CPU in float32; in all other cases the layer is called. `set_fast_paths(False)`
+    and `torch.backends.mkldnn.flags(enabled=False)` turn oneDNN off."""
+    # With few tokens these checks take a noticeable share of the time, so the checks that fail most often come first.
     if (
         _onednn_linear is not None
         and not torch.is_grad_enabled()
         and type(layer) is nn.Linear
-        and layer.in_features * layer.out_features >= _FEWEST_WEIGHTS
+        and layer.in_features * layer.out_features >= _MIN_WEIGHTS
         and _is_plain(hidden_states)
         and _is_plain_layer(layer, hidden_states)
     ):
@@ -47,7 +49,7 @@ def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(hidden_states: torch.Tensor) -> bool:
-    """Whether these are float32 numbers on a CPU that nobody traces, counts or transforms."""
+    """Whether the tensor is float32 on a CPU, and no tracer, mode or transform of torch is active."""
     return (
         fast_paths_enabled()
         and not torch.compiler.is_compiling()
@@ -64,22 +66,33 @@ def _is_plain(hidden_states: torch.Tensor) -> bool:
 
 
 def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a linear layer has weights of numbers that fit, and nobody has to know that it is called. Quantised and
-    distributed weights are of other classes; where offloading replaces `forward`, that stands on the layer itself."""
+    """Whether a linear layer has plain float32 weights that fit, and no hook or replaced `forward` observes its call.
+
+    Quantized and distributed weights are of other classes. Offloading replaces `forward` on the layer itself."""
     return (
         "forward" not in layer.__dict__
         and not is_hooked(layer)
         and type(layer.weight) is nn.Parameter
         and layer.weight.device.type == "cpu"
         and layer.weight.dtype == torch.float32
-        and hidden_states.shape[-1:] == (layer.in_features,)  # else torch says it more clearly
+        and hidden_states.shape[-1:] == (layer.in_features,)  # otherwise torch raises a clear error
     )
 
 
 def linear_products(layer: nn.Module, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
-    """Products (B, N) of what a linear layer makes of rows (B, N, in_features) with one vector (B, out_features), in the
-    vector's dtype: h (W^T v) + b v, at the price of one row. None where its weights do not tell what a call of it gives: it is
-    another layer, or hooks on it may bring or change something."""
+    """Return the products (B, N) of the outputs of a linear layer with one vector, without computing the outputs.
+
+    They are computed as h (W^T v) + b v, at the cost of one output channel.
+
+    Args:
+        layer: linear layer with weight W and bias b.
+        hidden_states: h, (B, N, in_features).
+        vector: v, (B, out_features).
+
+    Returns:
+        (B, N) in the dtype of `vector`, or None if the layer is not a plain linear layer or has hooks that may change
+        its output.
+    """
     if (
         not fast_paths_enabled()
         or type(layer) is not nn.Linear

@@ -1,4 +1,4 @@
-"""Losses: classification, and what reductions, heads and teachers add to it. Every one is a function of tensors.
+"""Losses for classification, and the terms of reductions, heads and teachers. All are functions of tensors.
 
 Shapes: B batch, K classes, n tokens, D width, S stages.
 """
@@ -20,19 +20,26 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, config: "CLCAViTConfig", label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Mean loss of a batch. (transformers' own takes soft labels for multi-label ones and changes the config on the way.)
+    """Return the mean classification loss of a batch.
+
+    It replaces transformers' own, which takes soft labels for multi-label ones and changes the configuration.
 
     Args:
         logits: (B, K).
-        labels: class indices (B,), or class probabilities (B, K) with `problem_type="single_label_classification"` (MixUp
-            and label smoothing make those), or zeros and ones (B, K) with `problem_type="multi_label_classification"`, or
-            targets (B, K), or (B,) of one label, for regression. Without a `problem_type`, integer labels (B,) are classes and
-            (B, K) labels are multi-label.
-        config: read, never changed; `multi_label_loss` chooses between two losses of multi-label classification.
-        label_smoothing: share of the targets that all classes get alike, in multi-label classification yes and no of each class.
+        labels: one of
+            class indices (B,);
+            class probabilities (B, K) with `problem_type="single_label_classification"`, as made by MixUp and label
+            smoothing;
+            zeros and ones (B, K) with `problem_type="multi_label_classification"`;
+            regression targets (B, K), or (B,) for one label.
+            Without a `problem_type`, integer labels (B,) are classes and labels (B, K) are multi-label.
+        config: read, never changed; `multi_label_loss` selects one of two losses for multi-label classification.
+        label_smoothing: share of the target that is spread evenly over all classes; in multi-label classification,
+            over the two outcomes of each class.
 
     Raises:
-        ValueError: another `problem_type`, labels whose shape does not fit, or label smoothing for regression.
+        ValueError: if `problem_type` is unknown, the shape of the labels does not fit, or labels of a regression are
+            smoothed.
     """
     problem = config.problem_type or _guess_problem(logits, labels)
     if problem not in PROBLEMS:
@@ -78,12 +85,17 @@ def asymmetric_loss(
     gamma_positive: float = 1.0,
     clip: float = 0.05,
 ) -> torch.Tensor:
-    """Multi-label loss that forgives easy negatives (https://huggingface.co/papers/2009.14119), summed over logits and
-    `targets` (B, K) of zeros and ones; in float32 at least, since half precision has no number as small as its bound.
+    """Return the asymmetric multi-label loss (https://huggingface.co/papers/2009.14119), summed over images and
+    classes.
+
+    It down-weights easy negatives. It is computed in float32 or float64, because half precision cannot represent its
+    lower bound.
 
     Args:
+        logits: (B, K).
+        targets: (B, K), zeros and ones.
         gamma_negative, gamma_positive: focusing exponents.
-        clip: probability below which a negative costs nothing.
+        clip: negatives with a smaller probability do not contribute.
     """
     precise = torch.promote_types(logits.dtype, torch.float32)
     logits, targets = logits.to(precise), targets.to(precise)
@@ -97,7 +109,7 @@ def asymmetric_loss(
 
 
 def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of the softmax distributions over the last axis, averaged over the first."""
+    """Return KL(teacher || student) of the softmax distributions over the last axis, averaged over the first."""
     log_student, log_teacher = logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1)
     return nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
@@ -105,14 +117,17 @@ def kl_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.T
 def distillation_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str = "soft", temperature: float = 1.0
 ) -> torch.Tensor:
-    """Distance of `logits` (B, K) from a teacher's (https://huggingface.co/papers/2012.12877).
+    """Return the distance of `logits` (B, K) from those of a teacher (https://huggingface.co/papers/2012.12877).
 
     Args:
-        kind: `soft`, KL at a temperature, times its square; `hard`, cross-entropy to the teacher's class.
-        temperature: divides both logits, soft only.
+        logits: (B, K).
+        teacher_logits: (B, K).
+        kind: `soft`, KL divergence at a temperature, times its square; `hard`, cross-entropy with the class that the
+            teacher predicts.
+        temperature: divides both logits; only for `soft`.
 
     Raises:
-        ValueError: another kind, or a temperature that is not positive.
+        ValueError: if the kind is unknown or the temperature is not positive.
     """
     if kind == "hard":
         return nn.functional.cross_entropy(logits, teacher_logits.argmax(dim=-1))
@@ -124,12 +139,14 @@ def distillation_loss(
 
 
 def keep_ratio_loss(decisions: Sequence[torch.Tensor], targets: Sequence[float]) -> torch.Tensor:
-    """Squared distance of the share of kept tokens from its target, averaged over images and the S stages
+    """Return the squared difference between the share of kept tokens and its target
     (https://huggingface.co/papers/2106.02034).
 
+    It is averaged over images and the S stages.
+
     Args:
-        decisions: per stage, which tokens are kept, (B, n) of zeros and ones.
-        targets: per stage, the share.
+        decisions: for each stage, (B, n), one for kept tokens and zero for the others.
+        targets: for each stage, the target share.
     """
     terms = [(d.mean(dim=1) - target).square().mean() for d, target in zip(decisions, targets, strict=True)]
     return torch.stack(terms).mean()
@@ -138,13 +155,16 @@ def keep_ratio_loss(decisions: Sequence[torch.Tensor], targets: Sequence[float])
 def token_distillation_loss(
     tokens: torch.Tensor, teacher_tokens: torch.Tensor, kept: torch.Tensor, kind: str = "mse"
 ) -> torch.Tensor:
-    """Distance of the kept tokens from a teacher's, (B, n, D) each, where `kept` (B, n) is one; zero if none is.
+    """Return the mean distance of the kept tokens from those of a teacher, or zero if none is kept.
 
     Args:
-        kind: `mse`, or `kl` between softmaxes over the width.
+        tokens: (B, n, D).
+        teacher_tokens: (B, n, D).
+        kept: (B, n), one for kept tokens and zero for the others.
+        kind: `mse`, or `kl` between softmax distributions over the width.
 
     Raises:
-        ValueError: tokens of different shapes.
+        ValueError: if the shapes of the tokens differ.
     """
     if tokens.shape != teacher_tokens.shape:
         raise ValueError(
@@ -162,10 +182,11 @@ def token_distillation_loss(
 
 
 def group_lasso(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Sum of the L2 norms of groups of a classifier's `weight` (K, features, ...).
+    """Return the sum of the L2 norms of groups of the `weight` (K, features, ...) of a classifier.
 
     Args:
-        dim: the axis inside a group: 0, one group per feature; 1, one per class.
+        weight: (K, features, ...).
+        dim: axis within a group: 0 for one group per feature, 1 for one group per class.
     """
     return weight.norm(dim=dim).sum()
 
@@ -173,16 +194,17 @@ def group_lasso(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
 def supervised_contrastive_loss(
     features: torch.Tensor, labels: torch.Tensor | None = None, temperature: float = 0.07
 ) -> torch.Tensor:
-    """Pull views of the same class together (https://huggingface.co/papers/2004.11362), without labels the views of the
-    same image.
+    """Return the supervised contrastive loss (https://huggingface.co/papers/2004.11362).
+
+    It pulls views of the same class together; without labels, views of the same image.
 
     Args:
-        features: (B, views, D), brought to unit length here.
+        features: (B, views, D). They are normalized to unit length here.
         labels: (B,).
         temperature: divides the cosine similarities.
 
     Raises:
-        ValueError: fewer than two views in all, or labels of another number.
+        ValueError: if there are fewer than two views in total, or the number of labels is wrong.
     """
     batch, views = features.shape[:2]
     if batch * views < 2:

@@ -1,7 +1,7 @@
-"""A ViT whose layers may hand their tokens to a reduction method, whose forward keeps a cross-layer cache (CLC), and whose
-head may aggregate CLS tokens across layers (CLA): https://huggingface.co/papers/2501.00243.
+"""CLCA ViT: a ViT with token reduction in its layers, a cross-layer cache (CLC), and heads such as cross-layer
+aggregation (CLA), see https://huggingface.co/papers/2501.00243.
 
-Written as the difference to transformers' ViT; names of parameters are the same wherever the parts are.
+Parameters have the same names as in transformers' ViT wherever both have the same part.
 
 Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head width, L layers, K classes.
 """
@@ -29,7 +29,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, mer
 from transformers.utils.output_capturing import capture_outputs
 
 from .budget_clca import Budget
-from .cache_clca import CrossLayerCache, mean_rows, recovery_layers
+from .cache_clca import CrossLayerCache, masked_mean, recovery_layers
 from .configuration_clca import CLCAViTConfig, check_config, without_targets
 from .dense_clca import feature_maps
 from .fast_paths_clca import fast_paths_enabled
@@ -54,23 +54,25 @@ from .resample_clca import conversions as resample_conversions
 logger = logging.get_logger(__name__)
 
 
-# Stock ViT files hold other key names than the model in memory, and transformers converts them for its own classes only.
-# The mapping serves loading alone: `save_pretrained` below writes the names of the memory, which load without conversion
-# everywhere, also where Trainer resumes.
-# DeiT's distillation token is a register to this model, and the class head of a DeiT with two is the one that stays.
+# Files of a stock ViT use other key names than the model in memory, and transformers converts them only for its own classes.
+# This mapping is used for loading only: `save_pretrained` below writes the names in memory, which need no conversion anywhere,
+# including when Trainer resumes.
+# The distillation token of DeiT becomes a register. Of the two heads of a DeiT, the classification head is kept.
 def _register_conversions() -> None:
-    """Tell transformers how to convert the weights of a checkpoint. It keeps what it is told by the name of the class, which
-    other versions of this code in the same process share: so this is called before each load."""
+    """Register the conversions of checkpoint weights with transformers.
+
+    transformers stores them by class name, which other versions of this code in the same process share, so this is
+    called before each load."""
     backbone = [
         *get_checkpoint_conversion_mapping("ViTModel"),
         WeightRenaming("distillation_token", "register_tokens"),
-        WeightRenaming(r"^deit\.", "vit."),  # of a file with a classifier, whose backbone is loaded alone
+        WeightRenaming(r"^deit\.", "vit."),  # to load only the backbone from a file with a classifier
         *resample_conversions(),
     ]
     for name in ("CLCAViTModel", "CLCAViTBackbone"):
         register_checkpoint_conversion_mapping(name, backbone, overwrite=True)
-    # The classifier has those of its backbone, too: to a checkpoint of a backbone alone, whose keys lack `vit.`, transformers
-    # below 5.16 does not apply what is registered for a part of the model.
+    # The classifier needs the conversions of its backbone as well: transformers below 5.16 does not apply those registered for
+    # a submodule to a checkpoint of the backbone alone, whose keys lack `vit.`.
     classifier = [WeightRenaming(r"^cls_classifier\.", "classifier."), *backbone]
     register_checkpoint_conversion_mapping("CLCAViTForImageClassification", classifier, overwrite=True)
 
@@ -78,29 +80,29 @@ def _register_conversions() -> None:
 _register_conversions()
 
 
-# Arguments of `from_pretrained` that say where a file is.
-_PLACE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Arguments of `from_pretrained` that specify the location of a file.
+_LOCATION_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-# What transformers' own forwards take beside their arguments; anything else is a mistake of the caller.
+# Keyword arguments that the forward passes of transformers accept. All others are errors.
 _FORWARD_OPTIONS = frozenset(TransformersKwargs.__annotations__) | {"return_dict", "use_cache"}
 
 
 class TokenCounts:
-    """What outputs have beside their fields.
+    """Attributes that outputs have in addition to their fields.
 
     Attributes:
-        token_counts: tokens that entered each layer, and last those that the final norm saw. It is no field, since pipelines,
-            exporters and `nn.DataParallel` take every field for a tensor with the batch first. Copies, pickles, `torch.compile`
-            and accelerate's offloading keep it. It is None where somebody makes a new output of the fields: in mixed precision
-            under Trainer or accelerate, which convert what a model returns, with `nn.DataParallel`, and in exported and traced
-            programs. The tuple that `return_dict=False` returns has none.
+        token_counts: number of tokens that enter each layer, and of those that enter the final norm. It is not a field
+            because pipelines, exporters and `nn.DataParallel` expect every field to be a tensor with the batch first.
+            Copies, pickles, `torch.compile` and accelerate's offloading preserve it. It is None if other code builds a
+            new output from the fields: mixed precision in Trainer or accelerate, `nn.DataParallel`, and exported or
+            traced programs. The tuple returned with `return_dict=False` does not have it.
     """
 
     token_counts: tuple[int, ...] | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same output with its tensors on another device or of another dtype, by the arguments of `torch.Tensor.to`.
-        (accelerate calls this where it moves what a model returns.)"""
+        """Return a copy of the output with its tensors moved or converted by `torch.Tensor.to`. accelerate calls this
+        method."""
         moved = copy.copy(self)
         for name, value in vars(self).items():
             if name != "token_counts":
@@ -109,7 +111,7 @@ class TokenCounts:
 
 
 def _moved(value: Any, *args: Any, **kwargs: Any) -> Any:
-    """Tensors, or tuples and dictionaries of them, after `torch.Tensor.to`."""
+    """Apply `torch.Tensor.to` to a tensor, or to all tensors in tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         return value.to(*args, **kwargs)
     if isinstance(value, dict):
@@ -121,18 +123,24 @@ def _moved(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass
 class CLCAViTModelOutput(TokenCounts, BaseModelOutputWithPooling):
-    """Output of `CLCAViTModel`. Without training every field is None or a tensor with the batch first, but for what was asked
-    for. `token_counts` is an attribute beside the fields, see `TokenCounts`.
+    """Output of `CLCAViTModel`.
+
+    In evaluation every field is None or a tensor with the batch first, except those that the caller asks for.
+    `token_counts` is an additional attribute, see `TokenCounts`.
 
     Args:
         last_hidden_state: (B, N, D), after the final norm.
-        pooler_output: (B, D), what `config.pooling` makes of the tokens.
-        cls_tokens: CLS after each layer of `config.aggregation_layers`, before the final norm, (B, M, D); for CLA and IFA.
-        assignments: with `output_assignments=True`, one (B, M, N) per stage: which incoming rows made row m.
-        reports: what else the stages report, by name, one tensor per stage, in training or with `output_assignments=True`.
-            DynamicViT in training: `decision` (B, N - 1), one where a row after CLS is kept.
-        hidden_states: with `output_hidden_states=True`, the embeddings and the output of each layer before the cache was
-            recalled. Their lengths differ.
+        pooler_output: (B, D), the tokens pooled as `config.pooling` says; features (B, F) with a head that probes
+            layers.
+        cls_tokens: CLS after each layer of `config.aggregation_layers`, before the final norm, (B, M, D); for CLA and
+            IFA.
+        assignments: with `output_assignments=True`, one matrix (B, M, N) per stage: the share of each incoming token
+            in each new one.
+        reports: other tensors that the stages report, by name, one per stage; in training or with
+            `output_assignments=True`. DynamicViT in training reports `decision` (B, N - 1): one for each token after
+            CLS that is kept.
+        hidden_states: with `output_hidden_states=True`, the embeddings and the output of each layer before cached
+            tokens are appended. Their lengths differ.
         attentions: with `output_attentions=True`, (B, H, queries, N) per layer. Their sizes differ.
     """
 
@@ -143,14 +151,17 @@ class CLCAViTModelOutput(TokenCounts, BaseModelOutputWithPooling):
 
 @dataclass
 class CLCAViTImageClassifierOutput(TokenCounts, ImageClassifierOutput):
-    """Output of `CLCAViTForImageClassification`: assignments, reports, hidden states, attentions and `token_counts` as in
-    `CLCAViTModelOutput`, logits (B, K), and
+    """Output of `CLCAViTForImageClassification`.
+
+    Assignments, reports, hidden states, attentions and `token_counts` are as in `CLCAViTModelOutput`; logits are (B,
+    K).
 
     Args:
-        loss: the sum of all terms, if labels were given.
-        loss_terms: the named parts of the loss, detached.
-        auxiliary_loss: in training, the sum of all terms but `classification`: what the method and the head add. `loss` includes
-            it. Whoever computes a loss of the logits adds it to that: then it comes without labels, too.
+        loss: sum of all loss terms, if labels are given.
+        loss_terms: the individual terms by name, detached.
+        auxiliary_loss: in training, the sum of all terms except `classification`, which the method and the head add.
+            `loss` includes it. It is also returned without labels: add it if you compute your own loss from the
+            logits.
     """
 
     loss_terms: dict[str, torch.Tensor] | None = None
@@ -161,28 +172,30 @@ class CLCAViTImageClassifierOutput(TokenCounts, ImageClassifierOutput):
 
 @dataclass
 class CLCAViTBackboneOutput(TokenCounts, BackboneOutput):
-    """Output of `CLCAViTBackbone`: hidden states, attentions and `token_counts` as in `CLCAViTModelOutput`, and
+    """Output of `CLCAViTBackbone`.
+
+    Hidden states, attentions and `token_counts` are as in `CLCAViTModelOutput`.
 
     Args:
-        feature_maps: (B, D, rows, columns) per stage of `config.out_features`, over the grid of patches.
-        auxiliary_loss: in training, what the method adds to the loss, DynamicViT's keep ratio for example.
+        feature_maps: one map (B, D, rows, columns) over the grid of patches per stage of `config.out_features`.
+        auxiliary_loss: in training, the loss terms of the method, such as DynamicViT's keep ratio.
     """
 
     auxiliary_loss: torch.Tensor | None = None
 
 
 def _warn_of_lost_terms(names: list[str]) -> None:
-    """Say once that a training step has no labels, so that nobody may be adding these terms to its loss."""
+    """Warn once that the model trains without labels, so these loss terms may be lost."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(
-            f"The model trains without `labels`, so that its output has no `loss`: {', '.join(names)} would be lost. Add "
-            "`auxiliary_loss` of the output to your own loss. With `label_smoothing_factor` Trainer keeps the labels to itself: "
-            "set it to 0 and use `label_smoothing` of the model's configuration."
+            f"The model trains without `labels`, so its output has no `loss`, and {', '.join(names)} would be lost. Add "
+            "`auxiliary_loss` of the output to your own loss. With `label_smoothing_factor`, Trainer does not pass labels to "
+            "the model: set it to 0 and use `label_smoothing` of the model's configuration."
         )
 
 
 def _selected(hidden_states: tuple[torch.Tensor, ...], which: bool | int | Sequence[int] | None) -> Any:
-    """Hidden states as `output_hidden_states` asks for them: all, none, or some, by number, with None for the others."""
+    """Select hidden states as `output_hidden_states` says: all, none, or some by index with None for the others."""
     if isinstance(which, bool) or which is None:
         return hidden_states if which else None
     count = len(hidden_states)
@@ -191,27 +204,27 @@ def _selected(hidden_states: tuple[torch.Tensor, ...], which: bool | int | Seque
 
 
 def _warn_of_unread_terms(names: list[str]) -> None:
-    """Say once that the model around a backbone does not know of these terms."""
+    """Warn once that the model around a backbone does not add these terms to its loss."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(
-            f"The backbone trains, and its method adds {', '.join(names)} to the loss, which models of transformers do not read. "
-            "Add `auxiliary_loss` of the backbone's output to the loss, from a forward hook on the backbone for example."
+            f"The method of the backbone adds {', '.join(names)} to the loss in training, but models of transformers ignore it. "
+            "Add `auxiliary_loss` of the backbone's output to the loss, for example with a forward hook on the backbone."
         )
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse weights that are infinite or no number: every answer would be the same.
+    """Raise an error if weights contain infinity or NaN: all outputs would be invalid.
 
     Args:
-        weights: a state dict. Tensors that are not in memory, and quantized ones of a class of their own, are skipped.
-        source: what the weights are called in the error.
+        weights: state dict. Tensors on the meta device and quantized tensors of other classes are skipped.
+        source: name of the weights in the error message.
 
     Raises:
-        ValueError: naming the first few.
+        ValueError: if weights are not finite. The message names up to three of them.
     """
     plain = (torch.Tensor, nn.Parameter)
     floats = {n: t for n, t in weights.items() if type(t) in plain and t.is_floating_point() and not t.is_meta}
-    # A sum is ten times as fast as a test of every number; that of large but finite numbers may overflow.
+    # A sum is ten times faster than testing every number, but the sum of large finite numbers may overflow.
     found = [n for n, t in floats.items() if not t.sum().isfinite() and not t.isfinite().all()]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -219,19 +232,19 @@ def check_finite(weights: Mapping[str, torch.Tensor], source: str) -> None:
 
 
 class Shortcuts(NamedTuple):
-    """What a forward leaves out, since nobody reads it."""
+    """Computations that the forward pass can skip because their results are unused."""
 
-    skip_unread: bool  # in stages: queries of rows that are dropped, the output projection of rows that are summed
-    only_first: bool  # in the last layer: all rows but the first, save their keys and values
+    skip_unread: bool  # in stages: queries of dropped tokens, and the output projection of tokens that are summed
+    only_first: bool  # in the last layer: everything but the keys and values of all tokens except the first
 
 
 class CLCAViTPreTrainedModel(ViTPreTrainedModel):
-    """Initialisation, loading and saving."""
+    """Base class of all CLCA models: weight initialization, loading and saving."""
 
-    config: CLCAViTConfig  # ty: ignore[incompatible-mutable-override]  # as all models of transformers narrow it
+    config: CLCAViTConfig  # ty: ignore[incompatible-mutable-override]  # as in all models of transformers
     config_class = CLCAViTConfig
     base_model_prefix = "vit"
-    accepts_loss_kwargs = False  # the loss is a mean over the batch: Trainer divides it by its accumulation steps
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, so Trainer divides it by its accumulation steps
     _no_split_modules = ["CLCAViTEmbeddings", "CLCAViTLayer", "CLCAViTSlicingLayer"]
     _can_record_outputs = {"hidden_states": CLCAViTLayer, "attentions": CLCAViTAttention}
     _keys_to_ignore_on_load_unexpected = [
@@ -245,19 +258,21 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Self:
-        """Load a model, see transformers' `from_pretrained`. Where `image_size` or `patch_size` are not the checkpoint's,
-        position embeddings and patch projection are resampled, as `resample_clca` says; `ignore_mismatched_sizes` is not needed
-        for that.
+        """Load a model, see transformers' `from_pretrained`.
+
+        If `image_size` or `patch_size` differ from the checkpoint's, position embeddings and patch projection are
+        resampled, see `resample_clca`. This does not need `ignore_mismatched_sizes`.
 
         Raises:
-            ValueError: position embeddings that do not fit the checkpoint's own configuration, or weights that are not finite.
-            RuntimeError: other weights of another shape, a classifier of another number of classes for example, without
-                `ignore_mismatched_sizes`.
+            ValueError: if position embeddings do not fit the configuration of the checkpoint, or weights are not
+                finite.
+            RuntimeError: if other weights have the wrong shape, such as a classifier for another number of classes,
+                and `ignore_mismatched_sizes` is not set.
         """
         saved = None
         if pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None:
-            place = {name: kwargs[name] for name in _PLACE_OPTIONS if name in kwargs}
-            with contextlib.suppress(OSError):  # a folder with weights alone, or with an adapter
+            place = {name: kwargs[name] for name in _LOCATION_OPTIONS if name in kwargs}
+            with contextlib.suppress(OSError):  # the folder has no config.json, only weights or an adapter
                 contents, _ = CLCAViTConfig.get_config_dict(pretrained_model_name_or_path, **place)
                 saved = Layout.of(contents, CLCAViTConfig) if contents else None
         _register_conversions()
@@ -265,18 +280,20 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         check_finite(model.state_dict(), f"Weights of {pretrained_model_name_or_path}")
-        model.freeze_unread()  # transformers makes new parameters of what it loads, and all of them train
+        model.freeze_unread()  # transformers makes all loaded parameters trainable
         return loaded
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Freeze or unfreeze all parameters; those without a gradient, see `freeze_unread`, stay frozen."""
+        """Freeze or unfreeze all parameters. Unused ones, see `freeze_unread`, always stay frozen."""
         super().requires_grad_(requires_grad)
         self.freeze_unread()
         return self
 
     def freeze_unread(self) -> None:
-        """Freeze the parameters that the head does not read, which stay in the checkpoint for other heads: distributed training
-        stops at trainable parameters without a gradient."""
+        """Freeze the parameters that the head does not use.
+
+        They stay in the checkpoint for other heads. Distributed training fails if a trainable parameter gets no
+        gradient."""
         backbone, head = cast("CLCAViTModel", self.base_model), HEADS[self.config.head]
         if head.before_norm:
             backbone.layernorm.requires_grad_(False)
@@ -286,15 +303,21 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
     ) -> None:
-        """Save model, configuration and code. `save_original_format=True`, the default elsewhere in transformers, would
-        write key names that Trainer cannot resume from. All classes are announced, so that each Auto class loads it."""
+        """Save model, configuration and code, registered for all Auto classes.
+
+        Args:
+            save_directory: folder to write to.
+            save_original_format: default of other models in transformers. True would write key names that Trainer
+                cannot resume from.
+            args, kwargs: as in transformers.
+        """
         for name, part in (
             ("reduction", get_reduction(self.config.reduction)),
             ("head", HEADS[self.config.head]),
         ):
             if part.__module__.rpartition(".")[0] != __name__.rpartition(".")[0]:
                 logger.warning(
-                    "The code of `%s`=%r is not saved with the model: whoever loads it must register it first.",
+                    "The code of `%s`=%r is not saved with the model. Register it before you load the model.",
                     name,
                     getattr(self.config, name),
                 )
@@ -309,14 +332,15 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
-        """Change what the stages of a trained model keep, from now on and in its configuration. (For one forward alone, and
-        from several threads, give `keep_rate` to `forward`.)
+        """Change the keep rate of a trained model permanently, also in its configuration.
+
+        To change it for one forward pass, or from several threads, pass `keep_rate` to `forward`.
 
         Args:
-            keep_rate: in (0, 1], one rate for all stages or one per stage; `keep_tokens` gives way to it.
+            keep_rate: in (0, 1], one rate for all stages or one per stage. It replaces `keep_tokens`.
 
         Raises:
-            ValueError: a rate out of range, or a method whose number of slots is fixed by its parameters.
+            ValueError: if a rate is out of range, or the method's number of slots is fixed by its parameters.
         """
         budget = checked_budget(self.config, keep_rate)
         self.config.keep_tokens = None
@@ -334,7 +358,7 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
 
     if not hasattr(
         PreTrainedModel, "activation_checkpointing_enable"
-    ):  # transformers below 5.23 has the older name alone
+    ):  # transformers below 5.23 only has the older name
 
         def gradient_checkpointing_enable(
             self, gradient_checkpointing_kwargs: dict | None = None, *args: Any, **kwargs: Any
@@ -344,15 +368,15 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
 
     def _check_checkpointing(self, options: dict | None) -> None:
         reentrant = (options or {}).get("use_reentrant", False)
-        culprits = (
+        affected = (
             {"reduction": self.config.reduction} if get_reduction(self.config.reduction).differentiable_tracks else {}
         )
-        culprits |= {"head": self.config.head} if HEADS[self.config.head].reads == "probes" else {}
-        if reentrant and culprits:
-            names = " and ".join(f"`{name}`={value!r}" for name, value in culprits.items())
+        affected |= {"head": self.config.head} if HEADS[self.config.head].reads == "probes" else {}
+        if reentrant and affected:
+            names = " and ".join(f"`{name}`={value!r}" for name, value in affected.items())
             raise ValueError(
-                f"`use_reentrant`=True would lose gradients of {names}: reentrant checkpointing sees the hidden states "
-                "only. Use `use_reentrant`=False, the default."
+                f"`use_reentrant`=True would lose gradients of {names}, because reentrant checkpointing only tracks the "
+                "hidden states. Use `use_reentrant`=False, the default."
             )
 
     @torch.no_grad()
@@ -368,8 +392,8 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             ):
                 if token is not None:
                     init.trunc_normal_(token, std=std)
-            if module.clr_tokens is not None:  # after CLS, which may have been loaded
-                assert module.cls_token is not None  # the configuration refuses CLR without it
+            if module.clr_tokens is not None:  # copy CLS, which may have been loaded from a checkpoint
+                assert module.cls_token is not None  # the configuration does not allow CLR without CLS
                 init.copy_(module.clr_tokens, module.cls_token.expand_as(module.clr_tokens))
         elif isinstance(module, CLCAViTAttentionPooling):
             init.trunc_normal_(module.query, std=std)
@@ -380,26 +404,26 @@ class CLCAViTPreTrainedModel(ViTPreTrainedModel):
             module.init_weights()
             module.make_constants()
         elif not isinstance(module, PreTrainedModel):
-            init_weights = getattr(module, "init_weights", None)  # of a head
+            init_weights = getattr(module, "init_weights", None)  # of modules of a head
             if init_weights is not None:
                 init_weights()
 
 
 class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
-    """The backbone: embeddings, layers, reductions and cache, without a classifier.
+    """Backbone of a CLCA ViT: embeddings, layers, reductions and cache, without a classifier.
 
     Args:
-        config: checked again here, since values may have been overridden after it was made.
+        config: the configuration. It is checked again here, because values may have been changed after it was made.
 
     Raises:
-        ValueError: what `CLCAViTConfig` refuses.
+        ValueError: if `CLCAViTConfig` refuses the configuration.
     """
 
     embeddings: CLCAViTEmbeddings
-    skip_unread_rows = True  # False computes all that the paper counts
+    skip_unread_rows = True  # if False, tokens that are unused are computed as well, as the paper counts them
 
     def __init__(self, config: CLCAViTConfig) -> None:
-        ViTPreTrainedModel.__init__(self, config)  # ViTModel's would build its own layers first
+        ViTPreTrainedModel.__init__(self, config)  # ViTModel.__init__ would build its own layers
         check_config(config)
         self.config = config
         self.method, self.head = get_reduction(config.reduction), HEADS[config.head]
@@ -432,33 +456,33 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         """Run the backbone on `pixel_values` (B, C, height, width).
 
         Args:
-            pixel_values: normalised images.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            output_assignments: return, per stage, which rows made which.
-            keep_rate: for this forward, instead of the configuration's: one rate for all stages or one per stage.
-            for_head: compute no more than the classifier reads. Where that is CLS, `last_hidden_state` is (B, 1, D).
-            budget: instead of `keep_rate`, what `checked_budget` has made of it.
+            pixel_values: normalized images.
+            interpolate_pos_encoding: accept images of other sizes than `config.image_size`.
+            output_assignments: return the assignment of each stage.
+            keep_rate: keep rate of this forward pass instead of the configuration's: one for all stages or one per
+                stage.
+            for_head: compute only what the classifier reads. If that is CLS, `last_hidden_state` has the shape (B, 1,
+                D).
+            budget: result of `checked_budget`, instead of `keep_rate`.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention kernel.
 
         Raises:
-            ValueError: no pixels, pixels of a wrong shape, a keep rate that cannot be, or an `attention_mask`, which tokens
-                that move cannot follow.
+            ValueError: if pixels are missing or have the wrong shape, a keep rate is not allowed, or an
+                `attention_mask` or an unknown argument is given.
         """
         if pixel_values is None:
             raise ValueError("`pixel_values` must be given.")
-        # ty: ignore[invalid-typed-dict-key]  # it is no option: what is popped here is what callers may not pass
+        # ty: ignore[invalid-typed-dict-key]  # not a known option: callers must not pass it
         if kwargs.pop("attention_mask", None) is not None:
-            raise ValueError("`attention_mask` is not supported: rows are reordered by reductions. Leave it out.")
+            raise ValueError("`attention_mask` is not supported because reductions reorder the tokens. Remove it.")
         # ty: ignore[invalid-typed-dict-key]  # the same
         if kwargs.pop("head_mask", None) is not None:
-            raise ValueError(
-                "`head_mask` is not supported: this model masks no attention heads. Leave it out, or pass None."
-            )
+            raise ValueError("`head_mask` is not supported. Remove it, or pass None.")
         unknown = [name for name in kwargs if name not in _FORWARD_OPTIONS]
         if unknown:
             close = get_close_matches(unknown[0], ["output_assignments", "keep_rate", *_FORWARD_OPTIONS], n=1)
             hint = f" Did you mean `{close[0]}`?" if close else ""
-            raise ValueError(f"`{unknown[0]}` is no argument of this model's forward.{hint}")
+            raise ValueError(f"`{unknown[0]}` is not an argument of this model's forward.{hint}")
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         recording = bool(hidden_recorded or kwargs["output_attentions"] or output_assignments)
@@ -477,12 +501,12 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         for index, layer in enumerate(self.layers):
             token_counts.append(hidden_states.shape[1])
             only_first = shortcuts.only_first and index == last
-            hidden_states, state = layer(  # a reduction happens inside
+            hidden_states, state = layer(  # includes the reduction
                 hidden_states, state, skip_unread=shortcuts.skip_unread, only_first=only_first, **kwargs
             )
             for name, report in state.report.items():
                 reports[name] += (report,)
-            hidden_states, state = cache.recall(index, hidden_states, state._replace(report={}))
+            hidden_states, state = cache.retrieve(index, hidden_states, state._replace(report={}))
             cache.write(index, hidden_states, state)
             if index in self.aggregation_layers:
                 cls_tokens.append(hidden_states[:, 0])
@@ -490,7 +514,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         token_counts.append(token_counts[-1] if shortcuts.only_first else hidden_states.shape[1])
         last_hidden_state = self.layernorm(hidden_states)
         if embeddings is not None:
-            ends = NetworkEnds(embeddings, hidden_states, last_hidden_state, self.method.visible(state))
+            ends = NetworkEnds(embeddings, hidden_states, last_hidden_state, self.method.key_mask(state))
             features = self.head.collect(reports.pop("probe", ()), ends)
             pooled = torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
         else:
@@ -498,7 +522,7 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         output = CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            # layers may lie on different devices
+            # layers may be on different devices
             cls_tokens=torch.stack([t.to(hidden_states.device) for t in cls_tokens], dim=1) if cls_tokens else None,
             assignments=reports.pop("assignment", ()) if output_assignments else None,
             reports=(dict(reports) or None) if self.training or output_assignments else None,
@@ -507,11 +531,16 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
         return output
 
     def shortcuts(self, for_head: bool, recording: bool) -> Shortcuts:
-        """The one place that decides which rows are not computed.
+        """Decide which computations to skip.
 
-        Nothing is left out for whoever records hidden states, attention maps or assignments. In the last layer, also not for
-        whoever hooks into or behind it, calls the backbone by itself, or has a head that reads more than row 0; and not
-        where rows still move there, in a stage or from the cache."""
+        Nothing is skipped while hidden states, attention maps or assignments are recorded. In the last layer, tokens
+        other than token 0 are also computed if a hook observes the layer or the modules after it, if the backbone is
+        called directly, if the head reads them, or if a stage or the cache still changes the tokens there.
+
+        Args:
+            for_head: whether only the classifier reads the output.
+            recording: whether intermediate results are recorded.
+        """
         if not self.skip_unread_rows or recording or not fast_paths_enabled():
             return Shortcuts(False, False)
         config, layer, last = self.config, self.layers[-1], len(self.layers) - 1
@@ -521,41 +550,49 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             and layer.reduction is None
             and last not in recovery_layers(config)
             and not config.vqt_original_slicing
-            # Whoever hooks into the last layer, or onto what only passes its tokens on, wants to see them all.
+            # Hooks on the last layer, or on modules that receive its tokens, must see all of them.
             and not self.hook_watch(layer, self.layernorm, self)
         )
         return Shortcuts(True, only_first)
 
-    def pool(self, hidden_states: torch.Tensor, normalised: torch.Tensor, state: TokenState) -> torch.Tensor:
-        """What a linear head reads, (B, D), of the last tokens before and after the final norm."""
+    def pool(self, hidden_states: torch.Tensor, normalized: torch.Tensor, state: TokenState) -> torch.Tensor:
+        """Pool the last tokens to (B, D), as `config.pooling` says.
+
+        Args:
+            hidden_states: tokens (B, N, D) before the final norm.
+            normalized: the same after the final norm.
+            state: their state.
+        """
         if self.config.pooling == "cls":
-            return normalised[:, 0]
-        visible = self.method.visible(state)
+            return normalized[:, 0]
+        key_mask = self.method.key_mask(state)
         if self.attention_pooling is not None and self.config.pooling == "map_then_norm":
-            return self.layernorm(self.attention_pooling(hidden_states, visible))
+            return self.layernorm(self.attention_pooling(hidden_states, key_mask))
         if self.attention_pooling is not None:
-            return self.attention_pooling(normalised, visible)
-        # All rows but the prefix: CLR and recalled rows too. `mean` is normalised after the mean, as timm mostly does.
+            return self.attention_pooling(normalized, key_mask)
+        # All tokens after the prefix, including CLR and retrieved tokens. `mean` is normalized after pooling, as in most models of timm.
         before = self.config.pooling == "normed_mean"
-        rows = normalised if before else hidden_states
+        tokens = normalized if before else hidden_states
         skipped = self.config.num_prefix_tokens
-        if visible is not None and skipped > 1:
-            # An image's first rows are its first visible ones: pads, whose number depends on the batch, may be among the others.
-            visible, skipped = visible & (visible.cumsum(dim=1) > skipped), 0
-        mean = mean_rows(rows, skipped, rows.shape[1], visible)
+        if key_mask is not None and skipped > 1:
+            # Padding may be among the first tokens, so the prefix is the first tokens that the mask admits.
+            key_mask, skipped = key_mask & (key_mask.cumsum(dim=1) > skipped), 0
+        mean = masked_mean(tokens, skipped, tokens.shape[1], key_mask)
         return (mean if before else self.layernorm(mean)).squeeze(1)
 
 
 class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
-    """A CLCA ViT that returns feature maps over the patches of an image, for the segmentation and detection models of
-    transformers. Tokens that were dropped or merged are put back on the grid, see `dense_clca.feature_maps`. Which stages are
-    returned, `config.out_features` or `config.out_indices` say; what is read of none of them is frozen.
+    """CLCA ViT that returns feature maps over the patches of an image, for segmentation and detection models of
+    transformers.
+
+    Dropped and merged tokens are put back on the grid, see `dense_clca.feature_maps`. `config.out_features` or
+    `config.out_indices` selects the stages to return. Parameters that none of these stages uses are frozen.
 
     Args:
-        config: as of `CLCAViTModel`.
+        config: as for `CLCAViTModel`.
 
     Raises:
-        ValueError: what `CLCAViTConfig` refuses.
+        ValueError: if `CLCAViTConfig` refuses the configuration.
 
     Example:
 
@@ -619,13 +656,14 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
         """Compute the feature maps of `pixel_values` (B, C, height, width).
 
         Args:
-            pixel_values: normalised images.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            keep_rate: for this forward, instead of the configuration's: one rate for all stages or one per stage.
+            pixel_values: normalized images.
+            interpolate_pos_encoding: accept images of other sizes than `config.image_size`.
+            keep_rate: keep rate of this forward pass instead of the configuration's: one for all stages or one per
+                stage.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention kernel.
 
         Raises:
-            ValueError: as `CLCAViTModel.forward`, and for a method that reports no assignments.
+            ValueError: as `CLCAViTModel.forward`, and if the method reports no assignments.
         """
         recorded = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
         budget = checked_budget(self.config, keep_rate)
@@ -650,7 +688,7 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
             if auxiliary:
                 _warn_of_unread_terms(list(auxiliary))
         output = CLCAViTBackboneOutput(
-            feature_maps=cast("Any", maps),  # which transformers declares as a tuple of one
+            feature_maps=cast("Any", maps),  # transformers declares a tuple of one map
             hidden_states=_selected(outputs.hidden_states, recorded),
             attentions=outputs.attentions,
             auxiliary_loss=cast("torch.Tensor", sum(auxiliary.values())) if auxiliary else None,
@@ -659,13 +697,13 @@ class CLCAViTBackbone(BackboneMixin, CLCAViTModel):
         return output
 
     def _hidden_indices(self) -> list[int]:
-        """Numbers of the hidden states that are returned, from 0."""
+        """Return the non-negative indices of the hidden states to return."""
         count = self.config.num_hidden_layers + 1
         return [index % count for index in self.config.out_indices]
 
 
 class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassification):
-    """A CLCA ViT with a classifier: linear on pooled features, or an aggregation over the CLS tokens of several layers.
+    """CLCA ViT with a classifier: linear on pooled features, or an aggregation over the CLS tokens of several layers.
 
     Example:
 
@@ -709,32 +747,34 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         """Classify `pixel_values` (B, C, height, width).
 
         Args:
-            pixel_values: normalised images.
+            pixel_values: normalized images.
             labels: see `loss_clca.classification_loss`.
-            interpolate_pos_encoding: accept images of another size than `config.image_size`.
-            output_assignments: return, per stage, which rows made which.
-            keep_rate: for this forward, instead of the configuration's: one rate for all stages or one per stage.
-            teacher_logits: (B, K), for methods that distil (DynamicViT), in training.
-            teacher_tokens: (B, patches, D), likewise.
+            interpolate_pos_encoding: accept images of other sizes than `config.image_size`.
+            output_assignments: return the assignment of each stage.
+            keep_rate: keep rate of this forward pass instead of the configuration's: one for all stages or one per
+                stage.
+            teacher_logits: (B, K), for methods that distill (DynamicViT), in training.
+            teacher_tokens: (B, patches, D), for the same methods.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and options of the attention kernel.
 
         Raises:
-            ValueError: no pixels, pixels or labels of a wrong shape.
+            ValueError: if pixels are missing, pixels or labels have the wrong shape, or the method does not use a
+                teacher.
         """
         has_teacher = teacher_logits is not None or teacher_tokens is not None
         if has_teacher and not self.vit.method.distils:
             raise ValueError(
-                f"`teacher_logits` and `teacher_tokens` mean nothing to `reduction`={self.config.reduction!r}, whose loss "
-                "does not distil."
+                f"`teacher_logits` and `teacher_tokens` have no effect with `reduction`={self.config.reduction!r}, which does "
+                "not distill. Remove them."
             )
         budget = checked_budget(self.config, keep_rate)
         outputs = self.vit(
             pixel_values,
             interpolate_pos_encoding,
             output_assignments,
-            for_head=not (self.training and self.vit.method.adds_to_loss),  # which may read all tokens
+            for_head=not (self.training and self.vit.method.adds_to_loss),  # such a loss may read all tokens
             budget=budget,
-            return_dict=True,  # whatever the configuration says, which speaks of what leaves this model
+            return_dict=True,  # the option of the configuration only concerns the output of this model
             **kwargs,
         )
         features = outputs.cls_tokens if self.vit.aggregation_layers else outputs.pooler_output
@@ -743,7 +783,7 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
         if teacher_logits is not None and teacher_logits.shape != logits.shape:
             raise ValueError(
                 f"`teacher_logits` must have the shape of the logits, {tuple(logits.shape)}, got "
-                f"{tuple(teacher_logits.shape)}: the teacher needs the same classes."
+                f"{tuple(teacher_logits.shape)}. The teacher needs the same classes."
             )
         loss, loss_terms, auxiliary = None, {}, {}
         if self.training:
@@ -780,21 +820,23 @@ class CLCAViTForImageClassification(CLCAViTPreTrainedModel, ViTForImageClassific
 
     @torch.no_grad()
     def select_features(self, fraction: float) -> torch.Tensor:
-        """Head2Toe's second step: keep the features to which the trained head gives the largest weights, and put a new
-        head on them, to be trained again.
+        """Keep the features with the largest weights in the trained head, and re-initialize the head on these features
+        only.
+
+        This is the second step of Head2Toe (https://huggingface.co/papers/2201.03529). Train the new head afterwards.
 
         Args:
             fraction: share of the features to keep, in (0, 1].
 
         Returns:
-            Indices of the kept features, ascending, among those the head has read.
+            Ascending indices of the kept features among the features that the head read before.
 
         Raises:
-            ValueError: another head than H2T or VQT, or a fraction out of range.
+            ValueError: if the head is not H2T or VQT, or the fraction is out of range.
         """
         if self.vit.head.reads != "probes":
             names = " or ".join(heads_reading("probes"))
-            raise ValueError(f"`head` must be {names} to select features, it is {self.config.head!r}.")
+            raise ValueError(f"`head` must be {names} to select features, got {self.config.head!r}.")
         if not 0 < fraction <= 1:
             raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
         weight = head_weight(self.classifier)

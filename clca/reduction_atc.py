@@ -1,7 +1,8 @@
 """ATC: merge tokens by agglomerative clustering (https://huggingface.co/papers/2409.11923).
 
-Its official code is MIT; its part for models trained without it derives from ToMe's (CC-BY-NC 4.0). None of it is used here.
-Differs from it: that part removes one token less than asked in models with CLS; registers, CLR and recalled rows may be merged.
+Its official code is MIT; the part for models trained without it derives from ToMe's (CC-BY-NC 4.0). None of it is used
+here. Differences: that part removes one token less than requested in models with CLS; here registers, CLR and
+retrieved tokens may be merged.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
 
 
 class ATCReduction(Merging):
-    """Between attention and MLP, merge the two nearest clusters of rows, by the cosine distance of keys, until few enough are
-    left. The keep rate is a share of the patches, cumulative; a stage removes what lies between two targets.
-    The new order is: row 0, clusters by their first rows.
+    """Between attention and MLP, repeatedly merge the two nearest clusters of tokens, by the cosine distance of their
+    keys. The keep rate is a share of the patches, cumulative; a stage removes the difference between two targets.
+
+    The new order is: token 0, then clusters by their first tokens.
 
     Args:
-        linkage: distance of two clusters: the `average`, least (`single`) or greatest (`complete`) of those of their rows.
+        linkage: distance of two clusters: the `average`, minimum (`single`) or maximum (`complete`) distance of their
+            tokens.
     """
 
     name = "atc"
-    most_exported_patches = 256  # each merge adds some 40 operators
+    max_exported_patches = 256  # each merge adds about 40 operators
 
     def __init__(
         self, config: "CLCAViTConfig", stage: int, *, linkage: Literal["average", "single", "complete"] = "average"
@@ -36,29 +39,36 @@ class ATCReduction(Merging):
         self.linkage = linkage
 
     @classmethod
-    def most_merged(cls, num_rows: int) -> int:
-        return num_rows - 2  # row 0 and a cluster
+    def max_merged(cls, num_tokens: int) -> int:
+        return num_tokens - 2  # token 0 and one cluster remain
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a graph holds for other images, too
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # the graph must work for other images, too
         scipy = None if traced or metric.device.type != "cpu" else scipy_functions()
         if scipy is None:
             first = self.cluster(cosine_distance(metric), merged)
-        else:  # in float64, in which only distances of equal rows are equal
+        else:  # in float64, where distances are equal only if tokens are
             first = torch.stack([self.cluster_by_scipy(scipy, image, merged) for image in metric.double()])
-        number = (first == torch.arange(first.shape[1], device=first.device)).cumsum(dim=1)  # of a cluster, from 1
+        number = (first == torch.arange(first.shape[1], device=first.device)).cumsum(dim=1)  # clusters counted from 1
         return nn.functional.pad(number.gather(1, first), (1, 0))
 
     def cluster(self, distance: torch.Tensor, merged: int) -> torch.Tensor:
-        """The first member (B, n) of the cluster of each row, once the two nearest clusters have become one `merged` times.
-        Of several least distances (B, n, n), which are overwritten, that of the first pair of first members counts."""
+        """Merge the two nearest clusters `merged` times.
+
+        Args:
+            distance: (B, n, n), overwritten. Of equal distances, the pair with the lowest first members is merged.
+            merged: number of merges.
+
+        Returns:
+            Index (B, n) of the first member of the cluster of each token.
+        """
         width = distance.shape[1]
         first = torch.arange(width, device=distance.device).expand(distance.shape[0], -1)
         members = torch.ones_like(distance[:, 0])
-        for _ in range(0 if distance.is_meta else merged):  # shapes do not depend on the merges
+        for _ in range(0 if distance.is_meta else merged):  # shapes do not depend on the merges, so skip them
             one = distance.amin(dim=2).argmin(dim=1, keepdim=True)  # (B, 1)
-            other = gather_rows(distance, one).argmin(dim=2)  # after `one`, since distances are symmetric
+            other = gather_rows(distance, one).argmin(dim=2)  # greater than `one`, because distances are symmetric
             pair = torch.cat([one, other], dim=1)
             index = pair.unsqueeze(2).expand(-1, -1, width)
             rows, counts = distance.gather(1, index), members.gather(1, pair)  # (B, 2, n), (B, 2)
@@ -66,7 +76,7 @@ class ATCReduction(Merging):
                 joint = (rows * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
             else:
                 joint = rows.amin(dim=1) if self.linkage == "single" else rows.amax(dim=1)
-            joint = joint.scatter(1, pair, torch.inf)  # from itself, and from what has become a part of it
+            joint = joint.scatter(1, pair, torch.inf)  # no distance to itself or to the cluster it absorbed
             rows = torch.stack([joint, torch.full_like(joint, torch.inf)], dim=1)
             distance.scatter_(1, index, rows).scatter_(2, index.transpose(1, 2), rows.transpose(1, 2))
             members = members.scatter(1, one, counts.sum(dim=1, keepdim=True))
@@ -74,15 +84,25 @@ class ATCReduction(Merging):
         return first
 
     def cluster_by_scipy(self, scipy: Any, metric: torch.Tensor, merged: int) -> torch.Tensor:
-        """The same (n,) of one image, many times faster, from its `metric` (n, d) of unit length. scipy breaks ties in an order
-        of its own. Images in which two distances that matter are equal, or are NaN, take the exact path."""
+        """Return the result of `cluster` (n,) for one image, many times faster.
+
+        scipy breaks ties in a different order. So images in which two relevant distances are equal, or are NaN, use
+        `cluster`.
+
+        Args:
+            scipy: `linkage` and `squareform`, see `scipy_functions`.
+            metric: (n, d), float64, of unit length.
+            merged: number of merges.
+        """
         linkage, squareform = scipy
         width = metric.shape[0]
         upper = 1 - torch.from_numpy(squareform((metric @ metric.T).numpy(), checks=False))  # (n (n - 1) / 2,)
         if metric.isfinite().all():
-            merges = torch.from_numpy(linkage(upper.numpy(), self.linkage)[:merged])  # (merged, 4), by rising distance
+            merges = torch.from_numpy(
+                linkage(upper.numpy(), self.linkage)[:merged]
+            )  # (merged, 4), by ascending distance
             if upper[upper <= merges[-1, 2]].sort().values.diff().all():
-                parent = torch.arange(width + merged)  # the i-th merge makes cluster n + i of two others
+                parent = torch.arange(width + merged)  # merge i makes cluster n + i from two others
                 parent[merges[:, :2].long()] = parent[width:, None].clone()
                 for _ in range(merged.bit_length()):
                     parent = parent[parent]
@@ -92,15 +112,15 @@ class ATCReduction(Merging):
 
 
 def cosine_distance(metric: torch.Tensor) -> torch.Tensor:
-    """1 - cosine (B, n, n) of `metric` (B, n, d), whose rows are of unit length; infinite on the diagonal."""
+    """Return 1 - cosine (B, n, n) of `metric` (B, n, d) of unit length, with infinity on the diagonal."""
     with full_precision(metric):
         distance = (1 - metric @ metric.transpose(1, 2)).triu(1)
-    distance = distance + distance.transpose(1, 2)  # a product need not be symmetric to the last bit
+    distance = distance + distance.transpose(1, 2)  # a matrix product is not exactly symmetric
     return distance.masked_fill(torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device), torch.inf)
 
 
 def scipy_functions() -> Any:
-    """`linkage` and `squareform` of scipy. None where it is not installed."""
+    """Return `linkage` and `squareform` of scipy, or None if it is not installed."""
     try:
         from scipy.cluster.hierarchy import linkage
         from scipy.spatial.distance import squareform

@@ -1,40 +1,46 @@
-"""The contract between the ViT and a token reduction method.
+"""Interface between the ViT and token reduction methods.
 
-Shapes, here and in every file of a method: B batch, N tokens in, M tokens out, D width, H heads, d head width.
+Shapes, here and in the files of all methods: B batch, N tokens in, M tokens out, D width, H heads, d head width.
 
-A layer takes `hidden_states` (B, N, D) and a `TokenState`, and returns both. Rows of the sequence are `[CLS | registers |
-patches | CLR, recalled]` until the first reduction; what holds always is that row 0 is CLS (the first patch in a model
-without one) and that, right after a recall, the last rows are the recalled ones.
+A layer takes `hidden_states` (B, N, D) and a `TokenState`, and returns both. Until the first reduction, the tokens are
+`[CLS | registers | patches | CLR, retrieved]`. Two things always hold: token 0 is CLS (or the first patch in a model
+without CLS), and right after a retrieval the last tokens are the retrieved ones.
 
-A method is a subclass of `TokenReduction`: one instance for each layer in which it acts (a *stage*), which owns the stage's
-parameters, and a few class methods that every layer of the model calls. It overrides the shallowest hook that fits:
+A method is a subclass of `TokenReduction`. It has one instance for each layer in which it acts (a *stage*), which owns
+the parameters of the stage, and class methods that every layer of the model calls. Override the simplest hook that is
+sufficient:
 
-| hook | called | serves |
+| hook | called | used by |
 | --- | --- | --- |
 | `start` | once, before the first layer | ats (validity), dyvit in training (policy) |
-| `before_layer` | first thing in a stage's layer | dyvit, dpcknn, kmedoids, sit, patchmerger, sinkhorn, heuristic |
-| `visible` | in every layer's attention, and when rows are averaged | ats (pads are not), heuristic (far patches) |
-| `attention_mask` | in every layer's attention | tome and its kin (log size, a bias); by default what `visible` says |
+| `before_layer` | at the beginning of a stage's layer | dyvit, dpcknn, kmedoids, sit, patchmerger, sinkhorn, heuristic |
+| `key_mask` | in every layer's attention, and when tokens are averaged | ats (padding is masked), heuristic (far patches are masked) |
+| `attention_mask` | in every layer's attention | tome and similar methods (log size as a bias); the default is `key_mask` |
 | `attend` | in every layer, instead of softmax attention | dyvit in training (masked, smoothed softmax) |
-| `choose_rows` | in a stage's attention, before queries exist | ats (the sampled rows are the only queries) |
-| `merge_rows` | in a stage's layer, once its keys exist: what `before_mlp` does, as weighted sums of rows | topk, evit, maws, dmaws, edar, nfedar, tome, atc, pitome, mctf |
-| `before_mlp` | in a stage's layer, between attention and MLP; by default applies `merge_rows` | glsf, tofu |
+| `choose_tokens` | in a stage's attention, before queries are computed | ats (only sampled tokens get queries) |
+| `merge_tokens` | in a stage's layer, once its keys exist: like `before_mlp`, but as a linear map of tokens | topk, evit, maws, dmaws, edar, nfedar, tome, atc, pitome, mctf |
+| `before_mlp` | in a stage's layer, between attention and MLP; the default applies `merge_tokens` | glsf, tofu |
 | `observe` | in every layer's attention, once its keys exist | kmedoids, dmaws, edar, nfedar (the layer before a stage) |
-| `recalled_value` | when the cache appends rows | what those rows get in each track |
+| `retrieved_value` | when the cache appends tokens | value of these tokens in each track |
 | `loss_terms` | with labels, in training | dyvit |
 
-`ScoredPruning` holds what pruning methods share (dyvit in evaluation, glsf), `ScoredByAttention` what those share that score
-by a layer's attention (`AttentionPruning`: topk, evit; maws), `TwoLayerPruning` by that of two layers (dmaws;
-`RolloutPruning`: edar, nfedar). `Regrouping` and `LearntSlots` hold what methods share that make new rows of all but a
-protected part (dpcknn, kmedoids; sit, patchmerger, sinkhorn), `Merging` what methods share that merge rows into their means
-(tome, atc, pitome, mctf, tofu).
+Base classes for groups of methods:
 
-Tracks are per-row quantities `(B, N, ...)` that stay in step with the rows: ToMe's `size`, ATS' `valid`, DynamicViT's
-`decision`. A stage that reorders or drops rows calls `state.select`, a stage that makes new rows replaces its tracks.
+- `ScoredPruning`: keep the tokens with the best scores (dyvit in evaluation, glsf). `ScoredByAttention`: scores from
+  the attention of one layer (maws; `AttentionPruning`: topk, evit). `TwoLayerPruning`: from two layers (dmaws;
+  `RolloutPruning`: edar, nfedar).
+- `Regrouping`: make new tokens from all except a protected part (dpcknn, kmedoids). `LearnedSlots`: the same with
+  learned slots (sit, patchmerger, sinkhorn).
+- `Merging`: merge tokens into their means (tome, atc, pitome, mctf, tofu).
+
+Tracks are quantities per token, `(B, N, ...)`, that must match the tokens in number and order: ToMe's `size`, ATS'
+`valid`, DynamicViT's `decision`. A stage that reorders or drops tokens calls `state.select`; a stage that makes new
+tokens replaces the tracks.
 """
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -43,7 +49,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .attention_clca import AttentionContext, RowMap, TakenRows, at_least_float32, full_precision, gather_rows
+from .attention_clca import AttentionContext, SelectedTokens, TokenMap, at_least_float32, full_precision, gather_rows
 from .budget_clca import Budget
 
 
@@ -52,76 +58,112 @@ if TYPE_CHECKING:
 
 
 class TokenState(NamedTuple):
-    """What travels with the hidden states (B, N, D) from layer to layer. Only the model's forward owns one."""
+    """State that accompanies the hidden states (B, N, D) from layer to layer during a forward pass.
 
-    budget: Budget  # what stages keep, in this forward
-    grid: tuple[int, int]  # patches of the image: rows, columns
-    prefix: int  # CLS and registers, as embedded
-    suffix: int  # CLR and every row recalled so far
-    pool_len: int  # rows that enter the cache's GAP; set just before each recall
+    Attributes:
+        budget: what the stages keep in this forward pass.
+        grid: patches of the image, (rows, columns).
+        prefix: number of CLS and register tokens, as embedded.
+        suffix: number of CLR tokens and of all tokens retrieved so far.
+        pool_len: number of tokens that the cache's GAP averages; set before each retrieval.
+        tracks: quantities per token by name, (B, N, ...).
+        record_assignments: whether stages report their assignments.
+        report: tensors that the current layer reports, by name.
+    """
+
+    budget: Budget
+    grid: tuple[int, int]
+    prefix: int
+    suffix: int
+    pool_len: int
     tracks: dict[str, torch.Tensor] = {}
     record_assignments: bool = False
     report: dict[str, torch.Tensor] = {}
 
     @property
     def num_patches(self) -> int:
-        """Patches of the image: what cumulative keep rates refer to."""
+        """Number of patches of the image. Cumulative keep rates refer to it."""
         return self.grid[0] * self.grid[1]
 
-    def select(self, rows: torch.Tensor) -> "TokenState":
-        """The state after keeping `rows` (B, M) of the sequence."""
-        return self._replace(tracks={name: gather_rows(track, rows) for name, track in self.tracks.items()})
+    def select(self, indices: torch.Tensor) -> "TokenState":
+        """Return the state after keeping only the tokens at `indices` (B, M)."""
+        return self._replace(tracks={name: gather_rows(track, indices) for name, track in self.tracks.items()})
 
     def with_tracks(self, **tracks: torch.Tensor) -> "TokenState":
-        """The state with some tracks set."""
+        """Return the state with these tracks set."""
         return self._replace(tracks=self.tracks | tracks)
 
     def without_track(self, name: str) -> "TokenState":
-        """The state without one of its tracks, if it has it."""
+        """Return the state without a track, if it has it."""
         return self._replace(tracks={key: track for key, track in self.tracks.items() if key != name})
 
     def with_report(self, **report: torch.Tensor) -> "TokenState":
-        """The state with something added to the layer's report."""
+        """Return the state with these tensors added to the report of the layer."""
         return self._replace(report=self.report | report)
 
     def with_assignment(self, assignment: Callable[[], torch.Tensor]) -> "TokenState":
-        """The state with a stage's assignment (B, M, N) in the report, made only if somebody asked for assignments."""
+        """Return the state with the assignment (B, M, N) of a stage in its report. The function is only called if
+        assignments are recorded."""
         return self.with_report(assignment=assignment().detach()) if self.record_assignments else self
 
 
-_KEPT_CONSTANTS = 64  # pairs of a budget and an image size that a stage remembers beside its own
+_MAX_CACHED_CONSTANTS = 64  # pairs of a budget and a grid for which a stage caches constants, besides its own
 
-Weights = Callable[[], torch.Tensor]  # made only if somebody asks for assignments
+# Hooks that had another name in release 0.1.0. Subclasses may still use it.
+_RENAMED_HOOKS = {
+    "visible": "key_mask",
+    "choose_rows": "choose_tokens",
+    "merge_rows": "merge_tokens",
+    "recalled_value": "retrieved_value",
+}
+
+Weights = Callable[[], torch.Tensor]  # only called if assignments are recorded
 
 
 class LossInputs(NamedTuple):
-    """What a method may build its loss from."""
+    """Inputs of the loss terms of a method.
 
-    reports: dict[str, tuple[torch.Tensor, ...]]  # what the stages reported, by name
-    logits: torch.Tensor | None  # (B, K); None in a backbone, which has no classifier
-    tokens: torch.Tensor  # (B, N, D), after the final norm
-    budget: Budget  # of this forward
-    teacher_logits: torch.Tensor | None = None  # (B, K)
-    teacher_tokens: torch.Tensor | None = None  # (B, P, D), of the image's P patches
+    Attributes:
+        reports: tensors that the stages reported, by name, one per stage.
+        logits: (B, K), or None in a backbone, which has no classifier.
+        tokens: (B, N, D), after the final norm.
+        budget: budget of this forward pass.
+        teacher_logits: (B, K), or None without a teacher.
+        teacher_tokens: (B, P, D) for the P patches of the image, or None without a teacher.
+    """
+
+    reports: dict[str, tuple[torch.Tensor, ...]]
+    logits: torch.Tensor | None
+    tokens: torch.Tensor
+    budget: Budget
+    teacher_logits: torch.Tensor | None = None
+    teacher_tokens: torch.Tensor | None = None
 
 
-def one_hot_assignment(rows: torch.Tensor, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """(B, M, N) with a one where row m was row `rows[b, m]` of N = `num_rows`; a negative index gives a row of zeros."""
-    columns = torch.arange(num_rows, device=rows.device)
-    return (rows.unsqueeze(-1) == columns).to(dtype)
+def one_hot_assignment(indices: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an assignment (B, M, N) with a one where new token m is old token `indices[b, m]`.
+
+    Args:
+        indices: (B, M). A negative index gives a row of zeros.
+        num_tokens: number N of old tokens.
+        dtype: dtype of the result.
+    """
+    columns = torch.arange(num_tokens, device=indices.device)
+    return (indices.unsqueeze(-1) == columns).to(dtype)
 
 
-def identity_assignment(rows: torch.Tensor) -> torch.Tensor:
-    """(B, N, N): every one of `rows` (B, N, ...) is what it was."""
-    batch, num_rows = rows.shape[:2]
-    return torch.eye(num_rows, dtype=rows.dtype, device=rows.device).expand(batch, -1, -1)
+def identity_assignment(tokens: torch.Tensor) -> torch.Tensor:
+    """Return the assignment (B, N, N) that leaves all `tokens` (B, N, ...) unchanged."""
+    batch, num_tokens = tokens.shape[:2]
+    return torch.eye(num_tokens, dtype=tokens.dtype, device=tokens.device).expand(batch, -1, -1)
 
 
 def _option_types(cls: type) -> dict[str, Any]:
-    """Types of the keyword-only arguments of a class' `__init__`, by name.
+    """Return the types of the keyword-only arguments of a class' `__init__`, by name.
 
-    Under `from __future__ import annotations` they are strings. Each is evaluated by itself, and those of other arguments
-    are not: they may name what is imported for type checkers alone. What cannot be evaluated counts as not annotated."""
+    With `from __future__ import annotations` they are strings. Each is evaluated separately, and those of other
+    arguments are not, because they may use names that are only imported for type checkers. A type that cannot be
+    evaluated counts as not annotated."""
     names = getattr(inspect.unwrap(cls.__init__), "__globals__", {})
     types = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -129,13 +171,13 @@ def _option_types(cls: type) -> dict[str, Any]:
             alone = SimpleNamespace(__annotations__={name: parameter.annotation})
             try:
                 types[name] = get_type_hints(alone, names)[name]
-            except Exception:  # whatever an expression may raise
+            except Exception:  # an expression can raise anything
                 types[name] = inspect.Parameter.empty
     return types
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has the type that a parameter is annotated with: a class, a list of something, a union, or literals."""
+    """Whether a value has the type of an annotation: a class, a list, a union, or literals."""
     if annotation in (inspect.Parameter.empty, Any):
         return True
     kind = get_origin(annotation) or annotation
@@ -144,41 +186,46 @@ def _fits(value: Any, annotation: Any) -> bool:
     if kind is Literal:
         return value in get_args(annotation)
     if not isinstance(kind, type):
-        return True  # a type variable, say
+        return True  # for example a type variable
     if isinstance(value, bool) or kind not in (int, float):
         return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     return isinstance(value, int | kind) and math.isfinite(value)
 
 
 def _overrides(cls: type, base: type, name: str) -> bool:
-    """Whether a subclass defines a method anew, itself or by another of its bases."""
+    """Whether a subclass, or another of its bases, overrides a method of `base`."""
     return inspect.getattr_static(cls, name) is not inspect.getattr_static(base, name)
 
 
 class TokenReduction(nn.Module):
-    """A method that does nothing: the base of all, and what a model without reduction uses.
+    """Base of all methods. It does nothing by itself and is used by models without reduction.
 
-    Knobs are keyword-only arguments of a subclass' `__init__`; `config.reduction_kwargs` must match them.
+    Options of a method are keyword-only arguments of its `__init__`; `config.reduction_kwargs` must match them.
 
     Args:
         config: the model's configuration.
-        stage: 0-based number of the stage among the method's layers.
+        stage: 0-based index of the stage among the method's layers.
     """
 
     name: ClassVar[str | None] = None
-    distils: ClassVar[bool] = False  # its loss learns from a teacher, where there is one
+    distils: ClassVar[bool] = False  # its loss uses a teacher, if there is one
     static_shapes: ClassVar[bool] = True  # token counts do not depend on the image
     differentiable_tracks: ClassVar[bool] = False  # gradients flow through a track from layer to layer
-    most_exported_patches: ClassVar[int | None] = None  # graphs of larger images would hold too many operators
+    max_exported_patches: ClassVar[int | None] = None  # graphs of larger images would have too many operators
 
-    # What follows from a subclass' definition, set when it is made.
+    # Derived from the definition of a subclass when it is created.
     option_types: ClassVar[dict[str, Any]] = {}  # of the keyword-only arguments of `__init__`
     option_defaults: ClassVar[dict[str, Any]] = {}
-    merges_early: bool = True  # `merge_rows` says all that `before_mlp` does; True unless that is overridden
-    adds_to_loss: ClassVar[bool] = False  # `loss_terms` is overridden: it may read all tokens
+    merges_early: bool = True  # `merge_tokens` does the same as `before_mlp`: True unless `before_mlp` is overridden
+    adds_to_loss: ClassVar[bool] = False  # `loss_terms` is overridden, and may read all tokens
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED_HOOKS.items():
+            if old in cls.__dict__:
+                message = f"The hook `{old}` of {cls.__name__} is called `{new}` now: rename it."
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                setattr(cls, new, cls.__dict__[old])
         parameters = inspect.signature(cls.__init__).parameters
         cls.option_types = _option_types(cls)
         cls.option_defaults = {name: parameters[name].default for name in cls.option_types}
@@ -191,17 +238,22 @@ class TokenReduction(nn.Module):
         self.stage = stage
 
     def init_weights(self) -> None:
-        """Initialise parameters that belong to the stage itself (those of its modules are done), with the functions of
-        `transformers.initialization`, which leave alone what was loaded."""
+        """Initialize the parameters of the stage itself; those of its submodules are already initialized.
+
+        Use the functions of `transformers.initialization`, which do not change loaded parameters."""
 
     def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Tensors, on the CPU, that follow from a budget and a grid of patches (rows, columns) alone. Not floating-point
-        ones: those would be rounded when the model is brought to half precision."""
+        """Return the tensors, on the CPU, that depend only on a budget and a grid (rows, columns) of patches.
+
+        They must not be floating-point tensors, which would be rounded when the model is converted to half precision.
+        """
         return {}
 
     def make_constants(self) -> None:
-        """Keep the `constants` of the configuration as buffers that are not saved. Called when a stage is made, where
-        transformers loads a model (it leaves such buffers empty), and when the configuration's keep rate has changed."""
+        """Store the `constants` of the configuration as buffers that are not saved.
+
+        This is called when a stage is created, when transformers loads a model (which leaves such buffers empty), and
+        when the keep rate of the configuration changes."""
         self._made_for = Budget.of(self.config), self.config.image_grid
         self._other_constants: dict[Any, dict[str, torch.Tensor]] = {}
         for name, value in self.constants(*self._made_for).items():
@@ -215,7 +267,8 @@ class TokenReduction(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: dict, *args: Any, **kwargs: Any
     ) -> None:
-        """Constants are in no file: a model made on the meta device has them once it is given its weights."""
+        """Load the parameters and compute the constants, which are in no file. A model on the meta device gets them
+        with its weights."""
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         if local_metadata.get("assign_to_params_buffers") and state_dict:
             device = next(iter(state_dict.values())).device
@@ -224,39 +277,43 @@ class TokenReduction(nn.Module):
         self.make_constants()
 
     def constant(self, name: str, state: TokenState) -> torch.Tensor:
-        """One of the `constants`: the buffer, or what was made for another budget or image size of a forward, and kept: a
-        copy from the host each time would stop a GPU."""
+        """Return one of the `constants` for the budget and image size of this forward pass.
+
+        Constants for other budgets or sizes than the configuration's are cached, because a copy from host to GPU in
+        each pass would block."""
         own, asked = self._buffers[name], (state.budget, state.grid)
         assert own is not None
         if asked == self._made_for:
             return own
-        if torch.compiler.is_compiling():  # a constant of the graph
+        if torch.compiler.is_compiling():  # becomes a constant of the graph
             return self.constants(*asked)[name].to(own.device)
         key = (*asked, own.device)
         if key not in self._other_constants:
-            if len(self._other_constants) >= _KEPT_CONSTANTS:
+            if len(self._other_constants) >= _MAX_CACHED_CONSTANTS:
                 self._other_constants.clear()
             self._other_constants[key] = {n: c.to(own.device) for n, c in self.constants(*asked).items()}
         return self._other_constants[key][name]
 
-    # What the configuration and the token schedule ask.
+    # Called by the configuration and the token schedule.
 
     @classmethod
     def is_static(cls, config: "CLCAViTConfig") -> bool:
-        """Whether the model keeps as many tokens of every image: `static_shapes`, or an option that makes it so."""
+        """Whether the model keeps the same number of tokens of every image: `static_shapes`, or an option that has
+        this effect."""
         return cls.static_shapes
 
     @classmethod
     def fixed_rate(cls, config: "CLCAViTConfig") -> str | None:
-        """Why the keep rate of a trained model cannot be changed; None if it can."""
+        """Return the reason why the keep rate of a trained model cannot be changed, or None if it can."""
         return None
 
     @classmethod
     def check(cls, config: "CLCAViTConfig") -> None:
-        """Refuse configurations the method cannot serve.
+        """Refuse configurations that the method does not support.
 
         Raises:
-            ValueError: `reduction_kwargs` that are no option of the method, and whatever a subclass refuses.
+            ValueError: if `reduction_kwargs` do not fit the options of the method, or a subclass refuses the
+                configuration.
         """
         for option, value in (config.reduction_kwargs or {}).items():
             if option not in cls.option_types:
@@ -269,15 +326,21 @@ class TokenReduction(nn.Module):
 
     @classmethod
     def option(cls, config: "CLCAViTConfig", name: str) -> Any:
-        """An option's value: what `config.reduction_kwargs` says, or the default of `__init__`."""
+        """Return the value of an option: from `config.reduction_kwargs`, or the default of `__init__`."""
         return (config.reduction_kwargs or {}).get(name, cls.option_defaults[name])
 
     @classmethod
     def check_option(cls, config: "CLCAViTConfig", name: str, is_valid: Callable[[Any], bool], allowed: str) -> None:
-        """Refuse a value of `config.reduction_kwargs[name]`, if there is one, that `is_valid` does not accept.
+        """Check the value of `config.reduction_kwargs[name]` with `is_valid`, if it is set.
+
+        Args:
+            config: the configuration.
+            name: name of the option.
+            is_valid: whether a value is accepted.
+            allowed: description of the accepted values, for the error message.
 
         Raises:
-            ValueError: naming the option, what is `allowed`, and the value.
+            ValueError: if the value is not accepted. The message gives the option, what is `allowed`, and the value.
         """
         options = config.reduction_kwargs or {}
         if name in options and not is_valid(options[name]):
@@ -285,27 +348,30 @@ class TokenReduction(nn.Module):
 
     @classmethod
     def layers(cls, config: "CLCAViTConfig") -> list[int]:
-        """Layers that hold a stage."""
+        """Return the layers that hold a stage."""
         return list(config.reduction_layers)
 
     @classmethod
-    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        """Rows that leave a stage which `num_rows` enter. The layers and `token_schedule` both ask this function. What the
-        stage may keep is `state.budget`, which need not be the configuration's."""
-        return num_rows
+    def count(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        """Return the number of tokens that leave a stage which `num_tokens` tokens enter.
 
-    # What every layer calls.
+        The layers and `token_schedule` both call this. Use `state.budget`, which may differ from the configuration's.
+        """
+        return num_tokens
+
+    # Called in every layer.
 
     @classmethod
     def start(cls, hidden_states: torch.Tensor, state: TokenState, training: bool) -> TokenState:
-        """Put tracks on the state before the first layer."""
+        """Set the initial tracks on the state, before the first layer."""
         return state
 
     @classmethod
     def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
-        """Mask of the attention's keys, (B, 1, 1, N): boolean (True: attend) or additive. None for no mask."""
-        visible = cls.visible(state)
-        return None if visible is None else visible[:, None, None, :]
+        """Return the mask of the attention's keys, (B, 1, 1, N), boolean (True: attend) or additive. None
+        for no mask."""
+        key_mask = cls.key_mask(state)
+        return None if key_mask is None else key_mask[:, None, None, :]
 
     @classmethod
     def attend(
@@ -315,101 +381,149 @@ class TokenReduction(nn.Module):
         value: torch.Tensor,
         scaling: float,
         state: TokenState,
-        from_rows: bool = True,
+        from_tokens: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Attention of the method's own in training, instead of softmax attention: output (B, n, H, d) and weights
-        (B, H, n, N). `from_rows`: the queries are those of the N rows, not of others beside them. None for the usual one."""
+        """Compute the attention in training instead of softmax attention. None: use softmax attention.
+
+        Args:
+            query: (B, H, n, d).
+            key, value: (B, H, N, d).
+            scaling: factor of the logits.
+            state: state of the N tokens.
+            from_tokens: whether the queries belong to the N tokens, not to additional ones.
+
+        Returns:
+            Output (B, n, H, d) and weights (B, H, n, N), or None.
+        """
         return None
 
     @classmethod
     def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
-        """Take note of a layer's attention, before a stage chooses or merges rows. `before_stage`: the next layer holds a
-        stage."""
+        """Store information about a layer's attention in the state, before a stage selects or merges tokens.
+
+        Args:
+            context: attention of the layer.
+            state: state of its tokens.
+            before_stage: whether the next layer holds a stage.
+        """
         return state
 
     @classmethod
-    def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> float | torch.Tensor:
-        """What rows appended by the cache get in a track: a number, or a tensor that broadcasts to (B, n, ...)."""
+    def retrieved_value(cls, name: str, track: torch.Tensor, training: bool) -> float | torch.Tensor:
+        """Return the track value of tokens that the cache appends: a number, or a tensor that broadcasts to (B, n,
+        ...)."""
         return 1.0
 
     @classmethod
     def extend_tracks(cls, state: TokenState, count: int, training: bool) -> TokenState:
-        """The state after `count` rows were appended to the sequence."""
+        """Return the state after `count` tokens were appended to the sequence."""
         tracks = {}
         for name, track in state.tracks.items():
-            value = cls.recalled_value(name, track, training)
+            value = cls.retrieved_value(name, track, training)
             shape = (track.shape[0], count, *track.shape[2:])
-            # A number becomes a tensor where the track is, without a copy from the host.
-            rows = value.to(track.dtype).expand(shape) if torch.is_tensor(value) else track.new_full(shape, value)
-            tracks[name] = torch.cat([track, rows], dim=1)
+            # A number becomes a tensor on the device of the track, without a copy from the host.
+            added = value.to(track.dtype).expand(shape) if torch.is_tensor(value) else track.new_full(shape, value)
+            tracks[name] = torch.cat([track, added], dim=1)
         return state._replace(tracks=tracks)
 
     @classmethod
-    def visible(cls, state: TokenState) -> torch.Tensor | None:
-        """Rows (B, N), as booleans, that others attend to and that means are taken over. None for all."""
+    def key_mask(cls, state: TokenState) -> torch.Tensor | None:
+        """Return the key mask (B, N): True for tokens that others attend to and that are averaged. None for all."""
         return None
 
     @classmethod
     def loss_terms(cls, config: "CLCAViTConfig", inputs: LossInputs) -> dict[str, torch.Tensor]:
-        """Weighted terms that the method adds to the loss in training, by name."""
+        """Return the weighted terms, by name, that the method adds to the loss in training."""
         return {}
 
-    # What the layer of a stage calls.
+    # Called by the layer of a stage.
 
     def forward(self, hook: str, *args: Any) -> Any:
-        """Call one of the hooks below, by its name. Calls of the module, not of its methods, are what offloading and sharding
-        wait for to fetch the stage's own parameters."""
+        """Call one of the hooks below by its name.
+
+        Hooks are called through the module because offloading and sharding fetch the parameters of a stage when the
+        module is called."""
         return getattr(self, hook)(*args)
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
-        """Reduce before the layer's attention."""
+        """Reduce the tokens before the layer's attention.
+
+        Args:
+            hidden_states: tokens (B, N, D).
+            state: their state.
+
+        Returns:
+            The new tokens (B, M, D) and their state.
+        """
         return hidden_states, state
 
-    def choose_rows(self, context: AttentionContext, state: TokenState) -> tuple[torch.Tensor | None, TokenState]:
-        """Indices (B, M) of the rows for which attention is computed at all, and the state that belongs to them. None
-        for all rows."""
+    def choose_tokens(self, context: AttentionContext, state: TokenState) -> tuple[torch.Tensor | None, TokenState]:
+        """Return the indices (B, M) of the tokens to compute attention for, and their state. None for all tokens."""
         return None, state
 
-    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
-        """How the rows between attention and MLP are made of those before the attention, known from its keys and some of
-        its queries, and the state that belongs to them. None for all rows as they are.
+    def merge_tokens(self, context: AttentionContext, state: TokenState) -> tuple[TokenMap | None, TokenState]:
+        """Return the map from old to new tokens, if keys and a few queries suffice to compute it, and the state of the
+        new tokens.
 
-        A method that says so here instead of in `before_mlp` saves what the attention would compute for nothing: where new
-        rows are old ones (`RowMap.rows`) the queries of all others, else the output projection of rows that are summed."""
+        Use this hook instead of `before_mlp` where possible, because it saves computations: if the new tokens are
+        unchanged old ones (`TokenMap.selected`), the queries of all others; otherwise the output projection of tokens
+        that are summed.
+
+        Args:
+            context: attention of the layer, before it is computed.
+            state: state of the N tokens.
+
+        Returns:
+            The map, or None to leave the tokens unchanged; and the state of the new tokens.
+        """
         return None, state
 
     def before_mlp(
         self, hidden_states: torch.Tensor, state: TokenState, context: AttentionContext
     ) -> tuple[torch.Tensor, TokenState]:
-        """Reduce between attention and MLP."""
-        row_map, state = self.merge_rows(context, state)
-        return (hidden_states if row_map is None else row_map(hidden_states)), state
+        """Reduce the tokens between attention and MLP.
+
+        Args:
+            hidden_states: tokens (B, N, D).
+            state: their state.
+            context: attention of the layer.
+
+        Returns:
+            The new tokens (B, M, D) and their state.
+        """
+        token_map, state = self.merge_tokens(context, state)
+        return (hidden_states if token_map is None else token_map(hidden_states)), state
 
 
-class FusedRows(RowMap):
-    """Some of the rows as they are, and last a weighted sum of all."""
+class FusedTokens(TokenMap):
+    """Select some of the tokens and append one weighted sum of all tokens.
 
-    def __init__(self, rows: torch.Tensor, weights: torch.Tensor) -> None:
-        """`rows`: indices (B, M - 1). `weights`: (B, 1, N)."""
-        self.taken, self.weights = TakenRows(rows), weights
-        self.weight_sums = nn.functional.pad(weights.sum(dim=2, keepdim=True), (0, 0, rows.shape[1], 0), value=1.0)
+    Args:
+        selected: indices (B, M - 1) of the tokens to select.
+        weights: (B, 1, N).
+    """
+
+    def __init__(self, selected: torch.Tensor, weights: torch.Tensor) -> None:
+        self.select, self.weights = SelectedTokens(selected), weights
+        self.weight_sums = nn.functional.pad(weights.sum(dim=2, keepdim=True), (0, 0, selected.shape[1], 0), value=1.0)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        fused = (self.weights.to(values.dtype) @ values).to(values.dtype)  # autocast halves the precision
-        return torch.cat([self.taken(values), fused], dim=1)
+        fused = (self.weights.to(values.dtype) @ values).to(values.dtype)  # autocast computes it in half precision
+        return torch.cat([self.select(values), fused], dim=1)
 
 
 class ScoredPruning(TokenReduction):
-    """Keep row 0 and the best of all other rows: patches, registers, CLR and recalled rows compete alike, as in the
-    original. A method decides when it calls `prune`, and with which scores; `fuse_rest` adds one row, the sum of all that
-    was dropped, weighted by the scores. An option of that name decides in a method that has it.
+    """Keep token 0 and the other tokens with the best scores.
 
-    Kept rows are in the order of falling scores. Where nothing is dropped the sequence is left as it is, unless the method
-    `always_sorts`.
-    """
+    Patches, registers, CLR and retrieved tokens are treated alike, as in the original. A method calls `prune` with its
+    scores. With `fuse_rest` the dropped tokens are fused into one additional token, their sum weighted by the scores;
+    a method may have an option of that name.
+
+    Kept tokens are sorted by descending score. If no token is dropped, the sequence stays unchanged, unless the method
+    sets `always_sorts`."""
 
     fuse_rest: bool = False
-    normalize_weights: bool = False  # stretch the weights of the fused row, so that those of all rows cover 0 .. 1
+    normalize_weights: bool = False  # rescale the weights of the fused token so that those of all tokens cover [0, 1]
     always_sorts: ClassVar[bool] = False
 
     @classmethod
@@ -420,85 +534,91 @@ class ScoredPruning(TokenReduction):
 
     @classmethod
     def fuses(cls, config: "CLCAViTConfig") -> bool:
-        """Whether what a stage drops is fused into one row: `fuse_rest` of its stages."""
+        """Whether a stage fuses the tokens it drops into one: `fuse_rest` of its stages."""
         return cls.option(config, "fuse_rest") if "fuse_rest" in cls.option_types else cls.fuse_rest
 
     @classmethod
-    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        kept = cls.keep(config, stage, num_rows, state)
-        return 1 + kept + int(cls.fuses(config) and kept < num_rows - 1)
+    def count(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        kept = cls.keep(config, stage, num_tokens, state)
+        return 1 + kept + int(cls.fuses(config) and kept < num_tokens - 1)
 
     @classmethod
-    def keep(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        """Rows kept beside row 0."""
-        return state.budget.of_current(stage, num_rows - 1)
+    def keep(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        """Return the number of tokens to keep besides token 0."""
+        return state.budget.of_current(stage, num_tokens - 1)
 
     def prune(
         self, hidden_states: torch.Tensor, state: TokenState, scores: torch.Tensor
     ) -> tuple[torch.Tensor, TokenState]:
-        """Keep row 0 and the rows of `hidden_states` (B, N, D) with the best `scores` (B, N - 1)."""
-        row_map, state = self.keep_best(state, scores)
-        return (hidden_states if row_map is None else row_map(hidden_states)), state
+        """Keep token 0 and the tokens of `hidden_states` (B, N, D) with the best `scores` (B, N - 1)."""
+        token_map, state = self.keep_best(state, scores)
+        return (hidden_states if token_map is None else token_map(hidden_states)), state
 
-    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[RowMap | None, TokenState]:
-        """The same, for rows that do not exist yet."""
-        num_rows = scores.shape[1] + 1
-        keep = self.keep(self.config, self.stage, num_rows, state)
-        if keep == num_rows - 1 and not self.always_sorts:
+    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[TokenMap | None, TokenState]:
+        """Return the map that `prune` applies, and the state of the kept tokens. The map is None if no token is
+        dropped."""
+        num_tokens = scores.shape[1] + 1
+        keep = self.keep(self.config, self.stage, num_tokens, state)
+        if keep == num_tokens - 1 and not self.always_sorts:
             return None, state.with_assignment(lambda: identity_assignment(nn.functional.pad(scores, (1, 0))))
         best = scores.topk(keep, dim=1).indices
-        rows = nn.functional.pad(best + 1, (1, 0))  # row 0 first
-        state = state.select(rows)
+        indices = nn.functional.pad(best + 1, (1, 0))  # token 0 comes first
+        state = state.select(indices)
         if not self.fuse_rest:
-            return TakenRows(rows), state.with_assignment(lambda: one_hot_assignment(rows, num_rows, scores.dtype))
-        weights = self.fusion_weights(scores).scatter(1, best, 0.0)  # 0 where kept
+            return SelectedTokens(indices), state.with_assignment(
+                lambda: one_hot_assignment(indices, num_tokens, scores.dtype)
+            )
+        weights = self.fusion_weights(scores).scatter(1, best, 0.0)  # zero for kept tokens
         weights = nn.functional.pad(weights, (1, 0)).unsqueeze(1)  # (B, 1, N)
         state = self.extend_tracks(state, 1, self.training).with_assignment(
-            lambda: torch.cat([one_hot_assignment(rows, num_rows, weights.dtype), shares_of(weights)], dim=1)
+            lambda: torch.cat([one_hot_assignment(indices, num_tokens, weights.dtype), shares_of(weights)], dim=1)
         )
-        return FusedRows(rows, weights), state
+        return FusedTokens(indices, weights), state
 
     def fusion_weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """What each row would weigh in the fused row, (B, N - 1), by the `scores` (B, N - 1) of all rows."""
+        """Return the weights (B, N - 1) in the fused token that all tokens would have, from their `scores`
+        (B, N - 1)."""
         weights = self.weigh(scores)
         if not self.normalize_weights:
             return weights
         least, most = weights.amin(dim=1, keepdim=True), weights.amax(dim=1, keepdim=True)
-        return (weights - least) / torch.where(most > least, most - least, 1.0)  # all alike: 0, not 0 / 0
+        return (weights - least) / torch.where(most > least, most - least, 1.0)  # equal weights: 0 instead of 0 / 0
 
     def weigh(self, scores: torch.Tensor) -> torch.Tensor:
-        """Weights of scores, before `normalize_weights`: by default the scores themselves."""
+        """Return the weights of scores, before `normalize_weights` is applied. The default is the scores
+        themselves."""
         return scores
 
 
 def shares_of(weights: torch.Tensor) -> torch.Tensor:
-    """Shares (B, 1, N) that a fused row reports of its weights (B, 1, N), which may be negative or add up to more than one:
-    shares are neither."""
+    """Return the shares (B, 1, N) of a fused token to report as its assignment, from its weights (B, 1, N).
+
+    Weights may be negative or add up to more than one; shares may not."""
     shares = weights.abs()
     return shares / shares.sum(dim=2, keepdim=True).clamp(min=1)
 
 
 class ScoredByAttention(ScoredPruning):
-    """Between attention and MLP, keep row 0 and the ceil(rate * (N - 1)) other rows with the best scores, which the layer's
-    attention tells. A method is its `score`."""
+    """Between attention and MLP, keep token 0 and the ceil(rate * (N - 1)) other tokens with the best scores, which
+    are computed from the layer's attention. Subclasses define `score`."""
 
-    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+    def merge_tokens(self, context: AttentionContext, state: TokenState) -> tuple[TokenMap | None, TokenState]:
         if self.fuse_rest:
-            context.query()  # of all rows, which will be needed: CLS is not projected by itself
+            context.query()  # project all queries at once: all are needed, not only that of CLS
         return self.keep_best(state, self.score(context)[:, 1:])
 
     def score(self, context: AttentionContext) -> torch.Tensor:
-        """Scores (B, N) of all rows; that of row 0, which stays, is not read."""
+        """Return the scores (B, N) of all tokens. The score of token 0, which is always kept, is ignored."""
         raise NotImplementedError
 
 
 class AttentionPruning(ScoredByAttention):
-    """By the attention that rows draw.
+    """Keep the tokens that receive the most attention.
 
     Args:
-        score_by: `cls`, what row 0 attends to; `received`, the mean attention a row receives; both averaged over heads. By
-            default `cls` in a model with a CLS token and `received` in one without. (The original always takes row 0,
-            which is the first patch in a model without CLS.)
+        score_by: `cls`, the attention from token 0, or `received`, the mean attention from all tokens; both averaged
+            over heads. The default is `cls` in a model with a CLS token and `received` without. (The original always
+            uses token 0, which is the first patch in a model without CLS.)
     """
 
     def __init__(self, config: "CLCAViTConfig", stage: int, *, score_by: str | None = None) -> None:
@@ -518,25 +638,27 @@ class AttentionPruning(ScoredByAttention):
 
 
 class TwoLayerPruning(ScoredByAttention):
-    """By the attention of the stage's layer and of the one before. A method is its `note`, which takes from the layer before
-    what its `score` will need, and `score`.
+    """Score tokens by the attention of the stage's layer and of the layer before it.
 
-    A note counts only if the tokens that enter the stage's layer are those that entered the layer before, in their order:
-    where that layer dropped, fused or merged some, or the cache appended some after it, and in layer 0, there is none, and
-    the stage's own layer decides alone.
-    """
+    Subclasses define `note`, which computes in the earlier layer what `score` needs from it, and `score`.
 
-    differentiable_tracks = True  # through the weights of a fused row
+    A note is used only if the tokens that enter the stage's layer are the same, in the same order, as those that
+    entered the layer before. If that layer dropped, fused or merged tokens, if the cache appended tokens after it, or
+    if the stage is in layer 0, there is no note, and scores depend on the stage's own layer alone."""
+
+    differentiable_tracks = True  # through the weights of a fused token
 
     @classmethod
     def note(cls, context: AttentionContext) -> torch.Tensor:
-        """What to know of a layer's attention in the next layer, (B, N, ...)."""
+        """Return what the next layer needs to know about this layer's attention, (B, N, ...)."""
         raise NotImplementedError
 
     @classmethod
     def noted(cls, context: AttentionContext) -> torch.Tensor | None:
-        """What was noted in the layer before, if it counts: the context still has the state that entered this layer, so a
-        stage reads that note although `observe` has made the next one."""
+        """Return the note of the layer before, or None if it cannot be used.
+
+        The context has the state that entered this layer. So the note is still available there after `observe` has
+        stored the next one."""
         return context.state.tracks.get("noted")
 
     @classmethod
@@ -550,17 +672,17 @@ class TwoLayerPruning(ScoredByAttention):
     def extend_tracks(cls, state: TokenState, count: int, training: bool) -> TokenState:
         return super().extend_tracks(state.without_track("noted"), count, training)
 
-    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[RowMap | None, TokenState]:
-        row_map, new_state = super().keep_best(state, scores)
-        return row_map, new_state if row_map is None else new_state.without_track("noted")
+    def keep_best(self, state: TokenState, scores: torch.Tensor) -> tuple[TokenMap | None, TokenState]:
+        token_map, new_state = super().keep_best(state, scores)
+        return token_map, new_state if token_map is None else new_state.without_track("noted")
 
 
 class RolloutPruning(TwoLayerPruning):
-    """By what row 0 attends to through two layers, of which each token passes on one half unchanged (attention rollout).
+    """Score tokens by the attention of token 0 through two layers (attention rollout,
+    https://huggingface.co/papers/2005.00928).
 
-    With a the attention averaged over heads and R = (a + 1) / 2, rows of which sum to one: row 0 of R in the stage's layer,
-    times R in the layer before.
-    """
+    Let a be the attention averaged over heads and R = (a + I) / 2, whose rows sum to one; the identity I stands for
+    the residual connection. The scores are row 0 of R of the stage's layer times R of the layer before."""
 
     @classmethod
     def note(cls, context: AttentionContext) -> torch.Tensor:
@@ -577,31 +699,34 @@ class RolloutPruning(TwoLayerPruning):
 
 
 class Regrouping(TokenReduction):
-    """Before the layer, replace the rows between a protected head and a protected tail of the sequence by M new ones. A
-    method is its `regroup`."""
+    """Before the layer, replace the tokens between a protected head and a protected tail of the sequence by M new
+    ones.
+
+    Subclasses define `regroup`."""
 
     @classmethod
     def protected(cls, state: TokenState) -> tuple[int, int]:
-        """Rows at the head and at the tail that stay as they are. By default CLS and registers; CLR and recalled rows are
-        regrouped with the patches."""
+        """Return the number of tokens at the head and at the tail to leave unchanged.
+
+        The default is CLS and registers; CLR and retrieved tokens are regrouped with the patches."""
         return state.prefix, 0
 
     @classmethod
-    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        """New rows M that take the place of `num_rows`."""
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        """Return the number M of new tokens that replace `num_tokens` tokens."""
         return state.budget.of_patches(stage, state.num_patches)
 
     @classmethod
-    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
+    def count(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
         protected = sum(cls.protected(state))
-        return protected + cls.slots(config, stage, num_rows - protected, state)
+        return protected + cls.slots(config, stage, num_tokens - protected, state)
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         head, tail = self.protected(state)
         body = hidden_states.shape[1] - head - tail
         first, tokens, last = hidden_states.split([head, body, tail], dim=1)
         slots = self.slots(self.config, self.stage, body, state)
-        # Also for no slots at all: parameters that take part in the graph have a gradient, if only of zeros.
+        # Call it even without slots: parameters in the graph get a gradient, which is zero here.
         tokens, weights = self.regroup(tokens, slots, state)
         state = state._replace(suffix=tail, tracks={}).with_assignment(
             lambda: _block_assignment(hidden_states, head, tail, weights())
@@ -609,13 +734,22 @@ class Regrouping(TokenReduction):
         return torch.cat([first, tokens.to(hidden_states.dtype), last], dim=1), state
 
     def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
-        """M = `slots` new tokens (B, M, D) of `tokens` (B, n, D), and a function that gives the weights (B, M, n) they were
-        made with."""
+        """Make new tokens.
+
+        Args:
+            tokens: (B, n, D).
+            slots: number M of new tokens.
+            state: the state of the sequence.
+
+        Returns:
+            The new tokens (B, M, D), and a function that returns the weights (B, M, n) they were made with.
+        """
         raise NotImplementedError
 
 
-class LearntSlots(Regrouping):
-    """Regrouping into slots that are parameters: their number follows from `config.image_size`, whatever the image's."""
+class LearnedSlots(Regrouping):
+    """Regroup tokens into slots that are parameters. Their number follows from `config.image_size`, not from the
+    input."""
 
     @classmethod
     def fixed_rate(cls, config: "CLCAViTConfig") -> str:
@@ -624,33 +758,36 @@ class LearntSlots(Regrouping):
 
     @classmethod
     def num_slots(cls, config: "CLCAViTConfig", stage: int) -> int:
-        """Slots of a stage; at least one where nothing else would be left of the sequence."""
+        """Return the number of slots of a stage: at least one if no other token would be left."""
         budget = Budget.of(config)
         slots = budget.of_patches(stage, config.num_patches)
         state = TokenState(budget, config.image_grid, config.num_prefix_tokens, config.num_clr_tokens, pool_len=0)
         return slots if sum(cls.protected(state)) else max(slots, 1)
 
     @classmethod
-    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
         return cls.num_slots(config, stage)
 
 
 def _block_assignment(hidden_states: torch.Tensor, head: int, tail: int, weights: torch.Tensor) -> torch.Tensor:
-    """(B, head + M + tail, N): identity for the protected rows, `weights` (B, M, n) between them."""
+    """Return the assignment (B, head + M + tail, N): identity for protected tokens, `weights` (B, M, n) for those in
+    between."""
     identity = identity_assignment(hidden_states)
     body = nn.functional.pad(weights.to(identity.dtype), (head, tail))
     return torch.cat([identity[:, :head], body, identity[:, identity.shape[1] - tail :]], dim=1)
 
 
 def pairwise_distance(tokens: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-    """Euclidean distances (B, n, n) between the rows of `tokens` (B, n, D), as one matrix product in one matrix; exactly
-    symmetric, and exactly zero on the diagonal. Without gradients. (`torch.cdist` does not export to ONNX.)"""
+    """Return the Euclidean distances (B, n, n) between the tokens (B, n, D), without gradients.
+
+    They are computed in place in one matrix product. The result is exactly symmetric, and exactly zero on the
+    diagonal. (`torch.cdist` does not export to ONNX.)"""
     squares = tokens.square().sum(dim=-1)
     with full_precision(tokens):
         distances = torch.baddbmm(squares.unsqueeze(1), tokens, tokens.transpose(1, 2), alpha=-2)
     distances = distances.add_(squares.unsqueeze(2)).clamp_(min=0).sqrt_()
-    # A product need not be symmetric to the last bit, which would break ties: what is above the diagonal is copied below it.
-    for start in range(0, distances.shape[1], chunk):  # a second square of this size would take as much again
+    # A matrix product is not exactly symmetric, which would break ties: copy the upper triangle to the lower one.
+    for start in range(0, distances.shape[1], chunk):  # in chunks, because a second matrix would double the memory
         here, after = slice(start, start + chunk), slice(start + chunk, None)
         block = distances[:, here, here].triu(1)
         distances[:, here, here] = block + block.transpose(1, 2)
@@ -658,60 +795,70 @@ def pairwise_distance(tokens: torch.Tensor, chunk: int = 256) -> torch.Tensor:
     return distances
 
 
-def nearest_row(distances: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """For each of the n points of `distances` (B, n, n), which of `rows` (B, M) is nearest to it: (B, n) of 0 .. M - 1."""
-    # Never anything near to the size of the distances, and otherwise few steps.
-    chunk = distances.shape[1] if 4 * rows.shape[1] <= distances.shape[1] else 256
-    return torch.cat([gather_rows(part, rows).argmin(dim=1) for part in distances.split(chunk, dim=2)], dim=1)
-
-
-class MergedRows(RowMap):
-    """Sums of rows, each of which goes into one of them.
+def nearest_token(distances: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Return, for each of n points, which of M points is nearest: (B, n), values in 0 .. M - 1.
 
     Args:
-        target: row of the new sequence each row goes to, (B, N).
-        share: of each row in it, (B, N); those of a new row add up to one.
-        num_rows: rows M of the new sequence.
+        distances: (B, n, n).
+        candidates: indices (B, M).
+    """
+    # Chunks keep the temporary tensor much smaller than the distances, with few steps if it is small anyway.
+    chunk = distances.shape[1] if 4 * candidates.shape[1] <= distances.shape[1] else 256
+    return torch.cat([gather_rows(part, candidates).argmin(dim=1) for part in distances.split(chunk, dim=2)], dim=1)
+
+
+class MergedTokens(TokenMap):
+    """Sum tokens in groups, with weights.
+
+    Args:
+        target: index of the new token that each old token is added to, (B, N).
+        share: weight of each old token, (B, N); those of a new token sum to one.
+        num_tokens: number M of new tokens.
     """
 
-    def __init__(self, target: torch.Tensor, share: torch.Tensor, num_rows: int) -> None:
-        self.target, self.share, self.num_rows = target, share, num_rows
+    def __init__(self, target: torch.Tensor, share: torch.Tensor, num_tokens: int) -> None:
+        self.target, self.share, self.num_tokens = target, share, num_tokens
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         index = self.target.unsqueeze(-1).expand_as(values)
         weighted = values * self.share.unsqueeze(-1).to(values.dtype)
-        return torch.zeros_like(values[:, : self.num_rows]).scatter_add(1, index, weighted)
+        return torch.zeros_like(values[:, : self.num_tokens]).scatter_add(1, index, weighted)
 
 
 class Merging(TokenReduction):
-    """Between attention and MLP, merge rows into their means, weighted by sizes: how many patches a row stands for. A method
-    is its `match`, and what it may remove. Row 0 is never merged.
+    """Between attention and MLP, merge tokens into their means, weighted by size: the number of patches a token stands
+    for.
 
-    A token that stands for n patches draws n times the attention, in every layer: log n is added to its logits.
-    """
+    Token 0 is never merged. Subclasses define `match`, and may change how many tokens are removed.
 
-    from_patches: ClassVar[bool] = True  # the keep rate is a cumulative share of those; else of the current tokens
+    A token that stands for n patches receives n times the attention, in every layer: log n is added to its logits."""
 
-    size_track = "size"  # under another name attention does not see the sizes; means are weighted all the same
+    from_patches: ClassVar[bool] = (
+        True  # the keep rate is a cumulative share of the patches, not of the current tokens
+    )
+
+    size_track = "size"  # with any other name, sizes do not affect the attention, only the means
 
     @classmethod
-    def count(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        return num_rows - cls.num_merged(config, stage, num_rows, state)
+    def count(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        return num_tokens - cls.num_merged(config, stage, num_tokens, state)
 
     @classmethod
-    def num_merged(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        """Rows that disappear. As a share of the patches: the step from the last target to this one."""
+    def num_merged(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        """Return the number of tokens that a stage removes. As a share of the patches: the difference between two
+        targets."""
         if cls.from_patches:
             last = state.num_patches if stage == 0 else state.budget.of_patches(stage - 1, state.num_patches)
             wanted = last - state.budget.of_patches(stage, state.num_patches)
         else:
-            wanted = num_rows - 1 - state.budget.of_current(stage, num_rows - 1)
-        return max(min(wanted, cls.most_merged(num_rows)), 0)
+            wanted = num_tokens - 1 - state.budget.of_current(stage, num_tokens - 1)
+        return max(min(wanted, cls.max_merged(num_tokens)), 0)
 
     @classmethod
-    def most_merged(cls, num_rows: int) -> int:
-        """Rows that can disappear: half of those beside row 0, where rows are merged in pairs."""
-        return (num_rows - 1) // 2
+    def max_merged(cls, num_tokens: int) -> int:
+        """Return the maximum number of tokens that can be removed: by default half of those after token 0, for merging
+        in pairs."""
+        return (num_tokens - 1) // 2
 
     @classmethod
     def attention_mask(cls, state: TokenState) -> torch.Tensor | None:
@@ -719,81 +866,110 @@ class Merging(TokenReduction):
         return None if size is None else size.log()[:, None, None, :]
 
     def size(self, context: AttentionContext, state: TokenState) -> torch.Tensor:
-        """Sizes (B, N), at least in float32; one as long as nothing has been merged."""
+        """Return the sizes (B, N) in float32 or float64; all one if no token has been merged yet."""
         size = state.tracks.get(self.size_track)
         return at_least_float32(context.key).new_ones(context.key[:, 0, :, 0].shape) if size is None else size
 
-    def merge_rows(self, context: AttentionContext, state: TokenState) -> tuple[RowMap | None, TokenState]:
+    def merge_tokens(self, context: AttentionContext, state: TokenState) -> tuple[TokenMap | None, TokenState]:
         merged = self.num_merged(self.config, self.stage, context.key.shape[2], state)
         if merged == 0:
             return None, state.with_assignment(lambda: identity_assignment(context.key[:, 0]))
         return self.merge(context, state, merged)
 
-    def merge(self, context: AttentionContext, state: TokenState, merged: int) -> tuple[RowMap, TokenState]:
-        """The map that removes `merged` rows, at least one, and the state that belongs to what is left."""
+    def merge(self, context: AttentionContext, state: TokenState, merged: int) -> tuple[TokenMap, TokenState]:
+        """Return the map that removes `merged` tokens, at least one, and the state of the new tokens."""
         with torch.no_grad():
             target = self.match(context.key.mean(dim=1), merged)
         return self.pool(target, context.key.shape[2] - merged, self.size(context, state), state)
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
-        """New row (B, N) of each row with the features `metric` (B, N, d), keys averaged over heads. By default the `merged`
-        most similar pairs of rows at even and at odd positions merge."""
+        """Return the index (B, N) of the new token that each token goes to.
+
+        By default the `merged` most similar pairs of tokens at even and at odd positions are merged.
+
+        Args:
+            metric: features (B, N, d) to compare tokens by: keys averaged over heads.
+            merged: number of tokens to remove.
+        """
         return match_halves(cosine_of_halves(metric), merged).target
 
     def pool(
         self,
         target: torch.Tensor,
-        num_rows: int,
+        num_tokens: int,
         size: torch.Tensor,
         state: TokenState,
         weights: torch.Tensor | None = None,
-    ) -> tuple[MergedRows, TokenState]:
-        """The means of the rows with the same `target` (B, N), of M = `num_rows` new ones, weighted by `weights` (B, N) or, by
-        default, by `size` (B, N); and the state with the new sizes, which are sums."""
-        new_size = size.new_zeros(size.shape[0], num_rows).scatter_add(1, target, size)
+    ) -> tuple[MergedTokens, TokenState]:
+        """Return the map to the means of the tokens with the same `target`, and the state with the new sizes, which
+        are sums.
+
+        Args:
+            target: index of the new token of each token, (B, N).
+            num_tokens: number M of new tokens.
+            size: (B, N).
+            state: the state of the N tokens.
+            weights: weights of the means, (B, N); by default the sizes.
+        """
+        new_size = size.new_zeros(size.shape[0], num_tokens).scatter_add(1, target, size)
         total = new_size if weights is None else torch.zeros_like(new_size).scatter_add(1, target, weights)
         share = (size if weights is None else weights) / total.gather(1, target)
         state = state._replace(tracks={self.size_track: new_size}).with_assignment(
             lambda: share.new_zeros(*new_size.shape, size.shape[1]).scatter(1, target.unsqueeze(1), share.unsqueeze(1))
         )
-        return MergedRows(target, share, num_rows), state
+        return MergedTokens(target, share, num_tokens), state
 
 
 class Matching(NamedTuple):
-    """Which rows stay, and where the others go."""
+    """Which tokens stay, and which new token each of the others is merged into.
 
-    kept: torch.Tensor  # (B, M), rows that stay, in their new order
-    gone: torch.Tensor  # (B, N - M), the others
-    into: torch.Tensor  # (B, N - M), the new row that each of those goes to
+    Attributes:
+        kept: (B, M), tokens that stay, in their new order.
+        removed: (B, N - M), the other tokens.
+        destination: (B, N - M), index of the new token that each of the others is merged into.
+    """
+
+    kept: torch.Tensor
+    removed: torch.Tensor
+    destination: torch.Tensor
 
     @property
     def target(self) -> torch.Tensor:
-        """The new row of each row, (B, N)."""
-        rows = torch.cat([self.kept, self.gone], dim=1)
-        positions = torch.arange(self.kept.shape[1], device=rows.device).expand_as(self.kept)
-        return torch.zeros_like(rows).scatter(1, rows, torch.cat([positions, self.into], dim=1))
+        """Index of the new token of each token, (B, N)."""
+        tokens = torch.cat([self.kept, self.removed], dim=1)
+        positions = torch.arange(self.kept.shape[1], device=tokens.device).expand_as(self.kept)
+        return torch.zeros_like(tokens).scatter(1, tokens, torch.cat([positions, self.destination], dim=1))
 
 
 def cosine_of_halves(metric: torch.Tensor) -> torch.Tensor:
-    """Cosines (B, a, b), at least in float32, of the a rows of `metric` (B, N, d) at even positions with the b at odd ones."""
+    """Return the cosines (B, a, b) of the a tokens of `metric` (B, N, d) at even positions with the b at odd ones.
+
+    They are computed in float32 or float64."""
     metric = nn.functional.normalize(at_least_float32(metric), dim=-1)
     with full_precision(metric):
         return metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
 
 
 def match_halves(scores: torch.Tensor, merged: int) -> Matching:
-    """Send the `merged` rows at even positions with the best `scores` (B, a, b) to their best partners at odd ones. Row 0
-    stays: its scores are overwritten. The new order: even rows that stay, ascending; all odd rows."""
+    """Merge the `merged` tokens at even positions with the best scores into their best partners at odd positions.
+
+    The new order is: even tokens that stay, ascending; all odd tokens.
+
+    Args:
+        scores: (B, a, b) of the a even and b odd tokens. The scores of token 0 are overwritten, so that it stays.
+        merged: number of tokens to remove.
+    """
     scores[:, 0] = -torch.inf
     best, partner = scores.max(dim=2)  # (B, a)
-    order = falling_order(best)
-    gone, stay = order[:, :merged], order[:, merged:].sort(dim=1).values
+    order = descending_order(best)
+    removed, stay = order[:, :merged], order[:, merged:].sort(dim=1).values
     odd = torch.arange(1, 2 * scores.shape[2], 2, device=scores.device).expand(scores.shape[0], -1)
-    return Matching(torch.cat([2 * stay, odd], dim=1), 2 * gone, partner.gather(1, gone) + stay.shape[1])
+    return Matching(torch.cat([2 * stay, odd], dim=1), 2 * removed, partner.gather(1, removed) + stay.shape[1])
 
 
-def falling_order(values: torch.Tensor) -> torch.Tensor:
-    """Indices that sort `values` (B, n), the greatest first; of equal values the one at the lower index."""
-    # A stable sort does not export to ONNX. A plain one becomes TopK, which breaks ties in this way, too.
+def descending_order(values: torch.Tensor) -> torch.Tensor:
+    """Return the indices that sort `values` (B, n) in descending order; of equal values the lower index
+    comes first."""
+    # A stable sort does not export to ONNX. A plain sort becomes TopK, which breaks ties in the same way.
     stable = {} if torch.compiler.is_exporting() else {"stable": True}
     return values.argsort(dim=1, descending=True, **stable)

@@ -1,10 +1,11 @@
 """DMAWS ("dual MAWS"): keep the tokens that CLS and they attend to mutually in two layers.
 
-Of the later CLCA code, without a paper of its own; mutual attention is that of FFVT
-(https://huggingface.co/papers/2107.02341). The licence of the official code was not checked, and none of it is used here.
-Differs from the original: without a layer before of the same tokens, where the original fails, the stage's layer decides
-alone; tokens are chosen by logarithms, since the product of four softmaxes is often zero in float32. Registers, CLR and
-retrieved tokens are candidates as well. In a model without CLS the first patch takes its place.
+From the later CLCA code, without its own paper; mutual attention is that of FFVT
+(https://huggingface.co/papers/2107.02341). The license of the official code was not checked, and none of it is used
+here. Differences from the original: if the layer before did not have the same tokens, where the original fails, only
+the stage's layer is used; tokens are compared by logarithms, because the product of four softmaxes often underflows in
+float32; registers, CLR and retrieved tokens are candidates as well. In a model without CLS the first patch takes its
+place.
 """
 
 from typing import TYPE_CHECKING
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class DMAWSReduction(TwoLayerPruning):
-    """Keep the tokens with the largest product of mutual attention (see MAWS) in the stage's layer and in the one before.
-    The keep rate is a share of the current tokens.
+    """Keep the tokens with the largest product of mutual attention (see MAWS) in the stage's layer and in the one
+    before. The keep rate is a share of the current tokens.
 
     Args:
-        fuse_rest: fuse the others into one token, weighted by these products, whose sum is far below one.
-        normalize_weights: stretch these weights first, so that those of all tokens go from 0 to 1.
+        fuse_rest: fuse the other tokens into one, weighted by these products. Their sum is far below one.
+        normalize_weights: rescale these weights first, so that those of all tokens range from 0 to 1.
     """
 
     name = "dmaws"

@@ -1,12 +1,13 @@
 """DynamicViT: a small network scores the tokens before a layer (https://huggingface.co/papers/2106.02034).
 
-Its official code is MIT. In evaluation the best tokens are kept. In training nothing is removed: a straight-through Gumbel
-draw decides which tokens later attention may look at, and a loss pulls their share towards the keep rate.
+Its official code is MIT. In evaluation the tokens with the best scores are kept. In training no token is removed: a
+straight-through Gumbel sample decides which tokens later attention may use, and a loss pulls their share towards the
+keep rate.
 
-Differs from the paper: registers, CLR and recalled rows are candidates as well. As in the original CLCA code, recalled rows
-count as decided for in training but not in evaluation, the smoothed softmax acts from layer 0 on, and with a cache a stage
-keeps int(rate * (N - 2)) of its N rows instead of a share of the rows the network began with. Attention weights are never
-dropped out in training.
+Differences from the paper: registers, CLR and retrieved tokens are candidates as well. As in the original CLCA code,
+retrieved tokens count as kept in training but not in evaluation, the smoothed softmax is used from layer 0 on, and
+with a cache a stage keeps int(rate * (N - 2)) of its N tokens instead of a share of the initial tokens. Attention
+weights have no dropout in training.
 """
 
 from typing import TYPE_CHECKING
@@ -27,18 +28,19 @@ _SMOOTHING = 1e-6
 
 
 class DyViTReduction(ScoredPruning):
-    """Keep what a predictor says is worth keeping. The keep rate is a share of the first layer's rows, cumulative.
+    """Keep the tokens that a predictor gives the best scores. The keep rate is a share of the first layer's tokens,
+    cumulative.
 
     Args:
-        ratio_weight: weight of the loss that pulls the share of kept tokens to the target.
+        ratio_weight: weight of the loss that pulls the share of kept tokens to its target.
         ratio_targets: cumulative targets of that loss, one per stage; by default the products of the keep rates.
-        cls_distill_weight: weight of the distillation of the class logits, where a teacher's are given.
-        token_distill_weight: weight of the distillation of the kept tokens, where a teacher's are given.
-        token_distill: `mse` or `kl`, the distance between tokens.
+        cls_distill_weight: weight of the distillation of the class logits, if those of a teacher are given.
+        token_distill_weight: weight of the distillation of the kept tokens, if those of a teacher are given.
+        token_distill: distance between tokens, `mse` or `kl`.
     """
 
     name = "dyvit"
-    always_sorts = True  # as the original: with registers and mean pooling, which rows come first matters
+    always_sorts = True  # as in the original: with registers and mean pooling, the order of the tokens matters
     differentiable_tracks = True
     distils = True
 
@@ -81,16 +83,16 @@ class DyViTReduction(ScoredPruning):
 
     @classmethod
     def loss_terms(cls, config: "CLCAViTConfig", inputs: LossInputs) -> dict[str, torch.Tensor]:
-        """`keep_ratio`; with a teacher also `cls_distillation` and `token_distillation`."""
+        """Return `keep_ratio`; with a teacher also `cls_distillation` and `token_distillation`."""
         decisions = inputs.reports.get("decision")
-        if decisions is None:  # a frozen backbone in evaluation mode decides nothing
+        if decisions is None:  # a frozen backbone in evaluation mode reports no decisions
             return {}
-        budget, rows = inputs.budget, decisions[0].shape[1]
+        budget, num_tokens = inputs.budget, decisions[0].shape[1]
         targets = cls.option(config, "ratio_targets") if budget == Budget.of(config) else None
         if targets is None:
             counts = [budget.tokens(stage) for stage in range(len(decisions))]
             targets = [
-                budget.cumulative_rate(stage) if count is None else min(count / rows, 1.0)
+                budget.cumulative_rate(stage) if count is None else min(count / num_tokens, 1.0)
                 for stage, count in enumerate(counts)
             ]
         terms = {"keep_ratio": cls.option(config, "ratio_weight") * keep_ratio_loss(decisions, targets)}
@@ -98,7 +100,7 @@ class DyViTReduction(ScoredPruning):
             weight = cls.option(config, "cls_distill_weight")
             terms["cls_distillation"] = weight * kl_divergence(inputs.logits, inputs.teacher_logits)
         if inputs.teacher_tokens is not None:
-            # In training no row has moved: patches still follow the prefix.
+            # In training no token has moved, so the patches still follow the prefix.
             patches = slice(config.num_prefix_tokens, config.num_prefix_tokens + inputs.teacher_tokens.shape[1])
             kept = nn.functional.pad(decisions[-1], (1, 0), value=1.0)[:, patches]
             distance = token_distillation_loss(
@@ -108,21 +110,21 @@ class DyViTReduction(ScoredPruning):
         return terms
 
     @classmethod
-    def keep(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
+    def keep(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
         count = state.budget.tokens(stage)
         if count is None and config.cross_layer_cache:
-            count = int((num_rows - 2) * state.budget.rate(stage))
+            count = int((num_tokens - 2) * state.budget.rate(stage))
         elif count is None:
             first = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
             count = int((first - 1) * state.budget.cumulative_rate(stage))
-        return min(max(count, 0), num_rows - 1)
+        return min(max(count, 0), num_tokens - 1)
 
     @classmethod
     def start(cls, hidden_states: torch.Tensor, state: TokenState, training: bool) -> TokenState:
         return state.with_tracks(decision=hidden_states.new_ones(hidden_states.shape[:2]))
 
     @classmethod
-    def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> float:
+    def retrieved_value(cls, name: str, track: torch.Tensor, training: bool) -> float:
         return 1.0 if training else 0.0
 
     @classmethod
@@ -133,24 +135,25 @@ class DyViTReduction(ScoredPruning):
         value: torch.Tensor,
         scaling: float,
         state: TokenState,
-        from_rows: bool = True,
+        from_tokens: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax over the rows decided for and the row itself, smoothed so that it is never empty."""
+        """Compute the softmax over the tokens kept so far and the token itself, smoothed so that it is never empty."""
         logits = query @ key.transpose(-1, -2) * scaling
-        num_rows = logits.shape[-1]
+        num_tokens = logits.shape[-1]
         policy = state.tracks["decision"][:, None, None, :]
         mask = policy  # (B, 1, 1, N)
-        if from_rows:
-            itself = torch.eye(num_rows, dtype=policy.dtype, device=policy.device)
+        if from_tokens:
+            itself = torch.eye(num_tokens, dtype=policy.dtype, device=policy.device)
             mask = policy + (1.0 - policy) * itself  # (B, 1, N, N)
         exponentials = (logits - logits.amax(dim=-1, keepdim=True)).float().exp() * mask.float()
-        weights = (exponentials + _SMOOTHING / num_rows) / (exponentials.sum(dim=-1, keepdim=True) + _SMOOTHING)
+        weights = (exponentials + _SMOOTHING / num_tokens) / (exponentials.sum(dim=-1, keepdim=True) + _SMOOTHING)
         weights = weights.to(value.dtype)
         return (weights @ value).transpose(1, 2), weights
 
     @staticmethod
     def draw_gumbel(log_probabilities: torch.Tensor) -> torch.Tensor:
-        """Gumbel noise of the shape of `log_probabilities` (B, n, 2). Replace it to make a training step repeatable."""
+        """Draw Gumbel noise of the shape of `log_probabilities` (B, n, 2). Override it to make a training step
+        reproducible."""
         return -torch.empty_like(log_probabilities).exponential_().log()
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
@@ -163,16 +166,20 @@ class DyViTReduction(ScoredPruning):
         decision = (hard - soft.detach() + soft).to(decision.dtype) * decision
         policy = nn.functional.pad(decision, (1, 0), value=1.0)
         state = state.with_tracks(decision=policy)
-        # Tokens decided against hold nothing from now on, as if they were dropped.
+        # From now on dropped tokens hold nothing in the assignment, as if they were removed.
         state = state.with_assignment(lambda: identity_assignment(hidden_states) * policy.unsqueeze(-1))
         return hidden_states, state.with_report(decision=decision)
 
     def predict(self, tokens: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities (B, n, 2) of keeping and dropping `tokens` (B, n, D), which see the mean of those that
-        `decision` (B, n) has kept so far."""
+        """Return the log-probabilities (B, n, 2) of keeping and dropping each token.
+
+        Args:
+            tokens: (B, n, D). Each is scored together with the mean of the tokens kept so far.
+            decision: (B, n), one for tokens kept so far.
+        """
         local, pooled = self.in_proj(tokens).chunk(2, dim=-1)
         weights = decision.unsqueeze(-1).to(pooled.dtype)
         kept = weights.sum(dim=1, keepdim=True)
-        kept = torch.where(kept > 0, kept, torch.ones_like(kept))  # all dropped: a mean of zero, not 0 / 0
+        kept = torch.where(kept > 0, kept, torch.ones_like(kept))  # all dropped: mean 0 instead of 0 / 0
         pooled = (pooled * weights).sum(dim=1, keepdim=True) / kept + 1e-6
         return self.out_proj(torch.cat([local, pooled.expand_as(local)], dim=-1))

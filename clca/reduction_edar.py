@@ -1,9 +1,10 @@
 """EDAR: keep the tokens that CLS attends to through two layers, or fuse the others into one (an option).
 
-Attention rollout (https://huggingface.co/papers/2005.00928) as EViT's criterion, of the later CLCA code; no paper has it.
-The licence of the official code was not checked, and none of it is used here. Differs from the original: without a layer
-before of the same tokens, where the original fails, the stage's layer decides alone. Registers, CLR and retrieved tokens are
-candidates as well. In a model without CLS the first patch takes its place.
+Attention rollout (https://huggingface.co/papers/2005.00928) as the criterion of EViT, from the later CLCA code; there
+is no paper about it. The license of the official code was not checked, and none of it is used here. Differences from
+the original: if the layer before did not have the same tokens, where the original fails, only the stage's layer is
+used; registers, CLR and retrieved tokens are candidates as well. In a model without CLS the first patch takes its
+place.
 """
 
 from typing import TYPE_CHECKING
@@ -19,8 +20,8 @@ class EDARReduction(RolloutPruning):
     """Keep the tokens that CLS attends to through two layers. The keep rate is a share of the current tokens.
 
     Args:
-        fuse_rest: fuse the others into one token, weighted by that attention, so that weights sum to less than one.
-        normalize_weights: stretch these weights first, so that those of all tokens go from 0 to 1.
+        fuse_rest: fuse the other tokens into one, weighted by that attention, so the weights sum to less than one.
+        normalize_weights: rescale these weights first, so that those of all tokens range from 0 to 1.
     """
 
     name = "edar"

@@ -1,7 +1,7 @@
 """Heuristic: attend only to patches near the centre of the image (the baseline of https://huggingface.co/papers/2308.04657).
 
-The official code of that study is MIT. Nothing is removed: rows outside a radius are no longer attended to. CLS, registers,
-CLR and recalled rows always are.
+The official code of that study is MIT. No token is removed: patches outside a radius are masked. CLS, registers, CLR
+and retrieved tokens are never masked.
 """
 
 import math
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-# The same operations as in the original, on float32: their last bit decides about patches on the circle itself. (MKL's square
-# root rounds differently on different processors, so that at 14 x 14 a keep rate of 0.2 leaves 36 patches on some, 44 on others.)
+# The same operations as in the original, in float32, because their last bit decides about patches on the circle. (The square
+# root of MKL rounds differently on different CPUs: at 14 x 14 a keep rate of 0.2 leaves 36 patches on some, 44 on others.)
 _NORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "l1": lambda y, x: y.abs() + x.abs(),
     "l2": lambda y, x: (y * y + x * x).sqrt(),
@@ -30,14 +30,14 @@ _NORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 class HeuristicReduction(TokenReduction):
-    """Before the layer, narrow the circle of patches that attention sees. It stays until the next stage.
+    """Before the layer, shrink the circle of patches that are attended to. It stays the same until the next stage.
 
     Args:
-        pattern: `l1`, `l2` or `linf`, the norm that makes the circle.
-        contiguous: shrink evenly, towards `min_radius`, in every layer from the first reduction layer to the last. There is
-            no keep rate then. By default in the reduction layers alone, to the radius whose number of patches is nearest to
-            the keep rate's share of all patches, cumulative.
-        min_radius: in patches, with `contiguous`; zero or less for the smallest.
+        pattern: norm that defines the circle: `l1`, `l2` or `linf`.
+        contiguous: shrink the circle evenly towards `min_radius`, in every layer from the first reduction layer to the
+            last; there is no keep rate then. By default the circle shrinks only in the reduction layers, to the radius
+            whose number of patches is nearest to the keep rate's cumulative share of all patches.
+        min_radius: final radius in patches with `contiguous`; zero or less for the smallest possible one.
     """
 
     name = "heuristic"
@@ -61,8 +61,8 @@ class HeuristicReduction(TokenReduction):
         cls.check_option(config, "pattern", lambda v: v in _NORMS, f"one of {', '.join(_NORMS)}")
         if cls.option(config, "contiguous") and (config.keep_tokens is not None or config.keep_rate != [1.0]):
             raise ValueError(
-                "`keep_rate` and `keep_tokens` mean nothing to `reduction`='heuristic' with `contiguous`, which shrinks "
-                f"evenly; got {config.keep_tokens or config.keep_rate}. Leave them out, or `contiguous`."
+                "`keep_rate` and `keep_tokens` have no effect on `reduction`='heuristic' with `contiguous`, which shrinks "
+                f"evenly; got {config.keep_tokens or config.keep_rate}. Remove them, or `contiguous`."
             )
 
     @classmethod
@@ -76,38 +76,41 @@ class HeuristicReduction(TokenReduction):
         return list(config.reduction_layers)
 
     @classmethod
-    def visible(cls, state: TokenState) -> torch.Tensor | None:
-        return state.tracks.get("visible")
+    def key_mask(cls, state: TokenState) -> torch.Tensor | None:
+        return state.tracks.get("key_mask")
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         tail = hidden_states.shape[1] - state.prefix - state.num_patches
-        visible = nn.functional.pad(self.constant("inside", state), (state.prefix, tail), value=True)
-        visible = visible.expand(hidden_states.shape[:2])
-        return hidden_states, state.with_tracks(visible=visible).with_assignment(
-            lambda: identity_assignment(hidden_states) * visible.unsqueeze(-1)
+        key_mask = nn.functional.pad(self.constant("inside", state), (state.prefix, tail), value=True)
+        key_mask = key_mask.expand(hidden_states.shape[:2])
+        return hidden_states, state.with_tracks(key_mask=key_mask).with_assignment(
+            lambda: identity_assignment(hidden_states) * key_mask.unsqueeze(-1)
         )
 
     def constants(self, budget: Budget, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """`inside`: whether each patch of the grid lies inside the stage's circle, row by row."""
+        """Return `inside`: whether each patch of the grid lies inside the circle of the stage, in row-major order."""
         if self.contiguous:
             layers = self.config.reduction_layers
-            # The full grid comes first, except where the first stage is layer 0.
+            # The first step is the full grid, unless the first stage is layer 0.
             step, steps = self.stage + (layers[0] > 0), layers[-1] - layers[0] + 3
             inside = inside_by_step(self.pattern, grid, self.min_radius, step, steps)
         else:
-            target = operator.index(budget.of_patches(self.stage, math.prod(grid)))  # a number also to a compiler
+            target = operator.index(
+                budget.of_patches(self.stage, math.prod(grid))
+            )  # a plain number for compilers, too
             inside = inside_by_count(self.pattern, grid, target)
-        inside = [self.config.num_prefix_tokens == 0 or inside[0], *inside[1:]]  # row 0 is seen, whatever it is
+        inside = [self.config.num_prefix_tokens == 0 or inside[0], *inside[1:]]  # token 0 is never masked
         return {"inside": torch.tensor(inside, device="cpu")}
 
 
-# Whether each patch of a grid (rows, columns) lies inside a circle, row by row. The results are lists of plain values, which a
-# compiler takes for granted.
+# These functions return, in row-major order, whether each patch of a grid lies inside a circle. The results are lists of plain
+# values, which a compiler treats as constants.
 
 
 @torch.compiler.assume_constant_result
 def inside_by_step(pattern: str, grid: tuple[int, int], min_radius: float, step: int, steps: int) -> list[bool]:
-    """The circle of one of a number of even steps from the whole grid down to `min_radius`."""
+    """Return which patches lie inside the circle of step `step` of `steps` even steps from the whole grid down to
+    `min_radius`."""
     radius = grid_radius(grid, pattern)
     smallest = min_radius if min_radius > 0 else radius[radius.shape[0] // 2, radius.shape[1] // 2]
     radii = torch.linspace(float(radius[0, 0]), float(smallest), steps, device="cpu")
@@ -116,7 +119,8 @@ def inside_by_step(pattern: str, grid: tuple[int, int], min_radius: float, step:
 
 @torch.compiler.assume_constant_result
 def inside_by_count(pattern: str, grid: tuple[int, int], target: int) -> list[bool]:
-    """The circle whose number of patches is nearest to `target`, the smaller one of two."""
+    """Return which patches lie inside the circle whose number of patches is nearest to `target`; of two, the smaller
+    circle."""
     radius = grid_radius(grid, pattern)
     radii = radius.unique()  # ascending
     counts = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
@@ -124,7 +128,8 @@ def inside_by_count(pattern: str, grid: tuple[int, int], target: int) -> list[bo
 
 
 def grid_radius(grid: tuple[int, int], pattern: str) -> torch.Tensor:
-    """Distance of each patch from the centre, in patches, (rows, columns). Always on the CPU, also where models are made
-    on another device."""
+    """Return the distance of each patch from the center, in patches, (rows, columns).
+
+    It is always computed on the CPU, also if models are created on another device."""
     axes = [torch.linspace(math.floor(-side / 2), math.floor(side / 2), side, device="cpu") for side in grid]
     return _NORMS[pattern](*torch.meshgrid(*axes, indexing="ij"))

@@ -1,8 +1,8 @@
 """K-medoids: keep the tokens at the centres of clusters (the baseline of https://huggingface.co/papers/2308.04657).
 
-The official code of that study is MIT. Differs from it: the equal-weight start is the row nearest to the mean instead of a
-random one, and the next ones are far from all of those chosen, not from one of them (unless `spread` is `original`); a stage in
-layer 0, which no attention precedes, weighs all tokens alike.
+The official code of that study is MIT. Differences: with equal weights, the first medoid is the token nearest to the
+mean instead of a random one, and the next ones are far from all medoids chosen so far instead of from one of them
+(unless `spread` is `original`); a stage in layer 0, before any attention, weights all tokens equally.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from .attention_clca import AttentionContext, at_least_float32, gather_rows
-from .reduction_base import Regrouping, TokenState, Weights, nearest_row, one_hot_assignment, pairwise_distance
+from .reduction_base import Regrouping, TokenState, Weights, nearest_token, one_hot_assignment, pairwise_distance
 
 
 if TYPE_CHECKING:
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class KMedoidsReduction(Regrouping):
-    """Before the layer, cluster all rows but row 0 and keep each cluster's medoid. The keep rate is a share of the
-    patches, cumulative. A token's cost is weighed by the attention it received in the layer before.
+    """Before the layer, cluster all tokens but token 0 and keep the medoid of each cluster. The keep rate is a share
+    of the patches, cumulative. The cost of a token is weighted by the attention it received in the layer before.
 
     Args:
-        cluster_iters: rounds of assignment and update.
-        equal_weight: weigh all tokens alike, and start from rows far from each other.
-        spread: which row is farthest from those chosen at the start: by the distance to the `nearest` of them; `original`, to
-            the farthest, as the original CLCA code has it, which soon chooses rows again that it has chosen before. The
-            clusters of a row that is chosen twice are empty, and become token 0.
+        cluster_iters: number of iterations of assignment and update.
+        equal_weight: weight all tokens equally, and start from tokens far from each other.
+        spread: how to find the token farthest from those chosen at the start. `nearest`: by its distance to the
+            nearest of them. `original`: by its distance to the farthest, as in the original CLCA code; this soon
+            chooses the same tokens again. Clusters of a token that is chosen twice are empty and become token 0.
     """
 
     name = "kmedoids"
@@ -55,8 +55,8 @@ class KMedoidsReduction(Regrouping):
         return 1, 0
 
     @classmethod
-    def slots(cls, config: "CLCAViTConfig", stage: int, num_rows: int, state: TokenState) -> int:
-        return min(super().slots(config, stage, num_rows, state), num_rows)
+    def slots(cls, config: "CLCAViTConfig", stage: int, num_tokens: int, state: TokenState) -> int:
+        return min(super().slots(config, stage, num_tokens, state), num_tokens)
 
     @classmethod
     def observe(cls, context: AttentionContext, state: TokenState, before_stage: bool) -> TokenState:
@@ -66,8 +66,8 @@ class KMedoidsReduction(Regrouping):
             return state.with_tracks(received=at_least_float32(context.received_attention()))
 
     @classmethod
-    def recalled_value(cls, name: str, track: torch.Tensor, training: bool) -> torch.Tensor:
-        return track.mean(dim=1, keepdim=True)  # not seen by that attention: neither cheap nor dear
+    def retrieved_value(cls, name: str, track: torch.Tensor, training: bool) -> torch.Tensor:
+        return track.mean(dim=1, keepdim=True)  # these tokens were not part of that attention
 
     def regroup(self, tokens: torch.Tensor, slots: int, state: TokenState) -> tuple[torch.Tensor, Weights]:
         if slots == 0:
@@ -80,7 +80,13 @@ class KMedoidsReduction(Regrouping):
     def label(
         self, tokens: torch.Tensor, clusters: int, received: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Medoids (B, M) and the cluster (B, n) of each of `tokens` (B, n, D), which received attention (B, n)."""
+        """Return the medoids (B, M) and the cluster (B, n) of each token.
+
+        Args:
+            tokens: (B, n, D).
+            clusters: number of clusters M.
+            received: attention that each token received, (B, n); None for equal weights.
+        """
         tokens = at_least_float32(tokens)
         distance = pairwise_distance(tokens)
         if received is None:
@@ -88,13 +94,19 @@ class KMedoidsReduction(Regrouping):
         else:
             cost, medoids = received * distance.sum(dim=2), received.topk(clusters, dim=1).indices
         for _ in range(self.cluster_iters):
-            medoids = self.cheapest(cost, nearest_row(distance, medoids), clusters)
-        return medoids, nearest_row(distance, medoids)
+            medoids = self.cheapest(cost, nearest_token(distance, medoids), clusters)
+        return medoids, nearest_token(distance, medoids)
 
     @staticmethod
     def cheapest(cost: torch.Tensor, labels: torch.Tensor, clusters: int) -> torch.Tensor:
-        """The member (B, M) of each cluster with the least cost, the first of several; token 0 of a cluster without any.
-        `cost`, `labels`: (B, n)."""
+        """Return the member (B, M) of each cluster with the least cost, the first of several; token 0 for an empty
+        cluster.
+
+        Args:
+            cost: (B, n).
+            labels: cluster of each token, (B, n).
+            clusters: number of clusters M.
+        """
         batch, num_tokens = cost.shape
         least = cost.new_full((batch, clusters), torch.inf).scatter_reduce(1, labels, cost, "amin")
         position = torch.arange(num_tokens, device=cost.device).expand_as(labels)
@@ -103,11 +115,18 @@ class KMedoidsReduction(Regrouping):
         return first.where(first < num_tokens, 0)
 
     def spread(self, distance: torch.Tensor, tokens: torch.Tensor, clusters: int) -> torch.Tensor:
-        """Rows (B, M) far from each other: the one nearest to the mean, then always the farthest from those chosen."""
-        centre = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum(dim=2).argmin(dim=1, keepdim=True)
-        chosen = [centre]
+        """Choose tokens (B, M) far from each other: the one nearest to the mean, then repeatedly the farthest from
+        those chosen.
+
+        Args:
+            distance: (B, n, n).
+            tokens: (B, n, D).
+            clusters: number M of tokens to choose.
+        """
+        center = (tokens - tokens.mean(dim=1, keepdim=True)).square().sum(dim=2).argmin(dim=1, keepdim=True)
+        chosen = [center]
         combine = torch.maximum if self.spreads_as_original else torch.minimum
-        gap = gather_rows(distance, centre).squeeze(1)
+        gap = gather_rows(distance, center).squeeze(1)
         for _ in range(clusters - 1):
             farthest = gap.argmax(dim=1, keepdim=True)
             chosen.append(farthest)

@@ -1,9 +1,9 @@
 """MAWS: keep the tokens that CLS and they attend to mutually (https://huggingface.co/papers/2107.02341).
 
-From FFVT; the licence of its official code was not checked, and none of it is used here. Differs from the paper, as in the
-later CLCA code: heads are averaged before the softmax over queries, not after; tokens are dropped in a few layers instead of
-being picked in each for an extra last layer; registers, CLR and retrieved tokens are candidates as well. In a model without
-CLS the first patch takes its place.
+From FFVT; the license of its official code was not checked, and none of it is used here. Differences from the paper,
+as in the later CLCA code: heads are averaged before the softmax over queries, not after; tokens are dropped in a few
+layers instead of being selected in each layer for an additional last layer; registers, CLR and retrieved tokens are
+candidates as well. In a model without CLS the first patch takes its place.
 """
 
 from typing import TYPE_CHECKING
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class MAWSReduction(ScoredByAttention):
-    """Keep the tokens with the largest product of what CLS gives to them and what they give to CLS, compared with all other
-    tokens. The keep rate is a share of the current tokens.
+    """Keep the tokens with the largest product of two factors: the attention from CLS to the token, and the attention
+    from the token to CLS, compared with all other tokens. The keep rate is a share of the current tokens.
 
     Args:
-        fuse_rest: fuse the others into one token, weighted by these products, whose sum is far below one.
+        fuse_rest: fuse the other tokens into one, weighted by these products. Their sum is far below one.
     """
 
     name = "maws"

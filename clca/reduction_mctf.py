@@ -1,17 +1,17 @@
 """MCTF: fuse tokens that are alike, draw little attention and are small (https://huggingface.co/papers/2403.10030).
 
-Its official code is MIT; the matching in it is derived from ToMe's, which is CC-BY-NC 4.0. None of it is used here. Differs
-from it: tokens are fused between attention and MLP instead of before the attention, by the same attention weights, so that
-values are those of the tokens before the fusion; a stage may leave fewer than 10 tokens; registers, CLR and recalled rows may
-be fused as well. Of the training procedure nothing is here.
+Its official code is MIT; the matching in it is derived from ToMe's, which is CC-BY-NC 4.0. None of it is used here.
+Differences: tokens are fused between attention and MLP instead of before the attention, by the same attention weights,
+so values are those of the tokens before the fusion; a stage may leave fewer than 10 tokens; registers, CLR and
+retrieved tokens may be fused as well. The training procedure is not implemented.
 """
 
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .attention_clca import AttentionContext, RowMap, at_least_float32
-from .reduction_base import Matching, Merging, TokenState, cosine_of_halves, falling_order, match_halves
+from .attention_clca import AttentionContext, TokenMap, at_least_float32
+from .reduction_base import Matching, Merging, TokenState, cosine_of_halves, descending_order, match_halves
 
 
 if TYPE_CHECKING:
@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 
 
 class MCTFReduction(Merging):
-    """Between attention and MLP, fuse pairs of rows. The keep rate is a share of the current tokens; rates below 0.5 fuse half
-    of them.
+    """Between attention and MLP, fuse pairs of tokens. The keep rate is a share of the current tokens; rates below 0.5
+    fuse half of them.
 
-    Rows at even positions are matched with rows at odd ones. Half of the rows that disappear are even ones that go to odd
-    ones, the others are odd ones that go to even ones.
+    Tokens at even positions are matched with tokens at odd positions. Half of the removed tokens are even ones that
+    are fused into odd ones; the others are odd ones that are fused into even ones.
 
     Args:
-        tau_sim: temperature of the similarity of the tokens that enter the layer; 0 leaves it out, a large one flattens it.
-        tau_info: the same of how little attention they receive.
-        tau_size: the same of how small they are.
-        bidirectional: False: even rows go to odd ones only.
-        pooling: weights of a mean: `attention` received times size, or `size`.
+        tau_sim: temperature of the similarity of the tokens that enter the layer. 0 disables this factor, a large
+            value flattens it.
+        tau_info: temperature of the factor for tokens that receive little attention.
+        tau_size: temperature of the factor for small tokens.
+        bidirectional: if False, only even tokens are fused into odd ones.
+        pooling: weights of a mean: `attention`, received attention times size, or `size`.
     """
 
     name = "mctf"
@@ -59,19 +60,24 @@ class MCTFReduction(Merging):
             cls.check_option(config, name, lambda v: v >= 0, "0 or more")
 
     @torch.no_grad()
-    def merge(self, context: AttentionContext, state: TokenState, merged: int) -> tuple[RowMap, TokenState]:
+    def merge(self, context: AttentionContext, state: TokenState, merged: int) -> tuple[TokenMap, TokenState]:
         size = self.size(context, state)
         received = at_least_float32(context.received_attention())
-        received = received.clamp(min=torch.finfo(received.dtype).tiny)  # tokens that receive nothing have a mean, too
+        received = received.clamp(min=torch.finfo(received.dtype).tiny)  # avoids a mean of weights that are all zero
         target = self.match_by(self.scores(context.layer_input, received, size), merged)
         weights = received * size if self.pooling == "attention" else None
         return self.pool(target, size.shape[1] - merged, size, state, weights)
 
     def scores(self, tokens: torch.Tensor, received: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        """How well rows at even and at odd positions go together, (B, a, b), of `tokens` (B, N, D), the attention that they
-        `received` (B, N) and their `size` (B, N)."""
+        """Return how well tokens at even and at odd positions fit together, (B, a, b).
+
+        Args:
+            tokens: (B, N, D).
+            received: attention that each token received, (B, N).
+            size: (B, N).
+        """
         scores = cosine_of_halves(tokens)
-        # Rounding can make a cosine less than -1, whose root would be NaN.
+        # A cosine may be less than -1 because of rounding, and its root would be NaN.
         scores = ((scores + 1) / 2).clamp(min=0) ** (1 / self.tau_sim) if self.tau_sim else torch.ones_like(scores)
         for values, tau in ((received, self.tau_info), (size, self.tau_size)):
             if tau:
@@ -80,17 +86,24 @@ class MCTFReduction(Merging):
         return scores
 
     def match_by(self, scores: torch.Tensor, merged: int) -> torch.Tensor:
-        """New row (B, N) of each row by `scores` (B, a, b), which are overwritten. The new order: even rows that stay,
-        ascending; odd rows that stay, by falling score, or ascending if none of them goes."""
+        """Return the index (B, N) of the new token of each token.
+
+        The new order is: even tokens that stay, ascending; odd tokens that stay, by descending score, or ascending if
+        all of them stay.
+
+        Args:
+            scores: (B, a, b), overwritten.
+            merged: number of tokens to remove.
+        """
         if not self.bidirectional:
             return match_halves(scores, merged).target
         forward = merged // 2
         target = match_halves(scores, forward).target
         stay, even = scores.shape[1] - forward, target[:, ::2]
-        # Odd rows take along what has gone to them, so the second step maps the rows that the first has left.
+        # Odd tokens take the tokens already fused into them along, so the second step maps the result of the first.
         best, partner = scores.masked_fill((even >= stay).unsqueeze(2), -torch.inf).max(dim=1)  # (B, b)
-        order = falling_order(best)
-        gone, odd = order[:, : merged - forward], order[:, merged - forward :]
+        order = descending_order(best)
+        removed, odd = order[:, : merged - forward], order[:, merged - forward :]
         kept = torch.cat([torch.arange(stay, device=odd.device).expand(odd.shape[0], -1), stay + odd], dim=1)
-        backward = Matching(kept, stay + gone, even.gather(1, partner.gather(1, gone)))
+        backward = Matching(kept, stay + removed, even.gather(1, partner.gather(1, removed)))
         return backward.target.gather(1, target)

@@ -1,8 +1,8 @@
 """PatchMerger: learned queries gather the tokens (https://huggingface.co/papers/2202.12015).
 
-Its official code (scenic) is Apache-2.0. Differs from the paper: it may act in several layers; CLR and recalled rows are
-absorbed with the patches. As in the paper, the new tokens are sums of normalised ones, on another scale than the residual
-stream they go back to.
+Its official code (scenic) is Apache-2.0. Differences from the paper: it may act in several layers; CLR and retrieved
+tokens are merged with the patches. As in the paper, the new tokens are sums of normalized tokens, so their scale
+differs from that of the residual stream.
 """
 
 from typing import TYPE_CHECKING
@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .reduction_base import LearntSlots, TokenState, Weights
+from .reduction_base import LearnedSlots, TokenState, Weights
 
 
 if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-class PatchMergerReduction(LearntSlots):
-    """Before the layer, replace all rows but CLS and registers by what learnt queries attend to. The keep rate is a share
-    of the patches at `config.image_size`, cumulative: the queries are parameters."""
+class PatchMergerReduction(LearnedSlots):
+    """Before the layer, replace all tokens but CLS and registers by attention outputs of learned queries. The keep
+    rate is a share of the patches at `config.image_size`, cumulative: the queries are parameters."""
 
     name = "patchmerger"
 

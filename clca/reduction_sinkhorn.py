@@ -1,7 +1,7 @@
 """Sinkhorn: tokens are transported to learned prototypes (the baseline of https://huggingface.co/papers/2308.04657).
 
-The official code of that study is MIT. As there, the new tokens are sums of tokens of unit length, and each prototype is
-brought to unit length in place, which its gradient does not see.
+The official code of that study is MIT. As there, the new tokens are sums of tokens of unit length, and each prototype
+is normalized in place, which its gradient ignores.
 """
 
 from typing import TYPE_CHECKING
@@ -11,20 +11,20 @@ from torch import nn
 from transformers import initialization as init
 
 from .attention_clca import at_least_float32
-from .reduction_base import LearntSlots, TokenState, Weights
+from .reduction_base import LearnedSlots, TokenState, Weights
 
 
 if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-class SinkhornReduction(LearntSlots):
-    """Before the layer, replace all rows but row 0 by sums over an entropic optimal transport plan. The keep rate is a
-    share of the patches at `config.image_size`, cumulative: the prototypes are parameters.
+class SinkhornReduction(LearnedSlots):
+    """Before the layer, replace all tokens but token 0 by sums over an entropic optimal transport plan. The keep rate
+    is a share of the patches at `config.image_size`, cumulative: the prototypes are parameters.
 
     Args:
         sinkhorn_eps: strength of the entropy.
-        cluster_iters: rounds of Sinkhorn's algorithm.
+        cluster_iters: number of iterations of Sinkhorn's algorithm.
     """
 
     name = "sinkhorn"
@@ -56,15 +56,17 @@ class SinkhornReduction(LearntSlots):
             with torch.no_grad():
                 self.prototypes.copy_(nn.functional.normalize(self.prototypes, dim=-1))
         unit = nn.functional.normalize(self.prototypes, dim=-1)
-        prototypes = self.prototypes + (unit - self.prototypes).detach()  # the gradient passes the normalisation by
+        prototypes = self.prototypes + (unit - self.prototypes).detach()  # the gradient ignores the normalization
         tokens = nn.functional.normalize(tokens, dim=-1)
-        plan = self.transport(tokens @ prototypes.T)  # (B, n, M); each token's row sums to one
+        plan = self.transport(tokens @ prototypes.T)  # (B, n, M); the weights of each token sum to one
         weights = plan.transpose(1, 2)
         return weights.to(tokens.dtype) @ tokens, lambda: weights / weights.sum(dim=-1, keepdim=True)
 
     def transport(self, similarity: torch.Tensor) -> torch.Tensor:
-        """The plan (B, n, M) for similarities (B, n, M), in the log domain: slots first, then tokens. (The masses of both
-        are the same for all, so that they cancel.)"""
+        """Return the transport plan (B, n, M) for similarities (B, n, M), computed in the log domain: slots first,
+        then tokens.
+
+        All slots, and all tokens, have the same mass, so masses cancel."""
         plan = at_least_float32(similarity) / self.sinkhorn_eps
         for _ in range(self.cluster_iters):
             for dim in (1, 2):

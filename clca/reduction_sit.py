@@ -1,7 +1,7 @@
 """SiT: a learned soft assignment of the tokens to slots (Self-slimmed ViT, https://huggingface.co/papers/2111.12624).
 
-Its official code has no licence file. Differs from the paper: only its token slimming module, without the distillation;
-CLR and recalled rows are absorbed with the patches.
+Its official code has no license file. Differences from the paper: only its token slimming module is implemented,
+without the distillation; CLR and retrieved tokens are merged with the patches.
 """
 
 from typing import TYPE_CHECKING
@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .reduction_base import LearntSlots, TokenState, Weights
+from .reduction_base import LearnedSlots, TokenState, Weights
 
 
 if TYPE_CHECKING:
     from .configuration_clca import CLCAViTConfig
 
 
-class SiTReduction(LearntSlots):
-    """Before the layer, replace all rows but CLS and registers by weighted sums. The keep rate is a share of the patches
-    at `config.image_size`, cumulative: the slots are parameters."""
+class SiTReduction(LearnedSlots):
+    """Before the layer, replace all tokens but CLS and registers by weighted sums. The keep rate is a share of the
+    patches at `config.image_size`, cumulative: the slots are parameters."""
 
     name = "sit"
 

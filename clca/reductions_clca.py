@@ -1,6 +1,6 @@
-"""The index of reduction methods, and the schedule of token counts that follows from a configuration.
+"""Registry of reduction methods, and the token counts of each layer that follow from a configuration.
 
-One more method: a file `reduction_<name>.py`, an import and an entry of `REDUCTIONS` here.
+To add a method, write a file `reduction_<name>.py`, and add an import and an entry of `REDUCTIONS` here.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 from .budget_clca import Budget, check_rates
-from .cache_clca import recovery_layers, rows_per_entry
+from .cache_clca import recovery_layers, tokens_per_entry
 from .reduction_atc import ATCReduction
 from .reduction_ats import ATSReduction
 from .reduction_base import TokenReduction, TokenState
@@ -61,10 +61,10 @@ REDUCTIONS: dict[str, type[TokenReduction]] = {
 
 
 def get_reduction(name: str | None) -> type[TokenReduction]:
-    """The class of a method; `TokenReduction`, which does nothing, for None.
+    """Return the class of a method by name, or `TokenReduction`, which does nothing, for None.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: if the name is unknown.
     """
     if name is None:
         return TokenReduction
@@ -72,17 +72,19 @@ def get_reduction(name: str | None) -> type[TokenReduction]:
         return REDUCTIONS[name]
     available = ", ".join(sorted(REDUCTIONS))
     raise ValueError(
-        f"Unknown `reduction` {name!r}. Available: {available}. A method of your own must be registered with "
-        "`clca.register_reduction` before a configuration that names it is made or loaded."
+        f"Unknown `reduction` {name!r}. Available: {available}. Register your own methods with "
+        "`clca.register_reduction` before you create or load a configuration that uses them."
     )
 
 
 def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
-    """Add a method of your own under its `name`; usable as a class decorator. The same class defined again, as when a cell of
-    a notebook runs twice, takes the place of the first.
+    """Register your own method under its `name`. Can be used as a class decorator.
+
+    If the same class is defined again, for example because a notebook cell runs twice, it replaces the previous one.
 
     Raises:
-        ValueError: not a `TokenReduction`, no lower-case identifier as `name`, or a name already taken.
+        ValueError: if `cls` is not a subclass of `TokenReduction`, its `name` is not a lower-case identifier, or the
+            name is taken.
     """
     if not (isinstance(cls, type) and issubclass(cls, TokenReduction)):
         raise ValueError(f"`cls` must be a subclass of `TokenReduction`, got {cls!r}.")
@@ -97,19 +99,21 @@ def register_reduction(cls: type[TokenReduction]) -> type[TokenReduction]:
 
 
 def checked_budget(config: "CLCAViTConfig", keep_rate: float | Sequence[float] | None) -> Budget:
-    """What the stages of a model of this configuration keep: at a `keep_rate` of its own, or at this one, for all stages
-    or one per stage.
+    """Return the budget of a model: of its configuration, or of a `keep_rate` that replaces it, after checking the
+    latter.
+
+    Args:
+        config: the configuration.
+        keep_rate: one rate for all stages or one per stage; None for the configuration's budget.
 
     Raises:
-        ValueError: rates out of (0, 1] or not one per stage, or a method whose keep rate is fixed.
+        ValueError: if a rate is not in (0, 1], the number of rates is wrong, there is no reduction, or its keep rate
+            is fixed.
     """
     if keep_rate is None:
         return Budget.of(config)
     if config.reduction is None:
-        raise ValueError(
-            f"`keep_rate` {keep_rate} means nothing to a model without a `reduction`. Leave it out (None), or choose a method: "
-            "at 1.0 it keeps all tokens."
-        )
+        raise ValueError(f"`keep_rate` {keep_rate} has no effect without a `reduction`. Remove it, or set a method.")
     method = get_reduction(config.reduction)
     reason = method.fixed_rate(config)
     if reason is not None:
@@ -130,11 +134,11 @@ def checked_budget(config: "CLCAViTConfig", keep_rate: float | Sequence[float] |
 
 
 class TokenSchedule(NamedTuple):
-    """Token counts of one image, CLS and all included.
+    """Token counts of one image, including CLS and all other tokens.
 
     Attributes:
-        before: rows that enter each layer, and last the rows the final norm sees.
-        after: rows that leave each layer, before the cache is recalled.
+        before: number of tokens that enter each layer, and of those that enter the final norm.
+        after: number of tokens that leave each layer, before cached tokens are appended.
     """
 
     before: list[int]
@@ -144,53 +148,60 @@ class TokenSchedule(NamedTuple):
 def token_schedule(
     config: "CLCAViTConfig", num_patches: int | None = None, keep_rate: float | Sequence[float] | None = None
 ) -> TokenSchedule:
-    """How many tokens each layer gets, worked out from the configuration alone.
+    """Compute the number of tokens in each layer from the configuration alone.
 
     At 448 px, ViT-B/16, EViT at keep rate 0.1 in layers 3, 6, 9, with a cache of GAP and one CLR: 786 tokens enter the
-    layers 0-3; layer 3 keeps CLS, ceil(0.1 * 785) = 79 others and one fused token, 81, and 3 * 2 cached rows are recalled,
-    87; layer 6 leaves 1 + 9 + 1 = 11, and 17 with the cache; layer 9 leaves 4, and 10; layer 10 recalls 2 more: 12.
+    layers 0-3; layer 3 keeps CLS, ceil(0.1 * 785) = 79 others and one fused token, 81, and 3 * 2 cached tokens are
+    retrieved, 87; layer 6 leaves 1 + 9 + 1 = 11, and 17 with the cache; layer 9 leaves 4, and 10; layer 10 retrieves 2
+    more: 12.
 
     Args:
         config: the configuration.
-        num_patches: patches of the image, if not those of `config.image_size`.
-        keep_rate: that of the forward, if not the configuration's.
+        num_patches: number of patches of the image, if it differs from `config.image_size`.
+        keep_rate: keep rate of the forward pass, if it differs from the configuration's.
 
     Raises:
-        ValueError: a keep rate that the model's forward refuses, too.
+        ValueError: if the forward pass would refuse the keep rate.
     """
     method = get_reduction(config.reduction)
     stages = {layer: stage for stage, layer in enumerate(method.layers(config))} if config.reduction else {}
     recovery = recovery_layers(config)
     grid = config.image_grid if num_patches is None else (1, num_patches)
     state = initial_state(config, grid, budget=checked_budget(config, keep_rate))
-    rows = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
+    tokens = config.num_prefix_tokens + state.num_patches + config.num_clr_tokens
     cached = 0
     before, after = [], []
     for index in range(config.num_hidden_layers):
-        before.append(rows)
+        before.append(tokens)
         if index in stages:
-            rows = method.count(config, stages[index], rows, state)
-        after.append(rows)
+            tokens = method.count(config, stages[index], tokens, state)
+        after.append(tokens)
         if index in recovery:
-            rows += cached
+            tokens += cached
             state = state._replace(suffix=state.suffix + cached)
             cached = 0
         if recovery and index < recovery[-1]:
-            cached += rows_per_entry(config)
-    return TokenSchedule([*before, rows], after)
+            cached += tokens_per_entry(config)
+    return TokenSchedule([*before, tokens], after)
 
 
 def initial_state(
     config: "CLCAViTConfig", grid: tuple[int, int], record_assignments: bool = False, budget: Budget | None = None
 ) -> TokenState:
-    """The state of a freshly embedded sequence of `grid` (rows, columns) patches, by default with the configuration's
-    budget."""
-    num_rows = config.num_prefix_tokens + grid[0] * grid[1] + config.num_clr_tokens
+    """Return the state of a newly embedded sequence.
+
+    Args:
+        config: the configuration.
+        grid: (rows, columns) of patches.
+        record_assignments: whether stages report their assignments.
+        budget: what the stages keep; by default the configuration's budget.
+    """
+    num_tokens = config.num_prefix_tokens + grid[0] * grid[1] + config.num_clr_tokens
     return TokenState(
         budget=budget or Budget.of(config),
         grid=grid,
         prefix=config.num_prefix_tokens,
         suffix=config.num_clr_tokens,
-        pool_len=num_rows if config.cache_pool_clr else num_rows - config.num_clr_tokens,
+        pool_len=num_tokens if config.cache_pool_clr else num_tokens - config.num_clr_tokens,
         record_assignments=record_assignments,
     )

@@ -1,8 +1,8 @@
-"""Weights of a ViT for images, or patches, of another size.
+"""Resample the weights of a ViT for images, or patches, of another size.
 
-Position embeddings are resampled as pictures, bicubic and antialiased. Patch projections follow FlexiViT
-(https://huggingface.co/papers/2212.08013): the new weights are those that, on a resized patch, come closest to what the old
-ones give on the patch itself. `from_pretrained` does both through `conversions`, while the weights are loaded.
+Position embeddings are resampled like images, bicubic and antialiased. Patch projections follow FlexiViT
+(https://huggingface.co/papers/2212.08013): on resized patches, the new weights approximate what the old weights return
+for the original patches. `from_pretrained` does both while it loads weights, through `conversions`.
 """
 
 import logging
@@ -33,27 +33,28 @@ def resample_position_embeddings(
     new_grid: Sequence[int],
     num_suffix: int = 0,
 ) -> torch.Tensor:
-    """Position embeddings for another grid of patches: bicubic, antialiased, in float32 (or float64 if they are).
+    """Resample position embeddings to another grid of patches: bicubic, antialiased, in float32 (float64 stays
+    float64).
 
     Args:
         table: (1, num_prefix + rows * columns + num_suffix, D).
-        num_prefix: leading rows that belong to no patch (CLS, registers) and stay as they are.
+        num_prefix: number of leading embeddings that belong to no patch (CLS, registers) and stay unchanged.
         old_grid: (rows, columns) of patches in `table`.
-        new_grid: (rows, columns) of patches wanted.
-        num_suffix: trailing rows that belong to no patch (CLR) and stay as they are.
+        new_grid: (rows, columns) of patches to resample to.
+        num_suffix: number of trailing embeddings that belong to no patch (CLR) and stay unchanged.
 
     Returns:
         (1, num_prefix + new rows * new columns + num_suffix, D), in the dtype of `table`.
 
     Raises:
-        ValueError: `table` does not have so many rows, or a grid is not two positive integers.
+        ValueError: if the shape of `table` does not fit, or a grid is not two positive integers.
     """
     old_grid, new_grid = _pair("old_grid", old_grid), _pair("new_grid", new_grid)
     num_patches = old_grid[0] * old_grid[1]
     if table.dim() != 3 or table.shape[0] != 1 or table.shape[1] != num_prefix + num_patches + num_suffix:
         raise ValueError(
-            f"`table` must have the shape (1, {num_prefix} + {num_patches} + {num_suffix}, width), one row for each of "
-            f"the prefix, the {old_grid[0]} x {old_grid[1]} patches and the suffix; got {tuple(table.shape)}."
+            f"`table` must have the shape (1, {num_prefix} + {num_patches} + {num_suffix}, width), one position for each "
+            f"token of the prefix, of the {old_grid[0]} x {old_grid[1]} patches and of the suffix, got {tuple(table.shape)}."
         )
     if old_grid == new_grid:
         return table
@@ -64,11 +65,11 @@ def resample_position_embeddings(
 
 
 def resample_patch_weights(weight: torch.Tensor, new_size: Sequence[int]) -> torch.Tensor:
-    """Weights of a patch projection for patches of another size, by the pseudo-inverse of the resize operator.
+    """Resample the weights of a patch projection to another patch size, with the pseudo-inverse of the resize
+    operator.
 
-    With R the matrix of the resize of a patch from the old size to the new one, the new weights are pinv(R^T) w: the
-    solution of least squares of <R x, new> = <x, old> for all patches x. R is the one of float32 pictures; the rest is
-    computed in float64.
+    Let R be the matrix that resizes a patch from the old size to the new one. The new weights pinv(R^T) w are the
+    least-squares solution of <R x, new> = <x, old> for all patches x. R is computed in float32, the rest in float64.
 
     Args:
         weight: (D, C, height, width).
@@ -78,7 +79,7 @@ def resample_patch_weights(weight: torch.Tensor, new_size: Sequence[int]) -> tor
         (D, C, *new_size), in the dtype of `weight`.
 
     Raises:
-        ValueError: `weight` has not four dimensions, or `new_size` is not two positive integers.
+        ValueError: if `weight` does not have four dimensions, or `new_size` is not two positive integers.
     """
     if weight.dim() != 4:
         raise ValueError(f"`weight` must have the shape (width, channels, height, width), got {tuple(weight.shape)}.")
@@ -94,16 +95,18 @@ def resample_patch_weights(weight: torch.Tensor, new_size: Sequence[int]) -> tor
 def resample_weights(
     state_dict: Mapping[str, torch.Tensor], old: "CLCAViTConfig", new: "CLCAViTConfig"
 ) -> dict[str, torch.Tensor]:
-    """Weights of a model made from `old`, under the names of `CLCAViTForImageClassification`, for one made from `new`:
-    position embeddings and patch projection resampled where `image_size` or `patch_size` differ, the rest as it is.
+    """Resample the weights of a model made from `old` for a model made from `new`.
+
+    Position embeddings and patch projection are resampled if `image_size` or `patch_size` differ. Other weights stay
+    unchanged.
 
     Args:
-        state_dict: tensors by name; it may lack any.
-        old: configuration whose `image_size`, `patch_size` and prefix the weights have.
-        new: configuration whose `image_size` and `patch_size` they get.
+        state_dict: tensors under the names of `CLCAViTForImageClassification`; any may be missing.
+        old: configuration of the weights.
+        new: configuration to resample to; its `image_size` and `patch_size` are used.
 
     Raises:
-        ValueError: the position embeddings are not those of `old`.
+        ValueError: if the position embeddings do not fit `old`.
     """
     weights = dict(state_dict)
     positions, projection = "vit.embeddings.position_embeddings", "vit.embeddings.patch_embeddings.projection.weight"
@@ -117,23 +120,27 @@ def resample_weights(
     return weights
 
 
-# While `from_pretrained` loads.
+# Resampling in `from_pretrained`.
 
 
 class Layout(NamedTuple):
-    """Where the rows of a table of position embeddings belong, and the size of a patch."""
+    """Layout of a table of position embeddings, and the patch size."""
 
-    grid: tuple[int, int]  # rows and columns of patches
+    grid: tuple[int, int]  # (rows, columns) of patches
     patch_size: tuple[int, int]
-    has_class_row: bool
-    register_rows: int
+    has_class_position: bool
+    register_positions: int
 
     @classmethod
     def of(
         cls, config: "CLCAViTConfig | Mapping[str, Any]", defaults: "type[CLCAViTConfig] | None" = None
     ) -> "Layout":
-        """The layout that a configuration describes, or that the contents of a config.json describe with the defaults of a class
-        in place of what is missing there."""
+        """Return the layout of a configuration.
+
+        Args:
+            config: a configuration, or the contents of a config.json.
+            defaults: configuration class that provides the defaults of missing keys.
+        """
         values: dict[str, Any] = dict(config) if isinstance(config, Mapping) else vars(config)
         if defaults is not None:
             values = {f.name: f.default for f in fields(defaults)} | values
@@ -148,22 +155,23 @@ class Layout(NamedTuple):
 
     @property
     def num_prefix(self) -> int:
-        """Rows before those of the patches."""
-        return self.has_class_row + self.register_rows
+        """Number of position embeddings before those of the patches."""
+        return self.has_class_position + self.register_positions
 
     @property
-    def num_rows(self) -> int:
-        """All rows."""
+    def num_positions(self) -> int:
+        """Number of all position embeddings."""
         return self.num_prefix + math.prod(self.grid)
 
 
 @dataclass
 class Loading:
-    """One call of `from_pretrained`: the layout of the checkpoint, None if it has no config.json, and what was done."""
+    """State of one call of `from_pretrained`: the layout of the checkpoint (None if it has no config.json) and what
+    was resampled."""
 
     saved: Layout | None
     done: list[str] = field(default_factory=list)
-    problem: str | None = None  # position embeddings that fit neither the checkpoint's configuration nor the model
+    problem: str | None = None  # set if position embeddings fit neither the checkpoint's configuration nor the model
 
 
 _LOADING: ContextVar[Loading | None] = ContextVar("_LOADING", default=None)
@@ -171,14 +179,14 @@ _LOADING: ContextVar[Loading | None] = ContextVar("_LOADING", default=None)
 
 @contextmanager
 def resampling(checkpoint: Any, saved: Layout | None) -> Generator[None, None, None]:
-    """Resample weights that are loaded in this block, in this thread, and log it.
+    """Resample weights that are loaded inside this context, in this thread, and log it.
 
     Args:
         checkpoint: its name, for messages.
-        saved: the layout of its weights.
+        saved: layout of its weights.
 
     Raises:
-        ValueError: its position embeddings do not fit its configuration. They are never re-initialized.
+        ValueError: if its position embeddings do not fit its configuration. They are never re-initialized.
     """
     loading = Loading(saved)
     token = _LOADING.set(loading)
@@ -193,11 +201,11 @@ def resampling(checkpoint: Any, saved: Layout | None) -> Generator[None, None, N
     if loading.problem is not None:
         raise ValueError(f"{loading.problem} Checkpoint: {checkpoint}.")
     if loading.done:
-        logger.info("Fitted weights of %s to the model: %s.", checkpoint, "; ".join(loading.done))
+        logger.info("Resampled weights of %s: %s.", checkpoint, "; ".join(loading.done))
 
 
 class _Resample(ConversionOps):
-    """A step of transformers' weight loading. Outside of `resampling` it changes nothing, when a model is saved, for example."""
+    """Step of transformers' weight loading. Outside of `resampling`, for example while saving, it changes nothing."""
 
     def convert(
         self,
@@ -215,7 +223,7 @@ class _Resample(ConversionOps):
         return {full_layer_name: [weight]}
 
     def fit(self, weight: torch.Tensor, module: Any, loading: Loading) -> torch.Tensor:
-        """`weight` as the module takes it that it is loaded into."""
+        """Return `weight` in the shape that the module it is loaded into needs."""
         raise NotImplementedError
 
     @property
@@ -224,43 +232,49 @@ class _Resample(ConversionOps):
 
 
 class ResamplePositions(_Resample):
-    """Loads position embeddings for the model's grid. Rows of CLS and registers stay as they are; rows of registers that are new
-    to the checkpoint are drawn as the model draws them."""
+    """Load position embeddings for the grid of the model.
+
+    Those of CLS and registers stay unchanged. Those of registers that the checkpoint does not have are drawn as for a
+    new model."""
 
     def fit(self, weight: torch.Tensor, module: Any, loading: Loading) -> torch.Tensor:
         config, saved = module.config, loading.saved
         new = Layout.of(config)
-        if saved is None or weight.dim() != 3 or weight.shape[1] != saved.num_rows:
+        if saved is None or weight.dim() != 3 or weight.shape[1] != saved.num_positions:
             if weight.shape[1:] != module.position_embeddings.shape[1:]:
-                loading.problem = _misfit(weight, saved, new)
+                loading.problem = _mismatch(weight, saved, new)
             return weight
         if saved._replace(patch_size=new.patch_size) == new:
             return weight
         patches = weight[:, saved.num_prefix :]
         table = resample_position_embeddings(patches, 0, saved.grid, new.grid)
         if saved.grid != new.grid:
-            loading.done.append(f"position embeddings resampled from {_by(saved.grid)} to {_by(new.grid)} patches")
+            loading.done.append(
+                f"position embeddings resampled from {_size_text(saved.grid)} to {_size_text(new.grid)} patches"
+            )
         prefix = weight[:, : saved.num_prefix]
-        if (saved.has_class_row, saved.register_rows) != (new.has_class_row, new.register_rows):
+        if (saved.has_class_position, saved.register_positions) != (new.has_class_position, new.register_positions):
             prefix = _fit_prefix(prefix, saved, new, config.initializer_range)
             loading.done.append(f"position embeddings of {new.num_prefix} instead of {saved.num_prefix} other tokens")
         return torch.cat([prefix, table], dim=1)
 
 
 class ResamplePatchProjection(_Resample):
-    """Loads a patch projection for the model's `patch_size`."""
+    """Load a patch projection for the `patch_size` of the model."""
 
     def fit(self, weight: torch.Tensor, module: Any, loading: Loading) -> torch.Tensor:
         size = tuple(module.kernel_size)
         if weight.dim() != 4 or tuple(weight.shape[-2:]) == size:
             return weight
-        loading.done.append(f"patch projection resampled from {_by(weight.shape[-2:])} to {_by(size)} pixels")
+        loading.done.append(
+            f"patch projection resampled from {_size_text(weight.shape[-2:])} to {_size_text(size)} pixels"
+        )
         return resample_patch_weights(weight, size)
 
 
 def conversions() -> list[WeightConverter]:
-    """For transformers' mapping of a model's weights."""
-    # With the module's name: the positions of CLR are a table of their own.
+    """Return the resampling steps for transformers' mapping of the weights of a model."""
+    # The module's name is part of the pattern, because CLR has a separate table of positions.
     positions, projection = "embeddings.position_embeddings", "patch_embeddings.projection.weight"
     return [
         WeightConverter(positions, positions, [ResamplePositions()]),
@@ -269,26 +283,26 @@ def conversions() -> list[WeightConverter]:
 
 
 def _fit_prefix(prefix: torch.Tensor, saved: Layout, new: Layout, std: float) -> torch.Tensor:
-    """Rows of CLS and registers for another number of those."""
-    class_row, registers = prefix.split([int(saved.has_class_row), saved.register_rows], dim=1)
+    """Cut or extend the position embeddings of CLS and registers to another number of these tokens."""
+    class_position, registers = prefix.split([int(saved.has_class_position), saved.register_positions], dim=1)
     parts = []
-    for rows, count in ((class_row, int(new.has_class_row)), (registers, new.register_rows)):
-        drawn = torch.empty(1, max(count - rows.shape[1], 0), rows.shape[2], device=rows.device)
-        parts += [rows[:, :count], nn.init.trunc_normal_(drawn, std=std).to(rows.dtype)]
+    for table, count in ((class_position, int(new.has_class_position)), (registers, new.register_positions)):
+        drawn = torch.empty(1, max(count - table.shape[1], 0), table.shape[2], device=table.device)
+        parts += [table[:, :count], nn.init.trunc_normal_(drawn, std=std).to(table.dtype)]
     return torch.cat(parts, dim=1)
 
 
-def _misfit(weight: torch.Tensor, saved: Layout | None, new: Layout) -> str:
-    why = "the checkpoint has no config.json that says its `image_size` and `patch_size`"
+def _mismatch(weight: torch.Tensor, saved: Layout | None, new: Layout) -> str:
+    why = "the checkpoint has no config.json with its `image_size` and `patch_size`"
     if saved is not None:
-        why = f"they do not fit the checkpoint's own config.json, which describes {saved.num_rows} rows"
+        why = f"they do not fit the checkpoint's own config.json, which describes {saved.num_positions} positions"
     return (
-        f"Position embeddings of the shape {tuple(weight.shape)} cannot be resampled to the {_by(new.grid)} patches of the model: "
-        f"{why}. Correct its config.json, or load it at its own `image_size`."
+        f"Position embeddings of the shape {tuple(weight.shape)} cannot be resampled to the {_size_text(new.grid)} patches of the model: "
+        f"{why}. Correct its config.json, or load it with the `image_size` it was saved with."
     )
 
 
-def _by(size: Sequence[int]) -> str:
+def _size_text(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 

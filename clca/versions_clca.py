@@ -1,4 +1,6 @@
-"""The oldest transformers that these models work with, checked when this file is imported: before all others of this folder."""
+"""Oldest supported version of transformers. It is checked when this file is imported, before all others of this
+folder.
+"""
 
 import re
 
@@ -9,13 +11,13 @@ OLDEST_TRANSFORMERS = "5.10"
 
 
 def check_transformers(version: str) -> None:
-    """Raise ImportError if this version of transformers is too old.
+    """Check that a version of transformers is recent enough.
 
     Args:
         version: as in `transformers.__version__`.
 
     Raises:
-        ImportError: it is older than `OLDEST_TRANSFORMERS`.
+        ImportError: if it is older than `OLDEST_TRANSFORMERS`.
     """
     found, oldest = (
         tuple(int(part) for part in re.findall(r"\d+", text)[:2]) for text in (version, OLDEST_TRANSFORMERS)

@@ -165,7 +165,7 @@ def check_exportable(config: CLCAViTConfig) -> None:
             f"`reduction`={config.reduction!r} keeps a different number of tokens for each image, so it cannot be exported. "
             'Set `reduction_kwargs` to {"pad_to_bound": true} to pad to the upper bound.'
         )
-    most = method.most_exported_patches
+    most = method.max_exported_patches
     if most is not None and config.num_patches > most:
         raise ValueError(
             f"`reduction`={config.reduction!r} can be exported for at most {most} patches per image, got {config.num_patches}: "

@@ -90,8 +90,8 @@ def when(cls: type) -> str:
         parts.append("token counts differ by image")
     if 2 * after >= before - 1:
         parts.append("removes at most half per stage")
-    if cls.most_exported_patches is not None:
-        parts.append(f"exports up to {cls.most_exported_patches} patches")
+    if cls.max_exported_patches is not None:
+        parts.append(f"exports up to {cls.max_exported_patches} patches")
     return "; ".join(parts)
 
 

@@ -35,7 +35,7 @@ def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, t
         def watched(first: Any, state: Any, *rest: Any) -> Any:
             result, new_state = original(first, state, *rest)
             if "assignment" in new_state.report and "assignment" not in state.report:
-                if name == "choose_rows":  # the attention context, and indices
+                if name == "choose_tokens":  # the attention context, and indices
                     rows_in = first.hidden_states
                     rows_out = rows_in if result is None else gather_rows(rows_in, result)
                 else:
@@ -45,7 +45,7 @@ def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, t
 
         setattr(reduction, name, watched)
 
-    for name in ("before_layer", "choose_rows", "before_mlp"):
+    for name in ("before_layer", "choose_tokens", "before_mlp"):
         watch_hook(name)
     return seen
 

@@ -271,7 +271,7 @@ def test_any_registered_kernel_is_used(case: Case, name: str, monkeypatch: pytes
     assert (logits - expected).abs().max() <= 1e-9
     masked_method = any(
         getattr(case.reduction, hook).__func__ is not getattr(TokenReduction, hook).__func__
-        for hook in ("attention_mask", "visible")
+        for hook in ("attention_mask", "key_mask")
     )
     if name.startswith("flash"):
         assert all(mask is None for mask in kernel.masks)

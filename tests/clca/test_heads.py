@@ -62,7 +62,7 @@ class KeyHead(Head):
 
     @classmethod
     def collect(cls, probed: Sequence[torch.Tensor], ends: NetworkEnds) -> Sequence[torch.Tensor]:
-        return [*probed, ends.normalised[:, 0]]
+        return [*probed, ends.normalized[:, 0]]
 
 
 class MaxHead(Head):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 
-from clca.cache_clca import mean_rows
+from clca.cache_clca import masked_mean
 from clca.heads_clca import HEADS, heads_reading
 from tests.clca.helpers import NO_EFFECT, TOPK_CACHE, check_activation_checkpointing, loss_and_gradients
 from tests.helpers import METHODS, images, labels, tiny_model
@@ -123,7 +123,7 @@ def test_means_over_visible_rows_do_not_overflow() -> None:
     """A sum over hundreds of rows is beyond half precision, their mean is not."""
     rows = torch.full((1, 800, 4), 100.0, dtype=torch.float16)
     visible = torch.ones(1, 800, dtype=torch.bool)
-    assert mean_rows(rows, 1, 800, visible).tolist() == [[[100.0] * 4]]
+    assert masked_mean(rows, 1, 800, visible).tolist() == [[[100.0] * 4]]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

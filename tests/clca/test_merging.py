@@ -19,7 +19,7 @@ from torch import nn
 from clca import REDUCTIONS, CLCAViTConfig, token_schedule
 from clca.attention_clca import AttentionContext
 from clca.reduction_atc import cosine_distance
-from clca.reduction_base import Merging, TokenState, falling_order, match_halves
+from clca.reduction_base import Merging, TokenState, descending_order, match_halves
 from clca.reductions_clca import initial_state
 from tests.helpers import images, tiny_config, tiny_model
 from ufgir.profiling.macs import macs_in_advance
@@ -145,7 +145,7 @@ def test_every_number_that_can_be_removed(way: str, rows: int, monkeypatch: pyte
     """From none to the most: row 0 stays alone, each new row is made of something, sizes add up, images do not mix."""
     method, options = WAYS[way]
     stage = make_stage(method, **options)
-    most = type(stage).most_merged(rows)
+    most = type(stage).max_merged(rows)
     assert most == (rows - 2 if method == "atc" else (rows - 1) // 2)
     tokens, keys = random_rows(3, rows), random_rows(6, rows, seed=1).unflatten(0, (3, 2))
     keys[2] = keys[1]  # equal images
@@ -191,7 +191,7 @@ def test_equal_values_are_sorted_by_position() -> None:
     """More of them than the networks and insertion sorts, with which sorting is stable by chance, are used for."""
     values = torch.tensor([1.0, 3.0, 2.0] * 100).expand(2, -1)
     expected = [*range(1, 300, 3), *range(2, 300, 3), *range(0, 300, 3)]
-    assert falling_order(values).tolist() == [expected] * 2
+    assert descending_order(values).tolist() == [expected] * 2
     scores = torch.zeros(1, 4, 3)
     assert match_halves(scores, 2).target.tolist() == [[0, 2, 2, 3, 2, 4, 1]]  # rows 2 and 4 go to row 1
 

@@ -332,7 +332,7 @@ def test_recorded_tuples_are_honest(case: Case) -> None:
     assert len(output.hidden_states) == depth + 1
     assert len(output.attentions) == depth
     acts_before = case.reduction.before_layer is not TokenReduction.before_layer
-    chooses_rows = case.reduction.choose_rows is not TokenReduction.choose_rows
+    chooses_rows = case.reduction.choose_tokens is not TokenReduction.choose_tokens
     for index, weights in enumerate(output.attentions):
         before, after = output.token_counts[index], output.hidden_states[index + 1].shape[1]
         keys = after if acts_before else before

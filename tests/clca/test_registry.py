@@ -51,6 +51,25 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         CLCAViTForImageClassification.from_pretrained(tmp_path)
 
 
+def test_hooks_under_the_names_of_release_0_1_0() -> None:
+    """A subclass written for 0.1.0 is not silently ignored."""
+    with pytest.warns(FutureWarning, match="visible.*key_mask"):
+
+        class Masked(TokenReduction):
+            @classmethod
+            def visible(cls, state):
+                return torch.ones(2, 5, dtype=torch.bool)
+
+    assert Masked.attention_mask(None).shape == (2, 1, 1, 5)  # which asks `key_mask`
+    with pytest.warns(FutureWarning, match="merge_rows.*merge_tokens"):
+
+        class Merged(TokenReduction):
+            def merge_rows(self, context, state):
+                return len, state
+
+    assert Merged(tiny_config(), 0)("before_mlp", (1, 2, 3), None, None) == (3, None)
+
+
 def test_a_cell_of_a_notebook_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class of the second run is another one of the same name, and takes the place of the first."""
     monkeypatch.setattr(reductions_clca, "REDUCTIONS", dict(REDUCTIONS))

@@ -14,7 +14,7 @@ from clca import (
     register_reduction,
     set_fast_paths,
 )
-from clca.attention_clca import TakenRows
+from clca.attention_clca import SelectedTokens
 from clca.reduction_base import ScoredPruning
 from tests.clca.speed import CACHE, count_onednn, every_method, make, rows_seen
 from tests.helpers import images, labels
@@ -263,9 +263,9 @@ def test_methods_of_ones_own_keep_their_hooks() -> None:
         name = "own_of_a_test"
         called: list[tuple[str, int]] = []
 
-        def merge_rows(self, context, state):
+        def merge_tokens(self, context, state):
             self.called.append(("merge", context.key.shape[2]))
-            return TakenRows(slice(0, 5)), state
+            return SelectedTokens(slice(0, 5)), state
 
         def before_mlp(self, hidden_states, state, context):
             self.called.append(("before_mlp", hidden_states.shape[1]))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clca import REDUCTIONS
-from clca.reduction_base import AttentionPruning, LearntSlots
+from clca.reduction_base import AttentionPruning, LearnedSlots
 from tests.helpers import tiny_config
 from ufgir.profiling.methods import HEAD, collect_facts, facts_table, place_of, share_of
 
@@ -36,7 +36,7 @@ def test_known_methods(facts):
 
 def test_they_follow_from_the_classes(facts):
     for name, cls in REDUCTIONS.items():
-        assert facts[name].rate_later == (not issubclass(cls, LearntSlots))
+        assert facts[name].rate_later == (not issubclass(cls, LearnedSlots))
         assert (facts[name].training == "no") == (facts[name].parameters == 0)
         assert facts[name].macs <= facts[name].dense_macs
         if issubclass(cls, AttentionPruning):

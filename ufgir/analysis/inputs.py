@@ -127,7 +127,7 @@ class LayerOutputs:
 
     def _take(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
         hidden_states, state = output
-        self.tokens[layer], self.masks[layer] = hidden_states, self.model.vit.method.visible(state)
+        self.tokens[layer], self.masks[layer] = hidden_states, self.model.vit.method.key_mask(state)
 
     def cls(self) -> list[torch.Tensor]:
         """Return CLS (B, D) after each layer."""

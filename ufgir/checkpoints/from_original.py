@@ -24,7 +24,7 @@ import torch
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.configuration_clca import listed_layers
 from clca.heads_clca import HEADS, heads_reading
-from clca.reduction_base import LearntSlots
+from clca.reduction_base import LearnedSlots
 from clca.reductions_clca import get_reduction
 from clca.resample_clca import resample_weights
 
@@ -372,7 +372,7 @@ def _learned_slots(config: CLCAViTConfig, stages: int) -> list[int]:
     method = get_reduction(config.reduction)
     if not stages:
         return []
-    assert issubclass(method, LearntSlots)
+    assert issubclass(method, LearnedSlots)
     return [method.num_slots(config, stage) for stage in range(stages)]
 
 

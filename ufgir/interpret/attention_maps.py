@@ -17,7 +17,7 @@ from torch import nn
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 from clca.attention_clca import AttentionContext, at_least_float32
-from clca.cache_clca import mean_rows
+from clca.cache_clca import masked_mean
 
 from .tracing import Step, propagate_shares, regroup
 
@@ -274,7 +274,7 @@ def rollout_of_patches(
         if config.use_class_token:
             chosen = rows[:, 0]
         else:
-            chosen = mean_rows(rows, config.num_prefix_tokens, rows.shape[1], rows.sum(dim=-1) > 0).squeeze(1)
+            chosen = masked_mean(rows, config.num_prefix_tokens, rows.shape[1], rows.sum(dim=-1) > 0).squeeze(1)
         maps.append(of_patches(chosen, config))
     return torch.stack(maps, dim=1)
 

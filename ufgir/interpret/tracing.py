@@ -84,9 +84,9 @@ def propagate_shares(
     tracker = TokenTracker(rows.to(dtype), config, retrieve)
     entered, left = [], []
     for index in range(config.num_hidden_layers):
-        entered.append(tracker.rows)
+        entered.append(tracker.shares)
         left.append(tracker.pass_layer(index, stages.get(index), step))
-    return Trace([left[layer] for layer in stages], tracker.rows, entered, left)
+    return Trace([left[layer] for layer in stages], tracker.shares, entered, left)
 
 
 __all__ = ["Step", "Trace", "propagate_shares", "regroup", "trace_patches", "unmerge"]

@@ -29,8 +29,8 @@ from .targets import (
 # Position in the layer -> the hooks of `TokenReduction` that a method overrides there.
 PLACES = {
     "before the layer": ("before_layer",),
-    "in attention": ("choose_rows",),
-    "before the MLP": ("merge_rows", "before_mlp"),
+    "in attention": ("choose_tokens",),
+    "before the MLP": ("merge_tokens", "before_mlp"),
 }
 SMALL = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 32, "num_labels": 2, "initializer_range": 0.5}
@@ -94,7 +94,7 @@ def collect_facts(
     config = bounded(at_rate(plain, rate))
     fixed = cls.fixed_rate(config) is not None
     same_for_all = _with_options(static_options(small), "yes", "no")
-    most = cls.most_exported_patches
+    most = cls.max_exported_patches
     with torch.random.fork_rng(devices=[]):
         macs, dense_macs = count_macs(on_meta(config)), count_macs(on_meta(dense))
     return Facts(
