@@ -754,7 +754,7 @@ class LearnedSlots(Regrouping):
     @classmethod
     def fixed_rate(cls, config: "CLCAViTConfig") -> str:
         slots = ", ".join(str(cls.num_slots(config, stage)) for stage in range(len(config.reduction_layers)))
-        return f"its slots, {slots} of them, are parameters"
+        return f"the {slots} slots of its stages are parameters"
 
     @classmethod
     def num_slots(cls, config: "CLCAViTConfig", stage: int) -> int:

@@ -67,7 +67,7 @@ class HeuristicReduction(TokenReduction):
 
     @classmethod
     def fixed_rate(cls, config: "CLCAViTConfig") -> str | None:
-        return "with `contiguous` it shrinks evenly" if cls.option(config, "contiguous") else None
+        return "with `contiguous` the circle shrinks evenly" if cls.option(config, "contiguous") else None
 
     @classmethod
     def layers(cls, config: "CLCAViTConfig") -> list[int]:

@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Case(NamedTuple):
-    """A row of the table: method, cache and head, tokens of the backbone."""
+    """One case of the table: method, cache and head, tokens of the backbone."""
 
     method: str | None
     cache: str
@@ -111,9 +111,9 @@ def pairs() -> Iterable[Case]:
 PAIRS = list(pairs())
 
 
-def slow_unless(fast: Callable[[Any], bool], rows: Iterable[Any]) -> list[Any]:
-    """For `parametrize` with one name: the rows, of which only those that are `fast` run in every test."""
-    return [row if fast(row) else pytest.param(row, marks=pytest.mark.slow) for row in rows]
+def slow_unless(fast: Callable[[Any], bool], cases: Iterable[Any]) -> list[Any]:
+    """Return the cases for `parametrize` with one name, marking those that are not `fast` as slow."""
+    return [case if fast(case) else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def table(cases: Iterable[Case]) -> list[Any]:

@@ -38,16 +38,16 @@ def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     original = linear_clca._onednn_linear
 
-    def watched(rows: torch.Tensor, *args: Any) -> torch.Tensor:
-        seen.append(tuple(rows.shape))
-        return original(rows, *args)
+    def watched(tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(tuple(tokens.shape))
+        return original(tokens, *args)
 
     monkeypatch.setattr(linear_clca, "_onednn_linear", watched)
     return seen
 
 
-def rows_seen(module: nn.Module, call: Callable[[], Any]) -> list[int]:
-    """Rows (B, rows, D) that a module is called with."""
+def tokens_seen(module: nn.Module, call: Callable[[], Any]) -> list[int]:
+    """Tokens (B, N, D) that a module is called with."""
     seen: list[int] = []
     hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     call()

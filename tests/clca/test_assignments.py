@@ -1,4 +1,4 @@
-"""Assignments: which rows made which."""
+"""Assignments: which tokens made which."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,13 @@ from tests.helpers import CASES, Case, images, table, tiny_model
 
 
 reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.method is not None), ids=str)
-# Methods whose new rows are not sums of the rows that come in.
+# Methods whose new tokens are not sums of the tokens that come in.
 TRANSFORMS_ITS_ROWS = {
-    "patchmerger": "sums of normalised rows",
-    "sinkhorn": "sums of rows of unit length",
-    "tofu": "sums of rows, made as long as the longest of them",
+    "patchmerger": "sums of normalized tokens",
+    "sinkhorn": "sums of tokens of unit length",
+    "tofu": "sums of tokens, made as long as the longest of them",
 }
-# The fused row is made with signed weights of any sum, which no shares can be.
+# The fused token is made with signed weights of any sum, which no shares can be.
 SHARES_ARE_NOT_WEIGHTS = {"glsf"}
 
 
@@ -26,7 +26,7 @@ SHARES_ARE_NOT_WEIGHTS = {"glsf"}
 
 
 def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Record (rows in, rows out, assignment) of a stage, wherever in the layer it acts."""
+    """Record (tokens in, tokens out, assignment) of a stage, wherever in the layer it acts."""
     seen = []
 
     def watch_hook(name: str) -> None:
@@ -36,11 +36,11 @@ def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, t
             result, new_state = original(first, state, *rest)
             if "assignment" in new_state.report and "assignment" not in state.report:
                 if name == "choose_tokens":  # the attention context, and indices
-                    rows_in = first.hidden_states
-                    rows_out = rows_in if result is None else gather_rows(rows_in, result)
+                    tokens_in = first.hidden_states
+                    tokens_out = tokens_in if result is None else gather_rows(tokens_in, result)
                 else:
-                    rows_in, rows_out = first, result
-                seen.append((rows_in, rows_out, new_state.report["assignment"]))
+                    tokens_in, tokens_out = first, result
+                seen.append((tokens_in, tokens_out, new_state.report["assignment"]))
             return result, new_state
 
         setattr(reduction, name, watched)
@@ -51,8 +51,8 @@ def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, t
 
 
 @reducing_case
-def test_assignments_say_which_rows_made_which(case: Case) -> None:
-    """One (B, M, N) per stage, not negative; times the rows that came in it is the rows that went out."""
+def test_assignments_say_which_tokens_made_which(case: Case) -> None:
+    """One (B, M, N) per stage, not negative; times the tokens that came in it is the tokens that went out."""
     model = case.model()
     stages = [layer.reduction for layer in model.vit.layers if layer.reduction is not None]
     records = [watch(stage) for stage in stages]
@@ -67,19 +67,19 @@ def test_assignments_say_which_rows_made_which(case: Case) -> None:
         assert assignment.sum(dim=-1).max() <= 1 + 1e-9
         if model.config.use_class_token:
             assert (assignment[:, 0] == torch.eye(shape[2])[0]).all()  # CLS is itself
-        ((rows_in, rows_out, reported),) = record
+        ((tokens_in, tokens_out, reported),) = record
         assert torch.equal(reported, assignment)
         if case.method not in TRANSFORMS_ITS_ROWS:
             real = assignment.sum(dim=-1, keepdim=True) > 0  # rows of zeros: pads, rows no longer attended to
             assert real.float().mean() > 0.2
             if case.method in SHARES_ARE_NOT_WEIGHTS:
                 real[:, -1] = False
-            assert ((assignment @ rows_in - rows_out) * real).abs().max() <= 1e-9
+            assert ((assignment @ tokens_in - tokens_out) * real).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if issubclass(c.reduction, ScoredPruning)], ids=str)
-def test_pruning_assigns_one_hot_rows(case: Case) -> None:
-    """Kept rows are different rows as they were; a fused row holds shares of all the others, less than one in sum
+def test_pruning_assigns_one_hot_tokens(case: Case) -> None:
+    """Kept tokens are different tokens as they were; a fused token holds shares of all the others, less than one in sum
     unless they were scaled to one."""
     model = case.model()
     with torch.no_grad():

@@ -169,7 +169,7 @@ def test_a_head_mask_may_be_none() -> None:
     for part, field in ((model, "logits"), (model.vit, "last_hidden_state")):
         expected = part(images())[field]
         assert torch.equal(part(images(), head_mask=None)[field], expected)
-        with pytest.raises(ValueError, match=r"`head_mask` is not supported: .* pass None"):
+        with pytest.raises(ValueError, match=r"`head_mask` .*pass None"):
             part(images(), head_mask=torch.ones(5, 2))
 
 

@@ -1,4 +1,4 @@
-"""The cross-layer cache: what is stored and recalled, in any stage and depth."""
+"""The cross-layer cache: what is stored and retrieved, in any stage and depth."""
 
 from typing import Any
 
@@ -38,8 +38,9 @@ def counts(**changes: Any) -> list[int]:
     ids=str,
 )
 def test_cache_where_nothing_was_cached_yet(changes: dict[str, Any], expected: list[int]) -> None:
-    """A stage in layer 0 recalls nothing, one in the last layer comes after the recall before it, which the layers between
-    still write for. 18 rows: CLS, 16 patches, CLR; a stage keeps 1 + ceil((rows - 1) / 2), an entry has 2 rows."""
+    """Nothing is retrieved after a stage in layer 0. The layers before a retrieval still write for it.
+
+    18 tokens: CLS, 16 patches, CLR; a stage keeps 1 + ceil((tokens - 1) / 2), an entry has 2 tokens."""
     assert counts(**TOPK_CACHE | changes) == expected
 
 
@@ -58,7 +59,7 @@ def test_heads_with_a_stage_in_the_last_layer(head: str, layers: list[int]) -> N
 @pytest.mark.parametrize("head", ["linear", "cla", "ifa"])
 @pytest.mark.parametrize("depth", [2, 3, 4, 5, 6, 12])
 def test_cache_and_heads_without_reduction(depth: int, head: str) -> None:
-    """At any depth: two cached rows per layer come back after layer 0 (nothing yet) and the last but one."""
+    """At any depth: two cached tokens per layer come back after layer 0 (nothing yet) and the last but one."""
     changes = {"cross_layer_cache": True, "num_clr_tokens": 1, "reduction_layers": [0], "head": head}
     expected = [18] * (depth - 1) + [18 + 2 * (depth - 2)] * 2
     assert counts(num_hidden_layers=depth, **changes) == expected
@@ -84,12 +85,12 @@ def test_a_single_layer(method: str | None, head: str) -> None:
 
 
 def cache_entry(model: CLCAViTForImageClassification, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """What a layer before the first recall caches, by the definition, as single rows (B, D)."""
+    """What a layer before the first retrieval caches, by the definition, as single tokens (B, D)."""
     config = model.config
-    gap_rows = hidden_states if config.cache_pool_cls else hidden_states[:, 1:]
+    gap_tokens = hidden_states if config.cache_pool_cls else hidden_states[:, 1:]
     if config.num_clr_tokens and not config.cache_pool_clr:
-        gap_rows = gap_rows[:, : -config.num_clr_tokens]
-    entry = [gap_rows.mean(dim=1)] if config.cache_gap else []
+        gap_tokens = gap_tokens[:, : -config.num_clr_tokens]
+    entry = [gap_tokens.mean(dim=1)] if config.cache_gap else []
     if config.num_clr_tokens:
         entry += list(hidden_states[:, -config.num_clr_tokens :].unbind(dim=1))
     return entry
@@ -98,8 +99,8 @@ def cache_entry(model: CLCAViTForImageClassification, hidden_states: torch.Tenso
 @pytest.mark.parametrize("pool_cls", [False, True])
 @pytest.mark.parametrize("pool_clr", [False, True])
 @pytest.mark.parametrize(("gap", "clr"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 3)])
-def test_what_is_cached_and_recalled(gap: bool, clr: int, pool_cls: bool, pool_clr: bool) -> None:
-    """The rows recalled after layer 2 are the GAP and CLR of the layers 0 and 1, oldest first."""
+def test_what_is_cached_and_retrieved(gap: bool, clr: int, pool_cls: bool, pool_clr: bool) -> None:
+    """The tokens retrieved after layer 2 are the GAP and CLR of the layers 0 and 1, oldest first."""
     model = tiny_model(
         cross_layer_cache=True,
         cache_gap=gap,
@@ -115,22 +116,22 @@ def test_what_is_cached_and_recalled(gap: bool, clr: int, pool_cls: bool, pool_c
     with torch.no_grad():
         output = model(images(), output_hidden_states=True)
     after = output.hidden_states[1:]
-    recalled = torch.stack([row for i in (0, 1) for row in cache_entry(model, after[i])], dim=1)
-    assert recalled.shape[1] == 2 * (gap + clr)
-    assert (entered["hidden"] - torch.cat([after[2], recalled], dim=1)).abs().max() <= 1e-9
-    assert output.token_counts[-1] == output.token_counts[0] + recalled.shape[1]  # no second recall
+    retrieved = torch.stack([token for i in (0, 1) for token in cache_entry(model, after[i])], dim=1)
+    assert retrieved.shape[1] == 2 * (gap + clr)
+    assert (entered["hidden"] - torch.cat([after[2], retrieved], dim=1)).abs().max() <= 1e-9
+    assert output.token_counts[-1] == output.token_counts[0] + retrieved.shape[1]  # no second retrieval
 
 
-def test_the_second_recall_pools_all_but_the_newest_rows() -> None:
-    """As published: after a recall the GAP takes in CLR and older recalled rows, not the newest, and the CLR that is cached
-    is the last recalled row."""
+def test_the_second_retrieval_pools_all_but_the_newest_tokens() -> None:
+    """As published: after a retrieval the GAP includes CLR and older retrieved tokens, not the newest ones, and the last
+    retrieved token is cached as CLR."""
     model = tiny_model(cross_layer_cache=True, num_clr_tokens=1, reduction_layers=[1])  # and after layer 3
     entered = {}
     model.vit.layers[4].register_forward_pre_hook(lambda _, args: entered.update(hidden=args[0]))
     with torch.no_grad():
         output = model(images(), output_hidden_states=True)
     after = output.hidden_states[1:]
-    first = torch.stack(cache_entry(model, after[0]), dim=1)  # recalled after layer 1
+    first = torch.stack(cache_entry(model, after[0]), dim=1)  # retrieved after layer 1
     layer_1 = torch.cat([after[1], first], dim=1)
     expected = [layer_1[:, 1:18].mean(dim=1), layer_1[:, -1], after[2][:, 1:18].mean(dim=1), after[2][:, -1]]
     assert (entered["hidden"][:, -4:] - torch.stack(expected, dim=1)).abs().max() <= 1e-9

@@ -13,7 +13,7 @@ from tests.helpers import FIRST_OF_FAMILIES, METHODS, images, labels, slow_unles
 
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
 SMALL = {"num_hidden_layers": 2, "reduction_layers": [0]}
-# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too. ToFu would only drop tokens.
+# ATS keeps as many tokens as the image asks for; padded to its bound its shapes are static, too. ToFu would only drop tokens.
 OPTIONS = {"ats": {"pad_to_bound": True}, "tofu": {"merge_from": 0}}
 
 
@@ -106,7 +106,7 @@ def test_shortcuts_are_compiled_too() -> None:
     model, seen = make("evit"), []
     fc2 = model.vit.layers[-1].mlp.fc2
     forward = fc2.forward
-    fc2.forward = lambda rows: seen.append(rows.shape[1]) or forward(rows)
+    fc2.forward = lambda tokens: seen.append(tokens.shape[1]) or forward(tokens)
     with torch.no_grad():
         compiled(model)(images())
     assert seen == [1]

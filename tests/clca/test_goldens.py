@@ -29,7 +29,7 @@ class Record:
     """What a model computed on the way, which its output does not hold."""
 
     def __init__(self, model: CLCAViTForImageClassification, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rows: list[torch.Tensor] = []  # after each layer
+        self.tokens: list[torch.Tensor] = []  # after each layer
         self.tracks: list[dict[str, torch.Tensor]] = []  # after each layer
         self.labels: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each stage that clusters
         self.plans: list[torch.Tensor] = []  # of each stage that transports
@@ -51,10 +51,10 @@ class Record:
         monkeypatch.setattr(ScoredPruning, "keep_best", note_scores)
 
     def note(self, layer: torch.nn.Module, inputs: tuple, output: tuple) -> None:
-        rows, state = output
+        tokens, state = output
         if isinstance(layer, CLCAViTSlicingLayer):  # the files of VQT hold what there was before the slice
-            rows = torch.cat([state.report["probe"], rows], dim=1)
-        self.rows.append(rows)
+            tokens = torch.cat([state.report["probe"], tokens], dim=1)
+        self.tokens.append(tokens)
         self.tracks.append(state.tracks)
 
     @staticmethod
@@ -83,12 +83,12 @@ def test_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (output.logits - golden["logits"]).abs().max() <= 1e-9
         assert (output.loss - golden["loss"]).abs() <= 1e-9
         for index, expected in golden.per_layer("cls"):
-            difference = (record.rows[index][:, 0] - expected).abs().max()
+            difference = (record.tokens[index][:, 0] - expected).abs().max()
             assert difference <= 1e-9, f"CLS after layer {index}"
 
     counts = [count.item() for _, count in golden.per_layer("tokens")]
     if counts:
-        assert [rows.shape[1] for rows in record.rows] == counts
+        assert [tokens.shape[1] for tokens in record.tokens] == counts
     if "tokens.final" in golden.tensors:
         assert output.token_counts[-1] == golden["tokens.final"]
 
@@ -129,7 +129,7 @@ def test_token_schedule(golden: Golden) -> None:
 
 
 def test_choices(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept rows, clusters, sizes and masks, exactly: logits do not see the order of kept tokens."""
+    """Kept tokens, clusters, sizes and masks, exactly: logits do not see the order of kept tokens."""
     model = load_original(golden.state, golden.spec).double()
     method = golden.spec["method"].removesuffix("_old")
     record = Record(model, monkeypatch)
@@ -141,17 +141,17 @@ def test_choices(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
         if method in ("dpcknn", "kmedoids"):
             kept = record.labels[stage][0]
         elif method == "ats":
-            rows = assignments[stage][:, 1:]
-            kept = torch.where(rows.sum(dim=-1) > 0, rows.argmax(dim=-1) - 1, -1)  # pads are made of nothing
+            tokens = assignments[stage][:, 1:]
+            kept = torch.where(tokens.sum(dim=-1) > 0, tokens.argmax(dim=-1) - 1, -1)  # pads are made of nothing
         else:
             if issubclass(REDUCTIONS[method], ScoredPruning) and method != "dyvit":
-                expected = expected[:, :-1]  # the original appends a -1 for the fused row, also where there is none
+                expected = expected[:, :-1]  # the original appends a -1 for the fused token, also where there is none
             kept = assignments[stage].argmax(dim=-1)[:, 1 : 1 + expected.shape[1]] - 1
         assert torch.equal(kept, expected), f"stage {stage}"
 
     for stage, (_, expected) in enumerate(golden.per_layer("kept_abs")):
-        visible = assignments[stage].diagonal(dim1=1, dim2=2)[:, 1:]
-        assert torch.equal(visible.nonzero()[:, 1].view(len(visible), -1), expected), f"stage {stage}"
+        attended = assignments[stage].diagonal(dim1=1, dim2=2)[:, 1:]
+        assert torch.equal(attended.nonzero()[:, 1].view(len(attended), -1), expected), f"stage {stage}"
 
     for stage, (_, expected) in enumerate(golden.per_layer("assign")):
         if method in ("dpcknn", "kmedoids"):

@@ -94,7 +94,7 @@ def test_the_ifa_head_by_hand() -> None:
 
 
 def test_mean_pooling_leaves_out_the_prefix() -> None:
-    """The mean of all rows but CLS and registers, before the final norm."""
+    """The mean of all tokens but CLS and registers, before the final norm."""
     model = tiny_model(pooling="mean", num_register_tokens=2, num_clr_tokens=1)
     with torch.no_grad():
         output = model.vit(images(), output_hidden_states=True)
@@ -114,16 +114,16 @@ def test_layers_on_different_devices(method: str | None, head: str) -> None:
     for part in (*model.vit.layers[2:], model.vit.layernorm, model.classifier):
         part.to("meta").register_forward_pre_hook(move, with_kwargs=True)
     if method == "ats":
-        model.vit.layers[2].reduction.pad_to_bound = True  # it cannot ask how many rows there are
+        model.vit.layers[2].reduction.pad_to_bound = True  # it cannot ask how many tokens there are
     with torch.no_grad():
         assert model(images()).logits.device.type == "meta"
 
 
-def test_means_over_visible_rows_do_not_overflow() -> None:
-    """A sum over hundreds of rows is beyond half precision, their mean is not."""
-    rows = torch.full((1, 800, 4), 100.0, dtype=torch.float16)
-    visible = torch.ones(1, 800, dtype=torch.bool)
-    assert masked_mean(rows, 1, 800, visible).tolist() == [[[100.0] * 4]]
+def test_means_over_masked_tokens_do_not_overflow() -> None:
+    """A sum over hundreds of tokens is beyond half precision, their mean is not."""
+    tokens = torch.full((1, 800, 4), 100.0, dtype=torch.float16)
+    key_mask = torch.ones(1, 800, dtype=torch.bool)
+    assert masked_mean(tokens, 1, 800, key_mask).tolist() == [[[100.0] * 4]]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -216,8 +216,8 @@ def test_glsf_compares_with_cls_or_the_mean(options: dict[str, Any], count: int)
         cosines = products / (tokens[:, 1:].norm(dim=2) * whole.norm(dim=1, keepdim=True))
         order = cosines.argsort(dim=1, descending=True)
         kept = new_tokens.shape[1] - 2
-        rows = torch.cat([torch.zeros(3, 1, dtype=torch.long), order[:, :kept] + 1], dim=1)
-        assert torch.equal(assignment[:, :-1].argmax(dim=2), rows)
+        tokens = torch.cat([torch.zeros(3, 1, dtype=torch.long), order[:, :kept] + 1], dim=1)
+        assert torch.equal(assignment[:, :-1].argmax(dim=2), tokens)
         weights = cosines.scatter(1, order[:, :kept], 0.0)
         assert torch.allclose(new_tokens[:, -1], (weights.unsqueeze(1) @ tokens[:, 1:]).squeeze(1))
         shares = weights.abs() / weights.abs().sum(dim=1, keepdim=True).clamp(min=1)
@@ -385,7 +385,7 @@ class Shapes(TorchDispatchMode):
 
 @every_later
 def test_no_map_is_made(method: str) -> None:
-    """(B, H, N, N) by none; (B, N, N), averaged over heads, by those that pass one row through the layer before."""
+    """(B, H, N, N) by none; (B, N, N), averaged over heads, by those that pass one token through the layer before."""
     model = make(method, image_size=128, **FUSED.get(method, {})).float()  # 257 tokens
     with torch.no_grad(), Shapes() as shapes:
         model(images(3, 128, 128).float())
@@ -401,7 +401,7 @@ def test_maws_computes_no_queries_for_what_is_dropped(
     model, seen = make("maws", **options), []
     attention = model.vit.layers[1].attention
     project = attention.project_query
-    monkeypatch.setattr(attention, "project_query", lambda rows: seen.append(rows.shape[1]) or project(rows))
+    monkeypatch.setattr(attention, "project_query", lambda tokens: seen.append(tokens.shape[1]) or project(tokens))
     logits = model(images()).logits
     assert seen == projected
     seen.clear()

@@ -19,31 +19,40 @@ from tests.helpers import images
 
 
 def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 and without gradients, for any rows; the same numbers, and never where its operator would be in the way."""
+    """In float32 and without gradients, for any tokens; the same numbers, and never where its operator would be in the way."""
     seen, layer = count_onednn(monkeypatch), nn.Linear(16, 24)
-    rows = torch.randn(3, 17, 16)
-    for part in (rows, rows[:, :1], rows[:, 1::2], rows[:, :0], rows[:0], rows[0], rows[0, 0], rows.transpose(0, 1)):
+    tokens = torch.randn(3, 17, 16)
+    for part in (
+        tokens,
+        tokens[:, :1],
+        tokens[:, 1::2],
+        tokens[:, :0],
+        tokens[:0],
+        tokens[0],
+        tokens[0, 0],
+        tokens.transpose(0, 1),
+    ):
         expected = nn.functional.linear(part, layer.weight, layer.bias)
         with torch.no_grad():
             assert torch.allclose(linear(layer, part), expected, atol=1e-5)
     assert len(seen) == 8
     seen.clear()
-    linear(layer, rows)  # with gradients
+    linear(layer, tokens)  # with gradients
     with torch.no_grad():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert linear(layer, rows).dtype == torch.bfloat16
+            assert linear(layer, tokens).dtype == torch.bfloat16
         with FlopCounterMode(display=False) as counter:
-            linear(layer, rows)
-        assert counter.get_total_flops() == 2 * rows.numel() * 24
-        assert torch.vmap(partial(linear, layer))(rows).shape == (3, 17, 24)
+            linear(layer, tokens)
+        assert counter.get_total_flops() == 2 * tokens.numel() * 24
+        assert torch.vmap(partial(linear, layer))(tokens).shape == (3, 17, 24)
         with forward_ad.dual_level():
-            dual = forward_ad.make_dual(rows, torch.ones_like(rows))
+            dual = forward_ad.make_dual(tokens, torch.ones_like(tokens))
             assert forward_ad.unpack_dual(linear(layer, dual)).tangent is not None
         with torch.backends.mkldnn.flags(enabled=False):
-            linear(layer, rows)
+            linear(layer, tokens)
         for dtype in (torch.float64, torch.bfloat16):
-            linear(copy.deepcopy(layer).to(dtype), rows.to(dtype))
-        linear(copy.deepcopy(layer).to("meta"), rows.to("meta"))
+            linear(copy.deepcopy(layer).to(dtype), tokens.to(dtype))
+        linear(copy.deepcopy(layer).to("meta"), tokens.to("meta"))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             linear(layer, torch.randn(3, 15))
     assert not seen
@@ -61,7 +70,7 @@ def test_tiny_layers_stay_with_blas(width: int, calls: int, monkeypatch: pytest.
 
 def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks are called, and so are other layers and a `forward` of the layer's own, as offloading sets it."""
-    seen, rows = count_onednn(monkeypatch), torch.randn(3, 16)
+    seen, tokens = count_onednn(monkeypatch), torch.randn(3, 16)
     called: list[str] = []
     hooked, replaced = nn.Linear(16, 24), nn.Linear(16, 24)
     hooked.register_forward_hook(lambda *_: called.append("hook"))
@@ -70,12 +79,12 @@ def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.Mon
     parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 24))
     with torch.no_grad():
         for layer in (hooked, replaced, pruned, parametrised, nn.Identity()):
-            assert torch.equal(linear(layer, rows), layer(rows))
+            assert torch.equal(linear(layer, tokens), layer(tokens))
     assert not seen and called == ["hook", "hook", "forward", "forward"]
 
 
 def test_hooks_on_every_module_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tracers and counters of calls set them; they see the rows that the last layer would leave out, too."""
+    """As tracers and counters of calls set them; they see the tokens that the last layer would leave out, too."""
     seen, model = count_onednn(monkeypatch), make("evit").float()
     called: list[tuple[type, int]] = []
     hook = nn.modules.module.register_module_forward_hook(lambda part, _, out: called.append((part, out)))

@@ -56,15 +56,15 @@ LARGE = {"image_size": 144, "reduction_layers": [1, 2], "num_hidden_layers": 4} 
 @every_method
 def test_no_attention_map_is_made(method: str | None, cache: dict[str, Any]) -> None:
     """The largest tensor of an evaluation is smaller than an attention map (B, H, N, N). (With sdpa; k-medoids takes what
-    tokens receive from some rows of it at a time.)"""
+    tokens receive from some of its queries at a time.)"""
     model = make(method, **LARGE | cache)
-    rows = token_schedule(model.config).before[0]
+    num_tokens = token_schedule(model.config).before[0]
     with torch.no_grad(), Watch() as watch:
         model(images(2, 144, 144))
-    assert 0 < watch.most < 2 * 2 * rows * rows * 8
+    assert 0 < watch.most < 2 * 2 * num_tokens * num_tokens * 8
     with torch.no_grad(), Watch() as watch:
         model(images(2, 144, 144), output_attentions=True)
-    assert watch.most >= 2 * 2 * rows * rows * 8  # which the watch would see
+    assert watch.most >= 2 * 2 * num_tokens * num_tokens * 8  # which the watch would see
 
 
 @pytest.mark.parametrize("method", ["dpcknn", "kmedoids"])

@@ -1,4 +1,4 @@
-"""ATC, PiToMe, MCTF and ToFu, which merge rows without training: their numbers, and the rules that numbers do not reach.
+"""ATC, PiToMe, MCTF and ToFu, which merge tokens without training: their numbers, and the rules that numbers do not reach.
 
 The files of tests/goldens_free hold what functions of official code (of ToFu: of code that its rivals compare with) made of random
 tensors: `tokens` (B, N, D), `keys` (B, H, N, d) or `metric` (B, N, D), `received` (B, N) and `sizes` (B, N) to `out.*`.
@@ -65,9 +65,9 @@ def make_context(
     return context, state
 
 
-def random_rows(batch: int, rows: int, width: int = 4, seed: int = 0) -> torch.Tensor:
+def random_tokens(batch: int, num_tokens: int, width: int = 4, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, rows, width, generator=generator, dtype=torch.float64)
+    return torch.randn(batch, num_tokens, width, generator=generator, dtype=torch.float64)
 
 
 class Reduced:
@@ -85,7 +85,7 @@ class Reduced:
         monkeypatch.setattr(type(stage), "num_merged", staticmethod(lambda *_: removed))
         self.tokens, self.state = stage.before_mlp(tokens, state, context)
         self.assignment = self.state.report["assignment"]
-        share, target = self.assignment.max(dim=1)  # each row goes to one
+        share, target = self.assignment.max(dim=1)  # each token goes to one
         self.target, self.share = target.masked_fill(share == 0, -1), share
         self.sizes = self.state.tracks.get("size", torch.ones_like(self.tokens[..., 0]))
 
@@ -104,7 +104,7 @@ def test_goldens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = keys if keys.dim() == 4 else keys.unsqueeze(1)
     hidden = (
         0 if settings["class_token"] else 1
-    )  # row 0 is never merged: where the function knew none, there is one more
+    )  # token 0 is never merged: where the function knew none, there is one more
     tokens, keys = nn.functional.pad(tokens, (0, 0, hidden, 0)), nn.functional.pad(keys, (0, 0, hidden, 0))
 
     options = {name: settings[name] for name in OPTIONS if name in settings}
@@ -139,30 +139,34 @@ def test_goldens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # What holds for all.
 
 
-@pytest.mark.parametrize("rows", [2, 3, 8, 9])
+@pytest.mark.parametrize("num_tokens", [2, 3, 8, 9])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_number_that_can_be_removed(way: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From none to the most: row 0 stays alone, each new row is made of something, sizes add up, images do not mix."""
+def test_every_number_that_can_be_removed(way: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From none to the most: token 0 stays alone, each new token is made of something, sizes add up, images do not mix."""
     method, options = WAYS[way]
     stage = make_stage(method, **options)
-    most = type(stage).max_merged(rows)
-    assert most == (rows - 2 if method == "atc" else (rows - 1) // 2)
-    tokens, keys = random_rows(3, rows), random_rows(6, rows, seed=1).unflatten(0, (3, 2))
+    most = type(stage).max_merged(num_tokens)
+    assert most == (num_tokens - 2 if method == "atc" else (num_tokens - 1) // 2)
+    tokens, keys = random_tokens(3, num_tokens), random_tokens(6, num_tokens, seed=1).unflatten(0, (3, 2))
     keys[2] = keys[1]  # equal images
     sizes, received = (
-        random_rows(3, rows, 1, seed=2).exp().squeeze(2),
-        random_rows(3, rows, 1, seed=3).exp().squeeze(2),
+        random_tokens(3, num_tokens, 1, seed=2).exp().squeeze(2),
+        random_tokens(3, num_tokens, 1, seed=3).exp().squeeze(2),
     )
     tokens[2], sizes[2], received[2] = tokens[1], sizes[1], received[1]
     for removed in range(most + 1):
         got = Reduced(stage, tokens, removed, *make_context(keys, sizes, received), monkeypatch)
         alone = Reduced(stage, tokens[:1], removed, *make_context(keys[:1], sizes[:1], received[:1]), monkeypatch)
-        assert got.tokens.shape == (3, rows - removed, 4) and got.assignment.shape == (3, rows - removed, rows)
+        assert got.tokens.shape == (3, num_tokens - removed, 4) and got.assignment.shape == (
+            3,
+            num_tokens - removed,
+            num_tokens,
+        )
         assert (got.assignment.sum(dim=2) - 1).abs().max() <= 1e-12
-        assert torch.equal(got.assignment[:, 0], torch.eye(rows, dtype=tokens.dtype)[:1].expand(3, -1))
+        assert torch.equal(got.assignment[:, 0], torch.eye(num_tokens, dtype=tokens.dtype)[:1].expand(3, -1))
         if removed == 0:
             assert torch.equal(got.tokens, tokens) and torch.equal(got.sizes, sizes)
-            assert torch.equal(got.assignment, torch.eye(rows, dtype=tokens.dtype).expand(3, -1, -1))
+            assert torch.equal(got.assignment, torch.eye(num_tokens, dtype=tokens.dtype).expand(3, -1, -1))
         if way == "drop":
             kept = got.assignment.argmax(dim=2)
             assert torch.equal(got.sizes, sizes.gather(1, kept))  # what is dropped is lost
@@ -178,7 +182,7 @@ def test_every_number_that_can_be_removed(way: str, rows: int, monkeypatch: pyte
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_tokens_merge_the_same_way_twice(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, options = WAYS[way]
-    stage, keys = make_stage(method, **options), random_rows(2, 12)
+    stage, keys = make_stage(method, **options), random_tokens(2, 12)
     keys[:, 4:8] = keys[:, 8:12] = keys[:, 3:4]
     results = [
         Reduced(stage, keys, 4, *make_context(keys.unsqueeze(1), received=torch.ones(2, 12)), monkeypatch)
@@ -193,7 +197,7 @@ def test_equal_values_are_sorted_by_position() -> None:
     expected = [*range(1, 300, 3), *range(2, 300, 3), *range(0, 300, 3)]
     assert descending_order(values).tolist() == [expected] * 2
     scores = torch.zeros(1, 4, 3)
-    assert match_halves(scores, 2).target.tolist() == [[0, 2, 2, 3, 2, 4, 1]]  # rows 2 and 4 go to row 1
+    assert match_halves(scores, 2).target.tolist() == [[0, 2, 2, 3, 2, 4, 1]]  # tokens 2 and 4 go to token 1
 
 
 @pytest.mark.parametrize(
@@ -228,9 +232,9 @@ def test_sizes_that_attention_does_not_see_weigh_means(
 ) -> None:
     """They are in a track under another name, and the tokens that come out are the same."""
     tokens, keys, sizes = (
-        random_rows(2, 11),
-        random_rows(2, 11, seed=1).unsqueeze(1),
-        random_rows(2, 11, 1).exp()[..., 0],
+        random_tokens(2, 11),
+        random_tokens(2, 11, seed=1).unsqueeze(1),
+        random_tokens(2, 11, 1).exp()[..., 0],
     )
     results = []
     for proportional in (True, False):
@@ -259,8 +263,8 @@ def test_attention_is_proportional_by_default(method: str) -> None:
 
 
 def merge_by_hand(distance: torch.Tensor, merged: int, method: str) -> list[int]:
-    """The first member of each row's cluster, by the rule itself: distances (n, n) of clusters from those of their rows."""
-    clusters = [[row] for row in range(len(distance))]
+    """The first member of each token's cluster, by the rule itself: distances (n, n) of clusters from those of their tokens."""
+    clusters = [[token] for token in range(len(distance))]
 
     def between(one: list[int], other: list[int]) -> float:
         values = distance[one][:, other]
@@ -271,7 +275,7 @@ def merge_by_hand(distance: torch.Tensor, merged: int, method: str) -> list[int]
         one, other = min(combinations(clusters, 2), key=lambda pair: between(*pair))
         clusters.remove(other)
         one += other
-    return [min(cluster) for row in range(len(distance)) for cluster in clusters if row in cluster]
+    return [min(cluster) for token in range(len(distance)) for cluster in clusters if token in cluster]
 
 
 @pytest.mark.parametrize("method", LINKAGES)
@@ -294,7 +298,7 @@ def test_of_equal_distances_the_first_pair_counts(method: str, seed: int) -> Non
 def test_images_with_equal_tokens_do_not_go_to_scipy(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is that of the exact way, whatever scipy would say; of images without equal distances both agree."""
     stage = make_stage("atc", linkage=method)
-    metric = torch.cat([random_rows(2, 30), random_rows(2, 30, seed=1).round()])  # the last two: points of a grid
+    metric = torch.cat([random_tokens(2, 30), random_tokens(2, 30, seed=1).round()])  # the last two: points of a grid
     exact: list[int] = []
     cluster = stage.cluster
     monkeypatch.setattr(
@@ -312,22 +316,22 @@ def test_images_with_equal_tokens_do_not_go_to_scipy(method: str, monkeypatch: p
             )
 
 
-def normed(rows: torch.Tensor) -> torch.Tensor:
-    return nn.functional.normalize(rows, dim=-1)
+def normed(tokens: torch.Tensor) -> torch.Tensor:
+    return nn.functional.normalize(tokens, dim=-1)
 
 
 def first_members(target: torch.Tensor) -> torch.Tensor:
-    """Of the cluster of each row, but row 0, by its number: (B, N) to (B, N - 1)."""
+    """Of the cluster of each token, but token 0, by its number: (B, N) to (B, N - 1)."""
     return (target[:, 1:].unsqueeze(1) == target[:, 1:].unsqueeze(2)).long().argmax(dim=2)
 
 
 @pytest.mark.parametrize("way", ["scipy", "torch"])
 @pytest.mark.parametrize("method", LINKAGES)
 def test_clusters_are_those_of_a_dendrogram(method: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbered by their first members; row 0 by itself."""
+    """Numbered by their first members; token 0 by itself."""
     if way == "torch":
         monkeypatch.setattr("clca.reduction_atc.scipy_functions", lambda: None)
-    metric = random_rows(2, 41, 8)
+    metric = random_tokens(2, 41, 8)
     target = make_stage("atc", linkage=method).match(metric, 27)
     assert (target[:, 0] == 0).all() and (target[:, 1:] > 0).all()
     for image, got in zip(metric, target, strict=True):
@@ -339,13 +343,13 @@ def test_clusters_are_those_of_a_dendrogram(method: str, way: str, monkeypatch: 
 
 def test_distances_are_symmetric_to_the_last_bit() -> None:
     """Products of matrices need not be, and the first least distance would then not be that of the first pair."""
-    distance = cosine_distance(normed(random_rows(2, 197, 64).float()))
+    distance = cosine_distance(normed(random_tokens(2, 197, 64).float()))
     assert torch.equal(distance, distance.transpose(1, 2))
 
 
 def test_no_numbers_are_clustered_in_some_way() -> None:
     """Keys that overflowed do not stop a training, they make a loss that is no number, as with all methods."""
-    metric = random_rows(2, 9)
+    metric = random_tokens(2, 9)
     metric[0, 3] = torch.inf
     target = make_stage("atc").match(metric, 4)
     assert (target.sort(dim=1).values.diff(dim=1) <= 1).all() and target.amax(dim=1).tolist() == [4, 4]
@@ -355,13 +359,13 @@ def test_no_numbers_are_clustered_in_some_way() -> None:
 
 
 def test_both_matchings_merge_half_alike() -> None:
-    metric = random_rows(3, 13)
+    metric = random_tokens(3, 13)
     protect, ordered = (make_stage("pitome", matching=way).match(metric, 6) for way in ("protect", "ordered"))
     assert torch.equal(protect, ordered)
 
 
 def test_margin_and_matching_follow_the_layer() -> None:
-    """The layer's index among all, not the stage's: of five layers the first three match all rows."""
+    """The layer's index among all, not the stage's: of five layers the first three match all tokens."""
     model = tiny_model(
         reduction="pitome", keep_rate=0.9, reduction_layers=[0, 2, 3, 4], reduction_kwargs={"margin": -2.0}
     )
@@ -375,7 +379,7 @@ def test_margin_and_matching_follow_the_layer() -> None:
 
 def test_energy_is_a_mean_of_elus() -> None:
     stage = make_stage("pitome", margin=0.5)
-    similarity = random_rows(2, 7, 7)
+    similarity = random_tokens(2, 7, 7)
     expected = nn.functional.elu(similarity - stage.margin).mean(dim=2)
     assert (stage.energy(similarity) - expected).abs().max() <= 1e-12
 
@@ -392,7 +396,11 @@ def test_isolated_tokens_are_protected() -> None:
 
 def test_without_other_criteria_it_is_tome(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"tau_info": 0.0, "tau_size": 0.0, "bidirectional": False, "pooling": "size"}
-    tokens, keys, sizes = random_rows(3, 14), random_rows(3, 14, seed=1), random_rows(3, 14, 1, seed=2).exp()[..., 0]
+    tokens, keys, sizes = (
+        random_tokens(3, 14),
+        random_tokens(3, 14, seed=1),
+        random_tokens(3, 14, 1, seed=2).exp()[..., 0],
+    )
     context = make_context(keys.unsqueeze(1), sizes, torch.ones(3, 14).double())
     results = [
         Reduced(stage, tokens, 5, *context, monkeypatch)
@@ -406,7 +414,7 @@ def test_without_other_criteria_it_is_tome(monkeypatch: pytest.MonkeyPatch) -> N
 def test_extremes_of_every_criterion(tau_sim: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that nobody attends to or that are opposite to each other, and sizes far apart: no division by zero, no root of
     a negative number."""
-    keys = normed(random_rows(2, 10).float())
+    keys = normed(random_tokens(2, 10).float())
     keys[:, 1::2] = -keys[:, ::2]
     received, sizes = torch.zeros(2, 10), torch.ones(2, 10)
     received[1, :3], sizes[:, 4] = 1e30, 1e6
@@ -417,7 +425,7 @@ def test_extremes_of_every_criterion(tau_sim: float, monkeypatch: pytest.MonkeyP
 
 
 def test_equal_scores_go_to_the_first_in_both_directions() -> None:
-    """Rows 0 to 6: of the sources 2, 4 and 6 the first goes to row 1; then rows 1 and 3 go to row 4, row 2 with them."""
+    """Tokens 0 to 6: of the sources 2, 4 and 6 the first goes to token 1; then tokens 1 and 3 go to token 4, token 2 with them."""
     assert make_stage("mctf").match_by(torch.ones(1, 4, 3), 3).tolist() == [[0, 1, 1, 1, 1, 3, 2]]
 
 
@@ -437,7 +445,7 @@ def test_similarity_is_that_of_what_enters_the_layer() -> None:
 
 
 def test_matching_is_tomes(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = random_rows(3, 15).unsqueeze(1)
+    keys = random_tokens(3, 15).unsqueeze(1)
     tome, mlerp, drop = (
         Reduced(make_stage(*way), keys[:, 0], 6, *make_context(keys), monkeypatch).target
         if isinstance(way, tuple)
@@ -450,7 +458,7 @@ def test_matching_is_tomes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_merged_tokens_are_as_long_as_their_longest_member(monkeypatch: pytest.MonkeyPatch) -> None:
     """And have the direction of the mean; a token that stays alone does not change, and a mean of zero stays zero."""
-    tokens, keys = random_rows(2, 12), random_rows(2, 12, seed=1)
+    tokens, keys = random_tokens(2, 12), random_tokens(2, 12, seed=1)
     tokens[1, 4], keys[1, 4], keys[1, 7] = -tokens[1, 7], 100, 100  # these merge, and cancel out
     tokens.requires_grad_()
     got = Reduced(make_stage("tofu", merge_from=0), tokens, 4, *make_context(keys.unsqueeze(1)), monkeypatch)
@@ -468,10 +476,10 @@ def test_merged_tokens_are_as_long_as_their_longest_member(monkeypatch: pytest.M
 
 def test_gradients_of_merged_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the mean, its length, and the length of the longest member."""
-    keys, stage = random_rows(2, 8, seed=1).unsqueeze(1), make_stage("tofu", merge_from=0)
-    tokens = random_rows(2, 8).requires_grad_()
+    keys, stage = random_tokens(2, 8, seed=1).unsqueeze(1), make_stage("tofu", merge_from=0)
+    tokens = random_tokens(2, 8).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda rows: Reduced(stage, rows, 3, *make_context(keys), monkeypatch).tokens, (tokens,)
+        lambda tokens: Reduced(stage, tokens, 3, *make_context(keys), monkeypatch).tokens, (tokens,)
     )
 
 

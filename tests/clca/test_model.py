@@ -36,20 +36,20 @@ every_case = pytest.mark.parametrize("case", table(CASES), ids=str)
 # For what does not depend on the kind of tokens.
 MAIN_CASES = [c for c in CASES if c.tokens == "cls" and c.cache in ("plain", "clca")]
 main_case = pytest.mark.parametrize("case", MAIN_CASES, ids=str)
-# Methods that remove no rows.
+# Methods that remove no tokens.
 KEEPS_ITS_ROWS = {"heuristic": "it masks patches instead"}
 # Methods that change the tokens at a keep rate of one.
 ACTS_AT_RATE_ONE = {
     "ats": "quantiles that fall on the same token take it once",
     "dpcknn": "a merged token is divided by its weight + 1e-6",
-    "patchmerger": "its tokens are new ones, of normalised rows",
-    "sinkhorn": "its tokens are new ones, of rows of unit length",
+    "patchmerger": "its tokens are new ones, of normalized tokens",
+    "sinkhorn": "its tokens are new ones, of tokens of unit length",
     "sit": "its tokens are new ones",
 }
 # Methods that do nothing at rate one only in a plain ViT with CLS and patches.
 ACTS_AT_RATE_ONE_BESIDE_PATCHES = {
-    "dyvit": "with a cache a stage keeps int(rate * (N - 2)) of N rows, as published",
-    "kmedoids": "its share is one of the patches, while registers, CLR and recalled rows are clustered with them",
+    "dyvit": "with a cache a stage keeps int(rate * (N - 2)) of N tokens, as published",
+    "kmedoids": "its share is one of the patches, while registers, CLR and retrieved tokens are clustered with them",
 }
 RATE_ONE_OPTIONS = {"heuristic": {"contiguous": False}}  # else it shrinks whatever the keep rate says
 
@@ -90,8 +90,8 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "normed_mean", "map"])
 @pytest.mark.parametrize("prefix", [{"num_register_tokens": 4}, {"num_register_tokens": 3, "use_class_token": False}])
-def test_few_rows_are_pooled_like_many(prefix: dict[str, Any], pooling: str) -> None:
-    """ATS may keep fewer rows than the prefix had: then neither pads nor recalled rows are passed over in its place."""
+def test_few_tokens_are_pooled_like_many(prefix: dict[str, Any], pooling: str) -> None:
+    """ATS may keep fewer tokens than the prefix had: then neither pads nor retrieved tokens are passed over in its place."""
     options = {"initializer_range": 0.5, "image_size": 64, "reduction_layers": [2, 4], "num_hidden_layers": 6}
     model = tiny_model(reduction="ats", keep_rate=0.28, pooling=pooling, cross_layer_cache=True, **prefix, **options)
     pixels = images(8, 64, 64)
@@ -128,7 +128,7 @@ def test_weights_for_a_model_on_the_meta_device(method: str | None, assign: bool
     ids=str,
 )
 def test_padded_images_do_not_depend_on_their_batch(case: Case, options: dict[str, Any]) -> None:
-    """Where images of a batch keep different numbers of rows: pads are not attended to, averaged, pooled or kept."""
+    """Where images of a batch keep different numbers of tokens: pads are not attended to, averaged, pooled or kept."""
     sharp = {"initializer_range": 0.5, "keep_rate": 0.9, "image_size": 64, "reduction_layers": [1, 2, 3]}
     model = case.model(**sharp | TOKENS[case.tokens] | options)
     pixels = images(4, 64, 64)
@@ -268,8 +268,8 @@ def test_autocast_is_finite(case: Case) -> None:
 @pytest.mark.parametrize("case", table(c for c in CASES if c.method and c.tokens != "registers"), ids=str)
 def test_hardly_anything_is_kept(case: Case) -> None:
     """At rates that leave one token or none: finite in evaluation and training, counts as foretold, images apart. Where
-    the cache has nothing to average it takes row 0."""
-    fewer_than_clr = {"num_clr_tokens": 4} if case.config().num_clr_tokens else {}  # rows, then: row 0 stands in
+    the cache has nothing to average it takes token 0."""
+    fewer_than_clr = {"num_clr_tokens": 4} if case.config().num_clr_tokens else {}  # then copies of token 0 are cached
     model = case.model(keep_rate=0.05, reduction_layers=[0, 1, 2], **fewer_than_clr)
     with torch.no_grad():
         output = model(images())
@@ -332,11 +332,11 @@ def test_recorded_tuples_are_honest(case: Case) -> None:
     assert len(output.hidden_states) == depth + 1
     assert len(output.attentions) == depth
     acts_before = case.reduction.before_layer is not TokenReduction.before_layer
-    chooses_rows = case.reduction.choose_tokens is not TokenReduction.choose_tokens
+    chooses_tokens = case.reduction.choose_tokens is not TokenReduction.choose_tokens
     for index, weights in enumerate(output.attentions):
         before, after = output.token_counts[index], output.hidden_states[index + 1].shape[1]
         keys = after if acts_before else before
-        queries = after if chooses_rows else keys
+        queries = after if chooses_tokens else keys
         assert weights.shape == (3, 2, queries, keys), f"layer {index}"
         assert (weights.sum(dim=-1) - 1).abs().max() <= 1e-9
         assert weights.min() >= 0

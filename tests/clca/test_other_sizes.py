@@ -54,7 +54,7 @@ def test_the_setting_of_the_paper(tmp_path: Path, caplog: pytest.LogCaptureFixtu
             tmp_path, image_size=64, num_labels=80, ignore_mismatched_sizes=True, output_loading_info=True, **PAPER
         )
     assert [record.message for record in caplog.records if record.name.startswith("clca")] == [
-        f"Fitted weights of {tmp_path} to the model: position embeddings resampled from 4 x 4 to 8 x 8 patches."
+        f"Resampled weights of {tmp_path}: position embeddings resampled from 4 x 4 to 8 x 8 patches."
     ]
     assert torch.equal(positions_of(model), resample_position_embeddings(state[POSITIONS], 1, (4, 4), (8, 8)))
     assert torch.equal(positions_of(model)[:, 0], state[POSITIONS][:, 0])
@@ -131,7 +131,7 @@ def test_a_classifier_of_another_size_is_another_matter(tmp_path: Path) -> None:
 
 
 def test_deit(tmp_path: Path) -> None:
-    """Two rows stay: CLS and the distillation token, a register here."""
+    """Two positions stay unchanged: CLS and the distillation token, a register here."""
     torch.manual_seed(0)
     deit = DeiTForImageClassification(DeiTConfig(**STOCK, image_size=32))
     table = nn.init.normal_(deit.deit.embeddings.position_embeddings)
@@ -180,7 +180,7 @@ def test_positions_are_never_random(ignore: bool, tmp_path: Path) -> None:
     config = CLCAViTConfig(**TINY | {"image_size": 64})
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"image_size": 40}))
-    with pytest.raises(ValueError, match=r"\(1, 17, 16\).*8 x 8 patches.*config.json, which describes 26 rows"):
+    with pytest.raises(ValueError, match=r"\(1, 17, 16\).*8 x 8 patches.*config.json, which describes 26 positions"):
         CLCAViTForImageClassification.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=ignore)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config.json that says its `image_size`"):

@@ -19,12 +19,12 @@ from tests.helpers import METHODS, VARIANTS, images, slow_unless, tiny_model, va
 
 
 BATCH = 40  # more images than layers
-MODELS = [*VARIANTS, "elastic"]
+MODELS = [*VARIANTS, "keep_rates"]
 STATIC = {"ats": {"reduction_kwargs": {"pad_to_bound": True}}}  # ATS keeps another number of tokens of each image
 
 
 def model_of(name: str) -> CLCAViTForImageClassification:
-    if name == "elastic":
+    if name == "keep_rates":
         return tiny_model(reduction="evit", keep_rate=0.5, head="cla", train_keep_rates=[0.25, 0.5]).float()
     return variant_model(name)
 
@@ -85,7 +85,7 @@ def test_moved() -> None:
 
 
 def test_token_counts_are_lost() -> None:
-    """Where an output is made anew of its fields: None, no error. `TokenCounts` says where that is."""
+    """Where an output is rebuilt from its fields: None, no error. `TokenCounts` says where that is."""
     model = model_of("evit").requires_grad_(False)
     assert convert_outputs_to_fp32(model.forward)(images().float()).token_counts is None
     assert torch.utils._pytree.tree_map(lambda x: x, model(images().float())).token_counts is None
@@ -105,27 +105,27 @@ def test_no_dictionaries_by_configuration() -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def photos() -> list[Image.Image]:
     torch.manual_seed(0)
     return [Image.effect_noise((36, 40), 40 + i).convert("RGB") for i in range(BATCH)]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pipelines(name: str, pictures: list[Image.Image]) -> None:
+def test_pipelines(name: str, photos: list[Image.Image]) -> None:
     """Both tasks, with more images in a batch than the model has layers: as one by one."""
     model, processor = model_of(name), ViTImageProcessorPil(size={"height": 32, "width": 32})
     classify = pipeline("image-classification", model=model, image_processor=processor)
-    together = classify(pictures, batch_size=BATCH, top_k=3)
+    together = classify(photos, batch_size=BATCH, top_k=3)
     assert len(together) == BATCH
     for index in (0, BATCH - 1):
-        alone = {row["label"]: row["score"] for row in classify(pictures[index], top_k=3)}
+        alone = {row["label"]: row["score"] for row in classify(photos[index], top_k=3)}
         assert {row["label"]: row["score"] for row in together[index]} == pytest.approx(alone, abs=1e-5)
     embed = pipeline("image-feature-extraction", model=model.vit, image_processor=processor)
-    features = embed(pictures, batch_size=BATCH)
+    features = embed(photos, batch_size=BATCH)
     assert len(features) == BATCH
-    alone = torch.tensor(embed(pictures[-1]))
-    rows = torch.tensor(features[-1])[:, : alone.shape[1]]  # ATS pads to the longest of the batch
-    assert torch.allclose(rows[:, 0], alone[:, 0], atol=1e-5)
+    alone = torch.tensor(embed(photos[-1]))
+    tokens = torch.tensor(features[-1])[:, : alone.shape[1]]  # ATS pads to the longest of the batch
+    assert torch.allclose(tokens[:, 0], alone[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])

@@ -121,7 +121,7 @@ def test_deterministic_algorithms(method: str | None) -> None:
     assert [name for name in used.names if name.startswith(ONLY_IN_ANY_ORDER)] == []
 
 
-# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too.
+# ATS keeps as many tokens as the image asks for; padded to its bound its shapes are static, too.
 EXPORT_OPTIONS = OPTIONS | {"ats": {"pad_to_bound": True}}
 # The others are exported to files in tests/test_export.py, and all of them in test_outputs.py.
 EXPORTED_HERE = FIRST_OF_FAMILIES - {"ats", "dpcknn", "evit", "kmedoids", "tome"}
@@ -146,10 +146,10 @@ def test_traces_lead_back_to_patches(method: str, cache: dict) -> None:
     output = model(images(), output_assignments=True)
     trace = trace_patches(output.assignments, model.config)
     assert trace.final.shape == (3, output.token_counts[-1], 16)
-    for rows in (*trace.stages, trace.final):
-        assert (rows >= 0).all()
-        assert (rows.sum(dim=-1) <= 1 + 1e-6).all()
-        assert rows.sum() > 0
+    for shares in (*trace.stages, trace.final):
+        assert (shares >= 0).all()
+        assert (shares.sum(dim=-1) <= 1 + 1e-6).all()
+        assert shares.sum() > 0
     patches = torch.randn(3, 16, 4, dtype=torch.float64)
     spread = unmerge(trace.final @ patches, trace.final)
     assert spread.shape == patches.shape
@@ -181,7 +181,7 @@ def test_ats_quantiles() -> None:
 
 
 def test_pads_of_ats_never_enter_the_tail() -> None:
-    """A stage in layer 0 finds the cache empty, so that its last rows, not recalled ones, are cached in place of CLR."""
+    """A stage in layer 0 finds the cache empty, so that its last tokens, not retrieved ones, are cached in place of CLR."""
     model = tiny_model(reduction="ats", keep_rate=0.9, reduction_layers=[0, 2], **CLCA | {"num_clr_tokens": 2})
     pixels = images(6)
     pixels[0] *= 20  # an image of few different samples, which the batch pads
@@ -192,7 +192,7 @@ def test_pads_of_ats_never_enter_the_tail() -> None:
     assert (output.logits - alone).abs().max() <= 1e-9
 
 
-def test_ats_computes_queries_for_sampled_rows_only() -> None:
+def test_ats_computes_queries_for_sampled_tokens_only() -> None:
     model = tiny_model(reduction="ats", keep_rate=0.25)
     seen = []
     layer = model.vit.layers[1]
@@ -227,7 +227,7 @@ def test_dynamic_vit_in_training_reports_what_it_decided_against() -> None:
 
 
 def test_sinkhorn_prototypes_stay_at_unit_length() -> None:
-    """In training they are normalised in place, in evaluation the parameter is left alone."""
+    """In training they are normalized in place, in evaluation the parameter is left alone."""
     model = tiny_model(reduction="sinkhorn", keep_rate=0.5)
     prototypes = model.vit.layers[1].reduction.prototypes
     before = prototypes.detach().clone()
@@ -244,7 +244,7 @@ def test_kmedoids_in_the_first_layer_and_with_equal_weights() -> None:
         output = model(images(), output_assignments=True)
         assert output.token_counts[-1] == token_schedule(model.config).before[-1]
         kept = output.assignments[0].argmax(dim=-1)
-        assert all(len(rows.unique()) == len(rows) for rows in kept)  # different medoids
+        assert all(len(tokens.unique()) == len(tokens) for tokens in kept)  # different medoids
 
 
 @pytest.mark.parametrize("method", ["topk", "evit"])
@@ -278,7 +278,7 @@ def test_without_cls_tokens_are_scored_by_what_they_receive(method: str) -> None
         ("tofu", {"merge_from": -1}, "`merge_from` must be the index of a layer"),
         ("heuristic", {"contiguous": "no"}, "`contiguous` must be bool"),
         ("heuristic", {"min_radius": "a"}, "`min_radius` must be float"),
-        ("heuristic", {"contiguous": True}, "`keep_rate` and `keep_tokens` mean nothing"),
+        ("heuristic", {"contiguous": True}, "`keep_rate` and `keep_tokens` .*`contiguous`"),
         ("dpcknn", {"k_neighbors": True}, "`k_neighbors` must be int"),
         ("dyvit", {"ratio_weight": float("inf")}, "`ratio_weight` must be float"),
         ("dyvit", {"ratio_targets": 0.5}, "`ratio_targets` must be"),
@@ -308,8 +308,8 @@ def test_heuristic_follows_the_keep_rate() -> None:
     """By default the circle has about the keep rate's share of the patches."""
     for rate, patches in ((0.25, 4), (1.0, 16)):
         model = tiny_model(reduction="heuristic", keep_rate=rate, reduction_layers=[1])
-        visible = model(images(), output_assignments=True).assignments[0].diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
-        assert visible.tolist() == [patches] * 3
+        attended = model(images(), output_assignments=True).assignments[0].diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
+        assert attended.tolist() == [patches] * 3
 
 
 def test_dpcknn_breaks_ties_by_position() -> None:
@@ -404,16 +404,16 @@ def test_one_image_cannot_train_a_batch_norm() -> None:
 
 
 def test_dyvit_sorts_where_it_keeps_all() -> None:
-    """As the original: the first rows are those of the best scores, which registers, left out of a mean, then are not."""
+    """As the original: the first tokens are those of the best scores, which registers, left out of a mean, then are not."""
     model = tiny_model(reduction="dyvit", keep_rate=1.0, num_register_tokens=2, pooling="mean")
     with torch.no_grad():
         output = model(images(), output_assignments=True)
-        rows = output.assignments[0].argmax(dim=2)
+        tokens = output.assignments[0].argmax(dim=2)
         stage = model.vit.layers[1].reduction
         hidden = model.vit.layers[0](*first_layer_input(model))[0]
         scores = stage.predict(hidden[:, 1:], torch.ones(3, hidden.shape[1] - 1))[..., 0]
-    assert torch.equal(rows[:, 1:] - 1, scores.argsort(dim=1, descending=True))
-    assert (rows[:, 0] == 0).all()
+    assert torch.equal(tokens[:, 1:] - 1, scores.argsort(dim=1, descending=True))
+    assert (tokens[:, 0] == 0).all()
 
 
 def first_layer_input(model: CLCAViTForImageClassification) -> tuple[torch.Tensor, TokenState]:

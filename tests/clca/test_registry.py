@@ -18,7 +18,7 @@ from tests.helpers import CACHES, images, tiny_config, tiny_model
 
 
 class EverySecond(ScoredPruning):
-    """Keep the rows at the front, as a user's own method might."""
+    """Keep the tokens at the front, as a user's own method might."""
 
     name = "every_second"
 

@@ -136,7 +136,7 @@ def test_remote_overrides(remote: Remote) -> None:
     """Valid ones act, others are refused: the checks travel with the code."""
     result = remote.step("overrides")
     assert "`keep_rate`" in result["refused"]
-    assert result["counts"][:3] == [18, 18, 20]  # nothing reduced, and two rows recalled
+    assert result["counts"][:3] == [18, 18, 20]  # nothing reduced, and two tokens retrieved
 
 
 def test_remote_resize(remote: Remote) -> None:

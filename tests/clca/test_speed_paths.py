@@ -17,7 +17,7 @@ from clca import (
 )
 from clca.attention_clca import AttentionContext
 from clca.reduction_ats import quantiles
-from tests.clca.speed import CACHE, every_method, make, rows_seen
+from tests.clca.speed import CACHE, every_method, make, tokens_seen
 from tests.helpers import METHODS, images, labels
 from ufgir.profiling.macs import count_macs, dense_config
 
@@ -31,9 +31,9 @@ HEADS: dict[str, dict[str, Any]] = {
     "h2t": {"head": "h2t"},
     "vqt": {"head": "vqt"},
 }
-# Heads that read row 0 of the last layer and nothing else.
+# Heads that read token 0 of the last layer and nothing else.
 READS_FIRST_ROW = {"linear", "cla", "ifa", "vqt"}
-# Methods whose stages skip something: queries, or the projection of rows that are summed.
+# Methods whose stages skip something: queries, or the projection of tokens that are summed.
 SKIPS_IN_STAGES = {"topk", "evit", "tome", "maws", "dmaws", "edar", "nfedar", "atc", "mctf", "pitome", "tofu"}
 
 
@@ -84,7 +84,7 @@ def test_logits_and_gradients_stay_equal(method: str | None, head: str) -> None:
     ids=str,
 )
 def test_with_other_backbones(method: str | None, options: dict[str, Any]) -> None:
-    """LayerScale, qk-norm, dropped paths, scores by what is received, stages and recalls in the last layer."""
+    """LayerScale, qk-norm, dropped paths, scores by what is received, stages and retrievals in the last layer."""
     if method is None:
         options = {k: v for k, v in options.items() if k != "reduction_kwargs"}
     model = make(method, **options)
@@ -95,7 +95,7 @@ def test_with_other_backbones(method: str | None, options: dict[str, Any]) -> No
         got = model(images())
     assert (expected.logits - got.logits).abs().max() <= 1e-10
     assert got.token_counts == expected.token_counts == tuple(token_schedule(model.config).before)
-    if "hidden_dropout_prob" not in options:  # which draws for as many rows as there are
+    if "hidden_dropout_prob" not in options:  # which draws for as many tokens as there are
         expected, got = step(model, False), step(model, True)
         assert all((value - got[name]).abs().max() <= 1e-9 for name, value in expected.items())
 
@@ -116,8 +116,8 @@ def test_in_single_and_half_precision(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["kmedoids", "topk", "evit"])
-def test_what_rows_receive_brings_the_output_along(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients the layers that ask what their rows receive call no kernel beside; logits and answers stay equal."""
+def test_what_tokens_receive_brings_the_output_along(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the layers that ask what their tokens receive call no kernel beside; logits and answers stay equal."""
     options = {} if method == "kmedoids" else {"reduction_kwargs": {"score_by": "received"}}
     model = make(method, **CACHE, head="cla", **options)
     kernels: list[torch.Tensor] = []
@@ -146,7 +146,7 @@ def test_what_rows_receive_brings_the_output_along(method: str, monkeypatch: pyt
 
 
 def test_no_output_is_made_for_nobody() -> None:
-    """Where rows are asked about after the attention, or attention maps are wanted, the output is not computed twice."""
+    """Where tokens are asked about after the attention, or attention maps are wanted, the output is not computed twice."""
     model = make("topk", reduction_kwargs={"score_by": "received"})
     made: list[bool] = []
     may_give = AttentionContext._may_give_output
@@ -185,19 +185,19 @@ def test_what_runs_is_less(method: str | None, head: str) -> None:
 
 
 def test_executed_macs_by_hand() -> None:
-    """Without reduction: the last layer's queries, output projection and MLP are those of one row instead of 17. With
-    top-k, whose stages at layer 1 and 2 keep 9 of 17 and 5 of 9 rows: queries and output projection of the others."""
-    width, inner, rows = 16, 32, 17
+    """Without reduction: the last layer's queries, output projection and MLP are those of one token instead of 17. With
+    top-k, whose stages at layer 1 and 2 keep 9 of 17 and 5 of 9 tokens: queries and output projection of the others."""
+    width, inner, num_tokens = 16, 32, 17
 
     def queries(count: int, keys: int) -> int:
         return count * (2 * width * width + 2 * keys * width)  # projections, logits and weighted values
 
     plain = make(None)
-    unread = queries(rows - 1, rows) + (rows - 1) * 2 * width * inner
+    unread = queries(num_tokens - 1, num_tokens) + (num_tokens - 1) * 2 * width * inner
     assert count_macs(plain) - count_macs(plain, as_executed=True) == unread
     topk = make("topk")
     unread = queries(4, 5) + 4 * 2 * width * inner + queries(8, 17) + queries(4, 9)
-    # The query of CLS, which chooses, is projected once more, for the rows that stay.
+    # The query of CLS, which chooses, is projected once more, for the tokens that stay.
     assert count_macs(topk) - count_macs(topk, as_executed=True) == unread - 2 * width * width
 
 
@@ -215,13 +215,13 @@ def test_executed_macs_of_the_paper_model(method: str, ratio: float) -> None:
 @pytest.mark.parametrize(
     ("method", "queries", "outputs"), [("topk", [1, 9], [9]), ("evit", [17], [10]), ("tome", [17], [9])]
 )
-def test_rows_that_a_stage_computes(method: str, queries: list[int], outputs: list[int]) -> None:
-    """Top-k: CLS to choose by, then the queries of those chosen. EViT and ToMe sum rows: all of their queries, but the
+def test_tokens_that_a_stage_computes(method: str, queries: list[int], outputs: list[int]) -> None:
+    """Top-k: CLS to choose by, then the queries of those chosen. EViT and ToMe sum tokens: all of their queries, but the
     output projection of the sums alone."""
     model = make(method)
     attention = model.vit.layers[1].attention
-    assert rows_seen(attention.q_proj, lambda: model(images())) == queries
-    assert rows_seen(attention.o_proj, lambda: model(images())) == outputs
+    assert tokens_seen(attention.q_proj, lambda: model(images())) == queries
+    assert tokens_seen(attention.o_proj, lambda: model(images())) == outputs
 
 
 # Constants of a stage.

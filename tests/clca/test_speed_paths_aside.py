@@ -16,7 +16,7 @@ from clca import (
 )
 from clca.attention_clca import SelectedTokens
 from clca.reduction_base import ScoredPruning
-from tests.clca.speed import CACHE, count_onednn, every_method, make, rows_seen
+from tests.clca.speed import CACHE, count_onednn, every_method, make, tokens_seen
 from tests.helpers import images, labels
 
 
@@ -26,7 +26,7 @@ from tests.helpers import images, labels
 @pytest.mark.parametrize("recording", ["output_hidden_states", "output_attentions", "output_assignments"])
 @pytest.mark.parametrize("method", [None, "topk", "evit"])
 def test_records_are_complete(method: str | None, recording: str) -> None:
-    """Whoever records gets all rows of all layers, and the same logits."""
+    """Whoever records gets all tokens of all layers, and the same logits."""
     model = make(method, head="cla", **CACHE)
     with torch.no_grad():
         logits = model(images()).logits
@@ -40,7 +40,7 @@ def test_records_are_complete(method: str | None, recording: str) -> None:
 
 
 @every_method
-def test_the_backbone_alone_gives_all_rows(method: str | None) -> None:
+def test_the_backbone_alone_gives_all_tokens(method: str | None) -> None:
     """`last_hidden_state` of a call without the classifier; CLS of it is what the classifier reads."""
     model = make(method, **CACHE)
     with torch.no_grad():
@@ -60,7 +60,7 @@ LAST = "layers.4"
     "part", [LAST, f"{LAST}.mlp", f"{LAST}.mlp.fc1", f"{LAST}.layernorm_after", f"{LAST}.attention", "layernorm", ""]
 )
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
-def test_hooks_in_or_behind_the_last_layer_see_all_rows(part: str, kind: str) -> None:
+def test_hooks_in_or_behind_the_last_layer_see_all_tokens(part: str, kind: str) -> None:
     """Grad-CAM and the like put hooks there. What they see is not changed behind their back, either."""
     model = make("evit", **CACHE)
     seen: list[torch.Tensor] = []
@@ -73,7 +73,7 @@ def test_hooks_in_or_behind_the_last_layer_see_all_rows(part: str, kind: str) ->
     output.logits.sum().backward()
     assert seen[0].shape[1] == output.token_counts[-1]
     hook.remove()
-    assert rows_seen(model.vit.layers[-1].mlp.fc2, lambda: model(images())) == [
+    assert tokens_seen(model.vit.layers[-1].mlp.fc2, lambda: model(images())) == [
         output.token_counts[-1]
     ]  # itself a hook
 
@@ -87,7 +87,7 @@ def test_hooks_of_libraries_do_not_count() -> None:
         assert model.vit.shortcuts(for_head=True, recording=False).only_first
 
 
-def test_hooks_that_read_no_rows_do_not_count() -> None:
+def test_hooks_that_read_no_tokens_do_not_count() -> None:
     """A clock, say, which must not change what it measures."""
     model = make(None)
 
@@ -189,8 +189,8 @@ def test_the_switch_turns_all_of_them_off(method: str | None, monkeypatch: pytes
         with set_fast_paths(False):
             output = model(pixels)
             assert len(seen) == fast and set(layers) <= {layer for layer, _ in called}
-            rows = [count for layer, count in called if layer is model.vit.layers[-1].mlp.fc1]
-            assert rows == [output.token_counts[-1]]
+            tokens = [count for layer, count in called if layer is model.vit.layers[-1].mlp.fc1]
+            assert tokens == [output.token_counts[-1]]
             with set_fast_paths(True):
                 model(pixels)
             assert len(seen) == 2 * fast
@@ -207,10 +207,10 @@ def test_the_switch_turns_all_of_them_off(method: str | None, monkeypatch: pytes
 def test_gelu_in_place_is_switched(enabled: bool) -> None:
     """By the address of what the activation gives."""
     mlp, given = make(None).vit.layers[0].mlp, []
-    rows = torch.randn(2, 5, 16, dtype=torch.float64)
+    tokens = torch.randn(2, 5, 16, dtype=torch.float64)
     with torch.no_grad(), set_fast_paths(enabled), pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers_clca, "linear", lambda layer, x: given.append(layer(x)) or given[-1])
-        hidden = mlp.hidden(rows)
+        hidden = mlp.hidden(tokens)
     assert (hidden.data_ptr() == given[0].data_ptr()) is enabled
 
 
@@ -277,8 +277,8 @@ def test_methods_of_ones_own_keep_their_hooks() -> None:
             return state
 
         @classmethod
-        def count(cls, config, stage, num_rows, state):
-            return min(num_rows, 5)
+        def count(cls, config, stage, num_tokens, state):
+            return min(num_tokens, 5)
 
     register_reduction(Own)
     try:

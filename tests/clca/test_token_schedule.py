@@ -27,7 +27,7 @@ def test_schedule_of_the_docstring() -> None:
 
 
 def test_schedule_of_the_tiny_clca_model() -> None:
-    """66 rows; layer 1: 1 + 33 + 1, and 2 recalled; layer 3: 1 + 18 + 1, and 4; layer 4: 2 more."""
+    """66 tokens; layer 1: 1 + 33 + 1, and 2 retrieved; layer 3: 1 + 18 + 1, and 4; layer 4: 2 more."""
     config = tiny_config(
         image_size=64,
         num_hidden_layers=6,
@@ -51,7 +51,7 @@ def test_schedule_of_the_tiny_clca_model() -> None:
         ("dyvit", [20, 2, 1]),  # 1 + int(19.6), 1 + int(1.96), 1 + int(0.196)
         ("ats", [20, 2, 1]),  # K = 20, 2, 1 and 1 + (K - 1)
         ("dpcknn", [20, 6, 2]),  # 19; 1, but at least 5 before the last stage; 0, but at least 1
-        ("atc", [20, 2, 2]),  # 197 - 177, 20 - 18; 1 to go, but row 0 and one cluster stay
+        ("atc", [20, 2, 2]),  # 197 - 177, 20 - 18; 1 to go, but token 0 and one cluster stay
         ("pitome", [99, 50, 26]),  # 0.9 of 196, of 98 and of 49 to go, but half of them can
         ("mctf", [99, 50, 26]),
         ("tofu", [99, 81, 80]),
@@ -64,10 +64,10 @@ def test_schedule_of_the_tiny_clca_model() -> None:
     ],
 )
 def test_schedules_of_the_methods(method: str | None, after: list[int]) -> None:
-    """ViT-B/16 at 224 px and rate 0.1: 197 rows, and those that leave layers 3, 6 and 9."""
+    """ViT-B/16 at 224 px and rate 0.1: 197 tokens, and those that leave layers 3, 6 and 9."""
     schedule = token_schedule(base_config(reduction=method, keep_rate=0.1))
     assert [schedule.after[layer] for layer in (3, 6, 9)] == after
-    assert schedule.before[1:] == schedule.after  # nothing is recalled
+    assert schedule.before[1:] == schedule.after  # nothing is retrieved
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_schedule_of_another_image_size() -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_the_schedule_needs_no_model(method: str | None) -> None:
-    """One entry per layer, and never fewer rows than row 0."""
+    """One entry per layer, and never less than one token."""
     schedule = token_schedule(Case(method, "cache", "registers").config(keep_rate=0.05))
     assert len(schedule.before) == len(schedule.after) + 1 == TINY["num_hidden_layers"] + 1
     assert min(schedule.before) >= 1

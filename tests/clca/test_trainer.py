@@ -22,7 +22,7 @@ WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.h5")
 # Trainer.
 
 
-class Pictures(torch.utils.data.Dataset):
+class Photos(torch.utils.data.Dataset):
     """24 random images in three classes that a mean tells apart."""
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ def trainer(folder: Path, model: CLCAViTForImageClassification | None = None, **
     return Trainer(
         model=model,
         args=TrainingArguments(**(arguments | options)),
-        train_dataset=Pictures(),
-        eval_dataset=Pictures(),
+        train_dataset=Photos(),
+        eval_dataset=Photos(),
         compute_metrics=falling_score,
     )
 
@@ -163,4 +163,4 @@ def test_trainer_with_every_method(method: str | None, tmp_path: Path) -> None:
     run = trainer(tmp_path, model, max_steps=2, save_strategy="no", **{CHECKPOINTING: True})
     result = run.train()
     assert 0 < result.training_loss < 20
-    assert run.predict(Pictures()).predictions.shape == (24, 3)
+    assert run.predict(Photos()).predictions.shape == (24, 3)
