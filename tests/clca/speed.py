@@ -34,7 +34,7 @@ def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
 
 def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what oneDNN is called with, also by tiny layers."""
-    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(linear_clca, "_MIN_WEIGHTS", 0)
     seen: list[tuple[int, ...]] = []
     original = linear_clca._onednn_linear
 

@@ -60,9 +60,9 @@ def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("width", "calls"), [(192, 0), (256, 1)])
 def test_tiny_layers_stay_with_blas(width: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    fewest = linear_clca._FEWEST_WEIGHTS
+    fewest = linear_clca._MIN_WEIGHTS
     seen, layer = count_onednn(monkeypatch), nn.Linear(width, width)
-    monkeypatch.setattr(linear_clca, "_FEWEST_WEIGHTS", fewest)
+    monkeypatch.setattr(linear_clca, "_MIN_WEIGHTS", fewest)
     with torch.no_grad():
         linear(layer, torch.randn(1, 12, width))
     assert len(seen) == calls
