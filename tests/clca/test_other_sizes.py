@@ -183,7 +183,7 @@ def test_positions_are_never_random(ignore: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(1, 17, 16\).*8 x 8 patches.*config.json, which describes 26 positions"):
         CLCAViTForImageClassification.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=ignore)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no config.json that says its `image_size`"):
+    with pytest.raises(ValueError, match=r"no config.json .*`image_size`"):
         CLCAViTForImageClassification.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=ignore)
     fitting = CLCAViTForImageClassification.from_pretrained(tmp_path, config=CLCAViTConfig(**TINY))
     assert fitting.vit.embeddings.position_embeddings.shape[1] == 17
