@@ -62,7 +62,7 @@ def test_tokens_match_their_traces(case, layers) -> None:
 def test_assignments_of_another_grid_are_refused() -> None:
     model = tiny_model(reduction="topk", keep_rate=0.5)
     assignments = model(images(), output_assignments=True).assignments
-    with pytest.raises(ValueError, match="`assignments` of layer 1 take in 17 tokens, but 25 patches make 26"):
+    with pytest.raises(ValueError, match=r"`assignments` of layer 1 .*26.*25 patches, got 17"):
         trace_patches(assignments, model.config, 25)
     with pytest.raises(ValueError, match="one matrix per stage, 3 for `reduction`='topk', got 2"):
         trace_patches(assignments, tiny_config(reduction="topk", keep_rate=0.5, reduction_layers=[1, 2, 3]))
