@@ -181,8 +181,9 @@ class AttentionContext:
         return results
 
     def _may_give_output(self) -> bool:
-        """Whether the output may be computed with the weights: softmax attention with a standard kernel, no dropout,
-        no gradients, and one query per key."""
+        """Return whether the output may be computed together with the weights.
+
+        This requires softmax attention with a standard kernel, no dropout, no gradients, and one query per key."""
         attention = self.attention
         return (
             self.keeps_output

@@ -17,7 +17,7 @@ _enabled = True
 
 
 def fast_paths_enabled() -> bool:
-    """Whether fast paths may be taken, see `set_fast_paths`."""
+    """Return whether fast paths may be taken, see `set_fast_paths`."""
     return _enabled
 
 

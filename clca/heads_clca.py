@@ -163,17 +163,17 @@ class Head:
 
     @classmethod
     def reads_layers(cls) -> bool:
-        """Whether the head reads more than the output of the last layer."""
+        """Return whether the head reads more than the output of the last layer."""
         return cls.reads != "pooled"
 
     @classmethod
     def reads_only_cls(cls, config: "CLCAViTConfig") -> bool:
-        """Whether the head reads only CLS from the last layer."""
+        """Return whether the head reads only CLS from the last layer."""
         return cls.before_norm or (cls.reads == "pooled" and config.pooling == "cls")
 
     @classmethod
     def takes_rate(cls, config: "CLCAViTConfig") -> bool:
-        """Whether the classifier takes the keep rate of the forward pass as its second argument."""
+        """Return whether the classifier takes the keep rate of the forward pass as its second argument."""
         return False
 
     @classmethod

@@ -14,12 +14,12 @@ _HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed."
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether a module itself has a forward or backward hook."""
+    """Return whether a module itself has a forward or backward hook."""
     return any(getattr(module, kind) for kind in _KINDS)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module itself has a forward or backward hook, or a global module hook is registered.
+    """Return whether a module itself has a forward or backward hook, or a global module hook is registered.
 
     torch makes the same test before it calls only `forward`."""
     return bool(
@@ -46,7 +46,7 @@ class HookWatch:
         self._children: list[nn.Module | None] = []  # children of all parts, in order
 
     def __call__(self, module: nn.Module, *others: nn.Module) -> bool:
-        """Whether hooks observe `module` with all its submodules, or one of `others` without theirs.
+        """Return whether hooks observe `module` with all its submodules, or one of `others` without theirs.
 
         Hooks of libraries that move or record tensors are ignored, and hooks with an attribute `reads_no_rows`. While
         a graph is compiled, the answer is False."""

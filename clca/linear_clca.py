@@ -49,7 +49,7 @@ def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(hidden_states: torch.Tensor) -> bool:
-    """Whether the tensor is float32 on a CPU, and no tracer, mode or transform of torch is active."""
+    """Return whether the tensor is float32 on a CPU, and no tracer, mode or transform of torch is active."""
     return (
         fast_paths_enabled()
         and not torch.compiler.is_compiling()
@@ -66,7 +66,7 @@ def _is_plain(hidden_states: torch.Tensor) -> bool:
 
 
 def _is_plain_layer(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a linear layer has plain float32 weights that fit, and no hook or replaced `forward` observes its call.
+    """Return whether a linear layer has plain float32 weights that fit, and neither hooks nor a replaced `forward`.
 
     Quantized and distributed weights are of other classes. Offloading replaces `forward` on the layer itself."""
     return (

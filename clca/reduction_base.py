@@ -22,7 +22,7 @@ sufficient:
 | `before_mlp` | in a stage's layer, between attention and MLP; the default applies `merge_tokens` | glsf, tofu |
 | `observe` | in every layer's attention, once its keys exist | kmedoids, dmaws, edar, nfedar (the layer before a stage) |
 | `retrieved_value` | when the cache appends tokens | value of these tokens in each track |
-| `loss_terms` | with labels, in training | dyvit |
+| `loss_terms` | in training | dyvit |
 
 Base classes for groups of methods:
 
@@ -177,7 +177,7 @@ def _option_types(cls: type) -> dict[str, Any]:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a value has the type of an annotation: a class, a list, a union, or literals."""
+    """Return whether a value has the type of an annotation: a class, a list, a union, or literals."""
     if annotation in (inspect.Parameter.empty, Any):
         return True
     kind = get_origin(annotation) or annotation
@@ -193,7 +193,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _overrides(cls: type, base: type, name: str) -> bool:
-    """Whether a subclass, or another of its bases, overrides a method of `base`."""
+    """Return whether a subclass, or another of its bases, overrides a method of `base`."""
     return inspect.getattr_static(cls, name) is not inspect.getattr_static(base, name)
 
 
@@ -298,7 +298,7 @@ class TokenReduction(nn.Module):
 
     @classmethod
     def is_static(cls, config: "CLCAViTConfig") -> bool:
-        """Whether the model keeps the same number of tokens of every image: `static_shapes`, or an option that has
+        """Return whether the model keeps the same number of tokens of every image: `static_shapes`, or an option with
         this effect."""
         return cls.static_shapes
 
@@ -534,7 +534,7 @@ class ScoredPruning(TokenReduction):
 
     @classmethod
     def fuses(cls, config: "CLCAViTConfig") -> bool:
-        """Whether a stage fuses the tokens it drops into one: `fuse_rest` of its stages."""
+        """Return whether a stage fuses the tokens it drops into one: `fuse_rest` of its stages."""
         return cls.option(config, "fuse_rest") if "fuse_rest" in cls.option_types else cls.fuse_rest
 
     @classmethod

@@ -152,7 +152,7 @@ def test_load_and_dispatch(tmp_path: Path) -> None:
 
 
 def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`from_pretrained` builds the model on the meta device and never initialises what the file holds."""
+    """`from_pretrained` builds the model on the meta device and never initializes what the file holds."""
     model = variant_model("dyvit")
     model.save_pretrained(tmp_path)
     devices = []

@@ -1,4 +1,4 @@
-"""Assignments: which tokens made which."""
+"""Assignments: which share of each incoming token is in each new token."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,13 @@ from tests.helpers import CASES, Case, images, table, tiny_model
 
 
 reducing_case = pytest.mark.parametrize("case", table(c for c in CASES if c.method is not None), ids=str)
-# Methods whose new tokens are not sums of the tokens that come in.
+# Methods whose new tokens are not sums of the incoming tokens.
 TRANSFORMS_ITS_ROWS = {
     "patchmerger": "sums of normalized tokens",
     "sinkhorn": "sums of tokens of unit length",
     "tofu": "sums of tokens, made as long as the longest of them",
 }
-# The fused token is made with signed weights of any sum, which no shares can be.
+# The weights of the fused token may be negative and have any sum, so they are not shares.
 SHARES_ARE_NOT_WEIGHTS = {"glsf"}
 
 
@@ -52,7 +52,7 @@ def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, t
 
 @reducing_case
 def test_assignments_say_which_tokens_made_which(case: Case) -> None:
-    """One (B, M, N) per stage, not negative; times the tokens that came in it is the tokens that went out."""
+    """One non-negative matrix (B, M, N) per stage. Multiplied by the incoming tokens it gives the new tokens."""
     model = case.model()
     stages = [layer.reduction for layer in model.vit.layers if layer.reduction is not None]
     records = [watch(stage) for stage in stages]
@@ -70,7 +70,7 @@ def test_assignments_say_which_tokens_made_which(case: Case) -> None:
         ((tokens_in, tokens_out, reported),) = record
         assert torch.equal(reported, assignment)
         if case.method not in TRANSFORMS_ITS_ROWS:
-            real = assignment.sum(dim=-1, keepdim=True) > 0  # rows of zeros: pads, rows no longer attended to
+            real = assignment.sum(dim=-1, keepdim=True) > 0  # rows of zeros: padding and masked tokens
             assert real.float().mean() > 0.2
             if case.method in SHARES_ARE_NOT_WEIGHTS:
                 real[:, -1] = False
@@ -79,8 +79,8 @@ def test_assignments_say_which_tokens_made_which(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if issubclass(c.reduction, ScoredPruning)], ids=str)
 def test_pruning_assigns_one_hot_tokens(case: Case) -> None:
-    """Kept tokens are different tokens as they were; a fused token holds shares of all the others, less than one in sum
-    unless they were scaled to one."""
+    """Kept tokens are different unchanged tokens. A fused token holds shares of all others; their sum is below one unless
+    the weights are rescaled."""
     model = case.model()
     with torch.no_grad():
         output = model(images(), output_assignments=True)
@@ -98,7 +98,7 @@ def test_pruning_assigns_one_hot_tokens(case: Case) -> None:
 
 @pytest.mark.parametrize("method", ["topk", "evit"])
 def test_pruning_keeps_what_cls_attends_to(method: str) -> None:
-    """The kept rows, and the weights of the fused one, are those of the CLS row of the eager attention map."""
+    """Kept tokens and weights of the fused token follow from the row of CLS in the eager attention map."""
     model = Case(method, "cache", "registers").model()
     with torch.no_grad():
         output = model(images(), output_assignments=True, output_attentions=True)

@@ -15,7 +15,7 @@ from tests.helpers import checkpoint_activations, images, labels, tiny_model
 
 
 class MeanHead(AggregationHead):
-    """Aggregates as CLA does: a linear layer on the mean CLS, with a factor that it initialises itself."""
+    """Aggregates as CLA does: a linear layer on the mean CLS, with a factor that it initializes itself."""
 
     def __init__(self, config: CLCAViTConfig, num_labels: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_a_head_of_ones_own(
 
 
 def test_an_aggregating_head_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It initialises itself, gets the keep rate, refuses what it cannot serve, and needs CLS and classes."""
+    """It initializes itself, gets the keep rate, refuses what it cannot serve, and needs CLS and classes."""
     monkeypatch.setitem(HEADS, "own", MeanHead)
     model = tiny_model(head="own", reduction="evit", keep_rate=1.0)
     fresh = CLCAViTForImageClassification(model.config).classifier
@@ -169,7 +169,7 @@ def test_no_head_is_named_outside_its_class() -> None:
 def test_the_kernels_of_cla_are_not_drawn_as_those_of_wide_layers(
     from_hub: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in code from the Hub, of which transformers initialises only modules with parameters of their own."""
+    """Also in code from the Hub, of which transformers initializes only modules with parameters of their own."""
     monkeypatch.setattr(CLCAViTForImageClassification, "is_custom_code", lambda self: from_hub)
     weight = tiny_model(head="cla", initializer_range=0.02).classifier.aggregate.weight
     bound = weight.shape[-1] ** -0.5

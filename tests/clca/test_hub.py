@@ -52,7 +52,7 @@ def test_saved_and_loaded(method: str | None, tokens: str, tmp_path: Path) -> No
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                tensor.add_(0.01)  # so that no initialisation gives the same
+                tensor.add_(0.01)  # so that no initialization gives the same
     model.save_pretrained(tmp_path)
     for loader in (CLCAViTForImageClassification, AutoModelForImageClassification):
         loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)

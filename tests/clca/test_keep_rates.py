@@ -255,7 +255,7 @@ def test_training_at_a_rate_without_statistics_is_refused() -> None:
     assert model(images()).logits.isfinite().all()
 
 
-def test_an_elastic_model_is_saved_whole(tmp_path: Path) -> None:
+def test_a_model_for_several_keep_rates_is_saved_completely(tmp_path: Path) -> None:
     model = make(keep_rate=0.5, train_keep_rates=RATES)
     train(model, RATES)
     model.save_pretrained(tmp_path)

@@ -74,7 +74,7 @@ def test_a_stock_vit_in_a_clca_model(stock: tuple[Path, ViTForImageClassificatio
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_stock_vit_with_every_method(method: str | None, stock: tuple[Path, ViTForImageClassification]) -> None:
-    """What is missing belongs to the method; its parameters are initialised."""
+    """What is missing belongs to the method; its parameters are initialized."""
     folder, model = stock
     ours, info = CLCAViTForImageClassification.from_pretrained(
         folder, output_loading_info=True, reduction=method, keep_rate=0.5, reduction_layers=[1, 2]
