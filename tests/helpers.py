@@ -1,4 +1,4 @@
-"""Tiny models and the table of cases that several test files go through."""
+"""Tiny models and the table of cases that several test files use."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -84,7 +84,8 @@ CASES = [Case(m, c, t) for m in METHODS for c in CACHES for t in TOKENS if (c, t
 
 
 def first_of_families() -> Iterable[str | None]:
-    """Of methods with the same base, the first. The others differ from it in what they choose, not in the code around that."""
+    """Yield the first method of each base class. The others differ from it in what they choose, not in the surrounding
+    code."""
     families = set()
     for method in METHODS:
         family = None if method is None else REDUCTIONS[method].__mro__[1]
@@ -97,8 +98,8 @@ FIRST_OF_FAMILIES = frozenset(first_of_families())
 
 
 def pairs() -> Iterable[Case]:
-    """Cases that bring the first method of each family together with each cache and with each kind of tokens, and each cache
-    with each kind. The other methods of a family have every second of them."""
+    """Yield cases that combine the first method of each family with each cache and each kind of tokens, and each cache
+    with each kind of tokens. The other methods of a family get every second combination."""
     caches = list(CACHES)
     for i, method in enumerate(METHODS):
         for j, tokens in enumerate(TOKENS):
@@ -117,8 +118,8 @@ def slow_unless(fast: Callable[[Any], bool], cases: Iterable[Any]) -> list[Any]:
 
 
 def table(cases: Iterable[Case]) -> list[Any]:
-    """For `parametrize`: PAIRS among the cases run in every test. What only all three of method, cache and tokens do
-    together is slow."""
+    """Return cases for `parametrize`. Those in PAIRS are always run; combinations of all three of method, cache and
+    tokens are slow."""
     return slow_unless(PAIRS.__contains__, cases)
 
 
@@ -131,18 +132,18 @@ def tiny_model(**changes: Any) -> CLCAViTForImageClassification:
 
 
 def variant_model(variant: str) -> CLCAViTForImageClassification:
-    """One of VARIANTS in float32."""
+    """Return one of VARIANTS in float32."""
     return tiny_model(**VARIANTS[variant]).float()
 
 
 def build(config: CLCAViTConfig) -> CLCAViTForImageClassification:
-    """A float64 model in evaluation mode, the same for the same configuration."""
+    """Return a float64 model in evaluation mode, always with the same weights for the same configuration."""
     torch.manual_seed(0)
     return CLCAViTForImageClassification(config).double().eval()
 
 
 def images(count: int = 3, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
-    """Random images (count, 3, height, width), float64."""
+    """Return random images (count, 3, height, width), float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, height, width, generator=generator, dtype=torch.float64)
 

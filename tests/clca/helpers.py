@@ -1,4 +1,4 @@
-"""What several tests of models ask of them."""
+"""Helpers shared by tests of models."""
 
 import copy
 
@@ -21,7 +21,7 @@ NO_EFFECT = {
 def loss_and_gradients(
     model: CLCAViTForImageClassification, count: int = 4
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Loss and gradients of one training step, always with the same random draws."""
+    """Return loss and gradients of one training step, with fixed random draws."""
     model.train()
     model.zero_grad()
     torch.manual_seed(7)

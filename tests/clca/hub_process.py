@@ -40,7 +40,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def make_model(rate: float) -> torch.nn.Module:
-    """A model whose weights, too, depend on the rate."""
+    """Return a model whose weights also depend on the keep rate."""
     from tests.helpers import tiny_model
 
     clca = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
@@ -52,7 +52,7 @@ def make_model(rate: float) -> torch.nn.Module:
 
 
 def push_without_token() -> dict[str, object]:
-    """First of all, while the repository does not exist."""
+    """Push without a token, before the repository exists."""
     try:
         make_model(0.5).push_to_hub(MODEL, token="hf_wrong")
     except Exception as error:
@@ -93,7 +93,7 @@ def push_model_processor_and_card() -> dict[str, object]:
 
 
 def push_keep_rates() -> dict[str, object]:
-    """Several keep rates of one model as branches; the code of the first one is marked there."""
+    """Push several keep rates of one model as branches. The code of the first one is marked there."""
     from huggingface_hub import HfApi
 
     for rate in RATES:
@@ -109,7 +109,7 @@ def push_keep_rates() -> dict[str, object]:
 
 
 def train_from_the_hub() -> dict[str, object]:
-    """The script begins with a branch of the model and pushes what it made."""
+    """Train with the script from a branch of the model, and push the result."""
     import yaml
 
     import run_ufgir
@@ -148,7 +148,7 @@ def train_from_the_hub() -> dict[str, object]:
 
 
 class NoPackage:
-    """Hides the package, should it be installed."""
+    """Hide the package if it is installed."""
 
     hidden = ("clca", "ufgir", "modeling_clca", "configuration_clca", "run_ufgir")
 
@@ -188,7 +188,7 @@ def auto_classes() -> dict[str, object]:
 
 
 def refuse_unknown_code() -> dict[str, object]:
-    """The user did not agree to run code."""
+    """The user does not agree to run code."""
     from transformers import AutoModelForImageClassification
 
     return error_of(lambda: AutoModelForImageClassification.from_pretrained(MODEL, trust_remote_code=False))
@@ -202,7 +202,7 @@ def classify() -> dict[str, object]:
 
 
 def load_revisions() -> dict[str, object]:
-    """Branches, a tag and a commit, all in one process."""
+    """Load branches, a tag and a commit in one process."""
     published = json.loads((folder / "publish.json").read_text(encoding="utf-8"))
     revisions = [*map(branch, RATES), "v1.0", published["push_model_processor_and_card"]["first"]]
     found = {}
@@ -215,7 +215,7 @@ def load_revisions() -> dict[str, object]:
 
 
 def load_without_asking() -> dict[str, object]:
-    """From the cache, once it is there."""
+    """Load from the cache."""
     logits["cached"] = logits_of(load(local_files_only=True))
     return {}
 
@@ -253,7 +253,8 @@ def errors() -> dict[str, object]:
 
 
 def push_again() -> dict[str, object]:
-    """Without the package, code and all: the same branch then gives the new weights, an old commit the old ones."""
+    """Push without the package, including code. The branch then returns the new weights and an old commit the old
+    ones."""
     model = load()
     with torch.no_grad():
         model.vit.layernorm.bias.add_(1.0)

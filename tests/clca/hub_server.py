@@ -1,5 +1,6 @@
-"""A small stand-in for the Hub: the part of its HTTP API that huggingface_hub's client needs to create, fill and read model
-repositories with branches and tags. Everything is in memory, on 127.0.0.1, and gone when it stops."""
+"""Minimal local Hub: the part of the HTTP API that huggingface_hub's client needs to create, fill and read model
+repositories with branches and tags. Everything is in memory, on 127.0.0.1, and lost when it stops.
+"""
 
 import base64
 import hashlib
@@ -47,7 +48,7 @@ class Repository:
 
 
 class Refusal(Exception):
-    """An answer other than success."""
+    """An HTTP error response."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -55,7 +56,7 @@ class Refusal(Exception):
 
 
 class HubServer:
-    """`with HubServer() as hub:` serves at `hub.url`. What clients asked for is in `hub.requests`."""
+    """Serve at `hub.url` inside `with HubServer() as hub:`. `hub.requests` lists the requests of clients."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}

@@ -13,7 +13,7 @@ from unittest import mock
 
 
 class NoPackage:
-    """Hides the package, should it be installed."""
+    """Hide the package if it is installed."""
 
     hidden = ("clca", "ufgir", "modeling_clca", "configuration_clca")
 
@@ -83,8 +83,10 @@ def load_backbone() -> dict[str, object]:
 
 
 def load_feature_maps() -> dict[str, object]:
-    """AutoBackbone takes a backbone with feature maps out of a saved classifier. It asks the Hub about its argument, even about a
-    folder, which the Hub refuses: here the answer is yes."""
+    """Load a backbone with feature maps from a saved classifier by AutoBackbone.
+
+    AutoBackbone asks the Hub about its argument, even about a local folder, which the Hub refuses. Here the request
+    succeeds."""
     with mock.patch.object(HfApi, "repo_exists", return_value=True):
         backbone = AutoBackbone.from_pretrained(folder / "one", trust_remote_code=True, out_indices=[2, 5]).eval()
     with torch.no_grad():
@@ -96,7 +98,7 @@ def load_feature_maps() -> dict[str, object]:
 
 
 def load_second() -> dict[str, object]:
-    """A model with other code, beside the first."""
+    """Load a model with different code in the same process."""
     second = load("two")
     first = loaded["one"]
     with torch.no_grad():
@@ -105,7 +107,7 @@ def load_second() -> dict[str, object]:
 
 
 def save_again() -> dict[str, object]:
-    """A remotely loaded model is saved with its code, twice over."""
+    """Save a remotely loaded model with its code, twice in a row."""
     loaded["one"].save_pretrained(folder / "three")
     load("three").save_pretrained(folder / "four")
     model = load("four")
@@ -125,7 +127,7 @@ def overrides() -> dict[str, object]:
 
 
 def other_size() -> dict[str, object]:
-    """At another image size, position embeddings are resampled by the code beside the model."""
+    """At another image size, the code saved with the model resamples the position embeddings."""
     model, info = AutoModelForImageClassification.from_pretrained(
         folder / "one", trust_remote_code=True, image_size=48, output_loading_info=True
     )
@@ -145,7 +147,7 @@ def package_was_absent() -> dict[str, object]:
 
 
 def import_package() -> dict[str, object]:
-    """The package is imported after all; its own class then loads the same folder."""
+    """Import the package after all. Its own class then loads the same folder."""
     sys.meta_path.remove(blocker)
     sys.path.insert(0, repository)
     import clca

@@ -1,4 +1,4 @@
-"""A saved model's names, and what it says."""
+"""File names and logits of a saved model."""
 
 from pathlib import Path
 

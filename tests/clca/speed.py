@@ -1,4 +1,4 @@
-"""Models whose shortcuts are looked at, and what runs in them."""
+"""Models to test fast paths with, and functions that record what runs in them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
-    """A model with biases that are not zero, as a trained one has them."""
+    """Return a model with nonzero biases, like a trained one."""
     model = tiny_model(**options | ({"reduction": method, "keep_rate": 0.5} if method else {}))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
 
 
 def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what oneDNN is called with, also by tiny layers."""
+    """Record the shapes that oneDNN is called with, also by tiny layers."""
     monkeypatch.setattr(linear_clca, "_MIN_WEIGHTS", 0)
     seen: list[tuple[int, ...]] = []
     original = linear_clca._onednn_linear
@@ -47,7 +47,7 @@ def count_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def tokens_seen(module: nn.Module, call: Callable[[], Any]) -> list[int]:
-    """Tokens (B, N, D) that a module is called with."""
+    """Record the number of tokens (B, N, D) that a module is called with."""
     seen: list[int] = []
     hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     call()

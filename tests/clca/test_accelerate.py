@@ -1,4 +1,4 @@
-"""accelerate: models loaded in lower precision, without memory for two copies, or with a part left on the disk."""
+"""accelerate: models loaded in lower precision, without memory for two copies, or with a part on the disk."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 
 
 def device_map(model: CLCAViTForImageClassification, *on_disk: str) -> dict[str, str]:
-    """Every module below `vit` on the CPU but those named, which stay on the disk."""
+    """Return a device map with the named modules below `vit` on the disk and the others on the CPU."""
     modules = [f"vit.{name}" for name, _ in model.vit.named_children() if name != "layers"]
     modules += [f"vit.layers.{i}" for i in range(len(model.vit.layers))] + ["classifier"]
     assert set(on_disk) <= set(modules)
@@ -36,14 +36,14 @@ def device_map(model: CLCAViTForImageClassification, *on_disk: str) -> dict[str,
 
 
 def stays_on_disk(model: nn.Module) -> set[str]:
-    """Names of the parameters that hold no data between forwards."""
+    """Return the names of the parameters that hold no data between forward passes."""
     return {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_on_the_disk(variant: str, tmp_path: Path) -> None:
-    """`from_pretrained(device_map=...)` with three layers on the disk, stages among them: equal logits, twice, and nothing of
-    those layers stays in memory."""
+    """`from_pretrained(device_map=...)` with three layers on the disk, including stages: logits are equal, twice, and
+    no weights of those layers stay in memory."""
     model = variant_model(variant)
     model.save_pretrained(tmp_path / "model")
     placed = device_map(model, "vit.layers.0", "vit.layers.1", "vit.layers.2")
@@ -61,7 +61,7 @@ def test_layers_on_the_disk(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["evit", "tome", "dpcknn", "sinkhorn", "vqt", "map"])
 def test_everything_on_the_disk(variant: str, tmp_path: Path) -> None:
-    """Embeddings, final norm, pooling and head as well: equal logits, and the whole can be saved again."""
+    """The same with embeddings, final norm, pooling and head on the disk. The model can be saved again."""
     model = variant_model(variant)
     model.save_pretrained(tmp_path / "model")
     placed = dict.fromkeys(device_map(model), "disk")
@@ -76,7 +76,7 @@ def test_everything_on_the_disk(variant: str, tmp_path: Path) -> None:
 
 
 def test_assignments_of_an_offloaded_model(tmp_path: Path) -> None:
-    """What a model reports beside its logits is the same."""
+    """Reports other than logits are the same."""
     model = variant_model("dpcknn")
     model.save_pretrained(tmp_path / "model")
     offloaded = CLCAViTForImageClassification.from_pretrained(
@@ -93,7 +93,7 @@ def test_assignments_of_an_offloaded_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["evit", "tome", "dpcknn", "dyvit", "vqt"])
 def test_no_layer_is_split(variant: str) -> None:
-    """An automatic device map cuts between layers and never through one, nor through the embeddings."""
+    """An automatic device map cuts between layers, never within a layer or the embeddings."""
     model = variant_model(variant)
     sizes = compute_module_sizes(model)
     layer = max(size for name, size in sizes.items() if name.count(".") == 2 and name.startswith("vit.layers."))
@@ -106,7 +106,7 @@ def test_no_layer_is_split(variant: str) -> None:
 
 
 def test_modules_that_must_not_be_split_cover_every_layer() -> None:
-    """Subclasses of the layer, too: accelerate compares class names."""
+    """Subclasses of the layer are listed, too, because accelerate compares class names."""
     for variant in VARIANTS:
         model = variant_model(variant)
         assert all(type(layer).__name__ in model._no_split_modules for layer in model.vit.layers), variant
@@ -114,7 +114,7 @@ def test_modules_that_must_not_be_split_cover_every_layer() -> None:
 
 
 def test_dispatch_of_a_model_in_memory(tmp_path: Path) -> None:
-    """accelerate's own function on a model that was never saved."""
+    """accelerate's own function works on a model that was never saved."""
     model = variant_model("evit")
     expected = logits_of(model)
     dispatched = dispatch_model(
@@ -125,7 +125,7 @@ def test_dispatch_of_a_model_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_empty_weights(variant: str, tmp_path: Path) -> None:
-    """Built without memory, then filled from a file: no step needs values of parameters or buffers."""
+    """A model built on the meta device and filled from a file works: no step needs values of parameters or buffers."""
     model = variant_model(variant)
     model.save_pretrained(tmp_path)
     with init_empty_weights(include_buffers=False):
@@ -136,7 +136,7 @@ def test_empty_weights(variant: str, tmp_path: Path) -> None:
 
 
 def test_load_and_dispatch(tmp_path: Path) -> None:
-    """accelerate's way to load: empty weights, a checkpoint, a device map with a part on the disk."""
+    """accelerate's own loading works: empty weights, a checkpoint, and a device map with a part on the disk."""
     model = variant_model("tome")
     model.save_pretrained(tmp_path / "model")
     with init_empty_weights(include_buffers=False):
@@ -152,7 +152,7 @@ def test_load_and_dispatch(tmp_path: Path) -> None:
 
 
 def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`from_pretrained` builds the model on the meta device and never initializes what the file holds."""
+    """`from_pretrained` builds the model on the meta device and does not initialize weights that are in the file."""
     model = variant_model("dyvit")
     model.save_pretrained(tmp_path)
     devices = []
@@ -171,8 +171,8 @@ def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16(variant: str, tmp_path: Path) -> None:
-    """`dtype=torch.bfloat16`: every parameter is, the logits are near the float32 ones, and the model saves and reloads as it
-    is; float32 pixels are welcome."""
+    """With `dtype=torch.bfloat16` all parameters have this dtype, logits are close to those in float32, and the model
+    can be saved and reloaded. float32 pixels are accepted."""
     model = variant_model(variant)
     model.save_pretrained(tmp_path / "model")
     half = CLCAViTForImageClassification.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
@@ -186,7 +186,7 @@ def test_bfloat16(variant: str, tmp_path: Path) -> None:
 
 
 def test_bfloat16_without_reduction_is_near(tmp_path: Path) -> None:
-    """Without a discrete choice of tokens, bfloat16 costs what its eight bits cost."""
+    """Without discrete choices of tokens, the error of bfloat16 is as large as its eight bits imply."""
     model = tiny_model(**CLCA, initializer_range=0.02).float()
     model.save_pretrained(tmp_path)
     half = CLCAViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -195,7 +195,7 @@ def test_bfloat16_without_reduction_is_near(tmp_path: Path) -> None:
 
 
 def test_bfloat16_on_the_disk(tmp_path: Path) -> None:
-    """Both at once."""
+    """bfloat16 and layers on the disk at the same time."""
     model = variant_model("evit")
     model.save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"dtype": torch.bfloat16}

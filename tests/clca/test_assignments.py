@@ -26,7 +26,7 @@ SHARES_ARE_NOT_WEIGHTS = {"glsf"}
 
 
 def watch(reduction: TokenReduction) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Record (tokens in, tokens out, assignment) of a stage, wherever in the layer it acts."""
+    """Record (incoming tokens, new tokens, assignment) of a stage, whichever hook it uses."""
     seen = []
 
     def watch_hook(name: str) -> None:

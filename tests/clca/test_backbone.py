@@ -1,4 +1,4 @@
-"""The backbone: its options, sizes of images, what it refuses, and that without options it is a ViT."""
+"""Backbone: its options, image sizes, refused arguments, and equality with a ViT if no option is set."""
 
 import re
 from typing import Any
@@ -33,7 +33,7 @@ from tests.helpers import CASES, METHODS, TINY, Case, images, labels, tiny_model
     ids=str,
 )
 def test_backbone_options(changes: dict[str, Any], parameters: list[str]) -> None:
-    """Each has its parameters, which train, and an effect."""
+    """Each option adds parameters that train and changes the result."""
     plain, model = tiny_model(), tiny_model(**changes)
     names = {name for name, _ in model.named_parameters()}
     assert all(any(name.endswith(p) for name in names) for p in parameters)
@@ -57,7 +57,7 @@ def test_layer_scale_starts_at_its_value() -> None:
 
 
 def test_swiglu_by_hand() -> None:
-    """silu(W1 x) * (W2 x), projected back."""
+    """The result is W3(silu(W1 x) * (W2 x))."""
     mlp = tiny_model(use_swiglu_ffn=True).vit.layers[0].mlp
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     gate = x @ mlp.gate_proj.weight.T + mlp.gate_proj.bias
@@ -67,7 +67,8 @@ def test_swiglu_by_hand() -> None:
 
 @pytest.mark.parametrize("prefix_positions", [True, False])
 def test_what_has_positions(prefix_positions: bool) -> None:
-    """`[CLS | registers | patches | CLR]`: patches have positions, the others where the option says so."""
+    """In `[CLS | registers | patches | CLR]`, patches always have position embeddings, the others if the option is
+    set."""
     model = tiny_model(num_register_tokens=2, num_clr_tokens=1, prefix_position_embeddings=prefix_positions)
     embeddings = model.vit.embeddings
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_clr_start_as_cls() -> None:
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (24, 56), (16, 16)])
 @pytest.mark.parametrize("case", [Case("evit", "clca", "registers"), Case(None, "plain", "cls")], ids=str)
 def test_other_image_sizes(case: Case, height: int, width: int) -> None:
-    """Counts follow the real number of patches, images of a batch stay apart."""
+    """Token counts follow the actual number of patches, and images of a batch do not affect each other."""
     model = case.model()
     pixels = images(2, height, width)
     with torch.no_grad():
@@ -122,7 +123,8 @@ def test_every_method_takes_a_non_square_image(method: str | None) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 48), (24, 56)])
 def test_interpolated_positions_are_those_of_the_stock_vit(height: int, width: int) -> None:
-    """With weights of a stock ViT: the same logits for another size, and no change for the model's own."""
+    """With weights of a stock ViT, logits at another image size are equal, and at the model's own size nothing
+    changes."""
     stock, model = stock_and_ours()
     pixels = images(2, height, width).float()
     with torch.no_grad():
@@ -158,13 +160,13 @@ def test_wrong_pixels_are_refused(pixels: torch.Tensor | None, options: dict[str
 
 
 def test_an_unknown_argument_is_refused() -> None:
-    """It would vanish among the options of the attention kernel otherwise."""
+    """Otherwise it would be passed to the attention kernel and ignored there."""
     with pytest.raises(ValueError, match="Did you mean `output_assignments`"):
         tiny_model()(images(), output_assigments=True)
 
 
 def test_a_head_mask_may_be_none() -> None:
-    """As older scripts pass it; a mask would have no effect."""
+    """Older scripts pass `head_mask=None`. A real mask would have no effect, so it is refused."""
     model = tiny_model()
     for part, field in ((model, "logits"), (model.vit, "last_hidden_state")):
         expected = part(images())[field]
@@ -174,7 +176,7 @@ def test_a_head_mask_may_be_none() -> None:
 
 
 def test_an_attention_mask_is_refused() -> None:
-    """Tokens move, a mask over positions cannot follow them."""
+    """A mask over positions cannot follow tokens that move."""
     with pytest.raises(ValueError, match="`attention_mask`"):
         tiny_model()(images(), attention_mask=torch.ones(3, 17))
 
@@ -183,7 +185,7 @@ def test_an_attention_mask_is_refused() -> None:
 
 
 def stock_and_ours(**changes: Any) -> tuple[ViTForImageClassification, CLCAViTForImageClassification]:
-    """A stock ViT with lively random weights, and ours with the same."""
+    """Return a stock ViT with random weights, and our model with the same weights."""
     shared = {k: v for k, v in TINY.items() if k != "reduction_layers"} | {"layer_norm_eps": 1e-12} | changes
     torch.manual_seed(0)
     stock = ViTForImageClassification(ViTConfig(**shared)).eval()
@@ -200,7 +202,7 @@ def stock_and_ours(**changes: Any) -> tuple[ViTForImageClassification, CLCAViTFo
     "changes", [{}, {"qkv_bias": False}, {"hidden_act": "gelu_new"}, {"image_size": [24, 40]}], ids=str
 )
 def test_without_options_it_is_a_vit(changes: dict[str, Any], attention: str) -> None:
-    """The stock model's logits, loss, hidden states and attention maps, with its weights."""
+    """Logits, loss, hidden states and attention maps equal those of the stock model with the same weights."""
     stock, model = stock_and_ours(**changes)
     stock.set_attn_implementation(attention)
     model.set_attn_implementation(attention)
@@ -219,7 +221,7 @@ def test_without_options_it_is_a_vit(changes: dict[str, Any], attention: str) ->
 
 
 def test_the_backbone_is_a_vit_model() -> None:
-    """Last hidden state after the final norm, and CLS of it as what is pooled."""
+    """It returns the last hidden state after the final norm, and pools CLS of it."""
     stock, model = stock_and_ours()
     with torch.no_grad():
         expected = stock.vit(images().float()).last_hidden_state
@@ -232,7 +234,7 @@ def test_the_backbone_is_a_vit_model() -> None:
 
 
 def test_flex_attention() -> None:
-    """Forward only: flex attention has no backward on the CPU."""
+    """Only the forward pass is tested, because flex attention has no backward pass on a CPU."""
     model = Case("evit", "clca", "cls").model().float()
     pixels = images().float()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling it takes half a minute
@@ -246,7 +248,7 @@ def test_flex_attention() -> None:
 
 
 class Kernel:
-    """An attention function that counts its calls and the masks it was given."""
+    """Attention function that counts its calls and records the masks."""
 
     def __init__(self) -> None:
         self.masks: list[torch.Tensor | None] = []
@@ -260,7 +262,7 @@ class Kernel:
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens == "cls" and c.cache != "plain"], ids=str)
 @pytest.mark.parametrize("name", ["kernel_of_a_test", "flash_of_a_test"])
 def test_any_registered_kernel_is_used(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All layers go through transformers' interface, save that a flash kernel is not handed a mask."""
+    """All layers use transformers' attention interface, but a flash kernel never receives a mask."""
     kernel = Kernel()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, kernel)
     model = case.model()

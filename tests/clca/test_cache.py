@@ -1,4 +1,4 @@
-"""The cross-layer cache: what is stored and retrieved, in any stage and depth."""
+"""Cross-layer cache: what is stored and retrieved, for all stages and depths."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ from tests.helpers import METHODS, images, labels, tiny_model
 
 
 def counts(**changes: Any) -> list[int]:
-    """Token counts of a forward that also gave finite logits and gradients to all that should train."""
+    """Return the token counts of a forward pass, after checking that logits and the gradients of all trainable
+    parameters are finite."""
     model = tiny_model(**changes)
     output = model(images(), labels=labels())
     assert output.logits.isfinite().all()
@@ -47,7 +48,7 @@ def test_cache_where_nothing_was_cached_yet(changes: dict[str, Any], expected: l
 @pytest.mark.parametrize("head", ["cla", "ifa"])
 @pytest.mark.parametrize("layers", [[4], [1, 4], [0, 1, 2, 3, 4]], ids=str)
 def test_heads_with_a_stage_in_the_last_layer(head: str, layers: list[int]) -> None:
-    """CLS of the last layer is read once, also where it holds a stage."""
+    """CLS of the last layer is read once even if that layer holds a stage."""
     counts(**TOPK_CACHE | {"reduction_layers": layers, "head": head})
     model = tiny_model(**TOPK_CACHE | {"reduction_layers": layers, "head": head})
     output = model.vit(images(), output_hidden_states=True)
@@ -59,7 +60,8 @@ def test_heads_with_a_stage_in_the_last_layer(head: str, layers: list[int]) -> N
 @pytest.mark.parametrize("head", ["linear", "cla", "ifa"])
 @pytest.mark.parametrize("depth", [2, 3, 4, 5, 6, 12])
 def test_cache_and_heads_without_reduction(depth: int, head: str) -> None:
-    """At any depth: two cached tokens per layer come back after layer 0 (nothing yet) and the last but one."""
+    """At any depth, two tokens per cached layer are retrieved after the second-to-last layer, and none after
+    layer 0."""
     changes = {"cross_layer_cache": True, "num_clr_tokens": 1, "reduction_layers": [0], "head": head}
     expected = [18] * (depth - 1) + [18 + 2 * (depth - 2)] * 2
     assert counts(num_hidden_layers=depth, **changes) == expected
@@ -85,7 +87,7 @@ def test_a_single_layer(method: str | None, head: str) -> None:
 
 
 def cache_entry(model: CLCAViTForImageClassification, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """What a layer before the first retrieval caches, by the definition, as single tokens (B, D)."""
+    """Compute what a layer before the first retrieval caches by definition, as single tokens (B, D)."""
     config = model.config
     gap_tokens = hidden_states if config.cache_pool_cls else hidden_states[:, 1:]
     if config.num_clr_tokens and not config.cache_pool_clr:
@@ -100,7 +102,7 @@ def cache_entry(model: CLCAViTForImageClassification, hidden_states: torch.Tenso
 @pytest.mark.parametrize("pool_clr", [False, True])
 @pytest.mark.parametrize(("gap", "clr"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 3)])
 def test_what_is_cached_and_retrieved(gap: bool, clr: int, pool_cls: bool, pool_clr: bool) -> None:
-    """The tokens retrieved after layer 2 are the GAP and CLR of the layers 0 and 1, oldest first."""
+    """The tokens retrieved after layer 2 are the GAP and CLR of layers 0 and 1, oldest first."""
     model = tiny_model(
         cross_layer_cache=True,
         cache_gap=gap,
@@ -138,7 +140,7 @@ def test_the_second_retrieval_pools_all_but_the_newest_tokens() -> None:
 
 
 def test_cache_options_change_the_result() -> None:
-    """No option is without effect."""
+    """Every option has an effect."""
     base = {"cross_layer_cache": True, "num_clr_tokens": 1, "reduction_layers": [2]}
     changes: list[dict[str, Any]] = [
         {},

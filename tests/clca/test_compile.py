@@ -1,4 +1,6 @@
-"""torch.compile takes every method whole: one graph for all batch sizes, without a break, in evaluation and training."""
+"""torch.compile compiles every method into one graph for all batch sizes, without graph breaks, in evaluation and
+training.
+"""
 
 import logging
 from typing import Any
@@ -32,12 +34,13 @@ def make(method: str | None, **options: Any) -> CLCAViTForImageClassification:
 
 
 def compiled(model: torch.nn.Module, backend: str = "eager") -> Any:
-    """Traced whole, or an error. The backend `eager` runs what was traced as it is: tracing alone is looked at here."""
+    """Compile with `fullgraph=True` and the backend `eager`, which executes the traced graph unchanged: only tracing
+    is tested."""
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
 def batch(count: int, seed: int = 1) -> torch.Tensor:
-    """Images whose number is not a constant to the compiler."""
+    """Return images whose number is not a constant for the compiler."""
     pixels = images(count, seed=seed)
     torch._dynamo.mark_dynamic(pixels, 0)
     return pixels
@@ -62,7 +65,7 @@ def test_one_graph_for_every_batch_size(method: str | None) -> None:
 # The other methods' graphs are those of evaluation, and autograd through their operations is that of every training.
 @pytest.mark.parametrize("method", slow_unless([None, "ats", "dyvit", "sit", "tome"].__contains__, METHODS), ids=str)
 def test_one_graph_for_a_training_step(method: str | None) -> None:
-    """Ahead-of-time autograd included: the same loss and gradients."""
+    """Loss and gradients are equal, including ahead-of-time autograd."""
     model = make(method).train()
     fast = compiled(model, "aot_eager")
     results = []
@@ -80,7 +83,8 @@ def test_one_graph_for_a_training_step(method: str | None) -> None:
 
 @pytest.mark.parametrize("method", slow_unless(["topk", "heuristic"].__contains__, ["topk", "ats", "heuristic"]))
 def test_a_graph_for_every_budget(method: str) -> None:
-    """Shapes, or which patches are seen, follow the keep rate: one more graph for each, none for a rate that came before."""
+    """Shapes and masks depend on the keep rate, so each new rate compiles one more graph. A previous rate compiles
+    none."""
     model = make(method, train_keep_rates=[0.25, 0.5, 1.0])
     fast = compiled(model)
     with torch.no_grad():
@@ -94,7 +98,7 @@ def test_a_graph_for_every_budget(method: str) -> None:
 
 
 def test_the_default_compiler_says_the_same() -> None:
-    """Not traced alone, but compiled, as `torch.compile(model)` does it."""
+    """The default backend of `torch.compile(model)` returns the same logits."""
     model = make("evit").float()
     with torch.no_grad():
         pixels = images(2).float()
@@ -102,7 +106,7 @@ def test_the_default_compiler_says_the_same() -> None:
 
 
 def test_shortcuts_are_compiled_too() -> None:
-    """What nobody reads is not in the graph; hooks, which a compiler cannot follow, do not bring it back."""
+    """Skipped computations are not in the graph. Hooks, which the compiler does not trace, do not bring them back."""
     model, seen = make("evit"), []
     fc2 = model.vit.layers[-1].mlp.fc2
     forward = fc2.forward

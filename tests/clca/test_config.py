@@ -1,4 +1,4 @@
-"""The configuration: what it refuses and what it stores."""
+"""Configuration: which values it refuses and how it stores them."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ refused = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a saved tiny model."""
+    """Return the folder of a saved tiny model."""
     folder = tmp_path_factory.mktemp("saved")
     build(tiny_config()).save_pretrained(folder)
     return folder
@@ -113,14 +113,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @refused
 def test_refused_at_construction(changes: dict[str, Any], name: str) -> None:
-    """A ValueError that names the argument in back-ticks."""
+    """A ValueError names the argument in back-ticks."""
     with pytest.raises(ValueError, match=f"`{name}`"):
         tiny_config(**changes)
 
 
 @refused
 def test_refused_when_a_model_is_built(changes: dict[str, Any], name: str) -> None:
-    """A value that is set on a valid configuration later is refused then, or when it would be used."""
+    """An invalid value that is set later is refused at once, or when a model is built."""
     config = tiny_config()
 
     def set_and_build() -> None:
@@ -134,7 +134,7 @@ def test_refused_when_a_model_is_built(changes: dict[str, Any], name: str) -> No
 
 @refused
 def test_refused_as_an_override_of_a_saved_model(changes: dict[str, Any], name: str, saved: Path) -> None:
-    """transformers does not look at values handed to `from_pretrained`."""
+    """transformers does not check values passed to `from_pretrained`."""
     with pytest.raises(ValueError, match=f"`{name}`"):
         CLCAViTForImageClassification.from_pretrained(saved, **changes)
 
@@ -193,14 +193,14 @@ def test_a_misspelt_override_of_a_saved_model_is_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize("key", ["auto_map", "name_or_path", "_name_or_path", "attn_implementation", "torch_dtype"])
 def test_keys_of_transformers_pass_at_construction(key: str) -> None:
-    """They come along from checkpoints and Auto loading."""
+    """Checkpoints and Auto classes pass them."""
     value = {"auto_map": {}, "attn_implementation": "eager", "torch_dtype": "float32"}
     assert tiny_config(**{key: value.get(key, "x")}).hidden_size == 16
 
 
 @pytest.mark.parametrize("key", ["top_k", "temperature", "prefix", "max_length", "pruned_heads", "use_cache"])
 def test_what_only_old_files_hold_is_refused_in_a_call(key: str) -> None:
-    """`top_k=8` would be an easy mistake for `keep_tokens`. A stock configuration, taken apart, passes."""
+    """`top_k=8` is an easy mistake for `keep_tokens`. The fields of a stock configuration are accepted."""
     with pytest.raises(ValueError, match=f"no argument `{key}`"):
         tiny_config(**{key: 8})
     assert CLCAViTConfig(**ViTConfig(hidden_size=24, num_attention_heads=2).to_dict()).hidden_size == 24
@@ -211,7 +211,8 @@ def test_what_only_old_files_hold_is_refused_in_a_call(key: str) -> None:
     [{"keep_rate": 0.25}, {"keep_tokens": [8, 4]}, {"keep_rate": [0.25, 0.5]}, {"reduction_layers": [2, 3]}],
 )
 def test_targets_of_other_keep_rates_do_not_stay(override: dict[str, Any], tmp_path: Path) -> None:
-    """DynamicViT's targets belong to the rates they came with; its other options stay, and so do targets that are given."""
+    """DynamicViT's targets are dropped when the keep rates they belong to change. Its other options are kept, and so
+    are targets that are passed explicitly."""
     kwargs = {"ratio_targets": [0.8, 0.64], "ratio_weight": 3.0}
     tiny_config(reduction="dyvit", keep_rate=0.8, reduction_kwargs=kwargs).save_pretrained(tmp_path)
     assert CLCAViTConfig.from_pretrained(tmp_path).reduction_kwargs == kwargs
@@ -221,7 +222,8 @@ def test_targets_of_other_keep_rates_do_not_stay(override: dict[str, Any], tmp_p
 
 
 def own(config: CLCAViTConfig) -> dict[str, Any]:
-    """All of `to_dict()`, but where transformers notes that a configuration came from, or that code lies beside it."""
+    """Return `to_dict()` without the entries in which transformers records where a configuration and its code come
+    from."""
     return {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "auto_map")}
 
 
@@ -232,7 +234,7 @@ def write_config(folder: Path, **changes: Any) -> None:
 
 
 def test_unknown_keys_of_a_file_are_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file of a newer version loads; what was not understood is said once."""
+    """A file of a newer version loads, with one warning about the unknown keys."""
     write_config(tmp_path, from_the_future=1, another_one={"a": 2})
     with caplog.at_level(logging.WARNING):
         config = CLCAViTConfig.from_pretrained(tmp_path)
@@ -324,7 +326,7 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("changes", [{}, {"keep_tokens": (8, 4), "reduction": "topk"}, EVERYTHING], ids=str)
 def test_a_round_trip_changes_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
-    """From Python to a file and back: equal `to_dict()`, from the class and from AutoConfig."""
+    """Saving and loading preserves `to_dict()`, with the class and with AutoConfig."""
     config = tiny_config(**changes)
     config.save_pretrained(tmp_path)
     assert own(CLCAViTConfig.from_pretrained(tmp_path)) == own(config)
@@ -370,7 +372,7 @@ def test_lists_are_not_shared() -> None:
 
 
 def test_the_defaults_fit_a_shallow_network() -> None:
-    """`reduction_layers` beyond the network harm nobody who does not use them."""
+    """Default `reduction_layers` beyond the last layer are allowed if they are not used."""
     config = CLCAViTConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=32)
     assert config.reduction_layers == [3, 6, 9]
     assert not config.uses_reduction_layers
@@ -378,7 +380,7 @@ def test_the_defaults_fit_a_shallow_network() -> None:
 
 
 def test_the_defaults_are_a_vit() -> None:
-    """All fields of `ViTConfig` with its defaults, no reduction, no cache, linear head on CLS."""
+    """The defaults are those of `ViTConfig`, without reduction and cache, and with a linear head on CLS."""
     ours, stock = CLCAViTConfig().to_dict(), ViTConfig().to_dict()
     differing = {key for key, value in stock.items() if ours[key] != value}
     assert differing == {"model_type"}
@@ -394,6 +396,6 @@ def test_options_of_every_method_survive(method: str, tmp_path: Path) -> None:
 
 
 def test_no_layerscale_written_as_zero(tmp_path: Path) -> None:
-    """As files of the original's options may have it. In a call it is refused."""
+    """Files with options of the original may contain 0. In a call 0 is refused."""
     write_config(tmp_path, layerscale_value=0.0)
     assert CLCAViTConfig.from_pretrained(tmp_path).layerscale_value is None

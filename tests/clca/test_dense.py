@@ -1,4 +1,6 @@
-"""`CLCAViTBackbone`: feature maps over the patches, what fills them, its configuration, and models of transformers that hold it."""
+"""`CLCAViTBackbone`: feature maps over the patches, how they are filled, configuration, and use in models of
+transformers.
+"""
 
 import re
 from pathlib import Path
@@ -31,7 +33,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def backbone(config: CLCAViTConfig) -> CLCAViTBackbone:
-    """A float64 backbone in evaluation mode."""
+    """Return a float64 backbone in evaluation mode."""
     torch.manual_seed(0)
     return CLCAViTBackbone(config).double().eval()
 
@@ -41,8 +43,9 @@ def backbone(config: CLCAViTConfig) -> CLCAViTBackbone:
 
 @pytest.mark.parametrize("case", table([case for case in CASES if case.cache != "clca"]), ids=str)
 def test_maps_are_what_the_tokens_hold(case: Case) -> None:
-    """Of each stage: the tokens that hold a patch, or what the patch had in the last layer in which a token held it. On images of
-    another size, with gradients for everything that is not frozen, in training as well."""
+    """Each patch has the value of the tokens that hold it, or its value in the last layer in which a token held it.
+    This is tested on images of another size, in training as well, and gradients reach all parameters that are not
+    frozen."""
     model = backbone(case.config(out_indices=[0, 1, 2, 3, 5]))
     pixels = images(2, 24, 40)
     output = model(pixels, output_hidden_states=True)
@@ -70,7 +73,8 @@ def test_maps_are_what_the_tokens_hold(case: Case) -> None:
 
 @pytest.mark.parametrize("method", ["topk", "ats", "heuristic", "dyvit"])
 def test_fills(method: str) -> None:
-    """Zeros, or what the nearest patch has that a token holds; the others are the same however the rest is filled."""
+    """Patches that no token holds are zero, or have the value of the nearest held patch. The others do not depend on
+    the fill."""
     maps = {}
     for fill in ("last", "zero", "nearest"):
         model = backbone(tiny_config(reduction=method, keep_rate=0.5, feature_fill=fill))
@@ -97,7 +101,7 @@ def test_the_nearest_of_none_is_anything_of_that_image() -> None:
 
 
 def test_dynamic_vit_fills_what_it_decided_against() -> None:
-    """In training nothing is dropped, but what later attention does not see is filled as it will be after training."""
+    """In training no token is dropped, but masked patches are filled as they would be in evaluation."""
     model = backbone(tiny_config(reduction="dyvit", keep_rate=0.5, feature_fill="zero")).train()
     output = model(images())
     assert 0 < output.feature_maps[0].any(dim=1).double().mean() < 1
@@ -107,7 +111,8 @@ def test_dynamic_vit_fills_what_it_decided_against() -> None:
 @pytest.mark.parametrize("reduction", [None, "topk"])
 @pytest.mark.parametrize("apply_layernorm", [True, False])
 def test_without_a_reduction_maps_are_those_of_a_vit(reduction: str | None, apply_layernorm: bool) -> None:
-    """Also at keep rate 1: the hidden states of transformers' ViT with the same weights, as its backbones arrange them."""
+    """Without a reduction, and at keep rate 1, the maps are the hidden states of transformers' ViT with the same
+    weights."""
     shared = {k: v for k, v in TINY.items() if k != "reduction_layers"}
     torch.manual_seed(0)
     stock = ViTModel(ViTConfig(**shared), add_pooling_layer=False).eval()
@@ -165,7 +170,7 @@ def test_stages_may_be_named_or_counted() -> None:
 
 
 def test_only_files_of_backbones_hold_the_fields(tmp_path: Path) -> None:
-    """And the default is the last stage of whatever depth."""
+    """Other files do not contain the fields. The default is the last stage at any depth."""
     fields = {
         "out_features",
         "out_indices",
@@ -220,7 +225,7 @@ def test_a_backbone_loads_weights_of(source: str, tmp_path: Path) -> None:
 
 
 def upernet(**changes: Any) -> UperNetForSemanticSegmentation:
-    """UperNet on a tiny backbone with four stages."""
+    """Return UperNet on a tiny backbone with four stages."""
     torch.manual_seed(0)
     features = {"out_features": ["stage2", "stage3", "stage4", "stage5"]}
     config = UperNetConfig(
@@ -233,7 +238,8 @@ def upernet(**changes: Any) -> UperNetForSemanticSegmentation:
     "method", [pytest.param(m, marks=() if m in ("evit", "ats", "dyvit") else pytest.mark.slow) for m in METHODS]
 )
 def test_upernet_learns(method: str | None, tmp_path: Path) -> None:
-    """Three steps of training move every part of the backbone and lower the loss; saved and loaded it is the same."""
+    """Three training steps change every part of the backbone and lower the loss. Saving and loading preserves the
+    model."""
     options = (
         {}
         if method is None
@@ -264,7 +270,7 @@ def test_upernet_learns(method: str | None, tmp_path: Path) -> None:
 
 
 def test_auto_classes_know_every_task(tmp_path: Path) -> None:
-    """A folder of one task announces the others."""
+    """A folder saved for one task also lists the classes for the others."""
     tiny_model().float().save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).auto_map["AutoBackbone"] == "modeling_clca.CLCAViTBackbone"
     assert (tmp_path / "dense_clca.py").is_file()
@@ -273,7 +279,8 @@ def test_auto_classes_know_every_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["detr", "maskformer"])
 def test_other_heads_take_a_backbone(task: str) -> None:
-    """Detection and segmentation, whose gradients reach all that the backbone trains."""
+    """Models for detection and segmentation accept the backbone, and their gradients reach all its trainable
+    parameters."""
     backbone_config = tiny_config(reduction="evit", keep_rate=0.5, cross_layer_cache=True, out_indices=[2, 3, 4, 5])
     sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
     counts = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}

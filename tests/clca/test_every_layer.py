@@ -1,4 +1,4 @@
-"""`reduction_layers="all"`: what it becomes, and that all methods act in every layer."""
+"""`reduction_layers="all"`: its expansion, and all methods in every layer."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_other_words_are_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
 def test_every_method_acts_in_every_layer(method: str) -> None:
-    """Also in layer 0, which has no layer before it, and in the last."""
+    """This includes layer 0, which has no layer before it, and the last layer."""
     model = build(tiny_config(reduction=method, keep_rate=0.8, reduction_layers="all"))
     with torch.no_grad():
         output = model(images(), output_assignments=True)
@@ -63,7 +63,7 @@ def test_every_method_acts_in_every_layer(method: str) -> None:
 @pytest.mark.parametrize("layers", [[1, 2], "all"], ids=str)
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
 def test_off_the_shelf(method: str, layers: Any, stock: Path) -> None:
-    """A stock checkpoint keeps its classifier, and lacks nothing but what the method itself brings."""
+    """A stock checkpoint keeps its classifier. Only the parameters of the method itself are missing."""
     model, info = CLCAViTForImageClassification.from_pretrained(
         stock, reduction=method, keep_rate=0.7, reduction_layers=layers, output_loading_info=True
     )

@@ -1,4 +1,4 @@
-"""Images far from any that a model was trained on have finite results, and a batch of none is refused."""
+"""Images with extreme values give finite results, and an empty batch is refused."""
 
 from itertools import product
 from typing import Any
@@ -21,7 +21,8 @@ MODES = slow_unless([(torch.float32, True), (torch.float16, False)].__contains__
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_huge_pixels(method: str | None, mode: tuple[torch.dtype, bool]) -> None:
-    """Logits, hidden states and assignments are finite, and so are the gradients, but for float16, which needs a scaler."""
+    """Logits, hidden states and assignments are finite. Gradients are finite, too, except in float16, which needs a
+    scaler."""
     dtype, training = mode
     model = variant_model(str(method)).to(dtype).train(training).requires_grad_(training)
     for pixels in (SIZES[dtype] * images(3), torch.full((3, 3, 32, 32), -SIZES[dtype]), torch.zeros(3, 3, 32, 32)):
@@ -40,7 +41,7 @@ PAIRS = [(method, head) for method in METHODS for head in HEADS]
 @pytest.mark.parametrize("training", slow_unless([False].__contains__, [False, True]))
 @pytest.mark.parametrize(("method", "head"), PAIRS)
 def test_no_images(method: str | None, head: str, training: bool) -> None:
-    """A batch of none is refused by one sentence, by the classifier and by the backbone alone."""
+    """The classifier and the backbone refuse an empty batch with one clear error."""
     options: dict[str, Any] = {"head": head, "cross_layer_cache": True, "num_clr_tokens": 1}
     if method is not None:
         options |= {"reduction": method, "keep_rate": 0.5, "reduction_kwargs": OPTIONS.get(method)}

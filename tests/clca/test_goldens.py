@@ -1,6 +1,7 @@
-"""Parity with the original: every golden file is one tiny model that it really ran, with weights and results.
+"""Parity with the original: every golden file holds the weights and results of one tiny model, recorded from the
+original code.
 
-`pytest tests/clca/test_goldens.py --goldens DIR` runs any folder of such files.
+`pytest tests/clca/test_goldens.py --goldens DIR` tests any folder of such files.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ def golden(golden_file: Path) -> Golden:
 
 
 class Record:
-    """What a model computed on the way, which its output does not hold."""
+    """Record intermediate results that are not part of the output."""
 
     def __init__(self, model: CLCAViTForImageClassification, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tokens: list[torch.Tensor] = []  # after each layer
@@ -72,7 +73,8 @@ def inject_noise(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits, loss, gradients, CLS after each layer, token counts; with the noise injected, in training too."""
+    """Logits, loss, gradients, CLS after each layer and token counts are equal, in training with the
+    recorded noise."""
     model = load_original(golden.state, golden.spec).double().train(golden.training)
     inject_noise(golden, monkeypatch)
     record = Record(model, monkeypatch)
@@ -114,7 +116,7 @@ def test_float64(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_token_schedule(golden: Golden) -> None:
-    """The counts follow from the configuration alone; for ATS they are upper bounds."""
+    """Token counts follow from the configuration alone; for ATS they are upper bounds."""
     if golden.training and golden.spec["method"] == "dyvit":
         pytest.skip("in training DynamicViT removes nothing")
     model = load_original(golden.state, golden.spec)
@@ -129,7 +131,8 @@ def test_token_schedule(golden: Golden) -> None:
 
 
 def test_choices(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept tokens, clusters, sizes and masks, exactly: logits do not see the order of kept tokens."""
+    """Kept tokens, clusters, sizes and masks are equal. The logits do not depend on the order of kept tokens, so it is
+    tested here."""
     model = load_original(golden.state, golden.spec).double()
     method = golden.spec["method"].removesuffix("_old")
     record = Record(model, monkeypatch)
@@ -173,7 +176,7 @@ def test_choices(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_float32(golden: Golden, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits in single precision, with either attention."""
+    """Logits are equal in single precision, with both attention implementations."""
     if not golden.spec.get("all_finite", True):
         pytest.skip("the original's logits are NaN")
     model = load_original(golden.state, golden.spec).train(golden.training)

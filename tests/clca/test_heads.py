@@ -1,4 +1,6 @@
-"""A head is one class and one line in `HEADS`: heads made here work everywhere without another line in the package."""
+"""A head is one class and one entry in `HEADS`: heads defined here work everywhere without other changes to the
+package.
+"""
 
 import ast
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from tests.helpers import checkpoint_activations, images, labels, tiny_model
 
 
 class MeanHead(AggregationHead):
-    """Aggregates as CLA does: a linear layer on the mean CLS, with a factor that it initializes itself."""
+    """Aggregate like CLA: a linear layer on the mean CLS, with a factor that has its own initialization."""
 
     def __init__(self, config: CLCAViTConfig, num_labels: int) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class MeanHead(AggregationHead):
 
 
 class KeyProbe(Probe):
-    """Takes the mean key, and tokens of its own through the layer."""
+    """Return the mean key, and pass an additional token through the layer."""
 
     reads_tokens = False
 
@@ -66,7 +68,7 @@ class KeyHead(Head):
 
 
 class MaxHead(Head):
-    """Reads what a linear head reads."""
+    """Read what a linear head reads."""
 
     @classmethod
     def build(cls, config: CLCAViTConfig) -> nn.Module:
@@ -81,7 +83,7 @@ OWN = {"mean": MeanHead, "key": KeyHead, "max": MaxHead}
 def test_a_head_of_ones_own(
     own: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Through configuration, forward, a training step, saving and loading."""
+    """It works with configuration, forward pass, training step, saving and loading."""
     monkeypatch.setitem(HEADS, "own", OWN[own])
     model = tiny_model(head="own", **options).float()
     assert model.vit.layernorm.weight.requires_grad is not OWN[own].before_norm
@@ -107,7 +109,8 @@ def test_a_head_of_ones_own(
 
 
 def test_an_aggregating_head_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It initializes itself, gets the keep rate, refuses what it cannot serve, and needs CLS and classes."""
+    """It initializes its own parameters, receives the keep rate, refuses unsupported configurations, and requires CLS
+    and classes."""
     monkeypatch.setitem(HEADS, "own", MeanHead)
     model = tiny_model(head="own", reduction="evit", keep_rate=1.0)
     fresh = CLCAViTForImageClassification(model.config).classifier
@@ -127,7 +130,8 @@ def test_an_aggregating_head_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_probing_head_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its probes stand in the layers, features can be selected, pooling and reentrant checkpointing are refused."""
+    """Its probes are placed in the layers and features can be selected. Pooling and reentrant checkpointing are
+    refused."""
     monkeypatch.setitem(HEADS, "own", KeyHead)
     model = tiny_model(head="own", reduction="topk", keep_rate=0.5)
     probes = [index for index, layer in enumerate(model.vit.layers) if layer.probe is not None]
@@ -154,7 +158,7 @@ def test_the_code_of_an_own_head_is_not_saved(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_no_head_is_named_outside_its_class() -> None:
-    """Nothing in the package compares `head` to a name, or lists names of heads."""
+    """No code of the package compares `head` to a name or lists names of heads."""
     package = Path(heads_clca.__file__).parent
     for path in package.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -169,7 +173,7 @@ def test_no_head_is_named_outside_its_class() -> None:
 def test_the_kernels_of_cla_are_not_drawn_as_those_of_wide_layers(
     from_hub: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in code from the Hub, of which transformers initializes only modules with parameters of their own."""
+    """This also holds for code from the Hub, where transformers only initializes modules with their own parameters."""
     monkeypatch.setattr(CLCAViTForImageClassification, "is_custom_code", lambda self: from_hub)
     weight = tiny_model(head="cla", initializer_range=0.02).classifier.aggregate.weight
     bound = weight.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Heads, what is pooled for them, and the loss of every kind of labels."""
+"""Heads, their pooling, and the loss for every kind of labels."""
 
 import re
 from typing import Any
@@ -32,7 +32,8 @@ HEAD_CASES = [
 
 @pytest.mark.parametrize(("head", "options"), HEAD_CASES, ids=str)
 def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
-    """Alone and with reduction and cache: gradients for all that is not frozen, logits that do not depend on the batch."""
+    """With and without reduction and cache, all parameters that are not frozen get gradients, and logits do not depend
+    on the batch."""
     model = tiny_model(head=head, **options)
     with torch.no_grad():
         assert (model(images()).logits[1:2] - model(images()[1:2]).logits).abs().max() <= 1e-9
@@ -55,13 +56,13 @@ def test_every_head_trains(head: str, options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_activation_checkpointing_with_every_head(head: str, options: dict[str, Any], reentrant: bool) -> None:
-    """Equal gradients, also for what a head takes out of the layers."""
+    """Gradients are equal, also through features that a head reads from the layers."""
     check_activation_checkpointing(tiny_model(head=head, **options), reentrant)
 
 
 def test_the_cla_head_by_hand() -> None:
-    """BatchNorm, depth-wise convolution over the layers with `cla_multiplier` kernels per channel, BatchNorm, GELU, classes:
-    each number from the head's weights."""
+    """The head computes BatchNorm, a depth-wise convolution over the layers with `cla_multiplier` kernels per channel,
+    BatchNorm, GELU and a linear classifier."""
     model = tiny_model(head="cla", cla_multiplier=3)
     head, layers = model.classifier, len(model.config.aggregation_layers)
     with torch.no_grad():
@@ -81,7 +82,7 @@ def test_the_cla_head_by_hand() -> None:
 
 
 def test_the_ifa_head_by_hand() -> None:
-    """One weight per layer, ReLU, LayerNorm, classes."""
+    """The head computes a weighted sum over layers, ReLU, LayerNorm and a linear classifier."""
     model = tiny_model(head="ifa")
     head = model.classifier
     with torch.no_grad():
@@ -94,7 +95,7 @@ def test_the_ifa_head_by_hand() -> None:
 
 
 def test_mean_pooling_leaves_out_the_prefix() -> None:
-    """The mean of all tokens but CLS and registers, before the final norm."""
+    """`mean` averages all tokens except CLS and registers, before the final norm."""
     model = tiny_model(pooling="mean", num_register_tokens=2, num_clr_tokens=1)
     with torch.no_grad():
         output = model.vit(images(), output_hidden_states=True)
@@ -105,7 +106,7 @@ def test_mean_pooling_leaves_out_the_prefix() -> None:
 @pytest.mark.parametrize("head", ["cla", "h2t", "vqt"])
 @pytest.mark.parametrize("method", [None, "topk", "tome", "ats"])
 def test_layers_on_different_devices(method: str | None, head: str) -> None:
-    """Cache and head join what layers on several devices have made. (The second device is one that computes no numbers.)"""
+    """Cache and head combine tensors of layers on different devices. (The second device is the meta device.)"""
     model = tiny_model(cross_layer_cache=True, num_clr_tokens=1, head=head, reduction=method)
 
     def move(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -120,7 +121,7 @@ def test_layers_on_different_devices(method: str | None, head: str) -> None:
 
 
 def test_means_over_masked_tokens_do_not_overflow() -> None:
-    """A sum over hundreds of tokens is beyond half precision, their mean is not."""
+    """A sum over hundreds of tokens overflows in half precision; their mean does not."""
     tokens = torch.full((1, 800, 4), 100.0, dtype=torch.float16)
     key_mask = torch.ones(1, 800, dtype=torch.bool)
     assert masked_mean(tokens, 1, 800, key_mask).tolist() == [[[100.0] * 4]]
@@ -147,7 +148,7 @@ def test_loss_of_class_indices() -> None:
 
 
 def test_loss_of_soft_labels() -> None:
-    """Class probabilities, as MixUp makes them; one-hot ones give the loss of the indices."""
+    """Class probabilities, as made by MixUp, are accepted. One-hot labels give the same loss as class indices."""
     model = tiny_model(problem_type="single_label_classification")
     soft = torch.tensor([[0.7, 0.3, 0.0], [0.0, 1.0, 0.0], [0.2, 0.2, 0.6]])
     output = model(images(), labels=soft)
@@ -176,7 +177,7 @@ def test_loss_of_a_regression(shape: tuple[int, ...]) -> None:
 
 
 def test_the_loss_leaves_the_configuration_alone() -> None:
-    """Soft labels and then hard ones, with one model and no `problem_type`."""
+    """The same model accepts soft labels and then class indices without a `problem_type`."""
     model = tiny_model()
     before = model.config.to_dict()
     model(images(), labels=torch.full((3, 3), 0.5, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Saving and loading: files, and the rules of code that is shared on the Hub."""
+"""Saving and loading: files, and the rules for code that is shared on the Hub."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ from tests.helpers import METHODS, TINY, Case, images, tiny_config, tiny_model
 
 
 def test_what_is_saved(tmp_path: Path) -> None:
-    """Weights as safetensors under the names of the memory, the configuration, and the flat code: nothing else."""
+    """Only weights as safetensors under the names in memory, the configuration, and the flat code are saved."""
     model = tiny_model(reduction="evit", cross_layer_cache=True, num_clr_tokens=1, head="cla")
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.rglob("*")} == {"config.json", "model.safetensors"} | CODE
@@ -47,7 +47,7 @@ def test_what_is_saved_of_the_backbone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("tokens", ["registers", "no_cls"])
 def test_saved_and_loaded(method: str | None, tokens: str, tmp_path: Path) -> None:
-    """Nothing missing, nothing unexpected, the same tensors and logits; through the class and the Auto class."""
+    """No key is missing or unexpected, and tensors and logits are equal, with the class and the Auto class."""
     model = Case(method, "clca" if tokens == "registers" else "cache", tokens).model().float()
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -88,8 +88,10 @@ def modules() -> list[Path]:
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(level, module) of every import of a file, at any depth. Not those of other packages inside `try`, without which the file
-    must do: transformers does not ask for them where the code is loaded from the Hub."""
+    """Return (level, module) of every import of a file, at any depth.
+
+    Imports of other packages inside `try` are excluded: they are optional, and transformers ignores them for code from
+    the Hub."""
     found, tree = [], ast.parse(path.read_text())
     optional = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in block.body}
     for node in ast.walk(tree):
@@ -108,7 +110,8 @@ def test_the_package_is_flat() -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: p.stem)
 def test_imports_are_few_and_flat(path: Path) -> None:
-    """Packages that transformers brings and the standard library, others inside `try`; siblings by `from .name import x` alone."""
+    """Files import packages that transformers depends on, the standard library, and siblings by `from .name import x`.
+    Other packages are imported inside `try`."""
     packages = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     packages |= {"numpy", "PIL"} if path.stem == "image_processing_clca" else set()
     for level, module in imports(path):
@@ -124,7 +127,7 @@ def test_imports_are_few_and_flat(path: Path) -> None:
 
 
 def test_the_index_names_every_file() -> None:
-    """A file that nobody imports would stay behind when a model is saved."""
+    """A file that no other file imports would not be saved with a model."""
     files = {p.stem.removeprefix("reduction_") for p in PACKAGE.glob("reduction_*.py")} - {"base"}
     assert files == set(REDUCTIONS)
     for name, method in REDUCTIONS.items():

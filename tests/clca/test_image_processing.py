@@ -1,4 +1,4 @@
-"""The image processor: sizes in memory and in files, old files, clients without its code, images of every kind."""
+"""Image processor: sizes in memory and in files, old files, clients without its code, and all kinds of images."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def pixels_of(processor: Any, *images: Any) -> torch.Tensor:
 
 
 def cropping(resize: int = 30, **changes: Any) -> ViTImageProcessorPil:
-    """What folders of earlier versions hold."""
+    """Return the configuration in folders of earlier versions."""
     size = {"size": {"height": resize, "width": resize}, "crop_size": SQUARE, "do_center_crop": True}
     return ViTImageProcessorPil(**{**size, "resample": 3, "do_convert_rgb": True, **STATISTICS, **changes})
 
@@ -157,7 +157,7 @@ def test_trusted_code_is_ours_and_others_get_the_stock_class_without_the_crop(tm
 
 
 def test_two_lines_put_the_stock_class_right(tmp_path):
-    """The lines of the model card."""
+    """The two lines of the model card restore the crop."""
     processor = saved(tmp_path)
     crop = {"size": {"height": 30, "width": 30}, "do_center_crop": True, "crop_size": SQUARE}
     for trust in (False, True):
@@ -166,7 +166,7 @@ def test_two_lines_put_the_stock_class_right(tmp_path):
 
 
 def test_what_training_scripts_read_is_the_input_of_the_model(tmp_path):
-    """Those of transformers crop to `size`: its shortest edge, or else height and width."""
+    """The scripts of transformers crop to `size`: its shortest edge, or its height and width."""
     saved(tmp_path)
     for trust in (False, True):
         processor = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=trust)
@@ -182,7 +182,7 @@ def test_what_training_scripts_read_is_the_input_of_the_model(tmp_path):
 
 
 def kinds_of_images(folder: Path) -> dict[str, Path]:
-    """Ten leaves: turned by the camera, transparent, of 16 bits, with palettes."""
+    """Return ten leaves: rotated by EXIF, transparent, with 16 bits, with palettes."""
     rng = np.random.default_rng(3)
     image, alpha = leaf(60, 40, 5), Image.fromarray(rng.integers(0, 256, (40, 60), dtype=np.uint8))
     transparent, palette = image.copy(), image.quantize(16)

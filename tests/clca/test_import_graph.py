@@ -1,4 +1,4 @@
-"""Imports inside the packages point one way: from the top floor down, at the top of a file, and never in a circle."""
+"""Imports inside the packages point one way, are at the top of a file, and have no circles."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -35,7 +35,7 @@ CLCA_FLOORS = (
 
 
 def siblings_of(source: str, modules: Collection[str]) -> list[Import]:
-    """The modules of a flat package that one of them imports, by their names in it."""
+    """Return the modules of a flat package that one of its modules imports."""
     found = imports_of(source, "clca", [f"clca.{name}" for name in modules])
     return [i._replace(module=i.module.removeprefix("clca.")) for i in found]
 
@@ -66,7 +66,7 @@ def test_modules_import_from_lower_floors(name: str) -> None:
 
 
 def test_the_finder_finds() -> None:
-    """Also what hides in functions, and nothing that only type checkers see."""
+    """It also finds imports inside functions, and ignores those for type checkers."""
     source = """
 from typing import TYPE_CHECKING
 import torch

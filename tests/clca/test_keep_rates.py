@@ -1,4 +1,4 @@
-"""One model at several keep rates: set for good, for one forward, and drawn in training."""
+"""One model at several keep rates: set permanently, for one forward pass, and drawn in training."""
 
 import threading
 from pathlib import Path
@@ -31,7 +31,7 @@ def logits_of(model: CLCAViTForImageClassification, **options: Any) -> torch.Ten
 
 
 def twin_at(model: CLCAViTForImageClassification, **budget: Any) -> CLCAViTForImageClassification:
-    """A model made for another budget, with the same weights."""
+    """Return a model made for another budget, with the same weights."""
     values = model.config.to_dict() | {"keep_rate": [1.0], "keep_tokens": None} | budget
     twin = CLCAViTForImageClassification(CLCAViTConfig.from_dict(values)).double().eval()
     twin.load_state_dict(model.state_dict())
@@ -44,7 +44,8 @@ def twin_at(model: CLCAViTForImageClassification, **budget: Any) -> CLCAViTForIm
 @pytest.mark.parametrize("rate", [0.25, 1.0, [0.75, 0.5]], ids=str)
 @pytest.mark.parametrize("method", ELASTIC)
 def test_a_model_at_another_rate_is_one_made_for_it(method: str, rate: float | list[float]) -> None:
-    """`set_keep_rate` and the argument of `forward`, wherever it came from: the logits, the counts and the schedule."""
+    """`set_keep_rate` and the argument of `forward` give the logits, counts and schedule of a model made for that
+    rate, whatever its previous rate."""
     model = make(method, keep_rate=0.5)
     before = model.config.to_dict()
     expected = twin_at(model, keep_rate=rate)
@@ -100,7 +101,7 @@ def test_macs_follow() -> None:
 
 
 def test_threads_do_not_meet() -> None:
-    """Forwards at different rates at the same time: nothing about a rate is kept on the model."""
+    """Forward passes in several threads can use different rates, because no state of a rate is stored on the model."""
     model = make("topk", keep_rate=0.5)
     expected = {rate: logits_of(model, keep_rate=rate) for rate in RATES}
     wrong: list[float] = []
@@ -134,7 +135,7 @@ def test_threads_do_not_meet() -> None:
     ],
 )
 def test_what_cannot_be_is_refused(method: str | None, options: dict, rate: Any, message: str) -> None:
-    """By name, with the reason, by all three ways, and nothing has changed afterwards."""
+    """All three ways raise an error with the reason and leave the model unchanged."""
     model = make(method, **options)
     before = model.config.to_dict()
     for call in (
@@ -152,7 +153,7 @@ def test_what_cannot_be_is_refused(method: str | None, options: dict, rate: Any,
 
 
 def test_draws_are_even_and_repeat() -> None:
-    """Each rate once in every three steps, in an order that seed and step alone decide."""
+    """Each rate is drawn once in every three steps, in an order that depends only on seed and step."""
     draws = [draw_keep_rate(RATES, seed=1, step=step) for step in range(300)]
     assert draws == [draw_keep_rate(RATES, seed=1, step=step) for step in range(300)]
     assert all(sorted(draws[i : i + 3]) == RATES for i in range(0, 300, 3))
@@ -163,7 +164,7 @@ def test_draws_are_even_and_repeat() -> None:
 
 
 def train(model: CLCAViTForImageClassification, rates: list[float], steps: int = 12) -> None:
-    """Steps with fresh images, without a change of the weights: only what BatchNorm has seen grows."""
+    """Run training steps on new images without changing weights: only the statistics of BatchNorm change."""
     model.train()
     for step in range(steps):
         with torch.no_grad():
@@ -172,7 +173,8 @@ def train(model: CLCAViTForImageClassification, rates: list[float], steps: int =
 
 
 def test_statistics_are_kept_apart() -> None:
-    """After steps at all rates in turn, those of a rate are what a plain BatchNorm gathers in the steps at that rate."""
+    """After steps at alternating rates, the statistics of a rate equal those of a plain BatchNorm trained at that rate
+    only."""
     model = make(keep_rate=1.0, train_keep_rates=RATES)
     train(model, RATES)
     head = model.classifier
@@ -193,7 +195,8 @@ def test_statistics_are_kept_apart() -> None:
 
 
 def test_statistics_between_rates() -> None:
-    """Linear in the logarithm of the rate; outside, those of the nearest. Rates per stage count by their geometric mean."""
+    """They are interpolated linearly in the logarithm of the rate; outside the range the nearest are used. For rates
+    per stage, their geometric mean is used."""
     norm = SwitchableBatchNorm(2, [0.25, 1.0]).double().eval()
     norm.rate_mean.copy_(torch.tensor([[0.0, 1.0], [2.0, 5.0]]))
     norm.rate_var.copy_(torch.tensor([[1.0, 1.0], [3.0, 9.0]]))
@@ -213,7 +216,7 @@ def test_statistics_between_rates() -> None:
 
 
 def test_at_one_rate_it_is_a_batch_norm() -> None:
-    """Outputs, gradients and statistics of `nn.BatchNorm1d`."""
+    """Outputs, gradients and statistics equal those of `nn.BatchNorm1d`."""
     own, plain = SwitchableBatchNorm(6, [0.5]), nn.BatchNorm1d(6)
     assert (own.eps, own.momentum) == (plain.eps, plain.momentum)
     results = []
@@ -227,7 +230,7 @@ def test_at_one_rate_it_is_a_batch_norm() -> None:
 
 
 def test_it_learns_all_budgets() -> None:
-    """Sixty steps at drawn rates: four images are told apart at each of them, and between."""
+    """After sixty steps at drawn rates, four images are classified correctly at each of these rates and in between."""
     model = make(train_keep_rates=RATES, initializer_range=0.05).float().train()
     pixels, targets = images(4).float(), labels(4)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -266,7 +269,7 @@ def test_a_model_for_several_keep_rates_is_saved_completely(tmp_path: Path) -> N
 
 
 def test_from_a_model_of_one_rate(tmp_path: Path) -> None:
-    """Its weights carry over, its statistics have to be collected again, and start as a fresh BatchNorm's."""
+    """Its weights are loaded. The statistics start as in a new BatchNorm and must be collected again."""
     model = make(keep_rate=0.5)
     train(model, [0.5])
     model.save_pretrained(tmp_path)
@@ -292,7 +295,8 @@ def test_checkpointing_recomputes_at_the_same_rate(head: str) -> None:
 
 
 def test_dynamic_vit_aims_at_the_rate_it_is_given() -> None:
-    """Targets of its ratio loss are those of the forward; explicit ones belong to the configuration's own rate."""
+    """The targets of its ratio loss follow the rate of the forward pass. Explicit targets only apply to the
+    configuration's own rate."""
     model = make("dyvit", keep_rate=0.5, reduction_kwargs={"ratio_targets": [0.9, 0.8]}).train()
     losses = {}
     for rate in (None, 0.5, 0.25):

@@ -1,6 +1,6 @@
-"""What goldens do not pin of the methods of the later CLCA code: maws, dmaws, edar, nfedar, glsf.
+"""Properties of the methods of the later CLCA code (maws, dmaws, edar, nfedar, glsf) that goldens do not cover.
 
-Scores are compared with their definitions on whole attention maps, which the methods themselves never make.
+Scores are compared with their definitions on full attention maps, which the methods themselves never compute.
 """
 
 import copy
@@ -37,7 +37,7 @@ every_fused = pytest.mark.parametrize("options", FUSED.values(), ids=FUSED)
 
 
 def make(method: str, **options: Any) -> CLCAViTForImageClassification:
-    """A model with queries and keys large enough to attend to some tokens more than to others."""
+    """Return a model with queries and keys large enough that its attention is not uniform."""
     model = tiny_model(**{"reduction": method, "keep_rate": 0.5} | options)
     with torch.no_grad():
         for layer in model.vit.layers:
@@ -48,7 +48,7 @@ def make(method: str, **options: Any) -> CLCAViTForImageClassification:
 
 
 class Record:
-    """The attention contexts of all layers and the weights that each stage would give to tokens 1 .. N - 1."""
+    """Record the attention contexts of all layers, and the weights that each stage would give to tokens 1 .. N - 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.contexts: list[AttentionContext] = []
@@ -67,12 +67,12 @@ class Record:
         monkeypatch.setattr(ScoredPruning, "keep_best", note_scores)
 
     def logits(self, layer: int) -> torch.Tensor:
-        """(B, H, N, N) of a layer."""
+        """Return the attention logits (B, H, N, N) of a layer."""
         context = self.contexts[layer]
         return context.query() * context.attention.scaling @ context.key.transpose(2, 3)
 
     def scores(self, method: str, layer: int, two_layers: bool) -> torch.Tensor:
-        """What a stage in a layer is defined to score, (B, N - 1), with the layer before or without it."""
+        """Compute the scores (B, N - 1) of a stage by definition, with or without the layer before."""
         if method == "nfedar":
             method = "edar"
         if method == "maws" or (method == "dmaws" and not two_layers):
@@ -85,12 +85,12 @@ class Record:
 
 
 def mutual(logits: torch.Tensor) -> torch.Tensor:
-    """a[0, j] c_j, (B, N - 1), of logits (B, H, N, N)."""
+    """Compute a[0, j] c_j, (B, N - 1), from logits (B, H, N, N)."""
     return (logits.softmax(dim=-1).mean(dim=1)[:, 0] * logits.mean(dim=1)[:, :, 0].softmax(dim=1))[:, 1:]
 
 
 def rollout(logits: torch.Tensor) -> torch.Tensor:
-    """Attention averaged over heads plus the identity, rows of which are divided by their sums, (B, N, N)."""
+    """Average the attention over heads, add the identity, and divide each row by its sum, (B, N, N)."""
     attention = logits.softmax(dim=-1).mean(dim=1)
     mixed = attention + torch.eye(attention.shape[1], dtype=attention.dtype)
     return mixed / mixed.sum(dim=-1, keepdim=True)
@@ -114,7 +114,8 @@ SITUATIONS: dict[str, tuple[list[int], dict[str, Any], list[bool]]] = {
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("method", BY_ATTENTION)
 def test_scores_are_those_of_whole_maps(method: str, situation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two layers only if the tokens that enter both are the same (F28, F29), token 0 for CLS also where it is a patch."""
+    """Two layers are used only if the same tokens enter both (F28, F29). Token 0 replaces CLS, also if it is
+    a patch."""
     layers, options, two_layers = SITUATIONS[situation]
     options = dict(options)
     if options.pop("fuse", False) and method != "nfedar":
@@ -140,7 +141,7 @@ def test_scores_are_taken_before_dropout(method: str, monkeypatch: pytest.Monkey
 
 
 def test_first_layer_of_edar_keeps_what_top_k_keeps() -> None:
-    """And fuses the others with half of EViT's weights (F28)."""
+    """It fuses the others with half of EViT's weights (F28)."""
     options = {"reduction_layers": [0], "keep_rate": 0.5}
     edar = make("edar", reduction_kwargs={"fuse_rest": True}, **options)(images(), output_assignments=True)
     evit = make("evit", **options)(images(), output_assignments=True)
@@ -156,7 +157,7 @@ def test_nfedar_is_edar_without_fusion() -> None:
 @pytest.mark.parametrize("rate", [0.99, 1.0])
 @every_later
 def test_nothing_happens_where_all_are_kept(method: str, rate: float) -> None:
-    """ceil(0.99 * 16) is 16 (F27): the plain ViT, with nothing fused."""
+    """ceil(0.99 * 16) is 16 (F27): the model equals a plain ViT, and no token is fused."""
     model = make(method, keep_rate=rate)
     plain = make(None, keep_rate=1.0)
     plain.load_state_dict(model.state_dict())
@@ -168,7 +169,7 @@ def test_nothing_happens_where_all_are_kept(method: str, rate: float) -> None:
 
 @every_later
 def test_one_candidate(method: str) -> None:
-    """An image of a single patch: there is nothing to choose from."""
+    """An image of a single patch leaves no choice."""
     model = make(method, **FUSED.get(method, {}))
     assert model(images(2, 8, 8), interpolate_pos_encoding=True).token_counts == (2,) * 6
 
@@ -177,7 +178,7 @@ def test_one_candidate(method: str) -> None:
 
 
 def record_stages(model: CLCAViTForImageClassification) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens before and after each stage of a model whose stages act before the MLP, filled by its forward."""
+    """Record the tokens before and after each stage of a model whose stages act before the MLP."""
     seen = []
     for layer in model.vit.layers:
         if layer.reduction is not None:
@@ -203,8 +204,8 @@ def record_stages(model: CLCAViTForImageClassification) -> list[tuple[torch.Tens
     ids=["CLS", "CLS, square", "no CLS, square", "no CLS"],
 )
 def test_glsf_compares_with_cls_or_the_mean(options: dict[str, Any], count: int) -> None:
-    """Candidates are tokens 1 .. N - 1 at any N (F30). The fused token is the sum of the dropped ones by their cosines, and
-    what is reported are shares of it."""
+    """Candidates are tokens 1 .. N - 1 for any N (F30). The fused token is the sum of the dropped tokens weighted by
+    their cosines; the assignment contains shares computed from these weights."""
     model = make("glsf", **options)
     stages = record_stages(model)
     with torch.no_grad():
@@ -228,7 +229,7 @@ def test_glsf_compares_with_cls_or_the_mean(options: dict[str, Any], count: int)
 
 
 def test_normalized_weights() -> None:
-    """From 0 to 1 over all tokens, kept ones included; 0 where all are alike (F32)."""
+    """They range from 0 to 1 over all tokens including kept ones, and are 0 if all scores are equal (F32)."""
     stage = make("edar", **FUSED["edar-normalized"]).vit.layers[1].reduction
     weights = stage.fusion_weights(torch.tensor([[0.2, 0.6, 0.4], [0.3, 0.3, 0.3]]))
     assert torch.allclose(weights, torch.tensor([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]]))
@@ -236,8 +237,8 @@ def test_normalized_weights() -> None:
 
 @pytest.mark.parametrize("name", sorted(FUSED.keys() - {"glsf"}))
 def test_fused_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reported are the weights themselves where they sum to at most one, else shares of them; the token is made with the
-    weights."""
+    """The fused token is made with the weights. The assignment contains the weights if their sum is at most one, else
+    shares."""
     model = make(**{"method": None} | FUSED[name])
     record = Record(monkeypatch)
     stage = model.vit.layers[1].reduction
@@ -262,7 +263,8 @@ def test_fused_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @every_fused
 @pytest.mark.parametrize("cache", [{}, CACHE | {"head": "cla"}, {"head": "vqt"}, {"head": "h2t"}], ids=str)
 def test_fused_with_and_without_shortcuts(options: dict[str, Any], cache: dict[str, Any]) -> None:
-    """Equal logits and gradients, counts as foreseen, no image changed by others, and the same under checkpointing."""
+    """Logits and gradients are equal, counts follow the schedule, images do not affect each other, and checkpointing
+    changes nothing."""
     model = make(**{"method": None} | options | cache)
     results = []
     for skip, recompute in ((True, False), (False, False), (True, True)):
@@ -288,7 +290,7 @@ def test_fused_with_and_without_shortcuts(options: dict[str, Any], cache: dict[s
 
 @every_fused
 def test_scores_of_fused_tokens_have_gradients(options: dict[str, Any]) -> None:
-    """They reach the queries of the stage's layer and, in methods of two layers, those of the layer before."""
+    """Gradients reach the queries of the stage's layer and, for methods of two layers, those of the layer before."""
     model = make(**{"method": None} | options, reduction_layers=[4], pooling="mean")
     last = [layer.attention for layer in model.vit.layers[3:]]
     for attention in last:  # so that gradients can only go through the scores
@@ -302,7 +304,7 @@ def test_scores_of_fused_tokens_have_gradients(options: dict[str, Any]) -> None:
 
 
 def test_sharp_attention_does_not_make_ties(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 most products of four softmaxes are zero then; what is kept is chosen by their logarithms."""
+    """In float32 most products of four softmaxes then underflow, so tokens are chosen by the logarithms."""
     options = {"image_size": 96, "reduction_layers": [1], "reduction_kwargs": {"fuse_rest": True}}
     model = make("dmaws", **options)
     with torch.no_grad():
@@ -351,7 +353,7 @@ def test_options_are_checked(method: str, options: dict[str, Any], message: str)
 @pytest.mark.parametrize("has_cls", [False, True])
 @every_later
 def test_options_of_the_original(method: str, has_cls: bool, fuses: bool) -> None:
-    """Those without effect there are left out without a word, and nothing is said about CLS."""
+    """Options that have no effect in the original are dropped silently, without a warning about CLS."""
     options = {"reduction_loc": [1, 3], "keep_rate": [0.5], "dropped_token_fusion": fuses, "fusion_crit_norm": True}
     dims = {"depth": 6, "class_token": has_cls, "global_pool": "token" if has_cls else "avg"}
     config = original_config({"method": method, "options": options, "dims": dims, "num_labels": 3})
@@ -371,7 +373,7 @@ def test_lists_of_the_original_are_rates_of_stages(method: str) -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """Of all tensors that are computed."""
+    """Record the shapes of all computed tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,7 +387,7 @@ class Shapes(TorchDispatchMode):
 
 @every_later
 def test_no_map_is_made(method: str) -> None:
-    """(B, H, N, N) by none; (B, N, N), averaged over heads, by those that pass one token through the layer before."""
+    """No method computes (B, H, N, N). Only rollout computes (B, N, N), averaged over heads."""
     model = make(method, image_size=128, **FUSED.get(method, {})).float()  # 257 tokens
     with torch.no_grad(), Shapes() as shapes:
         model(images(3, 128, 128).float())
@@ -397,7 +399,8 @@ def test_no_map_is_made(method: str) -> None:
 def test_maws_computes_no_queries_for_what_is_dropped(
     options: dict[str, Any], projected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for CLS; the column of logits is made of weights. With a norm, or where somebody has to know, it takes queries."""
+    """Only CLS needs a query: the column of logits is computed from weights. With a query norm, or with hooks, queries
+    are used."""
     model, seen = make("maws", **options), []
     attention = model.vit.layers[1].attention
     project = attention.project_query
@@ -414,13 +417,15 @@ def test_maws_computes_no_queries_for_what_is_dropped(
 
 
 def test_maws_costs_a_column_more_than_top_k() -> None:
-    """W^T k, its products with the tokens, and the bias, in two stages of 17 and 9 tokens."""
+    """The additional operations are W^T k, its products with the tokens, and the bias, in two stages of 17 and 9
+    tokens."""
     maws, topk = (count_macs(make(method), as_executed=True) for method in ("maws", "topk"))
     assert maws - topk == sum(16 * 16 + count * 16 + 16 for count in (17, 9))
 
 
 def test_rollout_brings_the_output_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer before a stage computes its attention once in inference, and by the kernel beside it in training."""
+    """In inference the layer before a stage computes its attention once. In training a kernel computes the output
+    separately."""
     model, kernels = make("edar", reduction_layers=[1, 3]), []
     sdpa = nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: where they compute, and where they give way."""
+"""Linear layers by oneDNN: when it is used, and when the layer is called instead."""
 
 import copy
 from functools import partial
@@ -19,7 +19,8 @@ from tests.helpers import images
 
 
 def test_onednn_computes_in_inference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 and without gradients, for any tokens; the same numbers, and never where its operator would be in the way."""
+    """oneDNN is used in float32 without gradients for any shape, with the same results, and never under tracers or
+    transforms."""
     seen, layer = count_onednn(monkeypatch), nn.Linear(16, 24)
     tokens = torch.randn(3, 17, 16)
     for part in (
@@ -69,7 +70,8 @@ def test_tiny_layers_stay_with_blas(width: int, calls: int, monkeypatch: pytest.
 
 
 def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hooks are called, and so are other layers and a `forward` of the layer's own, as offloading sets it."""
+    """Layers with hooks, other classes of layers, and layers with a replaced `forward` (as in offloading)
+    are called."""
     seen, tokens = count_onednn(monkeypatch), torch.randn(3, 16)
     called: list[str] = []
     hooked, replaced = nn.Linear(16, 24), nn.Linear(16, 24)
@@ -84,7 +86,7 @@ def test_onednn_gives_way_to_whoever_listens_or_replaces(monkeypatch: pytest.Mon
 
 
 def test_hooks_on_every_module_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tracers and counters of calls set them; they see the tokens that the last layer would leave out, too."""
+    """Global module hooks, as tracers and counters use them, also see the tokens that the last layer would skip."""
     seen, model = count_onednn(monkeypatch), make("evit").float()
     called: list[tuple[type, int]] = []
     hook = nn.modules.module.register_module_forward_hook(lambda part, _, out: called.append((part, out)))
@@ -97,7 +99,7 @@ def test_hooks_on_every_module_are_called(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_all_linear_layers_are_torchs_own() -> None:
-    """Quantisation of several libraries takes no other: by exact class, without a word about those it passes over."""
+    """Several libraries for quantization only replace this exact class and silently skip others."""
     model = make("evit", head="cla", use_swiglu_ffn=True)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(layers) == 5 * 7 and {type(layer) for layer in layers} == {nn.Linear}
@@ -105,7 +107,7 @@ def test_all_linear_layers_are_torchs_own() -> None:
 
 @pytest.mark.parametrize("method", ["evit", None])
 def test_onednn_changes_no_logits(method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All linear layers of the backbone go through it, and logits stay equal; where it is missing, too."""
+    """All linear layers of the backbone use it, and logits stay equal, also if it is missing."""
     seen, model = count_onednn(monkeypatch), make(method, **CACHE, head="cla").float()
     with torch.inference_mode():
         logits = model(images().float()).logits

@@ -1,4 +1,4 @@
-"""Losses against the original's numbers, and the terms a model reports."""
+"""Losses compared with the original, and the loss terms that a model reports."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def assert_equal(loss: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize("temperature", [1, 3])
 def test_distillation(kind: str, temperature: int) -> None:
-    """(1 - a) * cross-entropy + a * distillation, as the original combines them."""
+    """The loss is (1 - a) * cross-entropy + a * distillation, as in the original."""
     config, golden = load("loss_distillation")
     alpha = config[f"alpha_{kind}"]
     base = torch.nn.functional.cross_entropy(golden["outputs"], golden["labels"])
@@ -51,7 +51,8 @@ def test_distillation_refuses() -> None:
 
 @pytest.mark.parametrize("case", ["noteacher", "noteacher_w", "teacher_mse", "teacher_kl", "teacher_emptymask"])
 def test_dynamic_vit(case: str) -> None:
-    """Cross-entropy, ratio term and, with a teacher, class and token distillation, with the original's weights."""
+    """The loss consists of cross-entropy, the ratio term and, with a teacher, class and token distillation, with the
+    original's weights."""
     config, golden = load("loss_dyvit")
     weights = {"ratio_weight": 2.0, "cls_weight": 1.0} | config.get(case, {})
     loss = weights["cls_weight"] * torch.nn.functional.cross_entropy(golden["outputs"], golden["labels"])
@@ -85,7 +86,8 @@ def test_supervised_contrastive(case: str) -> None:
 
 
 def test_supervised_contrastive_leaves_out_anchors_without_a_positive() -> None:
-    """One view each: the third image is alone in its class. The original is NaN there."""
+    """There is one view per image, and the third image is the only one of its class. The original returns NaN in this
+    case."""
     features = torch.randn(3, 1, 4)
     loss = losses.supervised_contrastive_loss(features, torch.tensor([0, 0, 1]))
     flat = torch.nn.functional.normalize(features[:, 0], dim=-1)
@@ -114,7 +116,7 @@ def test_asymmetric(case: str) -> None:
 
 
 def test_terms_add_up_to_the_loss() -> None:
-    """DynamicViT with a teacher: every term has a name, and their sum is the loss."""
+    """With DynamicViT and a teacher, every term has a name, and the loss is their sum."""
     model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
     size = model.config.image_size
     vit = ViTForImageClassification(
@@ -147,7 +149,7 @@ def test_teacher_without_matching_tokens() -> None:
 
 
 def test_a_teacher_with_clr_gives_its_patches() -> None:
-    """They follow the prefix; CLR come last. Its tokens are normalized as its head sees them."""
+    """Its patches are the tokens after the prefix and before CLR, normalized like the input of its head."""
     teacher = tiny_model(num_clr_tokens=2, num_register_tokens=1)
     tokens = Teacher(teacher, 16)(images())["teacher_tokens"]
     assert torch.equal(tokens, teacher.vit(images()).last_hidden_state[:, 2:18])
@@ -231,7 +233,8 @@ LOSING = [
 
 @pytest.mark.parametrize(("method", "options"), LOSING)
 def test_auxiliary_loss(method: str, options: dict[str, Any]) -> None:
-    """In training it comes with labels and without, and has gradients: with a loss of the logits it makes the model's own."""
+    """In training it is returned with and without labels, and has gradients. Added to a loss of the logits it gives
+    the model's loss."""
     model = tiny_model(reduction=method, keep_rate=0.5, **options).train()
     gradients = {}
     for given in (True, False):
@@ -253,7 +256,7 @@ def test_auxiliary_loss(method: str, options: dict[str, Any]) -> None:
 
 
 def test_no_auxiliary_loss() -> None:
-    """None in evaluation, and where nothing is added to the loss of the classes."""
+    """It is None in evaluation, and if no term is added to the classification loss."""
     model = tiny_model(reduction="dyvit", keep_rate=0.5)
     assert model(images(), labels=labels()).auxiliary_loss is None
     plain = tiny_model(reduction="evit", keep_rate=0.5).train()
@@ -263,7 +266,7 @@ def test_no_auxiliary_loss() -> None:
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What was said of lost terms, by a process that has said nothing before."""
+    """Return a function that lists the warnings about lost terms, in a process without earlier warnings."""
     type(modeling_clca.logger).warning_once.cache_clear()
     return lambda: [r.message for r in caplog.records if "`auxiliary_loss`" in r.message]
 
@@ -284,8 +287,8 @@ def test_lost_terms_are_told_once(told: Callable[[], list[str]]) -> None:
 
 
 def test_label_smoothing_of_trainer(told: Callable[[], list[str]], tmp_path: Path) -> None:
-    """It is told that its loss lacks the method's; that of the configuration has both, and Trainer's smoothed loss of the
-    classes."""
+    """The user is warned that this loss lacks the term of the method. With `label_smoothing` of the configuration the
+    loss has both terms."""
     data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images(8).float())]
     said, losses_of = {}, {}
     for own in (False, True):
@@ -313,7 +316,7 @@ def test_label_smoothing_of_trainer(told: Callable[[], list[str]], tmp_path: Pat
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_label_smoothing(soft: bool) -> None:
-    """In training: the loss of the smoothed labels. In evaluation: of the labels themselves."""
+    """The training loss uses smoothed labels, the evaluation loss does not."""
     model = tiny_model(label_smoothing=0.3, problem_type="single_label_classification")
     targets = nn.functional.one_hot(labels(), 3).double()
     given = targets if soft else labels()
@@ -325,7 +328,7 @@ def test_label_smoothing(soft: bool) -> None:
 
 
 def test_label_smoothing_of_other_problems() -> None:
-    """Of several classes an image, yes and no of each, as `run_ufgir.py` does it; of numbers, none."""
+    """Multi-label targets are smoothed per class, as in `run_ufgir.py`. Regression refuses smoothing."""
     targets = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0]]).double()
     model = tiny_model(label_smoothing=0.2, problem_type="multi_label_classification").train()
     output = model(images(), labels=targets)

@@ -1,4 +1,4 @@
-"""Memory, shapes and the host: what is never made, and whom nobody waits for."""
+"""Memory, shapes and synchronization: which tensors are never computed, and that no operator waits for the device."""
 
 import weakref
 from typing import Any
@@ -19,8 +19,8 @@ from tests.helpers import images
 
 
 class Watch(TorchDispatchMode):
-    """Notes every tensor that an operator makes: its storage's size, how many large ones live at a time, its device, and
-    operators that wait for the device or whose result's shape depends on numbers."""
+    """Record every tensor that an operator creates: size of its storage, number of large tensors alive at the same
+    time, device, and operators that wait for the device or have data-dependent shapes."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
 
@@ -55,8 +55,8 @@ LARGE = {"image_size": 144, "reduction_layers": [1, 2], "num_hidden_layers": 4} 
 @pytest.mark.parametrize("cache", [{}, CACHE | {"head": "cla"}], ids=["plain", "clca"])
 @every_method
 def test_no_attention_map_is_made(method: str | None, cache: dict[str, Any]) -> None:
-    """The largest tensor of an evaluation is smaller than an attention map (B, H, N, N). (With sdpa; k-medoids takes what
-    tokens receive from some of its queries at a time.)"""
+    """The largest tensor in evaluation is smaller than an attention map (B, H, N, N). (With sdpa; k-medoids computes
+    the attention in chunks of queries.)"""
     model = make(method, **LARGE | cache)
     num_tokens = token_schedule(model.config).before[0]
     with torch.no_grad(), Watch() as watch:
@@ -69,7 +69,7 @@ def test_no_attention_map_is_made(method: str | None, cache: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("method", ["dpcknn", "kmedoids"])
 def test_clustering_keeps_one_distance_matrix(method: str) -> None:
-    """No second square beside the distances: nothing of their size lives with them."""
+    """No second tensor of this size exists at the same time."""
     model = make(method, **LARGE, reduction_kwargs={"equal_weight": True})
     stage = model.vit.layers[1].reduction
     tokens = torch.randn(2, 600, 16, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_clustering_keeps_one_distance_matrix(method: str) -> None:
 
 
 def test_sinkhorn_keeps_one_plan() -> None:
-    """The last one and the next, and no third."""
+    """At most two plans exist at the same time: the current and the next."""
     stage = make("sinkhorn").vit.layers[1].reduction
     similarity = torch.randn(2, 400, 200, dtype=torch.float64)
     with torch.no_grad(), Watch(large=2 * 400 * 200 * 8) as watch:
@@ -95,8 +95,8 @@ def test_sinkhorn_keeps_one_plan() -> None:
 @pytest.mark.parametrize("keep_rate", [None, 0.25])
 @every_method
 def test_the_host_waits_for_nothing(method: str | None, keep_rate: float | None) -> None:
-    """No operator reads a number back, or has a result whose shape depends on numbers; none makes a tensor on the host. At
-    another keep rate than the model's own, from the second forward on."""
+    """No operator copies a value to the host, has a data-dependent shape, or creates a tensor on the host. At another
+    keep rate than the model's own, this holds from the second forward pass on."""
     options = {"reduction_kwargs": {"pad_to_bound": True}} if method == "ats" else {}
     model = make(method, **CACHE | {"head": "cla"} | options).to("meta")
     if keep_rate is not None and (method is None or model.vit.method.fixed_rate(model.config)):
@@ -113,7 +113,7 @@ def test_the_host_waits_for_nothing(method: str | None, keep_rate: float | None)
 
 
 def test_ats_waits_once_a_stage() -> None:
-    """For the width of the longest image, unless it pads to its bound."""
+    """It waits for the length of the longest image, unless it pads to the bound."""
     model = make("ats", **CACHE)
     with torch.no_grad(), Watch() as watch:
         model(images())

@@ -1,7 +1,9 @@
-"""ATC, PiToMe, MCTF and ToFu, which merge tokens without training: their numbers, and the rules that numbers do not reach.
+"""ATC, PiToMe, MCTF and ToFu, which merge tokens without training: recorded results, and rules that these do not
+cover.
 
-The files of tests/goldens_free hold what functions of official code (of ToFu: of code that its rivals compare with) made of random
-tensors: `tokens` (B, N, D), `keys` (B, H, N, d) or `metric` (B, N, D), `received` (B, N) and `sizes` (B, N) to `out.*`.
+The files of tests/goldens_free hold results of functions of the official code (for ToFu, of code that other papers
+compare with) for random tensors: `tokens` (B, N, D), `keys` (B, H, N, d) or `metric` (B, N, D), `received` (B, N) and
+`sizes` (B, N) to `out.*`.
 """
 
 import json
@@ -46,7 +48,7 @@ LINKAGES = ["average", "single", "complete"]
 
 
 def make_stage(method: str, layer: int = 1, **options: Any) -> Merging:
-    """A stage without parameters, of a model of 5 layers."""
+    """Return a stage without parameters, of a model with 5 layers."""
     config = tiny_config(reduction=method, reduction_layers=[layer], reduction_kwargs=options, keep_rate=0.5)
     return REDUCTIONS[method](config, 0, **options)
 
@@ -54,8 +56,8 @@ def make_stage(method: str, layer: int = 1, **options: Any) -> Merging:
 def make_context(
     keys: torch.Tensor, sizes: torch.Tensor | None = None, received: torch.Tensor | None = None
 ) -> tuple[AttentionContext, TokenState]:
-    """What a stage is given, with `keys` (B, H, N, d), which are what enters the layer, too, `sizes` (B, N) and attention
-    that is `received` (B, N)."""
+    """Return the context and state for a stage, with `keys` (B, H, N, d), which are also the input of the layer,
+    `sizes` (B, N) and `received` attention (B, N)."""
     state = initial_state(tiny_config(), (1, keys.shape[2] - 1), record_assignments=True)
     if sizes is not None:
         state = state.with_tracks(size=sizes)
@@ -71,7 +73,7 @@ def random_tokens(batch: int, num_tokens: int, width: int = 4, seed: int = 0) ->
 
 
 class Reduced:
-    """What a stage makes of tokens (B, N, D)."""
+    """Result of a stage for tokens (B, N, D)."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Reduced:
 
 @pytest.mark.parametrize("name", [*FILES, *(f"{name} without scipy" for name in FILES if name.startswith("atc"))])
 def test_goldens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Targets exactly; tokens, sizes, shares and assignment to 1e-12 in float64 and 2e-6 in float32."""
+    """Targets are equal; tokens, sizes, shares and assignment agree to 1e-12 in float64 and 2e-6 in float32."""
     name, _, without_scipy = name.partition(" ")
     if without_scipy:
         monkeypatch.setattr("clca.reduction_atc.scipy_functions", lambda: None)
@@ -142,7 +144,8 @@ def test_goldens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("num_tokens", [2, 3, 8, 9])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_number_that_can_be_removed(way: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From none to the most: token 0 stays alone, each new token is made of something, sizes add up, images do not mix."""
+    """For zero up to the maximum number of removed tokens: token 0 is not merged, no new token is empty, sizes are
+    preserved, and images do not affect each other."""
     method, options = WAYS[way]
     stage = make_stage(method, **options)
     most = type(stage).max_merged(num_tokens)
@@ -192,7 +195,7 @@ def test_equal_tokens_merge_the_same_way_twice(way: str, monkeypatch: pytest.Mon
 
 
 def test_equal_values_are_sorted_by_position() -> None:
-    """More of them than the networks and insertion sorts, with which sorting is stable by chance, are used for."""
+    """There are more values than the sorting networks and insertion sorts handle, which are stable by chance."""
     values = torch.tensor([1.0, 3.0, 2.0] * 100).expand(2, -1)
     expected = [*range(1, 300, 3), *range(2, 300, 3), *range(0, 300, 3)]
     assert descending_order(values).tolist() == [expected] * 2
@@ -211,13 +214,15 @@ def test_equal_values_are_sorted_by_position() -> None:
     ],
 )
 def test_counts(method: str, rate: float, after: list[int]) -> None:
-    """ViT-B/16 at 224 px. ATC's and ToFu's rates are shares of the patches, the others' of the tokens that are there."""
+    """ViT-B/16 at 224 px. Rates of ATC and ToFu are shares of the patches, those of the others shares of the current
+    tokens."""
     schedule = token_schedule(CLCAViTConfig(reduction=method, keep_rate=rate))
     assert [schedule.after[layer] for layer in (3, 6, 9)] == after
 
 
 def test_costs_of_the_half_limit() -> None:
-    """GMACs of ViT-B/16 at 224 px and keep rate 0.1: who merges pairs cannot remove more than half."""
+    """GMACs of ViT-B/16 at 224 px and keep rate 0.1: methods that merge pairs cannot remove more than half of the
+    tokens."""
     costs = {
         method: macs_in_advance(CLCAViTConfig(reduction=method, keep_rate=0.1, num_labels=1000)) / 1e9
         for method in ("topk", "atc", "pitome", "mctf", "tome", "tofu")
@@ -230,7 +235,7 @@ def test_costs_of_the_half_limit() -> None:
 def test_sizes_that_attention_does_not_see_weigh_means(
     method: str, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are in a track under another name, and the tokens that come out are the same."""
+    """They are stored in a track with another name, and the merged tokens are the same."""
     tokens, keys, sizes = (
         random_tokens(2, 11),
         random_tokens(2, 11, seed=1).unsqueeze(1),
@@ -263,7 +268,7 @@ def test_attention_is_proportional_by_default(method: str) -> None:
 
 
 def merge_by_hand(distance: torch.Tensor, merged: int, method: str) -> list[int]:
-    """The first member of each token's cluster, by the rule itself: distances (n, n) of clusters from those of their tokens."""
+    """Compute the first member of each token's cluster by definition, from the distances (n, n) of tokens."""
     clusters = [[token] for token in range(len(distance))]
 
     def between(one: list[int], other: list[int]) -> float:
@@ -281,7 +286,7 @@ def merge_by_hand(distance: torch.Tensor, merged: int, method: str) -> list[int]
 @pytest.mark.parametrize("method", LINKAGES)
 @pytest.mark.parametrize("seed", range(4))
 def test_of_equal_distances_the_first_pair_counts(method: str, seed: int) -> None:
-    """Small whole numbers, most of them equal; their averages by powers of two are exact."""
+    """Distances are small integers, most of them equal. Their averages are exact."""
     generator = torch.Generator().manual_seed(seed)
     upper = torch.randint(1, 4, (3, 9, 9), generator=generator).double().triu(1)
     distance = upper + upper.transpose(1, 2)
@@ -296,7 +301,7 @@ def test_of_equal_distances_the_first_pair_counts(method: str, seed: int) -> Non
 
 @pytest.mark.parametrize("method", LINKAGES)
 def test_images_with_equal_tokens_do_not_go_to_scipy(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result is that of the exact way, whatever scipy would say; of images without equal distances both agree."""
+    """The result is that of the exact algorithm. For images without equal distances both algorithms agree."""
     stage = make_stage("atc", linkage=method)
     metric = torch.cat([random_tokens(2, 30), random_tokens(2, 30, seed=1).round()])  # the last two: points of a grid
     exact: list[int] = []
@@ -321,14 +326,14 @@ def normed(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def first_members(target: torch.Tensor) -> torch.Tensor:
-    """Of the cluster of each token, but token 0, by its number: (B, N) to (B, N - 1)."""
+    """Return the first member of the cluster of each token except token 0: (B, N) to (B, N - 1)."""
     return (target[:, 1:].unsqueeze(1) == target[:, 1:].unsqueeze(2)).long().argmax(dim=2)
 
 
 @pytest.mark.parametrize("way", ["scipy", "torch"])
 @pytest.mark.parametrize("method", LINKAGES)
 def test_clusters_are_those_of_a_dendrogram(method: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbered by their first members; token 0 by itself."""
+    """Clusters are numbered by their first members. Token 0 is its own cluster."""
     if way == "torch":
         monkeypatch.setattr("clca.reduction_atc.scipy_functions", lambda: None)
     metric = random_tokens(2, 41, 8)
@@ -342,13 +347,13 @@ def test_clusters_are_those_of_a_dendrogram(method: str, way: str, monkeypatch: 
 
 
 def test_distances_are_symmetric_to_the_last_bit() -> None:
-    """Products of matrices need not be, and the first least distance would then not be that of the first pair."""
+    """Otherwise the first minimum would not belong to the first pair. Matrix products need not be symmetric."""
     distance = cosine_distance(normed(random_tokens(2, 197, 64).float()))
     assert torch.equal(distance, distance.transpose(1, 2))
 
 
 def test_no_numbers_are_clustered_in_some_way() -> None:
-    """Keys that overflowed do not stop a training, they make a loss that is no number, as with all methods."""
+    """NaN in the keys does not raise an error: the loss becomes NaN, as with all methods."""
     metric = random_tokens(2, 9)
     metric[0, 3] = torch.inf
     target = make_stage("atc").match(metric, 4)
@@ -365,7 +370,7 @@ def test_both_matchings_merge_half_alike() -> None:
 
 
 def test_margin_and_matching_follow_the_layer() -> None:
-    """The layer's index among all, not the stage's: of five layers the first three match all tokens."""
+    """They depend on the index of the layer, not of the stage: of five layers the first three match all tokens."""
     model = tiny_model(
         reduction="pitome", keep_rate=0.9, reduction_layers=[0, 2, 3, 4], reduction_kwargs={"margin": -2.0}
     )
@@ -385,7 +390,7 @@ def test_energy_is_a_mean_of_elus() -> None:
 
 
 def test_isolated_tokens_are_protected() -> None:
-    """Of three alike and two alone, the alike merge, whatever the similarity of the others is."""
+    """Of three similar and two isolated tokens, the similar ones are merged."""
     metric = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [-1.0, 0.0], [-0.9, -1.0]]])
     target = make_stage("pitome", matching="protect", margin=0.9).match(metric, 1)
     assert len(set(target[0, 1:4].tolist())) == 2 and len(set(target[0].tolist())) == 5
@@ -412,8 +417,8 @@ def test_without_other_criteria_it_is_tome(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("tau_sim", [0.0, 1.0, 2.0, 0.1])
 def test_extremes_of_every_criterion(tau_sim: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that nobody attends to or that are opposite to each other, and sizes far apart: no division by zero, no root of
-    a negative number."""
+    """Tokens without attention, opposite tokens, and very different sizes cause no division by zero and no root of a
+    negative number."""
     keys = normed(random_tokens(2, 10).float())
     keys[:, 1::2] = -keys[:, ::2]
     received, sizes = torch.zeros(2, 10), torch.ones(2, 10)
@@ -425,12 +430,13 @@ def test_extremes_of_every_criterion(tau_sim: float, monkeypatch: pytest.MonkeyP
 
 
 def test_equal_scores_go_to_the_first_in_both_directions() -> None:
-    """Tokens 0 to 6: of the sources 2, 4 and 6 the first goes to token 1; then tokens 1 and 3 go to token 4, token 2 with them."""
+    """Of tokens 0 to 6, first token 2 of the sources 2, 4 and 6 is merged into token 1; then tokens 1 and 3 are merged
+    into token 4, together with token 2."""
     assert make_stage("mctf").match_by(torch.ones(1, 4, 3), 3).tolist() == [[0, 1, 1, 1, 1, 3, 2]]
 
 
 def test_similarity_is_that_of_what_enters_the_layer() -> None:
-    """Before the norm, in each stage."""
+    """It is computed before the norm, in each stage."""
     model = tiny_model(reduction="mctf", keep_rate=0.5, num_register_tokens=1)
     entered, compared = [], []
     for layer in model.vit.layers[1:3]:
@@ -457,7 +463,7 @@ def test_matching_is_tomes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_merged_tokens_are_as_long_as_their_longest_member(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And have the direction of the mean; a token that stays alone does not change, and a mean of zero stays zero."""
+    """They have the direction of the mean. Unmerged tokens do not change, and a mean of zero stays zero."""
     tokens, keys = random_tokens(2, 12), random_tokens(2, 12, seed=1)
     tokens[1, 4], keys[1, 4], keys[1, 7] = -tokens[1, 7], 100, 100  # these merge, and cancel out
     tokens.requires_grad_()
@@ -475,7 +481,7 @@ def test_merged_tokens_are_as_long_as_their_longest_member(monkeypatch: pytest.M
 
 
 def test_gradients_of_merged_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the mean, its length, and the length of the longest member."""
+    """They flow through the mean, its norm, and the norm of the longest member."""
     keys, stage = random_tokens(2, 8, seed=1).unsqueeze(1), make_stage("tofu", merge_from=0)
     tokens = random_tokens(2, 8).requires_grad_()
     assert torch.autograd.gradcheck(
@@ -484,7 +490,7 @@ def test_gradients_of_merged_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_late_layers_merge() -> None:
-    """From the second layer after half of them on."""
+    """Merging starts in the second layer of the second half."""
     for depth, drops in ((12, [True, True, False]), (18, [True] * 3)):
         config = CLCAViTConfig(num_hidden_layers=depth, reduction="tofu", reduction_layers=[3, 6, 9])
         assert [REDUCTIONS["tofu"](config, stage).merges_early for stage in range(3)] == drops

@@ -1,4 +1,4 @@
-"""Properties of the model, for every method, cache and kind of token: one table, and a few odd cases."""
+"""Properties of the model for every method, cache and kind of token, and a few special cases."""
 
 import copy
 import re
@@ -59,7 +59,7 @@ RATE_ONE_OPTIONS = {"heuristic": {"contiguous": False}}  # else it shrinks whate
 
 @every_case
 def test_token_counts_follow_the_schedule(case: Case) -> None:
-    """What a forward reports, what it records and what `token_schedule` foretells are one."""
+    """Reported counts, recorded lengths and `token_schedule` agree."""
     model = case.model()
     schedule = token_schedule(model.config)
     output = model(images(), output_hidden_states=True)
@@ -91,7 +91,8 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "normed_mean", "map"])
 @pytest.mark.parametrize("prefix", [{"num_register_tokens": 4}, {"num_register_tokens": 3, "use_class_token": False}])
 def test_few_tokens_are_pooled_like_many(prefix: dict[str, Any], pooling: str) -> None:
-    """ATS may keep fewer tokens than the prefix had: then neither pads nor retrieved tokens are passed over in its place."""
+    """ATS may keep fewer tokens than the prefix has. Then neither padding nor retrieved tokens are skipped instead of
+    it."""
     options = {"initializer_range": 0.5, "image_size": 64, "reduction_layers": [2, 4], "num_hidden_layers": 6}
     model = tiny_model(reduction="ats", keep_rate=0.28, pooling=pooling, cross_layer_cache=True, **prefix, **options)
     pixels = images(8, 64, 64)
@@ -105,7 +106,7 @@ def test_few_tokens_are_pooled_like_many(prefix: dict[str, Any], pooling: str) -
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_weights_for_a_model_on_the_meta_device(method: str | None, assign: bool) -> None:
-    """Masks and quantiles, which are in no file, come with the weights."""
+    """Masks and quantiles, which are not saved, are created when the weights are loaded."""
     model = Case(method, "clca", "cls").model()
     with torch.device("meta"):
         empty = CLCAViTForImageClassification(model.config).double().eval()
@@ -128,7 +129,8 @@ def test_weights_for_a_model_on_the_meta_device(method: str | None, assign: bool
     ids=str,
 )
 def test_padded_images_do_not_depend_on_their_batch(case: Case, options: dict[str, Any]) -> None:
-    """Where images of a batch keep different numbers of tokens: pads are not attended to, averaged, pooled or kept."""
+    """If images of a batch keep different numbers of tokens, padding is never attended to, averaged, pooled
+    or kept."""
     sharp = {"initializer_range": 0.5, "keep_rate": 0.9, "image_size": 64, "reduction_layers": [1, 2, 3]}
     model = case.model(**sharp | TOKENS[case.tokens] | options)
     pixels = images(4, 64, 64)
@@ -147,7 +149,7 @@ def test_padded_images_do_not_depend_on_their_batch(case: Case, options: dict[st
 
 @every_case
 def test_evaluation_repeats(case: Case) -> None:
-    """No draws in evaluation, whatever the state of the global generator."""
+    """Evaluation uses no random numbers."""
     model = case.model()
     with torch.no_grad():
         first = model(images()).logits
@@ -178,8 +180,8 @@ def test_rate_one_is_no_reduction(case: Case) -> None:
 
 @every_case
 def test_gradients_reach_every_parameter(case: Case) -> None:
-    """Finite everywhere, and not zero but where the mathematics makes it so. Only the norm that an aggregating head
-    leaves unused is frozen."""
+    """Gradients are finite, and zero only where this follows from the mathematics. Only the norm that an aggregating
+    head does not use is frozen."""
     model = case.model()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == ({"vit.layernorm.weight", "vit.layernorm.bias"} if model.config.head == "cla" else set())
@@ -193,7 +195,7 @@ def test_gradients_reach_every_parameter(case: Case) -> None:
 
 @main_case
 def test_the_loss_is_the_sum_of_its_terms(case: Case) -> None:
-    """Every term is reported, detached; evaluation has the loss of the classes alone."""
+    """Every term is reported, detached. In evaluation there is only the classification loss."""
     model = case.model()
     output = model(images(), labels=labels())
     assert output.loss_terms.keys() == {"classification"}
@@ -208,7 +210,7 @@ def test_the_loss_is_the_sum_of_its_terms(case: Case) -> None:
     "case", slow_unless(lambda c: c.method in FIRST_OF_FAMILIES or c.cache == "clca", MAIN_CASES), ids=str
 )
 def test_one_batch_can_be_learned(case: Case) -> None:
-    """Forty steps bring the loss of four images to a tenth."""
+    """Forty steps reduce the loss of four images to a tenth."""
     model = case.model(initializer_range=0.05).float().train()
     pixels, targets = images(4).float(), labels(4)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -236,7 +238,7 @@ def test_eager_equals_sdpa(case: Case) -> None:
 
 @main_case
 def test_bfloat16_is_finite(case: Case) -> None:
-    """In evaluation and in training; the dtype of the pixels is brought to that of the weights."""
+    """In evaluation and training. Pixels are converted to the dtype of the weights."""
     model = case.model().bfloat16()
     logits = model(images().float()).logits
     assert logits.dtype == torch.bfloat16
@@ -250,7 +252,7 @@ def test_bfloat16_is_finite(case: Case) -> None:
 
 @main_case
 def test_autocast_is_finite(case: Case) -> None:
-    """Mixed precision on float32 weights, near what float32 gives, and gradients in float32."""
+    """With mixed precision, results are close to float32, and gradients are float32."""
     model = case.model().float()
     pixels = images().float()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -267,8 +269,8 @@ def test_autocast_is_finite(case: Case) -> None:
 
 @pytest.mark.parametrize("case", table(c for c in CASES if c.method and c.tokens != "registers"), ids=str)
 def test_hardly_anything_is_kept(case: Case) -> None:
-    """At rates that leave one token or none: finite in evaluation and training, counts as foretold, images apart. Where
-    the cache has nothing to average it takes token 0."""
+    """At rates that leave one token or none, results are finite, counts follow the schedule, and images do not affect
+    each other. If the cache has no token to average, it uses token 0."""
     fewer_than_clr = {"num_clr_tokens": 4} if case.config().num_clr_tokens else {}  # then copies of token 0 are cached
     model = case.model(keep_rate=0.05, reduction_layers=[0, 1, 2], **fewer_than_clr)
     with torch.no_grad():
@@ -298,7 +300,7 @@ def test_hardly_anything_is_kept(case: Case) -> None:
     ids=str,
 )
 def test_activation_checkpointing_changes_nothing(case: Case, reentrant: bool) -> None:
-    """Equal loss and gradients, recomputed or not."""
+    """Loss and gradients are equal with and without recomputation."""
     check_activation_checkpointing(case.model(), reentrant)
 
 
@@ -310,7 +312,7 @@ def test_activation_checkpointing_changes_nothing(case: Case, reentrant: bool) -
     ],
 )
 def test_reentrant_checkpointing_is_refused_where_it_loses_gradients(option: str, value: str) -> None:
-    """It sees the hidden states only: not a method's tracks, nor what a head takes out of the layers."""
+    """It only tracks the hidden states, not the tracks of a method or the features that a head reads from layers."""
     model = tiny_model(**{option: value})
     for part in (model, model.vit):
         with pytest.raises(ValueError, match="`use_reentrant`"):
@@ -320,8 +322,8 @@ def test_reentrant_checkpointing_is_refused_where_it_loses_gradients(option: str
 
 @every_case
 def test_recorded_tuples_are_honest(case: Case) -> None:
-    """Under sdpa, too: one hidden state per layer and the embeddings, one attention map per layer, with the lengths the
-    layers really had and rows that sum to one; recording changes no logits."""
+    """With sdpa as well, there is one hidden state per layer plus the embeddings, and one attention map per layer,
+    with the actual lengths and rows that sum to one. Recording does not change the logits."""
     model = case.model()
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
@@ -366,7 +368,7 @@ def test_recording_can_be_set_in_the_configuration() -> None:
     ids=str,
 )
 def test_dropout_acts_in_training_only(case: Case, rate: dict[str, float]) -> None:
-    """Two draws differ in training; evaluation is that of the model without."""
+    """Two draws differ in training. Evaluation equals that of a model without dropout."""
     model, plain = case.model(**rate), case.model()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -384,7 +386,8 @@ def test_dropout_acts_in_training_only(case: Case, rate: dict[str, float]) -> No
 
 
 def test_drop_path_drops_whole_images() -> None:
-    """A branch is dropped for an image or scaled so that its mean stays; the rate grows linearly from zero."""
+    """A branch is dropped for an entire image or scaled so that its mean is preserved. The rate increases linearly
+    from zero."""
     model = tiny_model(drop_path_rate=0.4)
     rates = [layer.drop_path.rate for layer in model.vit.layers]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
@@ -399,7 +402,7 @@ def test_drop_path_drops_whole_images() -> None:
 
 
 def test_training_and_evaluation_share_no_state() -> None:
-    """A forward leaves nothing behind: an evaluation after a training step on other images is that of a copy without."""
+    """An evaluation after a training step on other images equals that of a copy without the step."""
     for method in METHODS:
         if method == "sinkhorn":
             continue  # brings its prototypes to unit length in training, as published
@@ -413,7 +416,7 @@ def test_training_and_evaluation_share_no_state() -> None:
 
 
 def test_the_backbone_alone() -> None:
-    """`CLCAViTModel` from a configuration: no classifier, no CLS of several layers unless a head asks for them."""
+    """`CLCAViTModel` has no classifier, and returns CLS of several layers only if a head needs it."""
     torch.manual_seed(0)
     model = CLCAViTModel(tiny_config(reduction="evit", keep_rate=0.5)).eval()
     output = model(images().float())
@@ -423,7 +426,7 @@ def test_the_backbone_alone() -> None:
 
 
 def test_a_method_of_ones_own() -> None:
-    """`register_reduction` makes a class usable by name; names are checked and not taken twice."""
+    """`register_reduction` registers a class by name. Names are validated and cannot be registered twice."""
     from clca import register_reduction
 
     class KeepFirst(ScoredPruning):

@@ -1,4 +1,4 @@
-"""Types of a method's options are checked however they are annotated: this file's annotations are all strings."""
+"""Types of a method's options are checked in any annotation style. In this file all annotations are strings."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_others_are_refused_when_the_configuration_is_made(option: str, value: A
 
 
 def test_flags_follow_from_what_is_overridden() -> None:
-    """By a class itself, or by another of its bases."""
+    """The override may be in the class itself or in another of its bases."""
 
     class Loss:
         @classmethod

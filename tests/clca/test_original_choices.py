@@ -1,4 +1,4 @@
-"""What methods choose where the last bit, or a tie, decides: as the original code does, or always in the same way."""
+"""Choices of methods that depend on the last bit or on ties: equal to the original code, or at least deterministic."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ PATTERNS = ("l1", "l2", "linf")
 
 
 def original_radius(pattern: str, side: int) -> torch.Tensor:
-    """As the original computes it, for square grids."""
+    """Compute the radius as in the original, for square grids."""
     axis = torch.linspace(math.floor(-side / 2), math.floor(side / 2), side)
     x, y = torch.meshgrid(axis, axis, indexing="ij")
     if pattern == "l1":
@@ -29,7 +29,8 @@ def original_radius(pattern: str, side: int) -> torch.Tensor:
 
 
 def masks_of(pattern: str, side: int) -> int:
-    """Compare every mask of a grid, at 50 keep rates and 3 stages, and in all steps to 4 least radii; how many there are."""
+    """Compare all masks of a grid, at 50 keep rates and 3 stages and in all steps to 4 minimum radii, and return their
+    number."""
     radius, count = original_radius(pattern, side), 0
     radii = radius.unique()
     kept = (radius.flatten() <= radii.unsqueeze(1)).sum(dim=1)
@@ -55,7 +56,7 @@ def test_circles_at_224_pixels(pattern: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_circles_of_all_grids(pattern: str) -> None:
-    """Of 2 to 40 patches a side."""
+    """Grids have 2 to 40 patches per side."""
     assert sum(masks_of(pattern, side) for side in range(2, 41)) == 39 * 226
 
 
@@ -64,7 +65,7 @@ def test_circles_of_all_grids(pattern: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_distances_are_symmetric(dtype: torch.dtype) -> None:
-    """To the last bit, across the pieces they are mirrored in."""
+    """They are exactly symmetric, also across the chunks in which they are mirrored."""
     tokens = torch.randn(2, 70, 48, dtype=dtype, generator=torch.Generator().manual_seed(0))
     for chunk in (1, 32, 256):
         distance = pairwise_distance(tokens, chunk)
@@ -75,8 +76,8 @@ def test_distances_are_symmetric(dtype: torch.dtype) -> None:
 
 
 def test_mutual_neighbours_are_equally_dense() -> None:
-    """With two neighbours, one of which is the token itself, two tokens that are nearest to each other have the same density,
-    so that the first of them is the denser: the second cannot be a centre before it."""
+    """With two neighbors, one of which is the token itself, two tokens that are nearest to each other have the same
+    density. So the first counts as denser, and the second cannot become a center before it."""
     stage = tiny_model(reduction="dpcknn", reduction_kwargs={"k_neighbors": 2}).float().vit.layers[1].reduction
     generator = torch.Generator().manual_seed(0)
     corners = torch.randn(1, 30, 16, generator=generator)
@@ -91,7 +92,7 @@ def test_mutual_neighbours_are_equally_dense() -> None:
 
 @pytest.mark.parametrize("bias", [-200.0, -30.0, -3.0, 0.0, 3.0, 80.0])
 def test_shares(bias: float) -> None:
-    """Of float32 scores that would overflow or not: those of the formula in float64."""
+    """Shares of float32 scores, whether exp overflows or not, equal the formula in float64."""
     generator = torch.Generator().manual_seed(0)
     scores = 4 * torch.randn(2, 20, generator=generator) + bias
     labels = torch.randint(6, (2, 20), generator=generator)
@@ -102,14 +103,14 @@ def test_shares(bias: float) -> None:
 
 
 def test_gradient_of_shares() -> None:
-    """That of the formula: what is subtracted has none."""
+    """It equals that of the formula: the subtracted maximum has no gradient."""
     labels = torch.tensor([[0, 1, 0, 1, 1]])
     scores = torch.tensor([[0.5, 2.0, 1.0, -3.0, 2.5]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: shares_of_clusters(s, labels, 2), scores)
 
 
 def test_a_large_learned_bias() -> None:
-    """It weighs all tokens alike, so it changes nothing but the part of 1e-6."""
+    """It affects all tokens equally, so it only changes the term 1e-6."""
     model = tiny_model(reduction="dpcknn", keep_rate=0.5).float()
     biases = [model.vit.layers[layer].reduction.score.bias for layer in (1, 2)]
     logits = []
@@ -122,7 +123,7 @@ def test_a_large_learned_bias() -> None:
 
 
 def test_tokens_far_from_each_other_have_different_densities() -> None:
-    """Although exp of them would be zero for all: tokens in groups are denser than those alone."""
+    """Although exp would underflow for all of them, tokens in groups are denser than isolated ones."""
     stage = tiny_model(reduction="dpcknn", reduction_kwargs={"k_neighbors": 3}).float().vit.layers[1].reduction
     alone = 1e3 * torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
     groups = alone[:, -2:].repeat_interleave(3, dim=1) + 100 * torch.randn(
@@ -136,7 +137,7 @@ def test_tokens_far_from_each_other_have_different_densities() -> None:
 
 
 def start(distance: torch.Tensor, first: int, count: int, far: str) -> list[int]:
-    """One image, in plain words."""
+    """Compute the start for one image with plain loops."""
     chosen = [first]
     while len(chosen) < count:
         gaps = [(max if far == "original" else min)(row[c] for c in chosen) for row in distance.tolist()]

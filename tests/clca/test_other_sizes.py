@@ -33,7 +33,7 @@ SMALL_SHARDS = "5KB"
 
 
 def stock_vit(folder: Path, image_size: Any = 32, **save: Any) -> dict[str, torch.Tensor]:
-    """Save a stock ViT with random weights; its state dict."""
+    """Save a stock ViT with random weights and return its state dict."""
     torch.manual_seed(3)
     model = ViTForImageClassification(ViTConfig(**STOCK, image_size=image_size))
     nn.init.normal_(model.vit.embeddings.position_embeddings)
@@ -46,8 +46,8 @@ def positions_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 def test_the_setting_of_the_paper(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A stock ViT at twice its size, with reduction, cache, another head and another number of classes: only what is new is
-    random, and one line says what was resampled."""
+    """A stock ViT loads at twice its size with reduction, cache, another head and another number of classes. Only new
+    parameters are random, and one log line reports what was resampled."""
     state = stock_vit(tmp_path)
     with caplog.at_level(logging.INFO, logger="clca"):
         model, info = CLCAViTForImageClassification.from_pretrained(
@@ -68,8 +68,8 @@ def test_the_setting_of_the_paper(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("new", [{"image_size": [64, 16]}, {"image_size": 24, "patch_size": 6}], ids=str)
 @pytest.mark.parametrize("loader", [CLCAViTForImageClassification, CLCAViTModel])
 def test_grids(old: Any, new: dict[str, Any], loader: type[PreTrainedModel], tmp_path: Path) -> None:
-    """The old grid is the one of the checkpoint's own configuration: 2 x 8, 4 x 4 and 8 x 2 patches are as many. Without
-    `ignore_mismatched_sizes`."""
+    """The old grid comes from the checkpoint's configuration: 2 x 8, 4 x 4 and 8 x 2 have the same number of patches.
+    `ignore_mismatched_sizes` is not needed."""
     state = stock_vit(tmp_path, old)
     model = loader.from_pretrained(tmp_path, **new)
     config = CLCAViTConfig(**TINY | {"image_size": old})
@@ -83,7 +83,8 @@ def test_grids(old: Any, new: dict[str, Any], loader: type[PreTrainedModel], tmp
 @pytest.mark.parametrize("tokens", [{}, {"num_register_tokens": 2}, {"prefix_position_embeddings": False}], ids=str)
 @pytest.mark.parametrize("loader", [CLCAViTForImageClassification, AutoModelForImageClassification, AutoModel])
 def test_models_of_ours(loader: Any, tokens: dict[str, Any], tmp_path: Path) -> None:
-    """CLS, registers and CLR keep their positions, and all other weights stay; saved and loaded it is the same model."""
+    """CLS, registers and CLR keep their positions, and all other weights stay unchanged. Saving and loading preserves
+    the model."""
     options = {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_clr_tokens": 2, "head": "cla"}
     model = tiny_model(**options, **tokens).float()
     model.save_pretrained(tmp_path / "small")
@@ -119,7 +120,8 @@ def test_ways_to_load(shards: bool, options: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_a_classifier_of_another_size_is_another_matter(tmp_path: Path) -> None:
-    """Refused without `ignore_mismatched_sizes`, re-initialized with it, whatever becomes of the positions."""
+    """Without `ignore_mismatched_sizes` it is refused, with it re-initialized, whether or not positions are
+    resampled."""
     state = stock_vit(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         CLCAViTForImageClassification.from_pretrained(tmp_path, image_size=64, num_labels=7)
@@ -131,7 +133,7 @@ def test_a_classifier_of_another_size_is_another_matter(tmp_path: Path) -> None:
 
 
 def test_deit(tmp_path: Path) -> None:
-    """Two positions stay unchanged: CLS and the distillation token, a register here."""
+    """Two positions stay unchanged: those of CLS and of the distillation token, which becomes a register."""
     torch.manual_seed(0)
     deit = DeiTForImageClassification(DeiTConfig(**STOCK, image_size=32))
     table = nn.init.normal_(deit.deit.embeddings.position_embeddings)
@@ -142,7 +144,7 @@ def test_deit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_more_registers(image_size: int, tmp_path: Path) -> None:
-    """Registers that the checkpoint lacks get positions of their own; those of CLS and patches are kept."""
+    """Registers that the checkpoint does not have get new positions. Those of CLS and patches are kept."""
     state = stock_vit(tmp_path)
     model, info = CLCAViTForImageClassification.from_pretrained(
         tmp_path, image_size=image_size, num_register_tokens=2, output_loading_info=True
@@ -163,7 +165,7 @@ def test_the_same_size_leaves_all_as_it_is(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_saved_in_the_format_of_stock_vits(tmp_path: Path) -> None:
-    """`save_original_format` converts the weights back, sizes and all."""
+    """`save_original_format` converts the names of the weights back and keeps their sizes."""
     stock_vit(tmp_path / "stock")
     model = CLCAViTForImageClassification.from_pretrained(tmp_path / "stock", image_size=64)
     model.save_pretrained(tmp_path / "ours", save_original_format=True)
@@ -175,7 +177,8 @@ def test_saved_in_the_format_of_stock_vits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ignore", [False, True])
 def test_positions_are_never_random(ignore: bool, tmp_path: Path) -> None:
-    """Where the old grid is not known, or is not that of the weights, it is an error, with `ignore_mismatched_sizes`, too."""
+    """If the old grid is unknown or does not fit the weights, loading raises an error, even with
+    `ignore_mismatched_sizes`."""
     stock_vit(tmp_path)
     config = CLCAViTConfig(**TINY | {"image_size": 64})
     saved = json.loads((tmp_path / "config.json").read_text())
@@ -190,7 +193,7 @@ def test_positions_are_never_random(ignore: bool, tmp_path: Path) -> None:
 
 
 def test_weights_that_fit_the_model_and_not_their_config(tmp_path: Path) -> None:
-    """They are loaded as they are."""
+    """They are loaded unchanged."""
     state = stock_vit(tmp_path)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     saved = json.loads((tmp_path / "config.json").read_text())

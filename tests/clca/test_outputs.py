@@ -1,4 +1,4 @@
-"""What a forward returns, as clients take it that know nothing of this model: pipelines, exporters, tracers, replicas."""
+"""Outputs as used by clients that do not know this model: pipelines, exporters, tracers, replicas."""
 
 import copy
 import dataclasses
@@ -36,7 +36,8 @@ def fields_of(output: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fields_have_the_batch_first(name: str, training: bool) -> None:
-    """Of the classifier and of the backbone, without labels: None or a tensor. What training adds is for the loss."""
+    """Without labels, every field of the classifier's and the backbone's output is None or a tensor with the batch
+    first."""
     model = model_of(name).train(training)
     for part in (model, model.vit):
         with torch.no_grad():
@@ -61,7 +62,7 @@ def test_what_was_asked_for_is_there() -> None:
 
 
 def test_token_counts_are_kept() -> None:
-    """In copies and pickles, and by the compiler."""
+    """Copies, pickles and the compiler preserve them."""
     model = model_of("evit")
     with torch.no_grad():
         output = model(images().float())
@@ -73,7 +74,7 @@ def test_token_counts_are_kept() -> None:
 
 
 def test_moved() -> None:
-    """Tensors at any depth, with what stands beside them."""
+    """Tensors at any depth are moved, and additional attributes are kept."""
     model = model_of("dyvit").train().requires_grad_(False)
     output = model(images().float(), labels=torch.tensor([0, 1, 2]), output_assignments=True)
     moved = output.to(torch.float64)
@@ -85,7 +86,8 @@ def test_moved() -> None:
 
 
 def test_token_counts_are_lost() -> None:
-    """Where an output is rebuilt from its fields: None, no error. `TokenCounts` says where that is."""
+    """If an output is rebuilt from its fields, they are None and there is no error. `TokenCounts` documents these
+    cases."""
     model = model_of("evit").requires_grad_(False)
     assert convert_outputs_to_fp32(model.forward)(images().float()).token_counts is None
     assert torch.utils._pytree.tree_map(lambda x: x, model(images().float())).token_counts is None
@@ -93,7 +95,7 @@ def test_token_counts_are_lost() -> None:
 
 
 def test_no_dictionaries_by_configuration() -> None:
-    """`return_dict=False` in the configuration is about what leaves the model."""
+    """`return_dict=False` in the configuration only affects the output of the outermost model."""
     model = model_of("evit")
     expected = model(images().float()).logits
     model.config.return_dict = False
@@ -112,7 +114,7 @@ def photos() -> list[Image.Image]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pipelines(name: str, photos: list[Image.Image]) -> None:
-    """Both tasks, with more images in a batch than the model has layers: as one by one."""
+    """Both tasks give the same results for a batch, larger than the number of layers, as for single images."""
     model, processor = model_of(name), ViTImageProcessorPil(size={"height": 32, "width": 32})
     classify = pipeline("image-classification", model=model, image_processor=processor)
     together = classify(photos, batch_size=BATCH, top_k=3)
@@ -133,7 +135,7 @@ def test_pipelines(name: str, photos: list[Image.Image]) -> None:
     "name", slow_unless({"evit", "tome"}.__contains__, [name for name in MODELS if name != "ats"])
 )
 def test_traced(name: str, grad: bool) -> None:
-    """`torch.jit.trace` of the bare model, with its own check of what it made, and on other images."""
+    """`torch.jit.trace` of the unwrapped model passes its own check and works on other images."""
     model, pixels, others = model_of(name), images(2).float(), images(2, seed=5).float()
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shapes that become constants
@@ -163,7 +165,7 @@ def test_in_place_functions_come_back_after_a_trace() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", slow_unless(lambda name: name == "tome", METHODS), ids=str)
 def test_exported_to_onnx(name: str | None, tmp_path: Path) -> None:
-    """`torch.onnx.export` of the bare model; the graph has one output, the logits."""
+    """`torch.onnx.export` of the unwrapped model works; the graph has one output, the logits."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     options = VARIANTS[str(name)] | STATIC.get(str(name), {})
@@ -179,7 +181,8 @@ def test_exported_to_onnx(name: str | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "ats"])
 def test_data_parallel(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nn.DataParallel` gathers what its replicas return, loss and all. (torch's own gathering is for GPUs.)"""
+    """`nn.DataParallel` gathers the outputs of its replicas, including the loss. (torch's own gathering
+    needs GPUs.)"""
 
     class Gather:
         @staticmethod

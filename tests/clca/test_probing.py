@@ -1,4 +1,4 @@
-"""Heads that probe the tokens of every method, and what they take out of the layers."""
+"""Heads that probe the tokens of every method, and the features they extract."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def test_no_classes(options: dict) -> None:
 
 @pytest.mark.parametrize("method", ["ats", "heuristic", "tome", "mctf"])
 def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
-    """Its kernel takes masks of another shape, so sdpa computes the layers that have one."""
+    """Its kernel needs another mask format, so layers with a mask use sdpa."""
     model = tiny_model(reduction=method, keep_rate=0.5, **CLCA)
     expected = model(images()).logits
     attention = model.vit.layers[-1].attention
@@ -41,7 +41,7 @@ def test_flex_attention_gives_way_to_a_mask(method: str) -> None:
 @pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)])
 @pytest.mark.parametrize("cache", [{}, {"cross_layer_cache": True, "num_clr_tokens": 1}], ids=["plain", "cache"])
 def test_probing_heads_with_every_method(head: str, method: str | None, cache: dict) -> None:
-    """They leave the tokens alone, do not see the batch, and train."""
+    """They do not change the tokens, do not depend on the batch, and train."""
     model = tiny_model(head=head, reduction=method, keep_rate=0.5 if method else 1.0, **cache)
     pixels = images()
     output = model(pixels)
@@ -56,7 +56,7 @@ def test_probing_heads_with_every_method(head: str, method: str | None, cache: d
 
 
 def test_vqt_queries_do_not_disturb_the_tokens() -> None:
-    """As its paper has it: the backbone's tokens are the same with and without queries."""
+    """As in its paper, the tokens of the backbone are the same with and without queries."""
     model = tiny_model(head="vqt")
     plain = tiny_model()
     plain.vit.load_state_dict(model.vit.state_dict(), strict=False)
@@ -66,7 +66,8 @@ def test_vqt_queries_do_not_disturb_the_tokens() -> None:
 
 @pytest.mark.parametrize("head", ["h2t", "vqt"])
 def test_select_features(head: str, tmp_path: Path) -> None:
-    """The features with the largest weights stay, a new head is trained on them, and it is saved with them; twice."""
+    """The features with the largest weights are kept and a new head is trained on them. It can be saved, and features
+    can be selected again."""
     model = tiny_model(head=head)
     weight = model.classifier.weight.detach().clone()
     kept = model.select_features(0.25)

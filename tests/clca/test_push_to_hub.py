@@ -1,5 +1,6 @@
-"""Sharing over a Hub: push, load by name and revision, train from it, update. With huggingface_hub's own client in processes
-of their own, against a stand-in of the Hub on this machine."""
+"""Sharing models over a Hub: push, load by name and revision, train from it, update. huggingface_hub's own client runs
+in separate processes, against a local server.
+"""
 
 import json
 import os
@@ -30,7 +31,7 @@ NAMES = ["wild", "bred", "crossed"]
 
 
 class Person(NamedTuple):
-    """What a process found, and the logits it got."""
+    """Results of one process, and its logits."""
 
     results: dict[str, dict[str, Any]]
     logits: dict[str, torch.Tensor]
@@ -42,7 +43,7 @@ class Person(NamedTuple):
 
 
 class Hub(NamedTuple):
-    """The server after all that happened, and who did it."""
+    """The server after all steps, and the results of both processes."""
 
     server: HubServer
     author: Person
@@ -51,7 +52,7 @@ class Hub(NamedTuple):
 
 
 def run_process(role: str, folder: Path, url: str, *options: str, **environment: str) -> Person:
-    """Run hub_process.py with a home of its own, online as far as the stand-in goes."""
+    """Run hub_process.py with a separate home folder, online only towards the local server."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
     home = folder / f"home of {role}"
     home.mkdir()
@@ -81,7 +82,7 @@ def run_process(role: str, folder: Path, url: str, *options: str, **environment:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """An author pushes; a visitor without the package loads, and pushes in turn."""
+    """An author pushes; a visitor without the package loads and pushes in turn."""
     folder = tmp_path_factory.mktemp("hub")
     save_file({"pixels": images().float()}, folder / "pixels.safetensors")
     Image.effect_noise((40, 50), 90).convert("RGB").save(folder / "image.png")
@@ -95,7 +96,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def test_what_is_pushed(hub: Hub) -> None:
-    """Model, image processor, card and code, and nothing that the stand-in would not understand."""
+    """Model, image processor, card and code are pushed, and the server knows all requests."""
     hub.author.step("push_model_processor_and_card")
     assert hub.pushed["main"] == SAVED | {"preprocessor_config.json", ".gitattributes"}
     for name in CODE:
@@ -106,7 +107,8 @@ def test_what_is_pushed(hub: Hub) -> None:
 
 
 def test_load_by_name(hub: Hub) -> None:
-    """Equal logits and class names in a process without the package, nothing missing, code from the Hub."""
+    """Logits and class names are equal in a process without the package; no weight is missing, and the code comes from
+    the Hub."""
     result = hub.visitor.step("load_main")
     assert result["module"].startswith("transformers_modules.tester.leaves.")
     assert result["labels"] == NAMES
@@ -115,7 +117,7 @@ def test_load_by_name(hub: Hub) -> None:
 
 
 def test_auto_classes(hub: Hub) -> None:
-    """Configuration and backbones load by name as well."""
+    """Configuration and backbones also load by name."""
     expected = {
         "config": "CLCAViTConfig",
         "backbone": "CLCAViTModel",
@@ -126,20 +128,21 @@ def test_auto_classes(hub: Hub) -> None:
 
 
 def test_code_runs_only_where_it_is_trusted(hub: Hub) -> None:
-    """Without `trust_remote_code` transformers refuses, and says what to pass."""
+    """Without `trust_remote_code` transformers raises an error that names the argument."""
     error = hub.visitor.step("refuse_unknown_code")
     assert error["type"] == "ValueError" and "trust_remote_code=True" in error["message"]
 
 
 def test_pipeline(hub: Hub) -> None:
-    """Image classification by the repository's name, with its class names."""
+    """The image classification pipeline works by the repository's name, with its class names."""
     predictions = hub.visitor.step("classify")["predictions"]
     assert sorted(p["label"] for p in predictions) == sorted(NAMES)
     assert sum(p["score"] for p in predictions) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_keep_rates_as_revisions(hub: Hub) -> None:
-    """Several keep rates in one repository: each branch has its own rate, weights and code; a tag and a commit load, too."""
+    """One repository holds several keep rates: each branch has its own rate, weights and code. A tag and a commit
+    load, too."""
     names = [f"keep-rate-{rate}" for rate in RATES]
     assert hub.author.step("push_keep_rates") == {"branches": [*names, "main"], "tags": ["v1.0"]}
     found = hub.visitor.step("load_revisions")
@@ -156,13 +159,13 @@ def test_keep_rates_as_revisions(hub: Hub) -> None:
 
 
 def test_the_cache_is_enough(hub: Hub) -> None:
-    """What was loaded once loads again without the Hub."""
+    """A model that was loaded once loads again without the Hub."""
     hub.visitor.step("load_without_asking")
     assert torch.equal(hub.visitor.logits["cached"], hub.visitor.logits["main"])
 
 
 def test_card_survives_later_pushes(hub: Hub) -> None:
-    """Pushing the model again, or to a branch, keeps the card that is there."""
+    """Pushing the model again, or to a branch, keeps the existing card."""
     hub.visitor.step("push_again")
     for revision in ("main", "keep-rate-0.25"):
         card = ModelCard(hub.server.read(MODEL, "README.md", revision).decode())
@@ -172,7 +175,8 @@ def test_card_survives_later_pushes(hub: Hub) -> None:
 
 
 def test_the_script_trains_from_and_pushes_to_the_hub(hub: Hub) -> None:
-    """`run_ufgir --push_to_hub`: begun with a branch; the repository holds model, processor, code and our card, and loads."""
+    """`run_ufgir --push_to_hub` starts from a branch. The new repository holds model, processor, code and card, and
+    loads."""
     metrics = hub.author.step("train_from_the_hub")["metrics"]
     assert hub.server.files(TRAINED) >= SAVED | {"preprocessor_config.json", "predictions.csv", "run.json"}
     result = hub.visitor.step("load_trained")
@@ -191,7 +195,8 @@ def test_the_script_trains_from_and_pushes_to_the_hub(hub: Hub) -> None:
 
 
 def test_pushing_again_updates(hub: Hub) -> None:
-    """By a visitor without the package: the name then loads the new weights, branches and tags stay. Code goes along."""
+    """A visitor without the package pushes. The name then loads the new weights; branches and tags stay. Code is
+    pushed as well."""
     result = hub.visitor.step("push_again")
     logits = hub.visitor.logits
     assert hub.server.repositories[MODEL].branches["main"] == result["commit"]
@@ -202,7 +207,7 @@ def test_pushing_again_updates(hub: Hub) -> None:
 
 
 def test_unknown_names(hub: Hub) -> None:
-    """transformers' own sentences, not a failure in our code."""
+    """transformers' own errors are raised, not a failure in our code."""
     errors = hub.visitor.step("errors")
     assert errors["repository"]["type"] == errors["revision"]["type"] == "OSError"
     assert "tester/nothing is not a local folder" in errors["repository"]["message"]
@@ -210,6 +215,6 @@ def test_unknown_names(hub: Hub) -> None:
 
 
 def test_a_wrong_token_is_refused(hub: Hub) -> None:
-    """An error that says so; nothing is made."""
+    """An error names the cause, and no repository is created."""
     error = hub.author.step("push_without_token")
     assert "401" in error["message"], error

@@ -1,4 +1,4 @@
-"""What reduction methods must do beyond the common table: full-size counts, tracing, export, their own options."""
+"""Requirements of reduction methods beyond the common table: full-size counts, tracing, export, their own options."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ SCALE = json.loads((Path(__file__).parents[1] / "goldens_misc" / "paper_scale.js
 
 @pytest.mark.parametrize("case", SCALE)
 def test_full_size_counts(case: str) -> None:
-    """ViT-B/16 at 224 and 448 px: the original's token counts, for ATS as an upper bound."""
+    """ViT-B/16 at 224 and 448 px has the token counts of the original; for ATS they are upper bounds."""
     size, method, kind, rate = case.replace("px/", " px/").split(" ", 1)[0], *case.split(" ")[1:]
     config = CLCAViTConfig(
         image_size=int(size),
@@ -59,7 +59,7 @@ def test_full_size_counts(case: str) -> None:
 @pytest.mark.parametrize("size", [224, 448])
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
 def test_nothing_is_nan(method: str, size: int) -> None:
-    """Keep rate 0.1 in three stages at full resolution, where some methods are left with CLS alone."""
+    """Keep rate 0.1 in three stages at full resolution, where some methods keep only CLS."""
     config = CLCAViTConfig(
         **TINY | {"image_size": size, "patch_size": 16, "num_hidden_layers": 8, "reduction_layers": [2, 4, 6]},
         **CLCA,
@@ -93,7 +93,7 @@ ONLY_IN_ANY_ORDER = (
 
 
 class FloatingPointOperators(TorchDispatchMode):
-    """Names of the operators that are given floating-point numbers."""
+    """Record the names of operators that receive floating-point numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class FloatingPointOperators(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", [None, *sorted(REDUCTIONS)], ids=str)
 def test_deterministic_algorithms(method: str | None) -> None:
-    """They change no logits, and a training step asks for no operator that CUDA has in any order only."""
+    """They do not change the logits, and a training step uses no operator that is nondeterministic on CUDA."""
     model = tiny_model(**({"reduction": method, "keep_rate": 0.5} if method else {}), **CLCA)
     expected = model(images(4)).logits
     torch.use_deterministic_algorithms(True)
@@ -129,7 +129,8 @@ EXPORTED_HERE = FIRST_OF_FAMILIES - {"ats", "dpcknn", "evit", "kmedoids", "tome"
 
 @pytest.mark.parametrize("method", slow_unless(EXPORTED_HERE.__contains__, sorted(REDUCTIONS)))
 def test_export(method: str) -> None:
-    """torch.export with a dynamic batch, cache and CLA head included, gives the same logits at another batch size."""
+    """torch.export with a dynamic batch size, including cache and CLA head, gives the same logits at another batch
+    size."""
     model = tiny_model(reduction=method, keep_rate=0.5, reduction_kwargs=EXPORT_OPTIONS.get(method), **CLCA)
     dynamic = {"pixel_values": {0: torch.export.Dim("batch", min=2, max=64)}}
     program = torch.export.export(model, (), {"pixel_values": images(2)}, dynamic_shapes=dynamic, strict=False)
@@ -141,7 +142,8 @@ def test_export(method: str) -> None:
 @pytest.mark.parametrize("cache", [{}, CLCA], ids=["plain", "clca"])
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
 def test_traces_lead_back_to_patches(method: str, cache: dict) -> None:
-    """Shares are non-negative, at most one per token, and of a kept patch exactly one; nothing comes from nowhere."""
+    """Shares are non-negative, their sum is at most one per token and exactly one for a kept patch, and they are not
+    all zero."""
     model = tiny_model(reduction=method, keep_rate=0.5, **cache)
     output = model(images(), output_assignments=True)
     trace = trace_patches(output.assignments, model.config)
@@ -158,7 +160,7 @@ def test_traces_lead_back_to_patches(method: str, cache: dict) -> None:
 
 
 def test_unmerge_by_hand() -> None:
-    """Two patches in one token, one in two, one nowhere."""
+    """Two patches are in one token, one patch in two tokens, one in none."""
     shares = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.5, 0.0]]])
     tokens = torch.tensor([[[1.0], [4.0], [1.0]]])
     assert torch.allclose(unmerge(tokens, shares), torch.tensor([[[1.0], [1.0], [3.0], [0.0]]]))
@@ -174,14 +176,14 @@ def test_trace_refuses_what_does_not_fit() -> None:
 
 
 def test_ats_quantiles() -> None:
-    """K - 1 of them, or K where double arithmetic rounds up: the length is worked out without a tensor."""
+    """Their number is K - 1, or K if floating-point arithmetic rounds up. It is computed without a tensor."""
     for samples in range(1, 400):
         assert len(quantiles(samples)) == num_quantiles(samples)
     assert [k for k in range(1, 49) if num_quantiles(k) == k] == [3, 7, 12, 14, 19, 27, 34, 35, 36, 39, 42, 47, 48]
 
 
 def test_pads_of_ats_never_enter_the_tail() -> None:
-    """A stage in layer 0 finds the cache empty, so that its last tokens, not retrieved ones, are cached in place of CLR."""
+    """A stage in layer 0 finds an empty cache, so the last real tokens are cached as CLR."""
     model = tiny_model(reduction="ats", keep_rate=0.9, reduction_layers=[0, 2], **CLCA | {"num_clr_tokens": 2})
     pixels = images(6)
     pixels[0] *= 20  # an image of few different samples, which the batch pads
@@ -204,7 +206,7 @@ def test_ats_computes_queries_for_sampled_tokens_only() -> None:
 
 
 def test_dynamic_vit_survives_dropping_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draw that keeps no token at all, in every stage (F24: a mean of nothing was 0 / 0)."""
+    """A draw that keeps no token in any stage is handled (F24: a mean over no token was 0 / 0)."""
     noise = torch.tensor([-1e4, 1e4], dtype=torch.float64)
     monkeypatch.setattr(REDUCTIONS["dyvit"], "draw_gumbel", staticmethod(lambda scores: noise.expand_as(scores)))
     model = tiny_model(reduction="dyvit", keep_rate=0.5, **CLCA).train()
@@ -216,7 +218,7 @@ def test_dynamic_vit_survives_dropping_everything(monkeypatch: pytest.MonkeyPatc
 
 
 def test_dynamic_vit_in_training_reports_what_it_decided_against() -> None:
-    """Nothing moves, and tokens that later attention does not look at hold nothing, as if they were dropped."""
+    """No token is removed, and dropped tokens hold nothing in the assignment."""
     model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
     output = model(images(), output_assignments=True)
     assert len(output.assignments) == 2
@@ -227,7 +229,7 @@ def test_dynamic_vit_in_training_reports_what_it_decided_against() -> None:
 
 
 def test_sinkhorn_prototypes_stay_at_unit_length() -> None:
-    """In training they are normalized in place, in evaluation the parameter is left alone."""
+    """They are normalized in place in training. In evaluation the parameter does not change."""
     model = tiny_model(reduction="sinkhorn", keep_rate=0.5)
     prototypes = model.vit.layers[1].reduction.prototypes
     before = prototypes.detach().clone()
@@ -238,7 +240,7 @@ def test_sinkhorn_prototypes_stay_at_unit_length() -> None:
 
 
 def test_kmedoids_in_the_first_layer_and_with_equal_weights() -> None:
-    """No attention precedes layer 0: all tokens weigh alike."""
+    """There is no attention before layer 0, so all tokens have the same weight."""
     for options in ({"reduction_layers": [0, 2]}, {"reduction_kwargs": {"equal_weight": True}}):
         model = tiny_model(reduction="kmedoids", keep_rate=0.5, **options)
         output = model(images(), output_assignments=True)
@@ -291,7 +293,7 @@ def test_options_are_checked(method: str, options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("method", ["atc", "dpcknn", "kmedoids", "pitome", "tome"])
 def test_autocast_does_not_change_what_is_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distances and similarities of the same tokens are compared in full precision under autocast, too."""
+    """Distances and similarities of the same tokens are compared in full precision under autocast."""
     tokens = torch.randn(2, 49, 16)
     stage = tiny_model(reduction=method).vit.layers[1].reduction
     choose = {
@@ -305,7 +307,7 @@ def test_autocast_does_not_change_what_is_chosen(method: str, monkeypatch: pytes
 
 
 def test_heuristic_follows_the_keep_rate() -> None:
-    """By default the circle has about the keep rate's share of the patches."""
+    """By default the share of patches inside the circle is close to the keep rate."""
     for rate, patches in ((0.25, 4), (1.0, 16)):
         model = tiny_model(reduction="heuristic", keep_rate=rate, reduction_layers=[1])
         attended = model(images(), output_assignments=True).assignments[0].diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
@@ -313,7 +315,7 @@ def test_heuristic_follows_the_keep_rate() -> None:
 
 
 def test_dpcknn_breaks_ties_by_position() -> None:
-    """Two equal tokens are one cluster: only the first of them is far from anything denser."""
+    """Two equal tokens form one cluster: only the first of them is far from denser tokens."""
     tokens = torch.tensor([[[0.0, 0], [0, 0], [10, 0], [10.5, 0], [0, 7], [0, 8]]])
     model = tiny_model(reduction="dpcknn", reduction_kwargs={"k_neighbors": 2})
     centres, labels = model.vit.layers[1].reduction.label(tokens, 3)
@@ -322,7 +324,7 @@ def test_dpcknn_breaks_ties_by_position() -> None:
 
 
 def test_scores_are_compared_in_full_precision() -> None:
-    """In a bfloat16 model, too: rounded scores would tie."""
+    """This also holds in a bfloat16 model, where rounded scores would tie."""
     model = tiny_model(reduction="topk", keep_rate=0.5, image_size=128).bfloat16()
     seen = []
     layer = model.vit.layers[1]
@@ -334,7 +336,7 @@ def test_scores_are_compared_in_full_precision() -> None:
 
 
 def test_traces_of_a_half_precision_model() -> None:
-    """Stages that merge and stages that do nothing report in different dtypes."""
+    """Stages that merge and stages that do nothing report assignments in different dtypes."""
     model = tiny_model(reduction="tome", keep_rate=[0.5, 1.0]).bfloat16()
     output = model(images(), output_assignments=True)
     trace = trace_patches(output.assignments, model.config)
@@ -342,13 +344,13 @@ def test_traces_of_a_half_precision_model() -> None:
 
 
 def test_tome_never_removes_more_than_was_asked() -> None:
-    """A target above the patches of a small image is no target."""
+    """A target above the number of patches of a small image is ignored."""
     model = tiny_model(reduction="tome", keep_tokens=[12, 8])
     assert model(images(2, 16, 16), interpolate_pos_encoding=True).token_counts[-1] == 5
 
 
 def test_ratio_target_of_counts_follows_the_image() -> None:
-    """`keep_tokens` of an image of 36 patches, not of the 16 that the configuration has."""
+    """`keep_tokens` is compared with the 36 patches of the image, not with the 16 of the configuration."""
     model = tiny_model(reduction="dyvit", keep_tokens=[9, 9]).train()
     torch.manual_seed(3)
     output = model(images(3, 48, 48), labels=labels(), interpolate_pos_encoding=True)
@@ -357,7 +359,7 @@ def test_ratio_target_of_counts_follows_the_image() -> None:
 
 
 def test_queries_of_vqt_do_not_see_what_dynamic_vit_drops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every token dropped in training, the queries can only answer from CLS."""
+    """If every token is dropped in training, the queries only attend to CLS."""
     noise = torch.tensor([-1e4, 1e4], dtype=torch.float64)
     monkeypatch.setattr(REDUCTIONS["dyvit"], "draw_gumbel", staticmethod(lambda scores: noise.expand_as(scores)))
     model = tiny_model(reduction="dyvit", keep_rate=0.5, head="vqt", reduction_layers=[1]).train()
@@ -390,7 +392,7 @@ def test_overrides_take_the_place_of_what_was_saved(saved: dict, override: dict,
 
 
 def test_dynamic_vit_with_a_frozen_backbone() -> None:
-    """The backbone evaluates, the head trains: no decisions are drawn, and no ratio is asked of them."""
+    """The backbone is in evaluation mode while the head trains: no decisions are drawn, and there is no ratio loss."""
     model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
     model.vit.eval()
     assert set(model(images(), labels=labels()).loss_terms) == {"classification"}
@@ -404,7 +406,8 @@ def test_one_image_cannot_train_a_batch_norm() -> None:
 
 
 def test_dyvit_sorts_where_it_keeps_all() -> None:
-    """As the original: the first tokens are those of the best scores, which registers, left out of a mean, then are not."""
+    """As in the original, tokens are sorted by score. This matters for mean pooling, which skips the registers by
+    position."""
     model = tiny_model(reduction="dyvit", keep_rate=1.0, num_register_tokens=2, pooling="mean")
     with torch.no_grad():
         output = model(images(), output_assignments=True)

@@ -1,4 +1,4 @@
-"""Methods of one's own: registered, saved, refused."""
+"""User-defined methods: registration, saving, errors."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.helpers import CACHES, images, tiny_config, tiny_model
 
 
 class EverySecond(ScoredPruning):
-    """Keep the tokens at the front, as a user's own method might."""
+    """Keep tokens at regular distances, as a user-defined method."""
 
     name = "every_second"
 
@@ -33,7 +33,8 @@ class EverySecond(ScoredPruning):
 
 
 def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registered, used with cache and head, saved, loaded; and a clear error where it is not registered."""
+    """It is registered, used with cache and head, saved and loaded. Loading without registration raises a
+    clear error."""
     monkeypatch.setattr("clca.reductions_clca.REDUCTIONS", REDUCTIONS.copy())
     with pytest.raises(ValueError, match="register_reduction"):
         tiny_config(reduction="every_second")
@@ -52,7 +53,7 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_hooks_under_the_names_of_release_0_1_0() -> None:
-    """A subclass written for 0.1.0 is not silently ignored."""
+    """Hooks with their names of 0.1.0 are called, with a warning."""
     with pytest.warns(FutureWarning, match="visible.*key_mask"):
 
         class Masked(TokenReduction):
@@ -71,7 +72,7 @@ def test_hooks_under_the_names_of_release_0_1_0() -> None:
 
 
 def test_a_cell_of_a_notebook_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of the second run is another one of the same name, and takes the place of the first."""
+    """The class of the second run has the same name and replaces the first."""
     monkeypatch.setattr(reductions_clca, "REDUCTIONS", dict(REDUCTIONS))
     cell = "class Mine(TokenReduction):\n    name = 'mine'\nregister_reduction(Mine)"
     spaces = [{"TokenReduction": TokenReduction, "register_reduction": register_reduction, "__name__": "cell"}] * 2

@@ -1,4 +1,4 @@
-"""Saved models with their own code, in a clean process that lacks this package."""
+"""Saved models with their own code, in a clean process without this package."""
 
 import json
 import os
@@ -28,7 +28,7 @@ REPOSITORY = PACKAGE.parent
 
 
 class Remote(NamedTuple):
-    """What the clean process found, and the models it was given."""
+    """Results of the clean process, and the models it used."""
 
     results: dict[str, dict[str, Any]]
     logits: dict[str, torch.Tensor]
@@ -43,7 +43,8 @@ class Remote(NamedTuple):
 
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Remote:
-    """Two saved models, the second one's code marked, used by a process without the package, in another folder."""
+    """Save two models, the second with marked code, and use them in a process without the package, in
+    another folder."""
     folder = tmp_path_factory.mktemp("remote")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     models = {
@@ -83,7 +84,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Remote:
 
 
 def test_remote_load(remote: Remote) -> None:
-    """By AutoModelForImageClassification, with equal logits and class names, and no trace of the package."""
+    """AutoModelForImageClassification returns equal logits and class names without importing the package."""
     result = remote.step("load_first")
     assert result["module"].startswith("transformers_modules.")
     assert result["labels"] == list(NAMES.values())
@@ -100,7 +101,7 @@ def test_remote_auto_classes(remote: Remote) -> None:
 
 
 def test_remote_backbone(remote: Remote) -> None:
-    """AutoModel takes the backbone out of a saved classifier."""
+    """AutoModel loads the backbone from a saved classifier."""
     assert remote.step("load_backbone") == {"class": "CLCAViTModel"}
     with torch.no_grad():
         expected = remote.models["one"].vit(images().float()).last_hidden_state
@@ -108,7 +109,7 @@ def test_remote_backbone(remote: Remote) -> None:
 
 
 def test_remote_feature_maps(remote: Remote) -> None:
-    """AutoBackbone takes them out of a saved classifier, and its folder announces itself."""
+    """AutoBackbone loads feature maps from a saved classifier, and a saved backbone lists its Auto class."""
     found = {"class": "CLCAViTBackbone", "again": "CLCAViTBackbone", "out_features": ["stage2", "stage5"]}
     assert remote.step("load_feature_maps") == found
     model = CLCAViTBackbone.from_pretrained(remote.folder / "one", out_indices=[2, 5]).eval()
@@ -117,14 +118,14 @@ def test_remote_feature_maps(remote: Remote) -> None:
 
 
 def test_two_remote_models_with_different_code(remote: Remote) -> None:
-    """Both load in one process, each with its own code, and the first one goes on working."""
+    """Both load in one process, each with its own code, and the first one still works."""
     assert remote.step("load_second")["marks"] == [None, "two"]
     assert torch.equal(remote.logits["two"], logits_of(remote.models["two"]))
     assert torch.equal(remote.logits["one_again"], remote.logits["one"])
 
 
 def test_remote_models_can_be_saved_again(remote: Remote) -> None:
-    """Twice over, code and all."""
+    """They can be saved twice in a row, including code."""
     result = remote.step("save_again")
     assert result["module"].startswith("transformers_modules.")
     assert set(result["files"]) == {"config.json", "model.safetensors"} | CODE
@@ -133,14 +134,15 @@ def test_remote_models_can_be_saved_again(remote: Remote) -> None:
 
 
 def test_remote_overrides(remote: Remote) -> None:
-    """Valid ones act, others are refused: the checks travel with the code."""
+    """Valid overrides have an effect, others are refused: the checks are part of the saved code."""
     result = remote.step("overrides")
     assert "`keep_rate`" in result["refused"]
     assert result["counts"][:3] == [18, 18, 20]  # nothing reduced, and two tokens retrieved
 
 
 def test_remote_resize(remote: Remote) -> None:
-    """Another image size, through both Auto classes, and once more after the package has registered its own conversions."""
+    """Another image size works with both Auto classes, and again after the package has registered its own
+    conversions."""
     result = remote.step("other_size")
     assert result["module"].startswith("transformers_modules.")
     assert not any(result["info"].values())
@@ -152,7 +154,7 @@ def test_remote_resize(remote: Remote) -> None:
 
 
 def test_pipeline(remote: Remote) -> None:
-    """Image classification from a folder with a stock image processor: class names and probabilities."""
+    """Image classification from a folder with a stock image processor returns class names and probabilities."""
     predictions = remote.step("classify")["predictions"]
     processor = ViTImageProcessorPil.from_pretrained(remote.folder / "one")
     with Image.open(remote.folder / "image.png") as image:
@@ -164,7 +166,7 @@ def test_pipeline(remote: Remote) -> None:
 
 
 def test_the_package_after_a_remote_load(remote: Remote) -> None:
-    """It registers again without a conflict."""
+    """It registers its classes without a conflict."""
     result = remote.step("import_package")
     assert result["module"] == "clca.modeling_clca"
     assert torch.equal(remote.logits["package"], remote.logits["one"])

@@ -1,4 +1,4 @@
-"""What a forward leaves out because nobody reads it: results stay equal, and what is left out is really not computed."""
+"""Fast paths: results stay equal, and skipped computations do not run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +38,7 @@ SKIPS_IN_STAGES = {"topk", "evit", "tome", "maws", "dmaws", "edar", "nfedar", "a
 
 
 def step(model: CLCAViTForImageClassification, skip: bool) -> dict[str, torch.Tensor]:
-    """Loss, gradients and changed buffers of a training step, always with the same draws."""
+    """Return loss, gradients and changed buffers of a training step, with fixed random draws."""
     model.vit.skip_unread_rows = skip
     model.train().zero_grad()
     torch.manual_seed(7)
@@ -53,7 +53,7 @@ def step(model: CLCAViTForImageClassification, skip: bool) -> dict[str, torch.Te
 @pytest.mark.parametrize("head", HEADS)
 @every_method
 def test_logits_and_gradients_stay_equal(method: str | None, head: str) -> None:
-    """For every method and head, with cache and registers: in evaluation, in training, and in what is reported."""
+    """For every method and head, with cache and registers: in evaluation, in training, and in reported tensors."""
     model = make(method, **CACHE | HEADS[head])
     outputs = []
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_logits_and_gradients_stay_equal(method: str | None, head: str) -> None:
     ids=str,
 )
 def test_with_other_backbones(method: str | None, options: dict[str, Any]) -> None:
-    """LayerScale, qk-norm, dropped paths, scores by what is received, stages and retrievals in the last layer."""
+    """LayerScale, qk-norm, drop path, scores by received attention, and stages and retrievals in the last layer."""
     if method is None:
         options = {k: v for k, v in options.items() if k != "reduction_kwargs"}
     model = make(method, **options)
@@ -117,7 +117,8 @@ def test_in_single_and_half_precision(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["kmedoids", "topk", "evit"])
 def test_what_tokens_receive_brings_the_output_along(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients the layers that ask what their tokens receive call no kernel beside; logits and answers stay equal."""
+    """Without gradients, layers that compute received attention do not call a kernel in addition. Logits and scores
+    stay equal."""
     options = {} if method == "kmedoids" else {"reduction_kwargs": {"score_by": "received"}}
     model = make(method, **CACHE, head="cla", **options)
     kernels: list[torch.Tensor] = []
@@ -146,7 +147,8 @@ def test_what_tokens_receive_brings_the_output_along(method: str, monkeypatch: p
 
 
 def test_no_output_is_made_for_nobody() -> None:
-    """Where tokens are asked about after the attention, or attention maps are wanted, the output is not computed twice."""
+    """If statistics are computed after the attention, or attention maps are recorded, the output is not computed
+    twice."""
     model = make("topk", reduction_kwargs={"score_by": "received"})
     made: list[bool] = []
     may_give = AttentionContext._may_give_output
@@ -174,7 +176,8 @@ def test_no_output_is_made_for_nobody() -> None:
     [*((m, "linear") for m in METHODS), *((m, h) for m in (None, "evit") for h in HEADS if h != "linear")],
 )
 def test_what_runs_is_less(method: str | None, head: str) -> None:
-    """Multiply-adds as the paper counts them, and as executed: fewer where something can be left out, else the same."""
+    """Executed multiply-adds are fewer than those counted as in the paper if a computation is skipped, and equal
+    otherwise."""
     model = make(method, **HEADS[head])
     paper, executed = count_macs(model), count_macs(model, as_executed=True)
     if head in READS_FIRST_ROW or (method in SKIPS_IN_STAGES and head != "h2t"):
@@ -185,8 +188,9 @@ def test_what_runs_is_less(method: str | None, head: str) -> None:
 
 
 def test_executed_macs_by_hand() -> None:
-    """Without reduction: the last layer's queries, output projection and MLP are those of one token instead of 17. With
-    top-k, whose stages at layer 1 and 2 keep 9 of 17 and 5 of 9 tokens: queries and output projection of the others."""
+    """Without a reduction, the last layer computes queries, output projection and MLP for one token instead of 17.
+    With top-k, the stages at layers 1 and 2 keep 9 of 17 and 5 of 9 tokens and skip queries and output projection of
+    the others."""
     width, inner, num_tokens = 16, 32, 17
 
     def queries(count: int, keys: int) -> int:
@@ -203,7 +207,8 @@ def test_executed_macs_by_hand() -> None:
 
 @pytest.mark.parametrize(("method", "ratio"), [("topk", 3.3), ("evit", 3.15)])
 def test_executed_macs_of_the_paper_model(method: str, ratio: float) -> None:
-    """ViT-B/16 with CLCA at 448 px, keep rate 0.1: how much less than the dense model really runs."""
+    """ViT-B/16 with CLCA at 448 px and keep rate 0.1: the reduction of executed operations compared with the dense
+    model."""
     options = {"image_size": 448, "num_labels": 200, "head": "cla", "cross_layer_cache": True, "num_clr_tokens": 1}
     with torch.device("meta"):
         model = CLCAViTForImageClassification(CLCAViTConfig(**options, reduction=method, keep_rate=0.1))
@@ -216,8 +221,8 @@ def test_executed_macs_of_the_paper_model(method: str, ratio: float) -> None:
     ("method", "queries", "outputs"), [("topk", [1, 9], [9]), ("evit", [17], [10]), ("tome", [17], [9])]
 )
 def test_tokens_that_a_stage_computes(method: str, queries: list[int], outputs: list[int]) -> None:
-    """Top-k: CLS to choose by, then the queries of those chosen. EViT and ToMe sum tokens: all of their queries, but the
-    output projection of the sums alone."""
+    """Top-k computes the query of CLS for the scores, then those of kept tokens. EViT and ToMe sum tokens: they
+    compute all queries, but the output projection of the sums only."""
     model = make(method)
     attention = model.vit.layers[1].attention
     assert tokens_seen(attention.q_proj, lambda: model(images())) == queries
@@ -235,7 +240,7 @@ def constants(model: CLCAViTForImageClassification) -> Iterator[tuple[str, torch
 
 @pytest.mark.parametrize("method", ["ats", "heuristic"])
 def test_constants_are_not_saved_and_come_back(method: str, tmp_path: Path) -> None:
-    """transformers makes models without memory and leaves what is not in the file empty."""
+    """transformers builds models on the meta device and leaves buffers that are not in the file empty."""
     model = make(method, **CACHE)
     own = dict(constants(model))
     assert len(own) == 2
@@ -260,8 +265,8 @@ def test_half_precision_does_not_round_the_quantiles() -> None:
 
 @pytest.mark.parametrize("method", ["ats", "heuristic"])
 def test_constants_follow_a_changed_configuration(method: str) -> None:
-    """Also where the keep rate is set on the configuration, as a number, and not by `set_keep_rate`; and there are not
-    more and more of them."""
+    """This includes a keep rate that is set on the configuration as a number, not by `set_keep_rate`. The number of
+    cached constants is limited."""
     model, other = make(method), make(method)
     other.set_keep_rate(0.25)
     model.config.keep_rate = 0.25
@@ -276,7 +281,7 @@ def test_constants_follow_a_changed_configuration(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["ats", "heuristic"])
 def test_constants_follow_the_image(method: str) -> None:
-    """Another image size: what a model made for it computes."""
+    """At another image size they equal those of a model made for it."""
     model, large = make(method), make(method, image_size=48)
     shared = {k: v for k, v in model.state_dict().items() if "position" not in k}
     large.load_state_dict(shared, strict=False)

@@ -1,4 +1,4 @@
-"""Shortcuts step aside for whoever reads what they leave out."""
+"""Fast paths are not taken when skipped computations would be noticed."""
 
 import copy
 from typing import Any
@@ -26,7 +26,7 @@ from tests.helpers import images, labels
 @pytest.mark.parametrize("recording", ["output_hidden_states", "output_attentions", "output_assignments"])
 @pytest.mark.parametrize("method", [None, "topk", "evit"])
 def test_records_are_complete(method: str | None, recording: str) -> None:
-    """Whoever records gets all tokens of all layers, and the same logits."""
+    """Recorded tensors contain all tokens of all layers, and the logits are the same."""
     model = make(method, head="cla", **CACHE)
     with torch.no_grad():
         logits = model(images()).logits
@@ -41,7 +41,7 @@ def test_records_are_complete(method: str | None, recording: str) -> None:
 
 @every_method
 def test_the_backbone_alone_gives_all_tokens(method: str | None) -> None:
-    """`last_hidden_state` of a call without the classifier; CLS of it is what the classifier reads."""
+    """`last_hidden_state` of the backbone has all tokens, and its CLS is what the classifier reads."""
     model = make(method, **CACHE)
     with torch.no_grad():
         output = model.vit(images())
@@ -61,7 +61,7 @@ LAST = "layers.4"
 )
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_in_or_behind_the_last_layer_see_all_tokens(part: str, kind: str) -> None:
-    """Grad-CAM and the like put hooks there. What they see is not changed behind their back, either."""
+    """Grad-CAM and similar tools place hooks there. The tensors they receive are not changed later."""
     model = make("evit", **CACHE)
     seen: list[torch.Tensor] = []
     module = model.vit.get_submodule(part)
@@ -79,7 +79,7 @@ def test_hooks_in_or_behind_the_last_layer_see_all_tokens(part: str, kind: str) 
 
 
 def test_hooks_of_libraries_do_not_count() -> None:
-    """Recording once leaves transformers' hooks on the layers for good."""
+    """After recording once, transformers leaves its hooks on the layers permanently."""
     model = make(None)
     with torch.no_grad():
         model(images(), output_hidden_states=True)
@@ -88,7 +88,7 @@ def test_hooks_of_libraries_do_not_count() -> None:
 
 
 def test_hooks_that_read_no_tokens_do_not_count() -> None:
-    """A clock, say, which must not change what it measures."""
+    """A timer, for example, must not change what it measures."""
     model = make(None)
 
     def clock(*_: Any) -> None:
@@ -105,11 +105,11 @@ def only_first(model: CLCAViTForImageClassification) -> bool:
 
 
 def ignore(*_: Any) -> None:
-    """A hook."""
+    """Hook that does nothing."""
 
 
 def test_hooks_are_found_in_parts_that_were_replaced() -> None:
-    """Layers, parts and parts of parts that are put into a model that has run, with hooks set before or after."""
+    """Layers and nested submodules are replaced in a model that has run, with hooks registered before or after."""
     model = make(None)
     last = model.vit.layers[-1]
     assert only_first(model)
@@ -137,7 +137,7 @@ def test_hooks_are_found_in_parts_that_were_replaced() -> None:
 
 
 def test_a_quiet_model_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tree of modules is walked in the first forward alone."""
+    """The module tree is walked only in the first forward pass."""
     model = make("evit", **CACHE, head="cla")
     with torch.no_grad():
         model(images())
@@ -147,7 +147,7 @@ def test_a_quiet_model_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hook_may_change_what_enters_the_attention() -> None:
-    """Other tokens, put in their place by a hook, have their own keys and values."""
+    """If a hook replaces the tokens, their keys and values are recomputed."""
     model, other = make(None), make(None)
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -158,7 +158,7 @@ def test_a_hook_may_change_what_enters_the_attention() -> None:
 
 @pytest.mark.parametrize("method", ["tome", None])
 def test_gradients_of_what_enters_the_attention(method: str | None) -> None:
-    """As a hook of the backward pass is given them: all, by queries, keys and values."""
+    """A backward hook receives the complete gradient, through queries, keys and values."""
     model = make(method)
     layer, seen, expected = model.vit.layers[1], [], []
 
@@ -177,7 +177,8 @@ def test_gradients_of_what_enters_the_attention(method: str | None) -> None:
 
 @pytest.mark.parametrize("method", ["topk", "evit", "kmedoids", None])
 def test_the_switch_turns_all_of_them_off(method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every module is called for all tokens, and logits stay equal. What is set as a function stays, a block ends."""
+    """Every module is called for all tokens, and logits stay equal. A call of the function is permanent, a `with`
+    block ends."""
     seen, model = count_onednn(monkeypatch), make(method, **CACHE).float()
     layers, called = [m for m in model.vit.modules() if isinstance(m, nn.Linear)], []
     forward = nn.Linear.forward
@@ -205,7 +206,7 @@ def test_the_switch_turns_all_of_them_off(method: str | None, monkeypatch: pytes
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_gelu_in_place_is_switched(enabled: bool) -> None:
-    """By the address of what the activation gives."""
+    """This is tested by the address of the result of the activation."""
     mlp, given = make(None).vit.layers[0].mlp, []
     tokens = torch.randn(2, 5, 16, dtype=torch.float64)
     with torch.no_grad(), set_fast_paths(enabled), pytest.MonkeyPatch.context() as patch:
@@ -217,7 +218,7 @@ def test_gelu_in_place_is_switched(enabled: bool) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("head", ["linear", "h2t"])
 def test_parts_of_the_mlp_are_called(head: str, grad: bool) -> None:
-    """The MLP and its activation, whoever took the place of it, with and without gradients."""
+    """The MLP and its activation are called, also if they were replaced, with and without gradients."""
     model, called = make("topk", head=head), []
     mlp = model.vit.layers[0].mlp
     with torch.set_grad_enabled(grad):
@@ -234,7 +235,7 @@ def test_parts_of_the_mlp_are_called(head: str, grad: bool) -> None:
 
 
 def test_what_a_hook_on_fc1_has_seen_stays() -> None:
-    """Without gradients GELU is computed in place, but not under the eyes of a hook."""
+    """Without gradients GELU is computed in place, but not if a hook on fc1 received the tensor."""
     model = make(None)
     fc1 = model.vit.layers[0].mlp.fc1
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -249,7 +250,7 @@ def test_what_a_hook_on_fc1_has_seen_stays() -> None:
 
 
 def test_a_loss_that_reads_tokens_gets_them() -> None:
-    """DynamicViT's distillation compares all tokens with a teacher's."""
+    """DynamicViT's distillation compares all tokens with those of a teacher."""
     model = make("dyvit").train()
     teacher = torch.zeros(3, 16, 16, dtype=torch.float64)
     output = model(images(), labels=labels(), teacher_tokens=teacher)
@@ -257,7 +258,7 @@ def test_a_loss_that_reads_tokens_gets_them() -> None:
 
 
 def test_methods_of_ones_own_keep_their_hooks() -> None:
-    """One that overrides `before_mlp` is called there; one that overrides `observe`, too, sees the attention before it."""
+    """An override of `before_mlp` is called, and an override of `observe` receives the attention before it."""
 
     class Own(ScoredPruning):
         name = "own_of_a_test"

@@ -23,7 +23,7 @@ STOCK = {k: v for k, v in TINY.items() if k != "reduction_layers"}
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ViTForImageClassification]:
-    """A stock ViT with random weights, and the folder that transformers saved it to."""
+    """Return a stock ViT with random weights, and the folder it was saved to."""
     folder = tmp_path_factory.mktemp("stock")
     torch.manual_seed(3)
     model = ViTForImageClassification(ViTConfig(**STOCK, id2label=NAMES)).eval()
@@ -35,7 +35,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ViTForImageCl
 
 
 def test_a_stock_vit_loads_completely(stock: tuple[Path, ViTForImageClassification]) -> None:
-    """From the old key names of its file: all keys, its logits, its class names."""
+    """A file with the old key names loads with all keys, equal logits and class names."""
     folder, model = stock
     assert "vit.encoder.layer.0.attention.attention.query.weight" in on_disk(folder)
     ours, info = CLCAViTForImageClassification.from_pretrained(folder, output_loading_info=True)
@@ -45,7 +45,8 @@ def test_a_stock_vit_loads_completely(stock: tuple[Path, ViTForImageClassificati
 
 
 def test_a_stock_vit_in_a_clca_model(stock: tuple[Path, ViTForImageClassification]) -> None:
-    """Only the new parts are missing, only the linear classifier is left over; CLR start as the loaded CLS."""
+    """Only new parameters are missing, and only the linear classifier is unused. CLR start as a copy of the loaded
+    CLS."""
     folder, model = stock
     ours, info = CLCAViTForImageClassification.from_pretrained(
         folder,
@@ -74,7 +75,7 @@ def test_a_stock_vit_in_a_clca_model(stock: tuple[Path, ViTForImageClassificatio
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_stock_vit_with_every_method(method: str | None, stock: tuple[Path, ViTForImageClassification]) -> None:
-    """What is missing belongs to the method; its parameters are initialized."""
+    """Only parameters of the method are missing, and they are initialized."""
     folder, model = stock
     ours, info = CLCAViTForImageClassification.from_pretrained(
         folder, output_loading_info=True, reduction=method, keep_rate=0.5, reduction_layers=[1, 2]
@@ -87,7 +88,7 @@ def test_a_stock_vit_with_every_method(method: str | None, stock: tuple[Path, Vi
 
 
 def test_a_stock_backbone_loads(tmp_path: Path) -> None:
-    """A ViTModel without classifier, whose pooler has no place here: only the classifier is missing."""
+    """A ViTModel has no classifier and an additional pooler: only the classifier is missing."""
     torch.manual_seed(3)
     model = ViTModel(ViTConfig(**STOCK)).eval()
     model.save_pretrained(tmp_path)
@@ -105,7 +106,7 @@ def test_a_stock_backbone_loads(tmp_path: Path) -> None:
 def test_a_stock_vit_saved_as_ours_loads_without_conversion(
     stock: tuple[Path, ViTForImageClassification], tmp_path: Path
 ) -> None:
-    """Loading changes the names once and for all: saved, loaded, saved and loaded again it is the same model."""
+    """Loading converts the names permanently: saving and loading twice preserves the model."""
     model = CLCAViTForImageClassification.from_pretrained(stock[0])
     expected = logits_of(stock[1])
     for turn in ("first", "second"):
@@ -117,7 +118,7 @@ def test_a_stock_vit_saved_as_ours_loads_without_conversion(
 
 
 def test_the_stock_vit_itself_still_works(stock: tuple[Path, ViTForImageClassification], tmp_path: Path) -> None:
-    """Our key mapping does not reach transformers' own classes."""
+    """Our key mapping does not affect transformers' own classes."""
     folder, model = stock
     reloaded, info = ViTForImageClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -127,7 +128,7 @@ def test_the_stock_vit_itself_still_works(stock: tuple[Path, ViTForImageClassifi
 
 
 def test_another_number_of_classes(stock: tuple[Path, ViTForImageClassification]) -> None:
-    """Refused unless `ignore_mismatched_sizes`, and then a new classifier on the loaded backbone."""
+    """It is refused without `ignore_mismatched_sizes`; with it the classifier is new and the backbone is loaded."""
     folder, model = stock
     with pytest.raises(RuntimeError, match=r"classifier|mismatch"):
         CLCAViTForImageClassification.from_pretrained(folder, num_labels=7)

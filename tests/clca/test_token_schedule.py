@@ -1,4 +1,4 @@
-"""The token schedule, by hand."""
+"""Token schedule, compared with counts computed by hand."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from tests.helpers import METHODS, TINY, Case, tiny_config
 
 
 def base_config(**changes: Any) -> CLCAViTConfig:
-    """ViT-B/16 with stages in layers 3, 6, 9."""
+    """Return ViT-B/16 with stages in layers 3, 6, 9."""
     return CLCAViTConfig(**({"reduction_layers": [3, 6, 9], "layer_norm_eps": 1e-6} | changes))
 
 
 def test_schedule_of_the_docstring() -> None:
-    """EViT at 448 px and rate 0.1 with a cache of GAP and one CLR, as `token_schedule` tells it."""
+    """EViT at 448 px and rate 0.1 with a cache of GAP and one CLR, as in the docstring of `token_schedule`."""
     config = base_config(
         image_size=448, reduction="evit", keep_rate=0.1, cross_layer_cache=True, num_clr_tokens=1, head="cla"
     )
@@ -64,7 +64,7 @@ def test_schedule_of_the_tiny_clca_model() -> None:
     ],
 )
 def test_schedules_of_the_methods(method: str | None, after: list[int]) -> None:
-    """ViT-B/16 at 224 px and rate 0.1: 197 tokens, and those that leave layers 3, 6 and 9."""
+    """ViT-B/16 at 224 px and rate 0.1: 197 tokens, and the numbers that leave layers 3, 6 and 9."""
     schedule = token_schedule(base_config(reduction=method, keep_rate=0.1))
     assert [schedule.after[layer] for layer in (3, 6, 9)] == after
     assert schedule.before[1:] == schedule.after  # nothing is retrieved
@@ -78,7 +78,7 @@ def test_schedules_of_the_methods(method: str | None, after: list[int]) -> None:
     ],
 )
 def test_rates_compound(method: str, after: list[int]) -> None:
-    """Three stages of one half are those of a list of three halves."""
+    """One rate of one half equals a list of three halves."""
     one = token_schedule(base_config(reduction=method, keep_rate=0.5))
     listed = token_schedule(base_config(reduction=method, keep_rate=[0.5, 0.5, 0.5]))
     assert one == listed
@@ -87,7 +87,7 @@ def test_rates_compound(method: str, after: list[int]) -> None:
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m])
 def test_a_list_of_rates_means_a_rate_per_stage(method: str) -> None:
-    """A stage's own rate: [0.5, 1] keeps in the second stage what the first left; equal rates are one rate."""
+    """With [0.5, 1] the second stage keeps all tokens that the first one left. Equal rates equal a single rate."""
     options = {"heuristic": {"contiguous": False}}.get(method)
     shared = {"reduction": method, "reduction_kwargs": options, "reduction_layers": [1, 3]}
     assert token_schedule(tiny_config(keep_rate=[0.5, 0.5], **shared)) == token_schedule(
@@ -119,13 +119,13 @@ def test_a_list_of_rates_means_a_rate_per_stage(method: str) -> None:
     ],
 )
 def test_absolute_counts(method: str, after: list[int]) -> None:
-    """`keep_tokens` = [8, 4] of 16 patches, beside CLS."""
+    """`keep_tokens` = [8, 4] of 16 patches, in addition to CLS."""
     schedule = token_schedule(tiny_config(reduction=method, keep_tokens=[8, 4]))
     assert [schedule.after[layer] for layer in (1, 2)] == after
 
 
 def test_schedule_of_another_image_size() -> None:
-    """Counts follow the image's own patches."""
+    """Counts follow the number of patches of the image."""
     config = tiny_config(reduction="topk", keep_rate=0.5)
     assert token_schedule(config, 36).before == [37, 37, 19, 10, 10, 10]
     assert token_schedule(config).before == token_schedule(config, 16).before

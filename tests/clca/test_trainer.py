@@ -1,4 +1,4 @@
-"""transformers' own Trainer on the models."""
+"""transformers' own Trainer with the models."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.h5")
 
 
 class Photos(torch.utils.data.Dataset):
-    """24 random images in three classes that a mean tells apart."""
+    """24 random images in three classes that differ in their mean."""
 
     def __init__(self) -> None:
         self.labels = labels(24)
@@ -76,7 +76,7 @@ evaluations: list[int] = []
 
 
 def falling_score(prediction: Any) -> dict[str, float]:
-    """A score that falls from evaluation to evaluation, so that the first model is the best."""
+    """Return a score that decreases with each evaluation, so that the first model is the best."""
     assert prediction.predictions.shape == (24, 3)  # logits alone: ragged outputs are not gathered
     evaluations.append(1)
     return {"score": -float(len(evaluations))}
@@ -84,7 +84,7 @@ def falling_score(prediction: Any) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
-    """Four steps without a break, checkpoints at two and four."""
+    """Train four steps without interruption, with checkpoints after two and four."""
     folder = tmp_path_factory.mktemp("trained")
     run = trainer(folder)
     run.train()
@@ -92,7 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
 
 
 def test_training_changes_every_trainable_parameter(trained: tuple[Path, Trainer]) -> None:
-    """And leaves the frozen norm; the loss that Trainer logs is finite."""
+    """The frozen norm does not change, and the loss that Trainer logs is finite."""
     torch.manual_seed(0)
     start = CLCAViTForImageClassification(trained[1].model.config).state_dict()
     for name, parameter in trained[1].model.named_parameters():
@@ -101,7 +101,7 @@ def test_training_changes_every_trainable_parameter(trained: tuple[Path, Trainer
 
 
 def test_a_checkpoint_holds_everything(trained: tuple[Path, Trainer]) -> None:
-    """Weights as safetensors under the names of the memory, code, configuration."""
+    """It contains weights as safetensors under the names in memory, code and configuration."""
     folder, run = trained
     checkpoint = folder / "checkpoint-4"
     assert on_disk(checkpoint) == set(run.model.state_dict())
@@ -112,7 +112,7 @@ def test_a_checkpoint_holds_everything(trained: tuple[Path, Trainer]) -> None:
 
 
 def test_resumed_is_uninterrupted(trained: tuple[Path, Trainer], tmp_path: Path) -> None:
-    """Bit by bit, BatchNorm's statistics included, with dropout and drop path acting."""
+    """Results are bit-for-bit equal, including statistics of BatchNorm, with dropout and drop path."""
     folder, run = trained
     torch.manual_seed(99)
     fresh = CLCAViTForImageClassification(run.model.config)  # other weights, all to be replaced
@@ -125,7 +125,7 @@ def test_resumed_is_uninterrupted(trained: tuple[Path, Trainer], tmp_path: Path)
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
-    """The weights of the first checkpoint, all of them, after three more were trained."""
+    """All weights of the first checkpoint are loaded after three more were trained."""
     evaluations.clear()
     run = trainer(
         tmp_path,
@@ -147,7 +147,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 
 
 def test_no_pickled_weights(trained: tuple[Path, Trainer], tmp_path: Path) -> None:
-    """`save_model` of Trainer writes safetensors, and what it wrote loads."""
+    """`save_model` of Trainer writes safetensors that can be loaded."""
     trained[1].save_model(str(tmp_path))
     # training_args.bin is Trainer's own record of its arguments and holds no weights
     assert not {p.name for pattern in WEIGHTS for p in tmp_path.glob(pattern)} - {"training_args.bin"}
@@ -156,7 +156,7 @@ def test_no_pickled_weights(trained: tuple[Path, Trainer], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_trainer_with_every_method(method: str | None, tmp_path: Path) -> None:
-    """Two steps with activation checkpointing, and a prediction of logits alone."""
+    """Two steps with activation checkpointing, and a prediction that returns only logits."""
     evaluations.clear()
     torch.manual_seed(0)
     model = CLCAViTForImageClassification(Case(method, "clca", "cls").config())

@@ -1,4 +1,4 @@
-"""The oldest transformers, and what one reads below it."""
+"""Oldest supported transformers, and the error with older versions."""
 
 import ast
 import configparser
@@ -36,7 +36,8 @@ def test_it_is_the_lower_bound_of_the_package() -> None:
 
 
 def test_the_configuration_names_every_file_that_it_needs() -> None:
-    """Also those that others of them import: older transformers copies no other from a local folder."""
+    """It also imports the files that other files need, because older transformers copies no other files from a local
+    folder."""
     needed = {Path(file).stem for file in get_relative_import_files(CONFIGURATION)} - {CONFIGURATION.stem}
     named = set(get_relative_imports(CONFIGURATION))
     assert sorted(needed - named) == [], "add them below TYPE_CHECKING"
@@ -50,7 +51,7 @@ def test_the_version_is_checked_before_any_other_file_is_imported() -> None:
 
 
 def test_old_transformers_copy_enough_to_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it copies a local folder: the file of the configuration, and what that one names."""
+    """This copies a local folder as older transformers does: the file of the configuration and its imports."""
     folder = tmp_path / "copied_by_old_transformers"
     folder.mkdir()
     for name in (CONFIGURATION.stem, *get_relative_imports(CONFIGURATION)):
