@@ -8,6 +8,7 @@ are killed after a random time, half before or after a random call of a function
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -29,7 +30,6 @@ import run_ufgir
 from tests.faults.results import Result
 from tests.script import helpers
 from ufgir.cli import entry
-from ufgir.cli import predict as predict_command  # noqa: F401 (`entry` would import it in every fork)
 from ufgir.evaluation import prediction
 from ufgir.runs.queue import RunQueue
 from ufgir.runs.sweep import Grid
@@ -126,6 +126,11 @@ def make_kinds(work: Path) -> list[Kind]:
     def training(file: str, folder: Path, *more: str) -> None:
         run_ufgir.main([file, f"--output_dir={folder / 'out'}", *more])
 
+    def command(*words: Any) -> None:
+        *argv, folder = words
+        if status := entry.main([str(word).format(folder=folder) for word in argv]):
+            raise SystemExit(status)
+
     def resumable(file: str, processes: int = 1, name: str = "") -> Kind:
         run = functools.partial(training, file)
         return Kind(name, run, lambda folder: run(folder, "--resume_from_checkpoint=auto"), processes)
@@ -145,12 +150,16 @@ def make_kinds(work: Path) -> list[Kind]:
     )
     kinds.append(Kind("evaluation of a model", *[functools.partial(training, file)] * 2))
 
-    def predict(folder: Path) -> None:
-        argv = ["predict", trained, leaves, "--output", folder / "predictions.csv", "--batch-size", "2"]
-        if status := entry.main(list(map(str, argv))):
-            raise SystemExit(status)
-
-    kinds.append(Kind("ufgir predict", predict, predict))
+    data = ("--dataset", leaves, "--split", "train", "--batch-size", "2")
+    for name, *arguments in (
+        ("predict", trained, leaves, "--output", "{folder}/predictions.csv", "--batch-size", "2"),
+        ("analyze", trained, "--output", "{folder}/analysis", *data, "--shard-size", "4", "--assignments"),
+        ("embed", trained, "--output", "{folder}/embedding", *data, "--method", "pca"),
+        ("export", trained, "--output", "{folder}/model.pt2"),
+        ("data-report", leaves, "--output", "{folder}/report", "--html"),
+    ):
+        importlib.import_module(f"ufgir.cli.{name.replace('-', '_')}")  # otherwise every fork would import it
+        kinds.append(Kind(f"ufgir {name}", *[functools.partial(command, name, *arguments)] * 2))
 
     def member(folder: Path) -> None:
         queue = RunQueue(Grid(Path(sweep), ["seed=5,6"]), folder / "out", ["run"])
@@ -326,7 +335,7 @@ _TIMES = ("runtime", "preparation_time", "per_second", "flos", "train_loss", "tr
 
 
 def _content(file: Path) -> Any:
-    if file.suffix in (".safetensors", ".csv"):
+    if file.suffix in (".safetensors", ".csv", ".parquet", ".pt2"):
         return hashlib.sha256(file.read_bytes()).hexdigest()
     if file.name == "trainer_state.json":
         state = json.loads(file.read_text())

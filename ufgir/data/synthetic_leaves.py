@@ -15,7 +15,6 @@ across it, both in leaf lengths.
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +25,8 @@ import datasets
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
+
+from ..utils.files import temporary_path
 
 
 DRAWING_VERSION = "1.0.0"  # increase it when the same arguments give other pixels; part of the cache key
@@ -653,9 +654,8 @@ def write_image_folder(output: str | Path, **arguments: Any) -> Path:
         raise FileExistsError(
             f"`output` {output} already exists and is not an empty folder. Choose another folder or remove it."
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        folder = Path(scratch, output.name)
+    with temporary_path(output, folder=True) as scratch:
+        folder = scratch / output.name
         total = config.num_classes * sum(config.images_per_class)
         with tqdm(total=total, desc="Drawing leaves", unit="image") as progress:
             for split, count in zip(SPLITS, config.images_per_class, strict=True):

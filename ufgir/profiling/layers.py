@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import ViTForImageClassification
 from clca import CLCAViTConfig, CLCAViTForImageClassification, token_schedule
 from clca.cache_clca import recovery_layers
 
-from ..utils.files import write_csv, write_text_atomically
+from ..utils.files import temporary_path, write_csv, write_text_atomically
 from ..utils.plotting import BLACK, BLUE, label, new_figure, save_figure, style
 from .macs import count_macs
 from .timing import steady, synchronize
@@ -233,9 +232,9 @@ def write_trace(model: nn.Module, pixels: torch.Tensor, path: Path) -> Path:
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             model(pixels)
             synchronize(pixels.device)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        profiler.export_chrome_trace(str(Path(folder) / path.name))
-        os.replace(Path(folder) / path.name, path)
+    with temporary_path(path, folder=True) as folder:
+        profiler.export_chrome_trace(str(folder / path.name))
+        os.replace(folder / path.name, path)
     return path
 
 

@@ -22,6 +22,7 @@ In addition to checkpoints, `output_dir` holds the results of the run:
 | file or folder | holds | written by | read by |
 | --- | --- | --- | --- |
 | `model.safetensors`, `config.json`, `preprocessor_config.json`, code | the model: the best or last weights | `run_ufgir.train` | `from_pretrained`, all commands |
+| `checkpoint_files.json` (`ufgir.utils.checksums.FILE_LIST`) | sizes and checksums of the weights; also in `ema/`, `last/` and `adapter/` | `checkpointing`, `ema` | `ufgir.checkpoints.loading` |
 | `ema/` (`EMA_FOLDER`) | the model with averaged weights | `ema.EMACallback` | `from_pretrained` |
 | `last/` (`LAST_FOLDER`) | the model with the last weights | `callbacks.LastModel` | `from_pretrained` |
 | `adapter/` (`ADAPTER_FOLDER`) | the LoRA adapter alone | `run_ufgir.train` | peft |
@@ -33,6 +34,9 @@ In addition to checkpoints, `output_dir` holds the results of the run:
 | `README.md` | the model card | `ufgir.checkpoints.model_card` | the Hub |
 | `run.json` (`ufgir.runs.records.RECORD`) | the record of the run, written last | `ufgir.runs.records` | `ufgir sweep`, `ufgir results` |
 """
+
+from ..utils.checksums import FILE_LIST
+
 
 # In a checkpoint
 EMA_FILE = "ema.safetensors"
@@ -61,6 +65,7 @@ FILES = (
     "config.json",
     "preprocessor_config.json",
     "trainer_state.json",
+    FILE_LIST,
     "README.md",
     *METRICS_FILES,
 )
