@@ -1,4 +1,4 @@
-"""Run the notebooks beside this file and keep their outputs, less progress bars and second formats: `make notebooks`."""
+"""Run the notebooks in this folder and save their outputs, without progress bars and alternative formats: `make notebooks`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ NOTEBOOKS = sorted((Path(__file__).parent / "notebooks").glob("*.ipynb"))
 
 
 def execute(path: Path, folder: Path, timeout: float = 300.0) -> nbformat.NotebookNode:
-    """A notebook as it is after all its cells have run.
+    """Run all cells of a notebook.
 
     Args:
         path: the file; it is not changed.

@@ -58,7 +58,7 @@ class LastLayerHead(AggregationHead):
         self.activation, self.out_proj = nn.GELU(), nn.Linear(inner, num_labels)
 
     def forward(self, cls_tokens: torch.Tensor) -> torch.Tensor:
-        """CLS tokens (B, layers, D) to logits (B, K)."""
+        """Convert CLS tokens (B, layers, D) to logits (B, K)."""
         hidden = self.aggregate(self.norm_in(cls_tokens[:, -1:].transpose(1, 2)))
         return self.out_proj(self.activation(self.norm_out(hidden)).squeeze(-1))
 

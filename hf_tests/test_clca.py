@@ -177,7 +177,7 @@ class CommonTests(ModelTesterMixin, PipelineTesterMixin):
         self.run_task_tests("image-feature-extraction", dtype="float16")
 
     def run_pipeline_test(self, task: str, repo_name: str, model_architecture: type, **kwargs: Any) -> None:
-        """The original, with a model of this configuration instead of one from the Hub."""
+        """Run the original with a model of this configuration instead of one from the Hub."""
         with tempfile.TemporaryDirectory() as folder:
             model = Path(folder) / model_architecture.config_class.model_type / repo_name
             model_architecture(self.model_tester.get_config()).save_pretrained(model)

@@ -15,13 +15,13 @@ _OPENS, _CLOSES = "\t\n -:/'\"<([{", "\t\n '\")]}>-/\\:.,;!?"  # what may stand 
 
 
 def _escaped(text: str) -> str:
-    """Prose in which nothing but *emphasis* means anything to reStructuredText."""
+    """Escape prose for reStructuredText, except *emphasis*."""
     special = r"(?<!\w)\*\w+\*(?!\w)|[\\*|]|(?<=\w)_(?!\w)"
     return re.sub(special, lambda match: match[0] if len(match[0]) > 1 else f"\\{match[0]}", text)
 
 
 def inline(text: str) -> str:
-    """`code` as a link to what it names, or as a literal; the rest as it is."""
+    """Convert `code` to a link to the object that it names, or to a literal."""
     parts, end = [], 0
     for match in _CODE.finditer(text):
         before, after = text[: match.start()][-1:], text[match.end() :][:1]
@@ -39,7 +39,7 @@ def _indent(line: str) -> int:
 
 
 def _table(rows: list[str]) -> list[str]:
-    """A Markdown table as a list table."""
+    """Convert a Markdown table to a list table."""
     cells = [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
     lines = ["", ".. list-table::", "   :header-rows: 1", ""]
     for row in [cells[0], *cells[2:]]:
@@ -48,7 +48,7 @@ def _table(rows: list[str]) -> list[str]:
 
 
 def _fenced(lines: list[str]) -> list[str]:
-    """Code between two lines of backticks."""
+    """Convert a fenced code block."""
     margin = _indent(lines[0])
     code = [
         "",
@@ -61,7 +61,7 @@ def _fenced(lines: list[str]) -> list[str]:
 
 
 def _block(lines: list[str], start: int, text_indent: int) -> tuple[list[str], int]:
-    """A table or a piece of code that begins at a line, and where it ends; an end at `start` if none begins there."""
+    """Convert a table or code block that begins at line `start`, and return it with its end; the end is `start` if there is none."""
     line, rest = lines[start], lines[start + 1 :]
     if line.lstrip().startswith("|") and rest and "---" in rest[0]:
         rows = list(takewhile(lambda row: row.lstrip().startswith("|"), lines[start:]))
@@ -77,7 +77,7 @@ def _block(lines: list[str], start: int, text_indent: int) -> tuple[list[str], i
 
 
 def to_rst(lines: list[str]) -> list[str]:
-    """A docstring's lines with tables, lists, indented code and `code` in the other language."""
+    """Convert the lines of a docstring from Markdown to reStructuredText: tables, lists, indented code and `code`."""
     result: list[str] = []
     prose: list[str] = []
     position, text_indent, item_indent = 0, 0, -1  # of the list that goes on, or -1
@@ -110,13 +110,12 @@ def _process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
 
 
 def _skip(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Fields of a NamedTuple are told by its docstring; the words that Python puts on them say nothing."""
+    """Skip the fields of a NamedTuple, which its docstring documents; Python's own docstrings of them are not helpful."""
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def _signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, result: str) -> tuple | None:
-    """Without the fields of options, which have a page of their own, and with a default that is made anew each time as
-    what can stand in a signature."""
+    """Remove the fields of options, which have a separate page, and write `...` for a default factory."""
     if what == "class" and name.endswith("Arguments"):
         return "", result
     return (signature.replace("<factory>", "..."), result) if signature else None

@@ -1,18 +1,18 @@
-"""Parts of pages that are made of the code:
+"""Parts of pages that are generated from the code:
 
     ```{modules}
     ufgir.data
     ```
 
-the docstrings of modules and of all that is public in them; `{reductions}`, those of the methods of token reduction;
-`{commands}`, the help of every subcommand of `ufgir`; and `{options}`, the options of run_ufgir.py.
+inserts the docstrings of modules and their public objects; `{reductions}` those of the methods of token reduction; `{commands}` the help of
+every subcommand of `ufgir`; and `{options}` the options of run_ufgir.py.
 
 In the gallery, `<!-- other figures -->` becomes a section for each kind of figure without a heading on the page, and
-`<!-- other methods -->` a paragraph for every method whose title is not there in **bold**. Both are comments, because the page is
-read on GitHub, too.
+`<!-- other methods -->` a paragraph for every method whose title is not on the page in **bold**. Both are comments, so that they are
+invisible on GitHub.
 
-Links to files of the repository outside docs/, such as `[text](../clca/modeling_clca.py)`, work on GitHub. The site has no such files:
-there a link to a module of `clca` leads to the reference, and any other becomes plain text.
+Links to files of the repository outside docs/, such as `[text](../clca/modeling_clca.py)`, work on GitHub. The site does not contain these
+files: a link to a module of `clca` leads to the reference, and any other becomes plain text.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from sphinx.application import Sphinx
 _PLACE = re.compile(r"^```\{(modules|reductions|commands|options)\}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-_OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./([^)\s]+)\)")  # a page of docs/ links to the rest of the repository
+_OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./([^)\s]+)\)")  # link to a file outside docs/
 
 
 def _plain(text: str) -> str:
-    """Text of a help message in which no character means anything to Markdown, but for `code` and names of options."""
+    """Escape a help message for Markdown, except `code`, and format names of options as code."""
     parts = re.split(r"(`[^`]+`)", re.sub(r"(?<![\w`-])--\w[\w-]*", r"`\g<0>`", text))
     return "".join(part if part[:1] == "`" else re.sub(r"([\\*_#<>\[\]|{}~$&])", r"\\\1", part) for part in parts)
 
@@ -44,7 +44,7 @@ def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 def _definitions(parser: argparse.ArgumentParser, heading: str) -> list[str]:
-    """Every group of options under a heading, every option with its help."""
+    """Return the groups of options with headings, and each option with its help."""
     lines = []
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
@@ -125,7 +125,7 @@ def options(_: str) -> str:
 
 
 def _relinked(match: re.Match) -> str:
-    """A link to a file outside docs/, as it stands on the site."""
+    """Convert a link to a file outside docs/ for the site."""
     text, target = match.groups()
     if re.fullmatch(r"clca/\w+\.py", target):
         return f"{{py:mod}}`{text} <{target.removesuffix('.py').replace('/', '.')}>`"
@@ -133,7 +133,7 @@ def _relinked(match: re.Match) -> str:
 
 
 def expanded(page: str) -> str:
-    """A page with the parts that are made of the code."""
+    """Insert the generated parts into a page."""
     page = _OUTSIDE.sub(_relinked, page)
     for mark, make in (("<!-- other figures -->", other_figures), ("<!-- other methods -->", other_methods)):
         if mark in page:
@@ -146,7 +146,7 @@ def _expand(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def _no_way_back(app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Source pages lose their links back: viewcode knows one name of a module, and `clca` shows objects of several."""
+    """Remove the links from source pages to the reference: viewcode assumes one module per object, and `clca` re-exports objects."""
     if pagename.startswith("_modules/"):
         context["body"] = re.sub(r'<a class="viewcode-back".*?</a>', "", context["body"], flags=re.DOTALL)
 

@@ -1,10 +1,10 @@
-"""The methods of token reduction as their files and classes describe them, and two tables of them.
+"""Read the descriptions of the reduction methods from their files and classes, and write two tables of them.
 
     python docs/_extensions/method_table.py
 
-writes both tables between their marks: the short one in README.md and the full one in docs/methods.md. `make style` runs it. Everything
-comes from the code except "tokens after a stage" in the full table: existing cells are kept, and a new row starts with what the class
-says about its keep rate.
+writes both tables between their markers: the short one in README.md and the full one in docs/methods.md. `make style` runs it. Everything
+comes from the code except "tokens after a stage" in the full table: existing cells are kept, and a new row starts with the sentence of the
+class about its keep rate.
 """
 
 import importlib
@@ -24,19 +24,19 @@ _FULL = (
     "| `reduction` | what it does | paper | file | when | tokens after a stage | GMACs | with CLCA |\n"
     "| --- | --- | --- | --- | --- | --- | ---: | ---: |"
 )
-_TOKENS = 5  # the column of the full table that people may edit
+_TOKENS = 5  # column of the full table that is edited by hand
 
 
 class Method(NamedTuple):
-    """What the file of a method says about it.
+    """Description of a method.
 
     Attributes:
-        name: of `clca.REDUCTIONS`.
-        module: its file, as a module.
-        title, idea: the first line of the file, `Title: idea (remarks).`
-        paper: number on arXiv of the first paper that the file names, or empty.
-        rate: the sentence of the class about the keep rate, or empty.
-        when: what to know before choosing it, read from the attributes of the class.
+        name: name in `clca.REDUCTIONS`.
+        module: module of its file.
+        title, idea: parts of the first line of the file, `Title: idea (remarks).`
+        paper: arXiv number of the first paper in the file, or empty.
+        rate: sentence of the class about the keep rate, or empty.
+        when: requirements and limits, from the attributes of the class.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Method(NamedTuple):
 
 
 def methods() -> list[Method]:
-    """The methods of this repository, in the order of `clca.REDUCTIONS`."""
+    """Return the methods of this repository, in the order of `clca.REDUCTIONS`."""
     from clca import REDUCTIONS
 
     return [describe(cls) for cls in REDUCTIONS.values() if cls.__module__.startswith("clca.")]
@@ -59,7 +59,7 @@ def describe(cls: type) -> Method:
     """Read the description of a method.
 
     Raises:
-        ValueError: the first line of its file is not `Title: idea.`
+        ValueError: if the first line of its file is not `Title: idea.`
     """
     text = inspect.getdoc(importlib.import_module(cls.__module__)) or ""
     first = re.match(r"([^:\n]+): (.+)", text)
@@ -75,7 +75,7 @@ def describe(cls: type) -> Method:
 
 
 def when(cls: type) -> str:
-    """What decides whether a method fits: training, fixed keep rates, token counts that differ, limits."""
+    """Describe the requirements and limits of a method: training, fixed keep rates, token counts that depend on the image."""
     from clca import CLCAViTConfig, token_schedule
 
     options = {"image_size": 64, "patch_size": 8, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
@@ -96,7 +96,7 @@ def when(cls: type) -> str:
 
 
 def _has_parameters(config: Any) -> bool:
-    """Whether the method of a configuration has parameters of its own."""
+    """Return whether the method of a configuration has parameters."""
     import torch
 
     from clca import CLCAViTConfig, CLCAViTModel
@@ -108,7 +108,7 @@ def _has_parameters(config: Any) -> bool:
 
 
 def _ordered(old: str) -> list[Method]:
-    """The methods in the order of an existing table; methods that it lacks follow by name."""
+    """Return the methods in the order of an existing table; methods that are not in it follow by name."""
     order = [cells[0] for cells in _cells(old)]
     return sorted(
         methods(), key=lambda one: (one.name not in order, order.index(one.name) if one.name in order else 0, one.name)
@@ -116,7 +116,7 @@ def _ordered(old: str) -> list[Method]:
 
 
 def _cells(table: str) -> list[list[str]]:
-    """The cells of a table's rows, the first one as the plain name of the method."""
+    """Return the cells of a table's rows, with the plain name of the method in the first column."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
     return [[re.sub(r'[`"\[]|\].*', "", row[0]), *row[1:]] for row in rows]
 
@@ -126,7 +126,7 @@ def _arxiv(method: Method) -> str:
 
 
 def short_table(old: str) -> str:
-    """The table of README.md."""
+    """Return the table of README.md."""
     lines = [_SHORT]
     for one in _ordered(old):
         name = f'[`"{one.name}"`]({one.module.replace(".", "/")}.py)'
@@ -135,7 +135,7 @@ def short_table(old: str) -> str:
 
 
 def full_table(old: str) -> str:
-    """The table of docs/methods.md, with the column of `old` that the code does not tell."""
+    """Return the table of docs/methods.md, with the column that is edited by hand from the table `old`."""
     tokens = {cells[0]: cells[_TOKENS] for cells in _cells(old)}
     lines = [_FULL, _row("`None`", "keep every token", "", "", "", "N", *_gmacs(None))]
     for one in _ordered(old):
@@ -155,7 +155,7 @@ def _gmacs(method: str | None) -> tuple[str, str]:
 
 
 def _giga(method: str | None, clca: bool) -> str:
-    """GMACs of ViT-B/16 at 448 px, keep rate 0.25, as `ufgir profile` counts them."""
+    """Return the GMACs of ViT-B/16 at 448 px, keep rate 0.25, as counted by `ufgir profile`."""
     from clca import CLCAViTConfig
     from ufgir.cli.common import CLCA
     from ufgir.profiling.macs import macs_in_advance
@@ -166,7 +166,7 @@ def _giga(method: str | None, clca: bool) -> str:
 
 
 def updated(path: Path) -> str:
-    """The text of README.md or docs/methods.md with its table as it should be."""
+    """Return the text of README.md or docs/methods.md with an updated table."""
     make = short_table if path == README else full_table
     return _TABLE.sub(lambda match: f"{BEGIN}\n{make(match[1])}\n{END}", path.read_text(encoding="utf-8"))
 

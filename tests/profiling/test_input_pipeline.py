@@ -40,7 +40,7 @@ class TestInputPipeline:
         assert all(speed > 0 for speed in (*found.stages.values(), *found.loaders.values()))
         assert found.crossing["pixel_values"] == "float32 (3, 32, 32)" and not found.images_cross
         assert found.crossing_bytes == 3 * 32 * 32 * 4 + 8
-        assert any("no picture is pickled" in text for text in input_pipeline.remarks(found))
+        assert any("no image is pickled" in text for text in input_pipeline.remarks(found))
         facts = {"command": "c", "host": "h", "date": "d", "versions": {}}
         files = input_pipeline.write_pipeline(tmp_path, found, facts)
         assert [f.name for f in files] == ["pipeline.csv", "pipeline.md", "pipeline.json"]

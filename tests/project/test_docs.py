@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from argparse import SUPPRESS, ArgumentParser
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,13 +18,24 @@ from sphinx.util.inventory import InventoryFile
 
 import clca
 from run_ufgir import GROUPS
+from tests.browsers import open_browser
 from ufgir.cli.entry import COMMANDS
 from ufgir.utils.arguments import RecipeParser
+from ufgir.web.server import make_server
 
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 COMMAND_MODULES = re.compile(r"ufgir\.cli\b")  # the reference of the commands has them
+PATIENCE = 120_000  # milliseconds that a busy machine may need to load a page
+# Elements of the content that exceed the window, except in a parent that scrolls.
+TOO_WIDE = """() => {
+  const width = document.documentElement.clientWidth, right = (e) => e.getBoundingClientRect().right;
+  const scrolls = (e) => e !== document.body && (
+    (getComputedStyle(e).overflowX !== 'visible' && right(e) <= width + 1) || scrolls(e.parentElement));
+  const wide = [...document.querySelectorAll('.content *')].filter((e) => right(e) > width + 1 && !scrolls(e.parentElement));
+  return [document.documentElement.scrollWidth - width, wide.slice(0, 3).map((e) => e.outerHTML.slice(0, 80))];
+}"""
 
 
 def extension(name):
@@ -158,6 +170,58 @@ def broken_links(site):
 
 def test_links_and_images_resolve(site):
     assert broken_links(site) == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with open_browser(sync_api) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    with make_server(site, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_search_finds_the_guides(browser, address):
+    """The right page is among the first three results, also for a number, which Sphinx alone does not index."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    for query, guide in (
+        ("resume", "training.html"),
+        ("448", "checkpoints.html"),
+        ("LoRA", "training.html"),
+        ("multi-label", "datasets.html"),
+        ("ONNX", "checkpoints.html"),
+        ("CLCAViTConfig", "api/clca.html"),
+    ):
+        page.goto(f"{address}search.html?q={query}")
+        page.locator("#search-results ul.search li").first.wait_for()
+        page.locator("#search-results .search-summary", has_text="found").wait_for()
+        targets = page.locator("#search-results ul.search li > a").evaluate_all(
+            "l => l.map((a) => a.getAttribute('href'))"
+        )
+        assert guide in [target.split("#")[0].split("?")[0] for target in targets[:3]], (query, targets[:10])
+    page.close()
+
+
+@pytest.mark.slow
+def test_pages_fit_a_phone(browser, address, site):
+    """No page scrolls sideways at a width of 390 pixels; wide tables and code scroll by themselves."""
+    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    pages = [file.relative_to(site) for file in sorted(site.rglob("*.html")) if file.stem != "search"]
+    assert len(pages) > 40
+    for name in pages:
+        page.goto(f"{address}{name}")
+        assert page.evaluate(TOO_WIDE) == [0, []], name
+    context.close()
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def _add(group: Any, options: dict[str, tuple[Callable[[str], Any], Any, str]]) 
 
 
 class Outcome(NamedTuple):
-    """What a measurement gives: text for the terminal, Markdown for a document, and what else can be written.
+    """Results of a measurement: text for the terminal, Markdown for a document, and further files.
 
     Attributes:
         draw: (folder, beginning of file names) -> figures.
@@ -162,7 +162,7 @@ class Outcome(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> tuple[str, int]:
-    """The tables, and the exit status."""
+    """Measure, write the files, and return the tables and the exit status."""
     args.preset = "quick" if args.quick else args.preset
     name = args.preset or ("scaling" if args.scaling else "input-pipeline" if args.input_pipeline else None)
     _check(args, name)
@@ -262,7 +262,7 @@ def _methods(values: Sequence[str]) -> list[str]:
 
 
 def _check_free(args: argparse.Namespace, name: str | None) -> None:
-    """What can be wrong about methods off the shelf; they are compared without cache and aggregation head."""
+    """Check the options for methods off the shelf, which are compared without cache and aggregation head."""
     for option in ("target_gmacs", "images"):
         if getattr(args, option) is not None and name is not None:
             raise ValueError(f"`--{option.replace('_', '-')}` goes with a table of combinations.")
@@ -284,7 +284,7 @@ def _check_free(args: argparse.Namespace, name: str | None) -> None:
 
 
 def _is_free(args: argparse.Namespace) -> bool:
-    """Whether methods are to be used with weights that were trained without them."""
+    """Return whether methods are used with weights that were trained without them."""
     return args.target_gmacs is not None or args.images is not None or FREE in (args.methods or ())
 
 
@@ -296,13 +296,13 @@ def _device(name: str | None) -> torch.device:
 
 
 def _plan(args: argparse.Namespace, option: str) -> Any:
-    """The value of an option, or its default."""
+    """Return the value of an option, or its default."""
     value = getattr(args, option)
     return (PLAN | SCALING | PIPELINE)[option][1] if value is None else value
 
 
 def _network(args: argparse.Namespace, size: str = "base") -> CLCAViTConfig:
-    """The network to be measured; what a checkpoint is trained for becomes the default of the plan."""
+    """Return the network to measure; settings of a checkpoint become the defaults of the plan."""
     values = config_values(args)
     if args.model is None:
         width, layers, heads = MODEL_SIZES[args.model_size or size]
@@ -335,7 +335,7 @@ def _progress() -> Any:
 
 
 def _own_network(args: argparse.Namespace) -> bool:
-    """Whether the network is another than the one that the goals are for."""
+    """Return whether the network differs from the one that the goals apply to."""
     options = ("model", "model_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     options += ("patch_size", "num_labels", "reduction_layers")
     return any(getattr(args, option) is not None for option in options)
@@ -404,7 +404,7 @@ def _images(args: argparse.Namespace, config: CLCAViTConfig) -> Images | None:
 
 
 def _cases(args: argparse.Namespace) -> Outcome:
-    """A preset, or every combination."""
+    """Measure a preset, or every combination of the options."""
     preset: Preset | None = PRESETS.get(args.preset)
     config = _network(args, preset.model_size if preset else "base")
     notes: list[str] = []
@@ -461,7 +461,7 @@ SHAPE += ("reduction_layers",)
 
 
 def _first_case(args: argparse.Namespace, size: int) -> Case:
-    """One model with the first of each option; the method is the first that is one."""
+    """Return the case with the first value of each option, and the first method other than none."""
     method = next((m for m in _plan(args, "methods") if m != "none"), None)
     first = [_plan(args, option)[0] for option in ("batch_sizes", "dtypes", "backends", "modes")]
     rate = _plan(args, "keep_rates")[0] if method else 1.0
@@ -469,7 +469,7 @@ def _first_case(args: argparse.Namespace, size: int) -> Case:
 
 
 def _scaling(args: argparse.Namespace) -> Outcome:
-    """Time and memory over image size and depth."""
+    """Measure time and memory as functions of image size and depth."""
     if args.model is not None:
         raise ValueError("`--scaling` changes size and depth, so it does not accept a MODEL.")
     if (args.modes or ["inference"])[0] != "inference" or (args.backends or ["eager"])[0] != "eager":

@@ -361,8 +361,8 @@ class Benchmark:
 
 
 def make_dense(base: CLCAViTConfig, setting: Setting) -> nn.Module:
-    """transformers' `ViTForImageClassification` of the same shape. Ours without reduction where there is none (registers, a
-    norm before the layers, ...), and for export, which knows ours only."""
+    """Build transformers' `ViTForImageClassification` of the same shape. Build our model without reduction if the shape has no counterpart
+    (registers, a norm before the layers, ...), and for the export, which supports only our models."""
     config = CLCAViTConfig.from_dict(dense_config(base).to_dict() | {"image_size": setting.image_size})
     if setting.backend == "onnx":
         return CLCAViTForImageClassification(config)

@@ -187,7 +187,7 @@ def record(report: Report, facts: Mapping[str, Any], network: Mapping[str, Any])
     single = [r.seconds for r in report.results]
     results = [row | {"seconds": seconds} for row, seconds in zip(csv_rows(report), single, strict=True)]
     about = {name: value for name, value in vars(report).items() if name != "results"}
-    # of the process, from its start, all models of a race together: no case has a figure of its own for this
+    # peak memory of the process since its start, including all models that are timed together: it cannot be measured per case
     return {
         **facts,
         **about,

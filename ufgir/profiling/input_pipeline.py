@@ -229,7 +229,7 @@ def measure_pipeline(
 
 
 def verdict(found: Pipeline, size: int) -> str:
-    """Which of pipeline and model is the bottleneck at an image size, in one sentence."""
+    """Describe in one sentence whether the pipeline or the model is the bottleneck at an image size."""
     name, model = found.models[size]
     core = found.stages[AS_STORED, "decode + training transform", size]
     needed = model / core
@@ -254,7 +254,7 @@ def _speed(value: float) -> str:
 
 
 def stage_table(found: Pipeline) -> TextTable:
-    """Images a second on one core: what is done down, formats across."""
+    """Return a table of images per second on one core, with a row per operation and a column per format."""
     formats = list(dict.fromkeys(name for name, _, _ in found.stages))
     rows = [["images/s on one core", *formats]]
     for what, size in dict.fromkeys((what, size) for _, what, size in found.stages):
@@ -264,7 +264,7 @@ def stage_table(found: Pipeline) -> TextTable:
 
 
 def loader_table(found: Pipeline) -> TextTable:
-    """Images a second of the DataLoader, and of the models beside them."""
+    """Return a table of images per second of the DataLoader and of the models."""
     workers = sorted({number for _, number in found.loaders})
     models = [found.models[min(found.models)][0]] if found.models else []
     rows = [["images/s", *(f"{n} workers" if n != 1 else "1 worker" for n in workers), *models]]
@@ -276,27 +276,27 @@ def loader_table(found: Pipeline) -> TextTable:
 
 
 def remarks(found: Pipeline) -> list[str]:
-    """What else is to be said, a sentence each; the bottleneck comes first."""
-    told = [verdict(found, size) for size in found.models]
+    """Return remarks on the results, one sentence each, starting with the bottleneck."""
+    sentences = [verdict(found, size) for size in found.models]
     parts = ", ".join(f"{name} ({what})" for name, what in found.crossing.items())
     if found.images_cross:
-        told.append(f"A worker hands over {parts}: pictures are pickled between processes, which is slow.")
+        sentences.append(f"A worker transfers {parts}: images are pickled between processes, which is slow.")
     elif parts:
-        told.append(
-            f"A worker hands over {parts}, {found.crossing_bytes / 1e6:.2f} MB an image, as tensors in shared memory: no "
-            "picture is pickled."
+        sentences.append(
+            f"A worker transfers {parts}, {found.crossing_bytes / 1e6:.2f} MB per image, as tensors in shared memory: no image "
+            "is pickled."
         )
     if found.other_cores is not None and found.other_cores > 0.1 * found.cores:
-        told.append(
+        sentences.append(
             f"The machine was busy: other processes used {found.other_cores:.1f} of its {found.cores} cores meanwhile."
         )
     if found.interrupted:
-        told.append("Partial: it was ended before all was measured.")
-    return told
+        sentences.append("Partial: the measurement was interrupted.")
+    return sentences
 
 
 def pipeline_rows(found: Pipeline) -> list[dict[str, Any]]:
-    """A row for each speed, for a CSV file."""
+    """Return a row per speed for a CSV file."""
     rows = [
         {"what": what, "format": name, "image_size": size, "workers": "", "images_per_second": speed}
         for (name, what, size), speed in found.stages.items()
@@ -313,7 +313,7 @@ def pipeline_rows(found: Pipeline) -> list[dict[str, Any]]:
 
 
 def pipeline_markdown(found: Pipeline, facts: Mapping[str, Any]) -> str:
-    """Both tables, the bottleneck and where the numbers come from."""
+    """Return both tables, the remarks and the origin of the numbers, as Markdown."""
     width, height = found.pixels
     about = f"{found.count} images of {found.source}, {width:.0f} x {height:.0f} pixels on average, read from the system's cache"
     parts = [markdown_table(stage_table(found)), markdown_table(loader_table(found)), *remarks(found)]
@@ -321,7 +321,7 @@ def pipeline_markdown(found: Pipeline, facts: Mapping[str, Any]) -> str:
 
 
 def write_pipeline(folder: Path, found: Pipeline, facts: Mapping[str, Any]) -> list[Path]:
-    """pipeline.csv, pipeline.md and pipeline.json; the files that were written."""
+    """Write pipeline.csv, pipeline.md and pipeline.json, and return their paths."""
     rows = pipeline_rows(found)
     if not rows:
         return []
