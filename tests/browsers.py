@@ -54,7 +54,7 @@ def chromium():
 
 @contextmanager
 def open_browser(sync_api):
-    """A headless Chromium, or a skipped test where there is none."""
+    """Yield a headless Chromium; skip the test if there is none."""
     path = chromium()
     if path is None:
         pytest.skip(

@@ -20,7 +20,7 @@ def make_folder(root, splits=("train", "val", "test"), classes=("a", "b"), image
 
 
 def make_csv(root, counts, classes=2, folder="images"):
-    """`counts`: images of each class in each CSV file."""
+    """Write CSV files and their images; `counts` are the images of each class in each file."""
     for stem, images in counts.items():
         lines = ["class_id,dir"]
         for class_id in range(classes):

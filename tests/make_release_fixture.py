@@ -11,7 +11,7 @@ checkpoint-<step>/     the checkpoint, complete
 expected.safetensors   `model.*` and `ema.*`: the last weights, and their average; `pictures`, and the `pixels` that the
                        image processor makes of them; `logits.<folder>` of those pixels
 
-Where model and checkpoint are there already, `expected.safetensors` alone is made anew, from them: for other versions of the
+Where model and checkpoint are there already, `expected.safetensors` alone is written again: for other versions of the
 libraries.
 """
 
@@ -48,7 +48,7 @@ VERSIONS = ("torch", "transformers", "accelerate", "numpy", "pillow", "datasets"
 
 
 def run_pinned(*arguments: object, cwd: Path, home: Path, package: Path | None = ROOT) -> str:
-    """What Python prints in a fresh process with `PINNED` and without a network; it fails if that does.
+    """Run Python in a new process with `PINNED` and without network, and return its output; raise an error if it fails.
 
     Args:
         home: for what HuggingFace's libraries keep.

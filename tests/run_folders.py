@@ -19,7 +19,7 @@ VARIANTS = {
 def write_run(
     folder: Path, seed: int = 1, top1: float = 0.5, method: str | None = "evit", rate: float = 0.5, **changes
 ):
-    """The record of a run."""
+    """Return the record of a run."""
     options = {"reduction": method, "keep_rate": [rate], **changes.pop("options", {})}
     arguments = {
         "settings": {**options, "seed": seed, "learning_rate": 1e-3, "logging_steps": seed},
@@ -54,7 +54,7 @@ def write_predictions(
 
 
 def write_gradients(folder: Path, values: Sequence[float]) -> Path:
-    """The largest gradient of each step."""
+    """Return the largest gradient of each step."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{step},{value}\n" for step, value in enumerate(values, start=1)]
     (folder / "gradients.csv").write_text("step,max_grad_all\n" + "".join(lines))

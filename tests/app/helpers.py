@@ -16,7 +16,7 @@ from ufgir.cli import entry as cli
 
 
 def save_checkpoint(folder, **changes):
-    """A model with weights of a fixed seed and its image processor, whose classes are those of the drawn leaves."""
+    """Save a model with weights of a fixed seed and the classes of the drawn leaves, and its image processor."""
     names = [f"cultivar_{label:02d}" for label in range(3)]
     options = TINY | CACHES["clca"] | {"reduction": "evit", "keep_rate": 0.5, "id2label": dict(enumerate(names))}
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def save_processor(folder):
 
 
 def png(width, height, rows=None):
-    """A black picture as PNG that never was in memory; with fewer `rows`, a file that ends too early."""
+    """Return a black image as PNG, encoded without creating the image in memory; with fewer `rows`, the file is truncated."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -42,7 +42,7 @@ def png(width, height, rows=None):
 
 
 def answer(kind, status):
-    """An error that the Hub answered with."""
+    """Return an error response of the Hub."""
     return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
 
 

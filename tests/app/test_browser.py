@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def desk(browser):
-    """A browser on a desk: its pages share the cache for what Gradio brings along."""
+    """Yield a desktop browser context, whose pages share the cache for Gradio's files."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     yield context
     context.close()
@@ -89,7 +89,7 @@ def upload(page, path):
 
 
 def expect_prediction(page, letter, model, leaf, setting):
-    """That the page comes to show what the model says, class by class."""
+    """Wait until the page shows the prediction of the model."""
     rows = page.locator(f"#prediction-{letter} tr")
     classes = Viewer().predict(model, leaf, setting).classes
     expect(rows).to_have_text([f"{name}{100 * share:.1f} %" for name, share in classes])

@@ -1,4 +1,4 @@
-"""Pictures of strangers: small, RGB, never dangerous, and the same everywhere."""
+"""Uploaded images: they are small and RGB, and harmful files are rejected."""
 
 import logging
 

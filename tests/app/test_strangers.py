@@ -1,4 +1,4 @@
-"""Models of strangers: fetched without a token, bounded, and refused in a sentence."""
+"""Models that visitors name: downloaded without a token, limited in size, and rejected with one sentence."""
 
 import json
 import re

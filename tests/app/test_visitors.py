@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.queueing")
 
 @pytest.fixture(scope="module")
 def served(checkpoint):
-    """A public page, and its address."""
+    """Yield a public page and its address."""
     page = make_page(checkpoint, folders=False)
     yield page, serve_page(page, "127.0.0.1", 0)
     page.close(verbose=False)
@@ -44,7 +44,7 @@ def ask(address, path, data, kind="application/json"):
 
 
 def call(served, function, data, session):
-    """The last word of a function of the page, called as an API."""
+    """Return the last message of a function of the page that is called as an API."""
     page, address = served
     number = next(i for i, one in page.fns.items() if one.fn.__name__ == function)
     body = {"data": data, "fn_index": number, "session_hash": session}

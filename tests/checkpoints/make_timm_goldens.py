@@ -103,7 +103,7 @@ RESAMPLED = {
 
 
 def make(architecture: str, num_classes: int, **args: Any) -> torch.nn.Module:
-    """A tiny network of this architecture in float64, in evaluation mode, with random weights that float32 holds."""
+    """Return a tiny network of this architecture in float64, in evaluation mode, with random weights that are exact in float32."""
     model = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **TINY | args).double().eval()
     randomise(model.state_dict())
     return model
@@ -118,7 +118,7 @@ def randomise(state: Mapping[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def run(model: torch.nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the model makes of images."""
+    """Return the outputs of the model for images."""
     features = model.forward_features(pixels.double())
     # of a distilled DeiT the class token's head alone: the mean of the two heads reads two tokens
     logits = model.head(features[:, 0]) if hasattr(model, "head_dist") else model.forward_head(features)
@@ -139,7 +139,7 @@ def save(
 
 
 def make_layout(name: str, architecture: str, num_classes: int, theirs: Callable[[dict], dict], **args: Any) -> None:
-    """A file with weights as others than timm name them, and what timm computes with them."""
+    """Write a file with weights under other names than timm's, and the outputs of timm for them."""
     model = make(architecture, num_classes, **args)
     state = theirs({key: tensor.clone() for key, tensor in model.state_dict().items()})
     model.load_state_dict(checkpoint_filter_fn(dict(state), model))
@@ -189,7 +189,7 @@ def dinov2_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def make_original(name: str, args: dict[str, Any]) -> None:
-    """A file of a network of the original code: `load_original` takes its state and its `dims`."""
+    """Write a file with a network of the original code: its weights and `dims`, for `load_original`."""
     model = timm.models.vision_transformer.VisionTransformer(**TINY | args, num_classes=3).double().eval()
     head = None
     if name.endswith("cla"):  # as the original code has it, on the first token after layers 3 and 4

@@ -38,13 +38,13 @@ class Golden:
         return {"vit": "", "h2t": "h2t", "vqt": "vqt"}.get(self.method, f"{self.method}_") + architecture
 
     def options(self, **changes: Any) -> dict[str, Any]:
-        """The options of the run, with others that say nothing about the model; `...` leaves one out."""
+        """Return the options of the run, with some that do not affect the model; `...` removes one."""
         options = {"model": self.model_name(), "num_heads": 2, "input_size": 32, **self.spec["options"]}
         options |= {"dataset_name": "soygene", "epochs": 45, "lr": 1e-4, "opt_betas": None, "seed": 10, **changes}
         return {name: value for name, value in options.items() if value is not ...}
 
     def payload(self, **changes: Any) -> dict[str, Any]:
-        """The dictionary in a file, with its options in a Namespace."""
+        """Return the dictionary of a file, with its options in a Namespace."""
         scheduler = {"base_values": [1e-4], "warmup_t": 2}
         options = argparse.Namespace(**self.options(**changes))
         return {"model": self.state, "lr_scheduler": scheduler, "epoch": 49, "args": options}

@@ -27,7 +27,7 @@ SOURCES = (*FIRST, *OTHERS)
 
 
 def make(name: str, folder: Path) -> Path:
-    """A source of a kind, with an image processor where that kind has a file for it."""
+    """Write a source of a kind, with an image processor if the kind stores it in a file."""
     if name == "original":
         return save_file(folder / EVIT_NAME, Golden("evit_clca").payload())
     if name == "timm":

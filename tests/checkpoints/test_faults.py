@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def states(file: str, values: dict[str, Any]) -> Fault:
-    """The JSON file says other values; those of objects in it are replaced one by one."""
+    """Return a fault that changes values of a JSON file, also those in nested objects."""
 
     def fault(folder: Path) -> None:
         contents = json.loads((folder / file).read_text())
@@ -65,7 +65,7 @@ def is_a_folder(file: str) -> Fault:
 
 
 def weights(change: Callable[[torch.Tensor], torch.Tensor], name: str = "layers.1.mlp.fc1.weight") -> Fault:
-    """A tensor of the weights is changed."""
+    """Change a tensor of the weights."""
 
     def fault(folder: Path) -> None:
         state = load_file(folder / "model.safetensors")

@@ -22,7 +22,7 @@ VIT = "vit_base_patch16_224.augreg_in21k_ft_in1k"
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, **config) -> CLCAViTForImageClassification:
-    """The model of a golden file."""
+    """Load the model of a golden file."""
     state, _, spec = read(name, dtype)
     return load_timm(state, spec["architecture"], **spec["config"] | config)
 

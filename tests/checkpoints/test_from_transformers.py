@@ -27,7 +27,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-9}
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a source that sees pixels."""
+    """Return the vision part of a source."""
     for name in ("vision_model", model.base_model_prefix):
         if hasattr(model, name):
             return getattr(model, name)

@@ -23,7 +23,7 @@ def checkpoints(tmp_path_factory):
     """Models with EViT, with SiT and for several keep rates; a stock ViT without head; pictures."""
     folder = tmp_path_factory.mktemp("loading")
     names = {"id2label": dict(enumerate(("ash", "beech", "cedar")))}
-    variants = {"evit": {}, "sit": {"reduction": "sit"}, "elastic": {"train_keep_rates": [0.25, 0.5]}}
+    variants = {"evit": {}, "sit": {"reduction": "sit"}, "variable": {"train_keep_rates": [0.25, 0.5]}}
     for name, changes in variants.items():
         torch.manual_seed(0)
         options = TINY | CACHES["clca"] | {"reduction": "evit", "keep_rate": 0.5} | names | changes
@@ -142,10 +142,10 @@ def test_options_of_a_method_stay_with_it(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("reduction", [None, "topk"])
 def test_a_model_for_several_keep_rates_runs_with_another_method_or_none(checkpoints, reduction):
-    elastic = str(checkpoints / "elastic")
-    model, untrained = load_model(elastic, load_config(elastic, {"reduction": reduction}))
+    variable = str(checkpoints / "variable")
+    model, untrained = load_model(variable, load_config(variable, {"reduction": reduction}))
     assert untrained == [] and (model.config.train_keep_rates is None) == (reduction is None)
-    whole = CLCAViTForImageClassification.from_pretrained(elastic).eval()
+    whole = CLCAViTForImageClassification.from_pretrained(variable).eval()
     pixels = images().float()
     with torch.no_grad():
         cls = model.vit(pixels).cls_tokens
@@ -154,7 +154,7 @@ def test_a_model_for_several_keep_rates_runs_with_another_method_or_none(checkpo
 
 
 def test_one_rate_of_several(checkpoints):
-    whole = CLCAViTForImageClassification.from_pretrained(checkpoints / "elastic").eval()
+    whole = CLCAViTForImageClassification.from_pretrained(checkpoints / "variable").eval()
     cls = torch.randn(4, 3, 16)
     settled = at_one_rate(whole.state_dict(), [0.25, 0.5], 0.3)
     single = CLCAViTForImageClassification(
@@ -175,7 +175,7 @@ def test_the_rate_that_stands_for_all_stages():
     "options", [["--reduction", "none"], ["--reduction", "sit"], ["--keep-tokens", "8", "4"]], ids=str
 )
 def test_profile_of_a_model_for_several_keep_rates(checkpoints, options, capsys):
-    assert cli.main(["profile", str(checkpoints / "elastic"), *options]) == 0
+    assert cli.main(["profile", str(checkpoints / "variable"), *options]) == 0
     assert "GMACs" in capsys.readouterr().out
 
 

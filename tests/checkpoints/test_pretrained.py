@@ -89,7 +89,7 @@ class Code:
 
 
 def broken(name: str, folder: Path, dinov2: Path) -> list[str]:
-    """A source that is wrong in one way, and what else the command line says."""
+    """Write a source with one fault, and return the other arguments of the command."""
     source = folder / name
     source.mkdir()
     weights = dinov2 / "model.safetensors"

@@ -105,7 +105,7 @@ ROWS = [(loader, head, method) for loader in LOADERS for head in HEADS for metho
 
 
 def is_quick(row: tuple[str, str, str | None]) -> bool:
-    """A stock ViT with all heads and methods; each other way to load with every head, and all of them with every method."""
+    """Select the fast tests: a stock ViT with all heads and methods, and each other loader with every head and some method."""
     loader, head, method = row
     return loader == "stock" or METHODS.index(method) == (
         3 * list(LOADERS).index(loader) + list(HEADS).index(head)

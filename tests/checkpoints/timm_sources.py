@@ -21,7 +21,7 @@ def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, dic
 
 
 def write_folder(folder: Path, name: str = "vit", file: str = "model.safetensors", **data) -> Path:
-    """What timm's save_for_hf writes for a golden file."""
+    """Write the files of timm's save_for_hf for a golden file."""
     state, _, spec = read(name)
     network, _, tag = spec["architecture"].partition(".")
     args = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}

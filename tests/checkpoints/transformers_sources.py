@@ -114,7 +114,7 @@ FIRST = [name for name in SOURCES if "-" not in name]
 
 
 def make_source(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """The model, every parameter random: those that start at zero or one would hide a mistake."""
+    """Create the model with random parameters only, because those that start at zero or one would hide errors."""
     cls, config = SOURCES[name]
     model = cls._from_config(config(), attn_implementation="sdpa")
     generator = torch.Generator().manual_seed(0)

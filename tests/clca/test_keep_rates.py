@@ -17,7 +17,7 @@ from ufgir.training.keep_rates import draw_keep_rate
 
 CLCA = {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
 FIXED = ("patchmerger", "sinkhorn", "sit")  # their slots are parameters
-ELASTIC = sorted(set(REDUCTIONS) - set(FIXED))
+VARIABLE = sorted(set(REDUCTIONS) - set(FIXED))
 RATES = [0.25, 0.5, 1.0]
 
 
@@ -42,7 +42,7 @@ def twin_at(model: CLCAViTForImageClassification, **budget: Any) -> CLCAViTForIm
 
 
 @pytest.mark.parametrize("rate", [0.25, 1.0, [0.75, 0.5]], ids=str)
-@pytest.mark.parametrize("method", ELASTIC)
+@pytest.mark.parametrize("method", VARIABLE)
 def test_a_model_at_another_rate_is_one_made_for_it(method: str, rate: float | list[float]) -> None:
     """`set_keep_rate` and the argument of `forward` give the logits, counts and schedule of a model made for that
     rate, whatever its previous rate."""

@@ -29,7 +29,7 @@ REDUCED = {"reduction": "evit", "reduction_layers": [1, 2], "keep_rate": [0.5], 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A saved CLCA model with its image processor."""
+    """Save a CLCA model with its image processor."""
     config = CLCAViTConfig(**TINY, **REDUCED, num_clr_tokens=1, head="cla", num_labels=3)
     CLCAViTForImageClassification(config).save_pretrained(tmp_path / "model")
     save_processor(tmp_path / "model")
@@ -38,7 +38,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def stock_checkpoint(tmp_path):
-    """A saved ViT of transformers."""
+    """Save a ViT of transformers."""
     ViTForImageClassification(ViTConfig(**TINY)).save_pretrained(tmp_path / "stock")
     save_processor(tmp_path / "stock")
     return tmp_path / "stock"
@@ -57,13 +57,13 @@ def save_processor(folder):
 
 
 def table(text, first):
-    """The cells of the line that begins with `first`."""
+    """Return the cells of the line that begins with `first`."""
     (line,) = [line for line in text.splitlines() if line.startswith(first)]
     return line.removeprefix(first).split()
 
 
 def refused(capsys, *argv):
-    """The one line with which a command ends with status 2."""
+    """Return the error message of a command that ends with status 2."""
     with pytest.raises(SystemExit) as stop:
         cli.main(list(argv))
     assert stop.value.code == 2

@@ -44,13 +44,13 @@ def picture(tmp_path):
 
 @pytest.fixture
 def file(tmp_path):
-    """A file where no folder can be."""
+    """Create a file, whose path cannot be a folder."""
     (tmp_path / "file").write_text("mine")
     return tmp_path / "file"
 
 
 def refused(capsys, *argv):
-    """The one line with which a command ends with status 2, having told nothing else."""
+    """Return the error message of a command that ends with status 2 and prints nothing else."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(word) for word in argv])
     assert stop.value.code == 2

@@ -84,7 +84,7 @@ COLUMNS = ("client", "what", "version", "transformers", "torch", "works since", 
 
 
 def run_client(uv: Path, key: str) -> tuple[list[str], bool]:
-    """The cells of a row, and whether the client did what is expected of it."""
+    """Return the cells of a row, and whether the client had the expected result."""
     client = CLIENTS[key]
     if client.needs and not os.environ.get(client.needs):
         raise CannotRunError(f"`{client.needs}` is not set: name the folder, see tests/clients/{key}.py")
@@ -114,7 +114,7 @@ def run_client(uv: Path, key: str) -> tuple[list[str], bool]:
 
 
 def not_run(key: str, reason: str) -> list[str]:
-    """The cells of a client that could not be run."""
+    """Return the cells of a client that could not be run."""
     client = CLIENTS[key]
     return [client.name, "-", "-", "-", client.since, reason, today()]
 

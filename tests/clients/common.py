@@ -23,7 +23,7 @@ NAMES = {0: "wild", 1: "bred", 2: "crossed"}
 
 
 def model(**options: Any) -> CLCAViTForImageClassification:
-    """A tiny classifier with EViT, the cache and the CLA head, float32, in evaluation mode."""
+    """Create a tiny classifier with EViT, the cache and the CLA head, float32, in evaluation mode."""
     return tiny_model(**(REDUCED | {"id2label": NAMES} | options)).float().eval()
 
 

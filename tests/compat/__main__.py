@@ -53,7 +53,7 @@ COLUMNS = ("row", "Python", *SHOWN, "passed", "failed", "skipped", "date")
 
 
 def counts(report: Path) -> tuple[int, int, int]:
-    """Passed, failed (or stopped by an error) and skipped tests of pytest's XML report."""
+    """Return the numbers of passed, failed (including errors) and skipped tests in pytest's XML report."""
     suites = list(ET.parse(report).getroot().iter("testsuite"))
     total, errors, failed, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "errors", "failures", "skipped")
@@ -62,7 +62,7 @@ def counts(report: Path) -> tuple[int, int, int]:
 
 
 def run_row(uv: Path, name: str) -> tuple[list[str], bool]:
-    """The cells of a row, and whether all its tests passed."""
+    """Return the cells of a row, and whether all its tests passed."""
     row = ROWS[name]
     with environment(uv, row.python) as env:
         direct = ["--resolution", "lowest-direct"] if row.oldest else []
@@ -91,7 +91,7 @@ def run_row(uv: Path, name: str) -> tuple[list[str], bool]:
 
 
 def not_run(name: str, reason: str) -> list[str]:
-    """The cells of a row that could not be run."""
+    """Return the cells of a row that could not be run."""
     return ["-", *["-"] * len(SHOWN), reason, "-", "-", today()]
 
 

@@ -100,7 +100,7 @@ class Environment:
 
 
 def run_uv(uv: Path, *arguments: str) -> str:
-    """What uv prints.
+    """Run uv and return its output.
 
     Raises:
         CannotRunError: it fails, with the first line that says why.
@@ -124,7 +124,7 @@ def run_uv(uv: Path, *arguments: str) -> str:
 
 @contextmanager
 def environment(uv: Path, python: str) -> Iterator[Environment]:
-    """A new environment that is removed at the end; the cache stays.
+    """Yield a new environment, which is removed at the end; the cache is kept.
 
     Args:
         uv: the program.
@@ -146,7 +146,7 @@ def environment(uv: Path, python: str) -> Iterator[Environment]:
 
 
 def requirements() -> list[str]:
-    """What setup.cfg says that the package needs."""
+    """Return the requirements of the package in setup.cfg."""
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
     lines = parser["options"]["install_requires"].splitlines()

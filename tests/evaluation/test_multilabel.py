@@ -100,7 +100,7 @@ def test_listings_of_several_class_ids(tmp_path, suffix, cells, separator):
 
 
 def table(kind):
-    """A data set with labels of type `kind` in the column `tags`."""
+    """Create a data set with labels of type `kind` in the column `tags`."""
     values, feature = {
         "class labels": (INDICES, FEATURE),
         "text": (LABELS, datasets.List(datasets.Value("string"))),

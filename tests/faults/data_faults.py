@@ -679,7 +679,7 @@ def images_by_content(data: Data, generator: random.Random) -> Expect:
 
 @fault(OTHER_FILES, *FOLDERS)
 def links_to_folders(data: Data, generator: random.Random) -> Expect:
-    """A link to a class folder is followed; a link to a parent folder is named."""
+    """Replace a class folder by a link, which is followed, or add a link to a parent folder, which is reported."""
     folder = generator.choice(data.images).parent
     if generator.random() < 0.5:
         (folder / "circle").symlink_to(folder.absolute())

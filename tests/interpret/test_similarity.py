@@ -36,7 +36,7 @@ def golden(case, name):
 
 
 def golden_pair(case):
-    """The goldens hold channels x images."""
+    """Transpose the goldens, which contain channels x images."""
     return golden(case, "A").T, golden(case, "B").T
 
 
@@ -129,7 +129,7 @@ def test_features_of_different_images_are_refused():
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_moments_of_batches_are_those_of_all_images(measure):
-    xs = [features(seed=i) + 1000 for i in range(3)]  # a mean much larger than the deviation
+    xs = [features(seed=i) + 1000 for i in range(3)]  # a mean much larger than the std
     ys = [xs[0] @ rotation(6) + 0.5 * features(seed=9), features(40, 4, seed=8)]
     moments = FeatureMoments()
     for start in range(0, 40, 7):

@@ -19,7 +19,7 @@ SUMS = {"tofu": {"reduction_kwargs": {"merge_from": TINY["num_hidden_layers"]}}}
 
 
 def idle(case, **changes):
-    """A model whose layers add nothing to their tokens."""
+    """Create a model whose layers do not change their tokens."""
     model = case.model(**changes)
     with torch.no_grad():
         for layer in model.vit.layers:

@@ -36,7 +36,7 @@ def stock():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, stock):
-    """A stock ViT with a classifier, the same without, and pictures."""
+    """Save a stock ViT with a classifier, the same without, and images."""
     folder = tmp_path_factory.mktemp("shelf")
     for name, model in (("whole", stock), ("bare", stock.vit)):
         model.save_pretrained(folder / name)

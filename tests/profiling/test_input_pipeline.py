@@ -13,7 +13,7 @@ OPTIONS = "--image-sizes 32 --patch-size 8 --hidden-size 16 --num-hidden-layers 
 
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory):
-    """A folder of six PNG images of noise."""
+    """Write a folder of six PNG images of noise."""
     folder = tmp_path_factory.mktemp("leaves")
     for index in range(6):
         file = folder / "train" / f"class_{index % 2}" / f"{index}.png"

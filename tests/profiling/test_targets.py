@@ -35,7 +35,7 @@ def cost(config, rate):
 
 
 def first_above(config, rate):
-    """The least rate with other counts."""
+    """Return the smallest rate with other counts."""
     counts = token_schedule(at_rate(config, rate))
     low, high = round(rate * STEPS), STEPS
     while high - low > 1:

@@ -64,7 +64,7 @@ class Command(NamedTuple):
 
 
 def commands_of(path: Path) -> list[Command]:
-    """The commands in the blocks of a document."""
+    """Return the commands in the blocks of a document."""
     text = path.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line.strip() for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
@@ -80,7 +80,7 @@ def reasons(command: Command) -> list[str]:
 
 
 def run_in(guide: str) -> dict[str, list[str]]:
-    """The commands of documents that are run, each once, and their words."""
+    """Return the commands of a guide that are run, each once, with their words."""
     return {c.text: c.words for c in COMMANDS if c.document in RUN[guide] and not reasons(c)}
 
 
@@ -165,7 +165,7 @@ PROGRAMS: dict[tuple[str, ...], Callable[[list[str]], None]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the documents take for granted: recipes, a checkpoint of the Hub, images and the model of the demo."""
+    """Create the files that the documents assume: recipes, a checkpoint of the Hub, images and the model of the demo."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     size = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 16}

@@ -61,7 +61,7 @@ def build(folder, *options):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built site, without the pages of source code, which are most of it. Processes of pytest-xdist share one."""
+    """Build the site without the pages of source code, which are most of it. Processes of pytest-xdist share one."""
     shared = tmp_path_factory.getbasetemp()
     folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "site"
     statements = ast.parse((DOCS / "conf.py").read_text()).body
@@ -82,7 +82,7 @@ def names(site):
 
 
 def text_of(page):
-    """The words of a page, without tags."""
+    """Return the text of a page, without tags."""
     words = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
     return words.replace("&lt;", "<").replace("&gt;", ">").replace("&#39;", "'").replace("&amp;", "&")
 

@@ -58,7 +58,7 @@ PACKAGES = {"analysis", "app", "checkpoints", "cli", "data", "profiling", "train
 
 
 def import_anew(name):
-    """The module, and the warnings about it that its first import in a process gives."""
+    """Import a module for the first time, and return it with the warnings."""
     sys.modules.pop(name, None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FutureWarning)

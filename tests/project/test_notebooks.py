@@ -35,7 +35,7 @@ def execute():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder that lies in a copy of the repository as the notebooks' own does; what they write stays there."""
+    """Create a folder in a copy of the repository, in the place of the notebooks' folder, for their files."""
     (tmp_path / "recipes").mkdir()
     shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "recipes")
     folder = tmp_path / "docs" / "notebooks"
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def kinds(cell):
-    """What a cell shows: the stream's name, or the formats of a result."""
+    """Return the kind of a cell's output: the name of a stream, or the formats of a result."""
     return [output.get("name") or sorted(output.get("data", {})) for output in cell.outputs]
 
 

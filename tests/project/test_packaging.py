@@ -84,7 +84,7 @@ def test_the_readme_is_short_and_points_to_every_guide():
 
 
 def table_rows(text, first):
-    """The cells of a table's rows, from the row whose first cell is `first`."""
+    """Return the cells of a table's rows, starting at the row whose first cell is `first`."""
     table = text[text.index(f"| {first} |") :].split("\n\n")[0]
     return [[cell.strip() for cell in row[1:-1].split("|")] for row in table.splitlines()]
 

@@ -173,7 +173,7 @@ def test_paper_recipe_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     trained = load_file(tmp_path / "out" / "model.safetensors")
     started = load_file(tmp_path / "backbone" / "model.safetensors")
     moved = (trained["vit.layers.0.mlp.fc1.weight"] - started["vit.layers.0.mlp.fc1.weight"]).abs().max()
-    assert 0 < moved < 0.1 < started["vit.layers.0.mlp.fc1.weight"].abs().max()  # it did not start anew
+    assert 0 < moved < 0.1 < started["vit.layers.0.mlp.fc1.weight"].abs().max()  # it was not re-initialized
     assert tiny_config().num_hidden_layers == 5 and trained["classifier.aggregate.weight"].shape[-1] == 3
 
 
@@ -301,7 +301,7 @@ def test_the_first_command_is_the_recipe() -> None:
 
 
 def _defaults_filled(args: OptimizationArguments) -> OptimizationArguments:
-    """The recipe says `schedule_per: epoch`, which is the default."""
+    """Remove `schedule_per: epoch`, the default, which the recipe sets explicitly."""
     assert args.schedule_per == "epoch"
     args.schedule_per = None
     return args

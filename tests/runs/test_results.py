@@ -406,7 +406,7 @@ def test_the_command_writes_tables_and_figures(study, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 and rows[0]["test_top1"] == "0.425" and rows[0]["gmacs"] == "0.25"
     assert (out / "results.md").read_text().strip() in text
-    # figures anew from the summary alone
+    # figures from the summary alone
     shutil.rmtree(study)
     text = results(
         capsys, out / "summary.csv", "--where", "keep_rate=0.5", "--figure", "ablation", "--output", tmp_path / "b"

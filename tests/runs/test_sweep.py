@@ -86,7 +86,7 @@ def stub(tmp_path) -> list[str]:
 
 @pytest.fixture
 def queue(recipe, stub, tmp_path, monkeypatch):
-    """Makes the queue of a grid in the folder `study`, for the stub."""
+    """Create the queue of a grid in the folder `study`, for the stub."""
     monkeypatch.setattr(run_queue, "POLL", 0.02)
     # the stub's checkpoints hold no weights
     monkeypatch.setattr(run_queue, "last_complete_checkpoint", lambda f: next(Path(f).glob("checkpoint-*"), None))

@@ -15,7 +15,7 @@ def leaves(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own_leaves(leaves, tmp_path) -> Path:
-    """A copy that a test may spoil."""
+    """Copy the data, so that a test may change it."""
     return shutil.copytree(leaves, tmp_path / "own leaves")
 
 

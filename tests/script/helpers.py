@@ -52,7 +52,7 @@ def draw_leaves(root: Path) -> Path:
 
 
 def recipe(folder: Path, data: Path, out: Path, **changes) -> str:
-    """A recipe file in `folder`; its path."""
+    """Write a recipe file in `folder`, and return its path."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"dataset": str(data), "output_dir": str(out), **MODEL, **TRAINING, **changes}))
     return str(path)
@@ -63,7 +63,7 @@ def run(*argv: str) -> dict:
 
 
 def mistake(capsys, *argv: str) -> str:
-    """The sentence with which the script refuses; the test fails if it does not refuse with status 2."""
+    """Return the error message of the script; fail if it does not end with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(*argv)

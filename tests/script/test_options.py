@@ -158,7 +158,7 @@ def test_everything_that_changes_training_at_once(leaves, tmp_path):
 
 @pytest.fixture(scope="module")
 def reversed_leaves(leaves, tmp_path_factory):
-    """The same images, whose classes are numbered the other way round."""
+    """Write the same images with the class numbers reversed."""
     data = load_ufgir_dataset(leaves, class_names=CLASSES[::-1], validation_fraction=0)
     path = tmp_path_factory.mktemp("reversed") / "data"
     data.save_to_disk(path)

@@ -36,7 +36,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, what: Callable[[], None]
 
 
 def ends(capsys: pytest.CaptureFixture, status: int, *argv: str) -> str:
-    """The sentence with which a training ends that has begun."""
+    """Return the last message of an interrupted training."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(*argv)

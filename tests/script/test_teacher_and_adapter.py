@@ -20,7 +20,7 @@ from ufgir.transforms.preprocessing import EvalTransform, make_image_processor
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A stock ViT with the classes of `leaves`."""
+    """Save a stock ViT with the classes of `leaves`."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(3)
     names = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}

@@ -9,7 +9,7 @@ from tests.training.resuming import train
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A training that was never stopped, with all its checkpoints."""
+    """Run a training without interruption, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
     train(folder, save_total_limit=None)
     return folder

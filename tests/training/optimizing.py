@@ -19,7 +19,7 @@ SIT = {"reduction": "sit", "keep_rate": 0.5} | CACHES["clca"]
 
 
 def walk(optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> torch.Tensor:
-    """(steps, groups): the rates in force at each step."""
+    """Return the learning rates (steps, groups) at each step."""
     rates = []
     for _ in range(steps):
         rates.append([group["lr"] for group in optimizer.param_groups])

@@ -61,7 +61,7 @@ def make_trainer(
     lora: bool = False,
     **changes: Any,
 ) -> UFGIRTrainer:
-    """A trainer with everything random that there is: drop path, dropout, order, crops, erasing, MixUp and CutMix."""
+    """Create a trainer with all kinds of randomness: drop path, dropout, order, crops, erasing, MixUp and CutMix."""
     args = TrainingArguments(
         output_dir=str(folder),
         **{

@@ -55,7 +55,7 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 
 
 def train(model: nn.Module, steps: int = 3) -> list[float]:
-    """A few steps; the losses."""
+    """Train for a few steps, and return the losses."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
     model.train()

@@ -175,7 +175,7 @@ def cut(path: Path) -> None:
 
 
 def listed(folder: Path, damage: Callable[[Path], None]) -> Path:
-    """A checkpoint with a list of its files, of which one is then damaged."""
+    """Write a checkpoint with a list of its files, and damage one of them."""
     target = folder / "checkpoint-3"
     shutil.copytree(folder / "checkpoint-2", folder / INCOMPLETE / target.name)
     checkpointing.complete_checkpoint(folder / INCOMPLETE / target.name, target)

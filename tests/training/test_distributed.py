@@ -486,7 +486,7 @@ COUNTS = (1, 3, 4, 11)  # one process has nothing, a part of a batch, a batch; t
 
 @pytest.fixture(scope="module")
 def outcomes(model: CLCAViTForImageClassification, tmp_path_factory) -> Path:
-    """What two processes say about data sets of several sizes: `<count>-<rank>.json`, `<count>.csv` and `stream.csv`."""
+    """Run two processes on data sets of several sizes, which write `<count>-<rank>.json`, `<count>.csv` and `stream.csv`."""
     folder = tmp_path_factory.mktemp("outcomes")
 
     def run(rank: int) -> None:
@@ -550,7 +550,7 @@ def test_streams_in_two_processes(outcomes: Path) -> None:
 def test_begun_by_two_processes_and_finished_by_one(
     model: CLCAViTForImageClassification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts stay as they are. A stream cannot be dealt out anew."""
+    """The parts of a stream stay as they are, because it cannot be distributed again."""
     whole = predict_to_file(model, make_images(11), tmp_path / "whole.csv", NAMES, batch_size=2)
     begin = prediction._begin
     with monkeypatch.context() as patch:

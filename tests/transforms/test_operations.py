@@ -23,7 +23,7 @@ from ufgir.transforms.operations import (
 
 
 def pillow(image: Image.Image, name: str, value: float) -> Image.Image:
-    """The definition that both papers' code uses. `transform` takes the way back, from target to source."""
+    """Transform as defined in the code of both papers; `transform` maps from target to source."""
     back = {
         "shear_x": (1, value, 0, 0, 1, 0),
         "shear_y": (1, 0, 0, value, 1, 0),

@@ -53,7 +53,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def status(action: Callable[[], None]) -> int:
-    """The exit status of a fork that does it."""
+    """Run a function in a fork, and return the exit status."""
     process = multiprocessing.get_context("fork").Process(target=action)
     process.start()
     process.join(60)

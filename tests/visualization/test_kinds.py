@@ -95,7 +95,7 @@ BLANK = Kind(
         "label": Option("words", nargs="+", convert=" ".join),
     },
     needs=(STAGES,),
-    page=Page("It means nothing.", options=lambda config: {"shade": 0.25}),
+    page=Page("A test picture.", options=lambda config: {"shade": 0.25}),
 )
 
 

@@ -28,7 +28,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A model with EViT and cache, one without CLS, and two images."""
+    """Save a model with EViT and cache, one without CLS, and two images."""
     folder = tmp_path_factory.mktemp("visualize")
     variants = {
         "evit": {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_clr_tokens": 1},

@@ -74,14 +74,14 @@ def served(folder):
 
 
 def leaf(width=150, height=110):
-    """An image with fine structure, in colour."""
+    """Create a color image with fine structure."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = [np.sin(40 * x * (1 + y)), np.cos(55 * y + 9 * x), np.sin(70 * (x - y) ** 2 + 3 * x)]
     return Image.fromarray((127.5 + 127.5 * np.stack(waves, -1)).astype("u1"))
 
 
 def swapped_profile():
-    """The profile of sRGB with red and green exchanged: whoever applies it sees other colours."""
+    """Return the profile of sRGB with red and green exchanged, so that applying it changes the colors."""
     from PIL import ImageCms
 
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())

@@ -147,7 +147,7 @@ def test_pixels_are_those_of_training(context, site, address, images):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model, its folder, and its page, as the command writes it at two keep rates."""
+    """Write the page of a model at two keep rates with the command, and return the model, its folder and the page."""
     need_runtime()
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)

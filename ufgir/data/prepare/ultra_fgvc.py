@@ -3,8 +3,8 @@
 The data are those of Yu et al., "Benchmark Platform for Ultra-Fine-Grained Visual Categorization Beyond Human Performance"
 (ICCV 2021), linked from https://github.com/XiaohanYu-GU/Ultra-FGVC. They have two layouts:
   - file names: one flat folder of `<class>_<number>_<train|test>.png` (cotton, soylocal, soyglobal);
-  - annotation lists: `images/` next to `anno/train.txt` and `anno/test.txt` with lines `file class` (soygene), once per growth
-    stage R1, R3, R4, R5, R6 (soyageing).
+  - annotation lists: `images/` next to `anno/train.txt` and `anno/test.txt` with lines `file class` (soygene), or one pair for each of
+    the growth stages R1, R3, R4, R5, R6 (soyageing).
 Classes are numbered from 1 in the raw data and from 0 here. `ufgir prepare` converts a raw download to a folder of parquet
 files; the builder `UltraFGVC` loads the same rows as a `datasets.DatasetDict`.
 """
