@@ -135,6 +135,16 @@ def test_runs_without_predictions_or_partner(study, capsys):
     assert "| 0.5 | CLCA | 1 |" in text and "| 0.5 | CLCA | 10 |" not in text  # McNemar where it is possible
 
 
+def test_rows_whose_runs_cannot_be_resampled_together(study, capsys):
+    shutil.rmtree(study / "variant=base,keep_rate=0.5,seed=1")
+    place = study / "variant=CLCA,keep_rate=0.25,seed=1"
+    write_predictions(place, right_images("CLCA", 0.25, 1), file="other{}.png")
+    text = results(capsys, study, "--intervals", "--by", "variant", "--resamples", 100)
+    assert cells(text, "base")["Test top-1 (%)"].startswith("48") and "95 % interval" not in text.split("Intervals")[0]
+    assert "No interval for base: some seeds have more runs than others." in text
+    assert "tested on different images" in text.split("No interval for CLCA:")[1]
+
+
 def test_pairs_that_cannot_be_compared(study, capsys):
     assert "`variant`: no column" not in error(capsys, study, "--baseline", "variant=cla")
     assert "matches no run; values of variant: CLCA; base" in error(capsys, study, "--baseline", "cla")
@@ -196,12 +206,13 @@ def test_a_summary_gives_the_same_files_and_figures(study, capsys):
 
 
 def test_a_summary_stores_common_settings_once_and_nothing_of_the_machine(study, tmp_path):
-    path = write_summary_file(tmp_path / "s.json", read_runs([study.absolute()]).finished)
+    elsewhere = [r | {"command": f"/elsewhere/{r['command']}"} for r in read_runs([study.absolute()]).finished]
+    path = write_summary_file(tmp_path / "s.json", elsewhere)
     content = json.loads(path.read_text())
     assert content["shared"]["settings"]["learning_rate"] == 1e-3 and content["shared"]["config"]["hidden_size"] == 16
     assert all("learning_rate" not in run["settings"] for run in content["runs"])
     assert content["runs"][0]["settings"].keys() >= {"seed", "keep_rate", "head"}
-    assert str(tmp_path) not in path.read_text()
+    assert str(tmp_path) not in path.read_text() and "elsewhere" not in path.read_text()
     assert len(path.read_text().splitlines()) == len(content["runs"]) + 4
     outcomes = content["runs"][0]["outcomes"]
     assert outcomes["count"] == IMAGES and len(outcomes["right"]) == IMAGES // 4
@@ -227,7 +238,7 @@ def test_summaries_and_folders_together(study, tmp_path, capsys):
     shutil.rmtree(gone)
     both = read_runs([study, "all.json", "all.json"])
     assert len(both.finished) == 12  # one of them from the file only
-    assert "contains 1 run" in error(capsys, study, "--summary", "all.json")
+    assert "contains runs that are not among the sources (1)" in error(capsys, study, "--summary", "all.json")
     results(capsys, study, "all.json", "--summary", "all.json")
     assert len(read_summary_file(Path("all.json"))) == 12
     # the same study of another machine: other runs in folders of the same names

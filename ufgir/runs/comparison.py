@@ -5,7 +5,7 @@ Two runs are a pair if they have the same seed and the same settings but those o
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def add_intervals(
         group = groups[tuple(sort_key(cell[name]) for name in by)]
         cell |= dict.fromkeys(INTERVAL)
         try:
-            values = _matrix([(row["seed"], row["run"], _known(row, outcomes_of)) for row in group])
+            values = _matrix([_known(row, outcomes_of) for row in group])
         except NoInterval as error:
             notes.setdefault(str(error), []).append(_name(cell, summary, by))
             continue
@@ -148,7 +148,7 @@ def add_differences(
         if metric != METRIC:
             continue
         try:
-            matrix = _matrix([(run["seed"], run["run"], _difference(run, base, outcomes_of)) for run, base in group])
+            matrix = _matrix([_difference(run, base, outcomes_of) for run, base in group])
         except NoInterval as error:
             notes.setdefault(str(error), []).append(_name(cell, summary, by))
             continue
@@ -192,41 +192,47 @@ def pair_rows(pairs: Sequence[Pair], columns: Sequence[str], metric: str, outcom
     return rows
 
 
-def _known(row: Row, outcomes_of: OutcomesOf) -> Outcomes:
+class _Values(NamedTuple):
+    """A value per test image: `values` (N,) of a run (its name, for messages), or of the difference of two runs."""
+
+    seed: Any
+    run: str
+    images: str
+    values: np.ndarray
+
+
+def _known(row: Row, outcomes_of: OutcomesOf) -> _Values:
+    """Return 1 for the images that a run classifies correctly, else 0."""
     if (outcomes := outcomes_of(row)) is None:
         raise NoInterval(f"{row['run']} has no predictions of labeled test images")
-    return outcomes
+    return _Values(row["seed"], row["run"], outcomes.images, outcomes.right.astype(np.float64))
 
 
-def _difference(run: Row, baseline: Row, outcomes_of: OutcomesOf) -> Outcomes:
+def _difference(run: Row, baseline: Row, outcomes_of: OutcomesOf) -> _Values:
+    """Return the difference of two runs on each image."""
     own, other = _known(run, outcomes_of), _known(baseline, outcomes_of)
     if own.images != other.images:
         raise ValueError(
             f"`--baseline`: {run['run']} and {baseline['run']} were tested on different images, so they cannot be "
             "compared. Select runs with `--where`"
         )
-    return Outcomes(own.images, own.right.astype(np.float64) - other.right)
+    return own._replace(values=own.values - other.values)
 
 
-def _matrix(found: Sequence[tuple[Any, str, Outcomes]]) -> np.ndarray:
-    """Return the outcomes of each seed on each image, (S, N), averaged over the runs of a seed.
-
-    Args:
-        found: seed, run and outcomes.
+def _matrix(found: Sequence[_Values]) -> np.ndarray:
+    """Return the values of each seed on each image, (S, N), averaged over the runs of a seed.
 
     Raises:
         NoInterval: if the images of two runs differ, or the seeds have different numbers of runs.
     """
-    _, first, outcomes = found[0]
-    for _, run, others in found:
-        if others.images != outcomes.images:
-            raise NoInterval(f"{first} and {run} were tested on different images")
     seeds: dict[Any, list[np.ndarray]] = {}
-    for seed, _, others in found:
-        seeds.setdefault(seed, []).append(others.right)
+    for one in found:
+        if one.images != found[0].images:
+            raise NoInterval(f"{found[0].run} and {one.run} were tested on different images")
+        seeds.setdefault(one.seed, []).append(one.values)
     if len({len(runs) for runs in seeds.values()}) > 1:
         raise NoInterval("some seeds have more runs than others")
-    return np.stack([np.mean(np.asarray(runs, dtype=np.float64), axis=0) for runs in seeds.values()])
+    return np.stack([np.mean(runs, axis=0) for runs in seeds.values()])
 
 
 def _name(cell: Row, summary: Sequence[Row], by: Sequence[str]) -> str:

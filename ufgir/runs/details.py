@@ -138,6 +138,8 @@ def gradients_of(record: Mapping[str, Any]) -> Gradients | None:
     if not path.exists():
         return None
     table = read_gradients(path)
+    if STATISTIC not in table:
+        raise ValueError(f"{path} has no column `{STATISTIC}`, so it is not a file of recorded gradients. Remove it")
     values = table[STATISTIC]
     thirds = [part for part in np.array_split(values, len(THIRDS)) if len(part)]
     thirds += [values[-1:]] * (len(THIRDS) - len(thirds))  # fewer than three steps

@@ -6,6 +6,7 @@ A summary has one line per run, with everything that tables, statistics and figu
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def write_summary_file(path: Path, records: Sequence[Mapping[str, Any]]) -> Path
     lost = set(map(_identity, read_summary_file(path))) - set(map(_identity, records)) if path.exists() else ()
     if lost:
         raise ValueError(
-            f"{path} contains {len(lost)} runs that would be lost. Pass the file as a further source to keep them, or "
-            "delete it"
+            f"{path} contains runs that are not among the sources ({len(lost)}). Pass the file as a further source to keep "
+            "them, or delete it"
         )
     runs = []
     for record in records:
@@ -79,7 +80,7 @@ def write_summary_file(path: Path, records: Sequence[Mapping[str, Any]]) -> Path
         run["folder"] = _short(record["folder"])
         if record.get("resumed_from"):
             run["resumed_from"] = Path(record["resumed_from"]).name
-        run["command"] = record.get("command", "").replace(f"{os.getcwd()}{os.sep}", "")
+        run["command"] = _portable(record.get("command", ""))
         run["settings"] = {name: value for name, value in record["settings"].items() if name != "output_dir"}
         run["outcomes"] = outcomes and outcomes.to_json()
         run["gradients"] = gradients and gradients.to_json()
@@ -129,6 +130,12 @@ def _short(folder: str) -> str:
         return folder
     relative = os.path.relpath(folder)
     return relative if not relative.startswith(os.pardir) else str(Path(*Path(folder).parts[-2:]))
+
+
+def _portable(command: str) -> str:
+    """Return a command line without the folder of its script, and with paths below the current folder relative to it."""
+    script, *words = shlex.split(command) or [""]
+    return shlex.join([Path(script).name, *words]).replace(f"{os.getcwd()}{os.sep}", "")
 
 
 def _text(value: Any) -> str:
