@@ -270,7 +270,7 @@ def metric_name(metric: str) -> str:
     split, _, name = metric.partition("_")
     if split not in ("test", "validation", "train"):
         split, name = "", metric
-    shown = METRIC_NAMES[name][1] if name in METRIC_NAMES else name
+    shown = METRIC_NAMES[name][1] if name in METRIC_NAMES else name.replace("_", " ")
     text = f"{split} {shown}".strip()
     return text[0].upper() + text[1:] + (" (%)" if name in FRACTIONS else "")
 
