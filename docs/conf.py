@@ -46,7 +46,7 @@ html_theme_options = {"light_css_variables": _CODE, "dark_css_variables": _CODE}
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_search_scorer = "_static/search.js"
+html_search_scorer = str(ROOT / "docs" / "_extensions" / "search.js")
 html_copy_source = False
 html_show_sphinx = False
 

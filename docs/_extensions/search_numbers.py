@@ -1,4 +1,4 @@
-"""Index of the site's search that contains numbers of three digits, such as image sizes; docs/_static/search.js queries it."""
+"""Index of the site's search that contains numbers of three digits, such as image sizes; search.js queries it."""
 
 from sphinx.application import Sphinx
 from sphinx.search.en import SearchEnglish

@@ -188,7 +188,7 @@ def auto_classes() -> dict[str, object]:
 
 
 def refuse_unknown_code() -> dict[str, object]:
-    """The user does not agree to run code."""
+    """Reject the code of a model, as a user who does not trust it."""
     from transformers import AutoModelForImageClassification
 
     return error_of(lambda: AutoModelForImageClassification.from_pretrained(MODEL, trust_remote_code=False))

@@ -32,7 +32,7 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> str:
-        """The commit of a branch, a tag or a commit; KeyError where there is none."""
+        """Return the commit of a branch, tag or commit; raise a KeyError if there is none."""
         commit = self.branches.get(revision) or self.tags.get(revision) or revision
         if commit not in self.commits:
             raise KeyError(revision)
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(made)
 
     def validate_yaml(self) -> None:
-        """The few things about a model card's metadata that the Hub is known to refuse."""
+        """Reject metadata of model cards that the Hub is known to reject."""
         content, errors = json.loads(self.body)["content"], []
         match = re.match(r"---\r?\n(.*?)\r?\n---", content, re.DOTALL)
         metadata = yaml.safe_load(match.group(1)) if match else None

@@ -82,7 +82,7 @@ def run_process(role: str, folder: Path, url: str, *options: str, **environment:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """An author pushes; a visitor without the package loads and pushes in turn."""
+    """Push as an author, then load and push again as a visitor without the package."""
     folder = tmp_path_factory.mktemp("hub")
     save_file({"pixels": images().float()}, folder / "pixels.safetensors")
     Image.effect_noise((40, 50), 90).convert("RGB").save(folder / "image.png")

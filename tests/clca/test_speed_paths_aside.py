@@ -105,7 +105,7 @@ def only_first(model: CLCAViTForImageClassification) -> bool:
 
 
 def ignore(*_: Any) -> None:
-    """Hook that does nothing."""
+    """Do nothing, as a hook."""
 
 
 def test_hooks_are_found_in_parts_that_were_replaced() -> None:
