@@ -95,14 +95,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     free.add_argument(
         "--target-gmacs",
         type=float,
+        nargs="+",
         metavar="X",
-        help="instead of --keep-rates: for each method the largest that costs no more, at three stages and in every layer",
+        help="instead of --keep-rates: for each method and each of these costs the largest that costs no more, at three stages "
+        "and in every layer",
     )
     free.add_argument(
         "--images",
         nargs="+",
         metavar="PATH",
-        help="images or folders of images on which to compare predictions with the dense model [none]",
+        help="images or folders of images on which to compare features and predictions with the dense model, and to measure "
+        "accuracy if their folders are named after the classes [none]",
     )
 
     network = parser.add_argument_group("network (default: that of the checkpoint, or ViT-B/16)")
@@ -124,7 +127,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one [auto; a preset's own]"
     )
     how.add_argument("--threads", type=int, metavar="N", help="on a CPU [torch's default; presets for a CPU: 2]")
-    how.add_argument("--repetitions", type=int, metavar="N", help="timings of each case [7; a preset's own]")
+    how.add_argument(
+        "--repetitions",
+        type=int,
+        metavar="N",
+        help="timings of each case; 0 with --images: measure neither time nor memory [7; a preset's own]",
+    )
     how.add_argument("--seed", type=int, default=0, help="of weights, images and the order of cases [%(default)s]")
     how.add_argument(
         "--output", metavar="FOLDER", help="write tables (CSV, Markdown, JSON) and figures there [nothing]"
@@ -203,7 +211,13 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     if refused := [option for option in given if option not in allowed]:
         mode = f"`--preset {args.preset}`" if args.preset else f"`--{name}`" if name else "a table of combinations"
         raise ValueError(f"`--{refused[0].replace('_', '-')}` does not go with {mode}.")
-    for option, least in (("repetitions", 1), ("threads", 1), ("seed", 0), ("count", 2), ("limit", 0)):
+    for option, least in (
+        ("repetitions", int(args.images is None)),
+        ("threads", 1),
+        ("seed", 0),
+        ("count", 2),
+        ("limit", 0),
+    ):
         value = getattr(args, option)
         if value is not None and value < least:
             raise ValueError(f"`--{option}` must be at least {least}, got {value}.")
@@ -273,8 +287,10 @@ def _check_free(args: argparse.Namespace, name: str | None) -> None:
             raise ValueError(
                 "`--target-gmacs` sets the keep rates, so that `--keep-rates` contradicts it: give one of them."
             )
-        if not args.target_gmacs > 0:
-            raise ValueError(f"`--target-gmacs` must be above 0, got {args.target_gmacs:g}.")
+        args.target_gmacs = list(dict.fromkeys(args.target_gmacs))
+        for target in args.target_gmacs:
+            if not target > 0:
+                raise ValueError(f"`--target-gmacs` must be above 0, got {target:g}.")
     if args.images is not None and args.model is None:
         raise ValueError("`--images` needs a MODEL: random weights have nothing to say of them.")
     if _is_free(args):
@@ -381,10 +397,10 @@ def _free_cases(
     return cases, notes
 
 
-def _images(args: argparse.Namespace, config: CLCAViTConfig) -> Images | None:
-    """Return a function that yields batches of the images at a size, preprocessed for the model."""
+def _images(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[Images | None, list[int] | None]:
+    """Return a function that yields batches of the images at a size, preprocessed for the model, and their classes if known."""
     if args.images is None:
-        return None
+        return None, None
     from ..data.load import load_images  # here, as it takes seconds
     from ..data.splits import random_subset
     from ..transforms.preprocessing import EvalTransform, make_image_processor
@@ -400,7 +416,13 @@ def _images(args: argparse.Namespace, config: CLCAViTConfig) -> Images | None:
             rows = range(start, min(start + BATCH, len(images)))
             yield torch.stack([transform(images[row]["image"]) for row in rows])
 
-    return batches
+    return batches, classes_of(images["path"], config.label2id)
+
+
+def classes_of(files: Sequence[str], label2id: dict[str, int]) -> list[int] | None:
+    """Return the class of each image file, whose folder is named after it; None if a folder is not named after a class."""
+    names = [Path(file).absolute().parent.name for file in files]
+    return [label2id[name] for name in names] if set(names) <= set(label2id) else None
 
 
 def _cases(args: argparse.Namespace) -> Outcome:
@@ -428,22 +450,25 @@ def _cases(args: argparse.Namespace) -> Outcome:
             cases = cross(methods, _plan(args, "variants"), _plan(args, "keep_rates"), settings)
         title = f"{args.model or 'Random weights'}: {config.num_hidden_layers} layers, width {config.hidden_size}"
     _check_sizes([case.setting.image_size for case in cases], config)
+    images, labels = _images(args, config)
+    default = preset.repetitions if preset else 7
     with _progress() as progress:
         benchmark = Benchmark(
             config,
             _device(args.device or (preset.device if preset else None)),
             checkpoint=args.model,
             threads=args.threads or (preset.threads if preset else None),
-            repetitions=args.repetitions or (preset.repetitions if preset else 7),
+            repetitions=default if args.repetitions is None else args.repetitions,
             seed=args.seed,
             time_limit=preset.time_limit if preset else None,
             progress=progress,
-            images=_images(args, config),
+            images=images,
+            labels=labels,
         )
         report = benchmark.run(cases)
     report.notes[:0] = notes
     facts = provenance()
-    parts = [title, *(f"{setting}\n{align(rows)}" for setting, rows in tables(report)), *report.warnings]
+    parts = [title, *(f"{name}\n{align(rows)}" for name, rows in tables(report)), *report.warnings]
     network = {name: getattr(config, name) for name in SHAPE} | {"checkpoint": args.model}
     network |= {"images": args.images, "target_gmacs": args.target_gmacs}
     return Outcome(
@@ -451,7 +476,7 @@ def _cases(args: argparse.Namespace) -> Outcome:
         markdown(report, facts),
         lambda folder, prefix: draw(report, folder, prefix),
         lambda folder: write_report(folder, report, facts, network),
-        _status(report.interrupted, any(result.seconds for result in report.results if result.case)),
+        _status(report.interrupted, any(result.error is None for result in report.results if result.case)),
     )
 
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "pretrained": "list the pretrained timm models that can be loaded",
     "predict": "classify image files and write a table of predictions",
     "prepare": "convert a raw download of Ultra-FGVC to checked parquet files",
+    "probe": "fit a linear classifier on the frozen features of a model, and save the model with it",
     "profile": "count tokens per layer, parameters and multiply-adds of a model and its dense counterpart",
     "results": "collect runs in tables (mean and std over seeds) and draw the figures of the paper",
     "sweep": "run a recipe with every combination of given options, as a queue that can be resumed",

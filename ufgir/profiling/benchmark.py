@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..utils.text import one_sentence, shortened
-from .agreement import Agreement, Images, agreement, answers
+from .agreement import Agreement, Answers, Images, agreement, answers, share
 from .benchmark_cases import Case, Setting, by_setting, case_config
 from .macs import count_macs, dense_config
 from .timing import InterleavedTiming, OtherLoad, Quartiles, Run, peak_memory_increase, quartiles, steady, synchronize
@@ -40,7 +40,7 @@ AT_ONCE = {
 ATTENTIVE = 1.5  # std of the random weights times the square root of the width; attention logits have its square
 BUSY = 0.1  # share of the cores used by other processes above which a warning appears
 WIDE = 0.1  # relative distance of the quartiles above which a warning appears
-NO_CLASSIFIER = "MODEL has no trained classifier, so cosines compare the pooled features and classes are not compared."
+NO_CLASSIFIER = "MODEL has no trained classifier, so classes are not compared."
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Result:
             weights, gradients and optimizer state.
         peak_memory: largest memory in bytes, including weights and optimizer state. Both are measured for eager only.
         agreement: agreement with the dense model on images, if any were given.
+        accuracy: share of these images that are classified correctly; None if their classes are not known.
         error: why there are no numbers.
     """
 
@@ -74,6 +75,7 @@ class Result:
     activation_memory: int | None = None
     peak_memory: int | None = None
     agreement: Agreement | None = None
+    accuracy: float | None = None
     error: str | None = None
 
     @property
@@ -145,7 +147,7 @@ class Report:
         """Return one sentence for each reason to doubt the numbers."""
         found = list(self.notes)
         cores = torch.multiprocessing.cpu_count()
-        if self.other_cores is not None and self.other_cores > BUSY * cores:
+        if self.repetitions and self.other_cores is not None and self.other_cores > BUSY * cores:
             found.append(
                 f"The machine was busy: other processes used {self.other_cores:.1f} of its {cores} cores. Times are "
                 "wrong, and their ratios may be."
@@ -170,10 +172,11 @@ class Benchmark:
         device: device to measure on.
         checkpoint: folder or Hub repository with the weights to use; None for random weights.
         threads: threads of torch and ONNX Runtime on a CPU; None for torch's default.
-        repetitions: timings of each case.
+        repetitions: timings of each case; 0 for costs and agreement alone, without time and memory.
         seed: seed of weights, images and the order within rounds.
         time_limit: seconds after which no further measurement starts.
         images: images on which agreement with the dense model is measured, in eager inference only.
+        labels: class indices of these images, to measure accuracy as well.
         progress: an object like a `tqdm` bar: `total`, `update()`, `set_description_str(text)`.
     """
 
@@ -188,6 +191,7 @@ class Benchmark:
         time_limit: float | None = None,
         progress: Any = None,
         images: Images | None = None,
+        labels: Sequence[int] | None = None,
     ) -> None:
         self.base = dense_config(base)
         if checkpoint is None:
@@ -200,11 +204,12 @@ class Benchmark:
         self.time_limit = math.inf if time_limit is None else time_limit
         self.progress = progress
         self.images = images
+        self.labels = None if labels is None else torch.tensor(labels)
         self.deadline = math.inf
         self._macs: dict[Any, tuple[int, int]] = {}
         self._weights: tuple[int, dict[str, torch.Tensor]] = (0, {})  # image size, and its weights
-        self._answers: dict[tuple[int, str], torch.Tensor] = {}  # outputs of the dense model by image size and dtype
-        self._agreements: dict[Any, Agreement] = {}
+        self._answers: dict[tuple[int, str], Answers] = {}  # of the dense model by image size and dtype
+        self._compared: dict[Any, tuple[Agreement, float | None]] = {}  # agreement and accuracy of cases
 
     def run(self, cases: Sequence[Case]) -> Report:
         """Measure all cases. A failure is recorded in the result of its case. Ctrl-C stops and keeps what was measured."""
@@ -253,26 +258,33 @@ class Benchmark:
                     runs[str(index)] = stack.enter_context(self._ready(result))
                 except Exception as error:  # one failing case must not stop the others
                     result.error = _reason(error)
-            self._step(str(setting))
-            timing = InterleavedTiming(runs, self.device, self.seed)
-            for index, seconds in timing.seconds.items():
-                results[int(index)].seconds = seconds  # the same list, so that an interrupted run keeps its times
-            try:
-                timing.warm_up(after=self._step)
-                for round_index in range(self.repetitions):
-                    if round_index and time.monotonic() > self.deadline:
-                        report.over_time = True
-                        break
-                    timing.run(1, after=self._step)
-            finally:
-                for index, error in timing.failures.items():
-                    results[int(index)].error = _reason(error)
-                    results[int(index)].seconds = []
+                if not self.repetitions:
+                    self._step()
+            if self.repetitions:
+                self._step(str(setting))
+                self._time(runs, results, report)
         if setting.backend == "compiled":
             torch.compiler.reset()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _time(self, runs: dict[str, Run], results: Sequence[Result], report: Report) -> None:
+        """Time functions in turn, each named by the index of its result."""
+        timing = InterleavedTiming(runs, self.device, self.seed)
+        for index, seconds in timing.seconds.items():
+            results[int(index)].seconds = seconds  # the same list, so that an interrupted run keeps its times
+        try:
+            timing.warm_up(after=self._step)
+            for round_index in range(self.repetitions):
+                if round_index and time.monotonic() > self.deadline:
+                    report.over_time = True
+                    break
+                timing.run(1, after=self._step)
+        finally:
+            for index, error in timing.failures.items():
+                results[int(index)].error = _reason(error)
+                results[int(index)].seconds = []
 
     @contextlib.contextmanager
     def _ready(self, result: Result) -> Iterator[Run]:
@@ -283,7 +295,10 @@ class Benchmark:
         result.parameters = sum(p.numel() for p in model.parameters())
         result.macs, result.macs_executed = self._count(model, result)
         if self.images is not None and (setting.backend, setting.mode) == ("eager", "inference"):
-            result.agreement = self._agree(model, result)
+            self._compare(model, result)
+        if not self.repetitions:
+            yield lambda: None
+            return
         generator = torch.Generator().manual_seed(self.seed)
         shape = (setting.batch_size, model.config.num_channels, *[setting.image_size] * 2)
         pixels = torch.randn(shape, generator=generator).to(self.device)
@@ -334,19 +349,27 @@ class Benchmark:
                 self.base.num_labels = 0
         return model.state_dict()
 
-    def _agree(self, model: nn.Module, result: Result) -> Agreement | None:
-        """Return the agreement with the dense model, or None for the dense model itself."""
+    def _compare(self, model: nn.Module, result: Result) -> None:
+        """Fill in accuracy, and agreement with the dense model except for the dense model itself."""
         assert self.images is not None
         size, dtype = result.setting.image_size, result.setting.dtype
+        dense = self._answers.get((size, dtype))
         if result.case is None:
-            if (size, dtype) not in self._answers:
-                self._answers[size, dtype] = answers(model, self.images(size))
-            return None
+            if dense is None:
+                dense = self._answers[size, dtype] = answers(model, self.images(size))
+            result.accuracy = self._accuracy(dense)
+            return
         key = result.case._replace(setting=Setting(size, dtype=dtype), goals=())
-        if (size, dtype) in self._answers and key not in self._agreements:
+        if dense is not None and key not in self._compared:
             ours = answers(model, self.images(size))
-            self._agreements[key] = agreement(ours, self._answers[size, dtype], self.base.num_labels > 0)
-        return self._agreements.get(key)
+            self._compared[key] = agreement(ours, dense, self.base.num_labels > 0), self._accuracy(ours)
+        result.agreement, result.accuracy = self._compared.get(key, (None, None))
+
+    def _accuracy(self, found: Answers) -> float | None:
+        """Return the share of images that are classified correctly; None without labels or a trained classifier."""
+        if self.labels is None or self.base.num_labels == 0:
+            return None
+        return share(found.logits.argmax(dim=1) == self.labels)
 
     def _count(self, model: nn.Module, result: Result) -> tuple[int, int]:
         case = result.case and result.case._replace(setting=Setting(result.setting.image_size), goals=())

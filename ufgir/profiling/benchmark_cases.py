@@ -76,6 +76,7 @@ class Case(NamedTuple):
     goals: tuple[Goal, ...] = ()
     layers: tuple[int, ...] | None = None  # that reduce; None for those of the network
     options: tuple[tuple[str, Any], ...] = ()  # of the method
+    target_gmacs: float | None = None  # cost per image that the keep rate was chosen for
 
     def __str__(self) -> str:
         name = self.method or "no reduction"

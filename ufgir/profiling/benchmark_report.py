@@ -6,10 +6,10 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -74,9 +74,10 @@ def _goals(result: Result) -> str:
 def setting_table(results: Sequence[Result]) -> TextTable:
     """Return the results of one setting as a table of strings without empty columns."""
     head = ["model", "ms [quartiles]", "images/s", "speed-up", "GMACs", "executed", "ratio", "possible", "realised"]
-    head += ["same top-1", "cosine"]
+    head += ["cosine", "same neighbor", "same top-1", "top-1"]
     head += ["activations, MB", "of dense", "peak, MB", "of dense", "set-up, s", "goal"]
     rows = [head]
+    untimed = () if any(r.time for r in results) else ("images/s", "speed-up", "realised")
     for r in results:
         if r.error:
             rows.append([r.name, r.error, *[""] * (len(head) - 2)])
@@ -100,7 +101,7 @@ def setting_table(results: Sequence[Result]) -> TextTable:
                 _goals(r),
             ]
         )
-    filled = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows[1:])]
+    filled = [i for i, name in enumerate(head) if i < 2 or (name not in untimed and any(row[i] for row in rows[1:]))]
     return [[row[i] for i in filled] for row in rows]
 
 
@@ -109,15 +110,67 @@ def _share(value: float | None) -> str:
 
 
 def _agreement(result: Result) -> list[str]:
-    """Format the agreement of classes, and the cosine similarity of logits or features."""
-    if result.agreement is None:
-        return ["", ""]
-    return [_share(result.agreement.top1), f"{result.agreement.cosine:.4f}"]
+    """Format cosine similarity, same neighbor, same class and accuracy."""
+    return [show(measure(result)) for measure, show in MEASURES.values()]
 
 
-def tables(report: Report) -> list[tuple[Setting, TextTable]]:
-    """Return one table per setting."""
-    return [(setting, setting_table(results)) for setting, results in by_setting(report.results).items()]
+class Measure(NamedTuple):
+    """A measure of what is left of the dense model's answers on some images."""
+
+    of: Callable[[Result], float | None]
+    show: Callable[[float | None], str]
+
+
+# Column of tables -> measure.
+MEASURES = {
+    "cosine": Measure(
+        lambda r: r.agreement and r.agreement.cosine, lambda value: "" if value is None else f"{value:.4f}"
+    ),
+    "same neighbor": Measure(lambda r: r.agreement and r.agreement.neighbor, _share),
+    "same top-1": Measure(lambda r: r.agreement and r.agreement.top1, _share),
+    "top-1": Measure(lambda r: r.accuracy, _share),
+}
+
+
+def tables(report: Report) -> list[tuple[str, TextTable]]:
+    """Return one table per setting, and if methods are compared at several costs, one per measure and list of layers, each with a title."""
+    found = [(str(setting), setting_table(results)) for setting, results in by_setting(report.results).items()]
+    return found + [table for results in cost_panels(report).values() for table in cost_tables(results)]
+
+
+def cost_panels(report: Report) -> dict[Setting, list[Result]]:
+    """Return the results of each setting with agreement at several costs, without repetitions of the dense model."""
+    panels = {}
+    for setting, results in by_setting(report.results).items():
+        compared = [r for r in results if r.case and r.case.target_gmacs is not None and r.agreement]
+        if len({r.case.target_gmacs for r in compared}) > 1:
+            panels[setting] = [next(r for r in results if r.case is None), *compared]
+    return panels
+
+
+def cost_tables(results: Sequence[Result]) -> list[tuple[str, TextTable]]:
+    """Return for each measure and number of layers a title and a table of methods (rows) and costs (columns).
+
+    Args:
+        results: the dense model's, and one per method, list of layers and cost.
+    """
+    dense, *compared = results
+    costs = sorted({r.case.target_gmacs for r in compared}, reverse=True)
+    found = []
+    for name, (measure, show) in MEASURES.items():
+        for layers in dict.fromkeys(r.case.layers for r in compared):
+            values = {(r.case.method, r.case.target_gmacs): measure(r) for r in compared if r.case.layers == layers}
+            if all(value is None for value in values.values()):
+                continue
+            head = [f"{cost:g} GMACs ({cost * 1e9 / dense.macs:.0%})" for cost in costs]
+            rows = [
+                [str(method), *(show(values.get((method, cost))) or "-" for cost in costs)]
+                for method in dict.fromkeys(method for method, _ in values)
+            ]
+            own = show(measure(dense))
+            title = f"{name}, reduced in {len(layers)} layers" + (f"; dense: {own}" if own else "")
+            found.append((title, [["method", *head], *rows]))
+    return found
 
 
 def by_setting(results: Sequence[Result]) -> dict[Setting, list[Result]]:
@@ -136,9 +189,10 @@ def markdown_table(rows: TextTable) -> str:
 
 def markdown(report: Report, facts: Mapping[str, Any]) -> str:
     """Return all tables, warnings and the provenance as Markdown."""
-    parts = [f"**{setting}**\n\n{markdown_table(rows)}" for setting, rows in tables(report)]
+    parts = [f"**{title}**\n\n{markdown_table(rows)}" for title, rows in tables(report)]
     parts += [f"> {warning}" for warning in report.warnings]
     rounds = f"Medians of {report.repetitions} rounds, each round times one batch of every model"
+    rounds = rounds if report.repetitions else "Time was not measured"
     return "\n\n".join([*parts, f"{rounds}. {origin(facts, report.threads)}."])
 
 
@@ -153,6 +207,7 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "method": "dense" if r.case is None else r.case.method or "none",
                 "variant": "base" if r.case is None else r.case.variant,
                 "keep_rate": 1.0 if r.case is None else r.case.keep_rate,
+                "target_gmacs": r.case and r.case.target_gmacs,
                 "reduction_layers": " ".join(map(str, (r.case and r.case.layers) or ())),
                 "reduction_kwargs": json.dumps(dict(r.case.options)) if r.case and r.case.options else "",
                 **r.setting._asdict(),
@@ -167,8 +222,10 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "macs_ratio": r.macs_ratio,
                 "macs_executed_ratio": r.possible,
                 "realised": r.realised,
-                "same_top1": r.agreement and r.agreement.top1,
                 "cosine": r.agreement and r.agreement.cosine,
+                "same_neighbor": r.agreement and r.agreement.neighbor,
+                "same_top1": r.agreement and r.agreement.top1,
+                "accuracy": r.accuracy,
                 "activation_memory": r.activation_memory,
                 "activation_memory_ratio": r.memory_ratio("activation_memory"),
                 "peak_memory": r.peak_memory,
@@ -211,8 +268,8 @@ def write_report(folder: Path, report: Report, facts: Mapping[str, Any], network
 
 
 def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
-    """Draw PREFIX_throughput.png; with several batch sizes PREFIX_latency.png; with measured agreement PREFIX_agreement.png. Return the files
-    written."""
+    """Draw PREFIX_throughput.png; with several batch sizes PREFIX_latency.png; with measured agreement PREFIX_agreement.png, over the cost if
+    there are several and otherwise over time. Return the files written."""
     drawn = []
     with style():
         panels = throughput_panels(report)
@@ -221,10 +278,13 @@ def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
         panels = latency_panels(report)
         if panels:
             drawn.append(_draw_panels(panels, _draw_latency, folder / f"{prefix}_latency.png"))
+        costs = cost_panels(report)
         panels = {
             title: group for title, group in throughput_panels(report).items() if any(r.agreement for r in group)
         }
-        if panels:
+        if costs:
+            drawn.append(_draw_costs(next(iter(costs.values())), folder / f"{prefix}_agreement.png"))
+        elif panels:
             drawn.append(_draw_panels(panels, _draw_agreement, folder / f"{prefix}_agreement.png"))
     return drawn
 
@@ -314,6 +374,32 @@ def _draw_agreement(axes: "Axes", title: str, results: Sequence[Result]) -> None
         axes.axvline(1e3 * dense.time.median, color="#808080", linewidth=1, label=dense.name)
     what = "images with the dense model's class, %" if has_classes else "cosine with the dense model's feature"
     label(axes, "ms per batch", what, title, legend=False)
+
+
+def _draw_costs(results: Sequence[Result], path: Path) -> Path:
+    """Draw every measure (rows) over the multiply-adds as a share of the dense model's, for each list of layers (columns)."""
+    dense, *compared = results
+    measures = {name: of for name, (of, _) in MEASURES.items() if any(of(r) is not None for r in compared)}
+    places = sorted({r.case.layers for r in compared}, key=len)
+    figure, axes = new_figure(len(measures), len(places), squeeze=False, sharey="row", sharex=True)
+    for row, (name, of) in zip(axes, measures.items(), strict=True):
+        for place, layers in zip(row, places, strict=True):
+            lines: dict[str, list[Result]] = {}
+            for r in sorted((r for r in compared if r.case.layers == layers), key=lambda r: r.macs):
+                lines.setdefault(r.case.method, []).append(r)
+            for method, line in lines.items():
+                shares = [100 * r.macs / dense.macs for r in line]
+                place.plot(shares, [of(r) for r in line], **method_style(method))
+            if of(dense) is not None:
+                place.axhline(of(dense), color="#808080", linewidth=1, label="dense")
+            title = f"reduced in {len(layers)} layers" if row is axes[0] else None
+            label(place, "GMACs, % of dense" if row is axes[-1] else "", name, title, legend=False)
+            place.label_outer()
+    named = [place.get_legend_handles_labels() for place in axes.flat]
+    lines = {name: line for found, names in named for line, name in zip(found, names, strict=True)}
+    figure.set_figwidth(figure.get_figwidth() + 1.2)  # inches
+    figure.legend(lines.values(), lines.keys(), loc="outside right center")
+    return save_figure(figure, path)
 
 
 def _draw_latency(axes: "Axes", title: str, results: Sequence[Result]) -> None:

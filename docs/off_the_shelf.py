@@ -1,0 +1,130 @@
+"""Collect the measurements of methods off the shelf: a compact table, a figure, and the tables of docs/choosing.md.
+
+    python docs/off_the_shelf.py outputs/photographs_shelf outputs/leaves_shelf > tables.md
+
+Each folder was written by `ufgir benchmark MODEL --target-gmacs ... --images ... --output FOLDER`. Its name up to the first `_` names the
+images; several folders may share it, for example one per cost. Writes docs/data/off_the_shelf.csv and docs/figures/off_the_shelf.png,
+and prints a table for each kind of images and measure. Without folders, the figure and tables are made from the committed table.
+"""
+
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+DOCS = Path(__file__).parent
+TABLE, FIGURE = DOCS / "data" / "off_the_shelf.csv", DOCS / "figures" / "off_the_shelf.png"
+MEASURES = {
+    "cosine": "cosine with the dense feature",
+    "same_neighbor": "same nearest image, %",
+    "accuracy": "top-1, %",
+}
+TITLES = {"photographs": "photographs", "leaves": "drawn leaves, linear probe"}
+Row = dict[str, Any]
+
+
+def read(folder: Path) -> Iterator[Row]:
+    """Yield the compact rows of a folder, the dense model's first."""
+    with (folder / "benchmark.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    dense = next(row for row in rows if row["method"] == "dense")
+    for row in rows:
+        if row["method"] != "dense" or row is dense:
+            yield {
+                "images": folder.name.partition("_")[0],
+                "method": row["method"],
+                "layers": row["reduction_layers"],
+                "keep_rate": row["keep_rate"],
+                "target_gmacs": row["target_gmacs"],
+                "gmacs": f"{float(row['macs']) / 1e9:.3f}",
+                "of_dense": f"{float(row['macs']) / float(dense['macs']):.4f}",
+                **{name: row[name] for name in ("cosine", "same_neighbor", "same_top1", "accuracy")},
+            }
+
+
+def collect(folders: Sequence[Path]) -> list[Row]:
+    """Return the rows of all folders, the dense model once for each kind of images."""
+    rows = [row for folder in folders for row in read(folder)]
+    dense = {row["images"]: row for row in rows if row["method"] == "dense"}
+    reduced = sorted(
+        (row for row in rows if row["method"] != "dense"),
+        key=lambda row: (row["images"], len(row["layers"]), row["method"], -float(row["target_gmacs"])),
+    )
+    return [*dense.values(), *reduced]
+
+
+def shown(row: Row | None, measure: str) -> str:
+    """Format a cell."""
+    if row is None or not row[measure]:
+        return "-"
+    return row[measure][:6].ljust(6, "0") if measure == "cosine" else f"{100 * float(row[measure]):.1f}"
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a Markdown table for each kind of images, list of layers and measure: methods by costs."""
+    kinds = dict.fromkeys((row["images"], row["layers"]) for row in rows if row["layers"])
+    for images, layers in kinds:
+        these = {(r["method"], r["target_gmacs"]): r for r in rows if (r["images"], r["layers"]) == (images, layers)}
+        dense = next(r for r in rows if r["images"] == images and r["method"] == "dense")
+        costs = sorted({cost for _, cost in these}, key=float, reverse=True)
+        for measure in (*MEASURES, "same_top1"):
+            if any(row[measure] for row in these.values()):
+                head = [f"{100 * float(cost) / float(dense['gmacs']):.0f} %" for cost in costs]
+                lines = [["method", *head], ["---", *["---:"] * len(costs)]]
+                for method in sorted({method for method, _ in these}):
+                    lines.append([method, *(shown(these.get((method, cost)), measure) for cost in costs)])
+                own = f" (dense: {shown(dense, measure)})" if dense[measure] else ""
+                text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+                yield f"{images}, layers {layers}: {measure}{own}\n\n{text}\n"
+
+
+def draw(rows: Sequence[Row]) -> None:
+    """Draw the results of reduction in every layer: measures (rows) for each kind of images (columns), over the cost."""
+    from ufgir.utils.plotting import label, method_style, new_figure, save_figure, style
+
+    most = max(len(row["layers"]) for row in rows)
+    every = [row for row in rows if len(row["layers"]) == most]
+    with style():
+        figure, axes = new_figure(len(MEASURES), len(TITLES), squeeze=False, sharex=True)
+        for line, (measure, name) in zip(axes, MEASURES.items(), strict=True):
+            for place, (images, title) in zip(line, TITLES.items(), strict=True):
+                these = [row for row in every if row["images"] == images and row[measure]]
+                if not these:
+                    place.axis("off")
+                    continue
+                scale = 1 if measure == "cosine" else 100
+                for method in sorted({row["method"] for row in these}):
+                    points = sorted(
+                        (100 * float(r["of_dense"]), scale * float(r[measure])) for r in these if r["method"] == method
+                    )
+                    place.plot(*zip(*points, strict=True), **method_style(method))
+                dense = next(row for row in rows if row["images"] == images and row["method"] == "dense")
+                if dense[measure]:
+                    place.axhline(scale * float(dense[measure]), color="#808080", linewidth=1)
+                label(place, "GMACs, % of dense", name, title if measure == "cosine" else None, legend=False)
+        lines = {
+            text: item for place in axes.flat for item, text in zip(*place.get_legend_handles_labels(), strict=True)
+        }
+        figure.set_figwidth(figure.get_figwidth() + 1.2)  # inches
+        figure.legend(lines.values(), lines.keys(), loc="outside right center")
+        save_figure(figure, FIGURE)
+
+
+def main(folders: Sequence[Path]) -> None:
+    """Write the table if there are folders, then the figure, and print the tables of the page."""
+    if folders:
+        rows = collect(folders)
+        with TABLE.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    with TABLE.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    draw(rows)
+    sys.stdout.write("\n".join(tables(rows)))
+
+
+if __name__ == "__main__":
+    main([Path(folder) for folder in sys.argv[1:]])
