@@ -6,9 +6,7 @@ Shapes: S reduction stages, P patches, K classes.
 import copy
 import hashlib
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +15,8 @@ from torch import nn
 from clca import CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
-from ..export import check_exportable, import_onnx
+from ..export import check_exportable
+from ..export.onnx_files import clean_graph, halved, import_onnx, onnx_program, quantized
 from ..interpret.patterns import stage_layers
 from ..interpret.tracing import trace_patches
 from ..profiling.macs import count_macs
@@ -30,7 +29,6 @@ PRECISIONS = ("float32", "float16", "int8")
 MOST_BYTES = 1_500_000_000  # size of the weights; WebAssembly has 4 GB of memory and needs them twice
 _SHARED = 1024  # bytes, smallest tensor that is stored in the file of weights
 _ALIGNMENT = 64  # bytes
-_LARGEST_HALF = 65504  # largest float16
 _SAME_SHARE = 1e-4  # tolerance of shares of patches
 
 
@@ -110,10 +108,8 @@ def make_graph(
     examples = [_example(model.config, seed) for seed in range(3)]
     expected = [program(pixels) for pixels in examples]
     outputs = ["logits", "shares"][: len(expected[0])]
-    exported = torch.onnx.export(
-        program, (examples[0],), dynamo=True, verbose=False, input_names=["pixel_values"], output_names=outputs
-    )
-    graph = _without_traces(exported.model_proto)
+    whole = clean_graph(onnx_program(program, examples[0], outputs, any_batch=False).model_proto)
+    graph = whole.model
     _check_operators(graph)
 
     difference, same_patches = _compare(graph, examples, expected)
@@ -123,7 +119,7 @@ def make_graph(
             f"{'' if same_patches else ', and keeps other patches'}. It was not written."
         )
     if precision != "float32":
-        graph = _halved(graph) if precision == "float16" else _quantized(graph)
+        graph = halved(graph) if precision == "float16" else quantized(whole)
         difference, _ = _compare(graph, examples, expected)
         if not math.isfinite(difference):
             raise ValueError(f"`precision`={precision!r} gives logits that are not finite. Use float32.")
@@ -150,73 +146,6 @@ def _compare(
 def _example(config: Any, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, config.num_channels, *as_pair(config.image_size), generator=generator)
-
-
-def _without_traces(graph: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Remove the exporter's metadata, which contains paths of the Python code. Mark nodes that must not be quantized, all those outside
-    of the layers, by a prefix of their names."""
-    for node in graph.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
-        if "'model.vit.layers." not in scopes or ".reduction" in scopes:
-            node.name = f"{_EXACT}{node.name}"
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
-        if hasattr(value, "metadata_props"):
-            del value.metadata_props[:]
-    del graph.graph.value_info[:]  # quantization infers shapes again and fails with them
-    del graph.metadata_props[:], graph.graph.metadata_props[:]
-    return graph
-
-
-_EXACT = (
-    "exact_"  # prefix of nodes that remain in float32: they are small, and a rounded score could drop another token
-)
-
-
-def _halved(graph: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Convert the weights to float16. They are cast to float32 once, when the graph is loaded."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    casts = []
-    for tensor in graph.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(tensor)
-        if values.nbytes < _SHARED:
-            continue
-        if abs(values).max() > _LARGEST_HALF:
-            raise ValueError(
-                f"`precision` cannot be float16: {tensor.name} has values above {_LARGEST_HALF}. Use float32 or int8."
-            )
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(values.astype("float16"), f"{name}_float16"))
-        casts.append(helper.make_node("Cast", [tensor.name], [name], f"cast_{name}", to=onnx.TensorProto.FLOAT))
-    nodes = list(graph.graph.node)
-    del graph.graph.node[:]
-    graph.graph.node.extend([*casts, *nodes])
-    return graph
-
-
-def _quantized(graph: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Convert the weights of matrix products to int8, with dynamic quantization of ONNX Runtime."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    exact = [node.name for node in graph.graph.node if node.name.startswith(_EXACT)]
-    with tempfile.TemporaryDirectory(prefix="ufgir-") as folder:
-        path = Path(folder, "int8.onnx")
-        quantize_dynamic(
-            graph,
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=exact,
-            extra_options={"MatMulConstBOnly": True},
-        )
-        return onnx.load(path)
 
 
 def _check_operators(graph: "onnx.ModelProto") -> None:
