@@ -11,13 +11,14 @@ BASE := $(VENV)/.base
 READY := $(VENV)/.ready
 LEAVES := outputs/demo_leaves/test/*/00000.png
 TORCHAO := $(VENV)/torchao
+OPENVINO := $(VENV)/openvino
 ROWS ?=
 CLIENTS ?=
 EXAMPLES ?=
 UV := .compat/uv/bin/uv
 
 .DEFAULT_GOAL := help
-.PHONY: help browser demo demo-web test faults hf-tests compat clients style quality docs notebooks clean
+.PHONY: help browser demo demo-web test openvino faults hf-tests compat clients style quality docs notebooks clean
 
 help:  ## print this list
 	@echo "make TARGET [PYTHON=python3.11] [PYTEST_ARGS=...]"
@@ -36,6 +37,9 @@ demo-web: $(READY)  ## build the web page of the demo model, which runs in a bro
 test: quality $(TORCHAO) browser  ## check style and types, then run the tests: PYTEST_ARGS="-k evit" for some of them, "-m slow" for the slow ones
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=15 $(PYTEST_ARGS)
+
+openvino: $(OPENVINO)  ## install OpenVINO (190 MB) apart, and run its tests, which are skipped elsewhere
+	PYTHONPATH=$(OPENVINO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -k "openvino or deployments" tests/export tests/profiling
 
 hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
 	@$(INSTALL) parameterized
@@ -82,6 +86,11 @@ browser: $(READY)
 $(TORCHAO): $(READY)
 	@rm -rf $@
 	$(INSTALL) --no-deps --target $@ torchao
+
+# Apart from the rest, and without its package for usage statistics.
+$(OPENVINO): $(READY)
+	@rm -rf $@
+	$(INSTALL) --no-deps --target $@ openvino nncf pydot
 
 # uv makes environments in seconds, with hard links into its cache: .compat/cache, or UV_CACHE_DIR on the same disk.
 $(UV):

@@ -123,7 +123,7 @@ def test_deterministic_algorithms(method: str | None) -> None:
 
 # ATS keeps as many tokens as the image asks for; padded to its bound its shapes are static, too.
 EXPORT_OPTIONS = OPTIONS | {"ats": {"pad_to_bound": True}}
-# The others are exported to files in tests/test_export.py, and all of them in test_outputs.py.
+# The others are exported to files in tests/export, and all of them in test_outputs.py.
 EXPORTED_HERE = FIRST_OF_FAMILIES - {"ats", "dpcknn", "evit", "kmedoids", "tome"}
 
 

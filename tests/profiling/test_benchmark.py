@@ -243,7 +243,7 @@ class TestBenchmark:
             )
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=9)
             path.write_bytes(model.SerializeToString())
-            return export.Exported(path, 0.0, {}, [], [])
+            return export.Exported(path, export.Check(0.0, 1.0, 1), {}, [], [])
 
         monkeypatch.setattr(export, "export_model", export_model)
         report = Benchmark(base, CPU, threads=1, repetitions=1).run([Case(AT._replace(backend="onnx"), "evit")])

@@ -33,6 +33,7 @@ NOT_RUN = {
     r"cp ": "copies an image",
     r"(for|done)\b": "is a line of a loop",
     r"ufgir app": "serves until it is stopped; tests/app",
+    r"ufgir export outputs/mine --output mine": "needs OpenVINO, or is run by the README; tests/export",
     r"ufgir export .*--web": "needs ONNX Runtime Web, and may serve until it is stopped; tests/web",
     r"ufgir prepare ": "needs a raw download; tests/data/test_prepare.py has miniatures",
     r"ufgir (convert|pretrained) ": "needs a download, or timm's list of a user; tests/checkpoints",

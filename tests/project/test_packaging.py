@@ -130,15 +130,15 @@ def test_citation_has_the_version():
 
 def test_extras(setup_cfg):
     extras = setup_cfg["options.extras_require"]
-    own = {"augmentation", "visualization", "analysis", "export", "app", "peft", "quantization", "docs"}
+    own = {"augmentation", "visualization", "analysis", "export", "openvino", "app", "peft", "quantization", "docs"}
     assert set(extras) == own | {"dev"}
     assert all(lines(extras[name]) for name in extras)
-    for name in own - {"quantization"}:
+    for name in own - {"quantization", "openvino"}:
         assert set(lines(extras["dev"])) > set(lines(extras[name]))
 
 
 def test_versions_of_development_lie_in_the_ranges(setup_cfg):
-    """Those of the requirements and of the dev extra, which holds all but quantization. Extras start at them: no older ones were tried."""
+    """Those of the requirements and of the dev extra, which holds all but quantization and openvino. Extras start at them: no older ones were tried."""
     pinned = dict(line.split("==") for line in lines((ROOT / "constraints.txt").read_text(encoding="utf-8")))
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     assert pinned["torch"] == "2.13.0" and not any("+" in version for version in pinned.values())

@@ -7,8 +7,8 @@ import torch
 
 from tests.helpers import CACHES, METHODS, TINY, build, images, slow_unless, tiny_config
 from tests.web.helpers import small_graph
+from ufgir.export.onnx_files import halved
 from ufgir.interpret.patterns import kept_patches
-from ufgir.web import graphs
 from ufgir.web.graphs import make_graph
 
 
@@ -74,4 +74,4 @@ def test_a_value_beyond_float16_is_refused():
             values[3] = 1e5
             tensor.raw_data = values.tobytes()
     with pytest.raises(ValueError, match="filters has values above 65504"):
-        graphs._halved(graph)
+        halved(graph)

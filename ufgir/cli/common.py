@@ -2,11 +2,12 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
@@ -141,6 +142,50 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
             "ImageNet: "
             f"ufgir.transforms.make_image_processor({as_pair(config.image_size)[0]}).save_pretrained({str(model)!r})."
         ) from error
+
+
+def image_batches(
+    paths: Sequence[str],
+    model: str,
+    config: CLCAViTConfig,
+    count: int,
+    seed: int = 0,
+    option: str = "--count",
+    batch_size: int = 16,
+) -> Callable[[int], Iterator[torch.Tensor]]:
+    """Load images, and return a function that yields batches of them for a model.
+
+    Args:
+        paths: images and folders of images.
+        model: source of the image processor.
+        config: configuration of the model.
+        count: number of images at most; random ones if there are more.
+        seed: seed of their choice.
+        option: name of the option with the count, for the message.
+        batch_size: images per batch at most.
+
+    Returns:
+        A function: side of the images in pixels -> batches (B, C, side, side).
+
+    Raises:
+        ValueError: if there are no images, some cannot be read, or there is no image processor.
+    """
+    from ..data.load import load_images  # here, as it takes seconds
+    from ..data.splits import random_subset
+    from ..transforms.preprocessing import EvalTransform, make_image_processor
+
+    images = random_subset(load_images(list(paths)), count, seed, option)
+    processor = load_image_processor(model, config)
+
+    def batches(size: int) -> Iterator[torch.Tensor]:
+        transform = EvalTransform(processor)
+        if transform.crop_size != size:
+            transform = EvalTransform(make_image_processor(size, saved=processor))
+        for start in range(0, len(images), batch_size):
+            rows = range(start, min(start + batch_size, len(images)))
+            yield torch.stack([transform(images[row]["image"]) for row in rows])
+
+    return batches
 
 
 def open_image(file: str) -> Image.Image:

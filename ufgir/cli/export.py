@@ -1,18 +1,24 @@
-"""`ufgir export`: export a model to an ONNX file, a torch.export program or a web page."""
+"""`ufgir export`: export a model to ONNX, OpenVINO, a torch.export program or a web page."""
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from clca import CLCAViTConfig
+from clca.configuration_clca import as_pair
+
 from ..checkpoints.loading import load_config, load_image_processor, load_model
-from ..export import FORMATS, Exported, budget_files, export_budgets, export_model
+from ..export import PRECISIONS, Exported, budget_files, check_format, export_budgets, export_model
 from ..transforms.preprocessing import sizes_of
 from ..utils.text import align
-from ..web.graphs import PRECISIONS
+from ..web.graphs import PRECISIONS as WEB_PRECISIONS
 from ..web.runtime import PACKAGE, VERSION
 from ..web.server import serve_folder
 from ..web.site import Site, build_site
-from .common import add_reduction_options, check_rates, config_values
+from .common import add_reduction_options, check_rates, config_values, image_batches
 from .outputs import check_file, check_folder
 
 
@@ -23,7 +29,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="model.onnx",
         metavar="FILE",
-        help="file to write, .onnx or .pt2 (torch.export) [%(default)s]",
+        help="file to write: .onnx, .xml (OpenVINO, with its weights in a .bin file) or .pt2 (torch.export) [%(default)s]",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="float16, bfloat16: of the weights; int8: of weights and activations of the linear layers [%(default)s]",
     )
     parser.add_argument(
         "--keep-rates",
@@ -36,10 +48,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         default=1e-3,
-        help="largest accepted difference of logits between file and model [%(default)s]",
+        help="largest accepted difference of logits between file and model in float32 [%(default)s]",
     )
+    add_image_options(parser)
     add_web_options(parser)
     add_reduction_options(parser)
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of images on which a file is calibrated and compared."""
+    group = parser.add_argument_group("images (int8, and the comparison of file and model)")
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="PATH",
+        help="images or folders on which int8 measures the ranges of activations [.onnx: measured in every call; .xml: required]",
+    )
+    group.add_argument(
+        "--calibration-images", type=int, default=128, metavar="N", help="images used of --calibration [%(default)s]"
+    )
+    group.add_argument(
+        "--check", nargs="+", metavar="PATH", help="images or folders on which to compare [--calibration; random]"
+    )
+    group.add_argument(
+        "--check-images", type=int, default=500, metavar="N", help="images used of --check [%(default)s]"
+    )
 
 
 def add_web_options(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +80,6 @@ def add_web_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("web page")
     group.add_argument(
         "--web", metavar="FOLDER", help="write a static page that runs the model in the browser, instead of a file"
-    )
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of the page's weights; int8 is the smallest [%(default)s]",
     )
     group.add_argument("--title", metavar="TEXT", help="title of the page [the model's name]")
     group.add_argument(
@@ -75,20 +102,25 @@ def add_web_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Write the files and return a table of the checks."""
+    for option, value in (
+        ("--calibration-images", args.calibration_images),
+        ("--check-images", args.check_images),
+    ):
+        if value < 1:
+            raise ValueError(f"`{option}` must be at least 1, got {value}.")
     if args.web is not None:
         return make_page(args)
-    for option, value in (
-        ("--precision", args.precision != "float32"),
-        ("--title", args.title),
-        ("--webgpu", args.webgpu),
-    ):
+    for option, value in (("--title", args.title), ("--webgpu", args.webgpu)):
         if value:
             raise ValueError(f"`{option}` has no effect without `--web`.")
     for option, value in (("--runtime", args.runtime), ("--serve", args.serve)):
         if value is not None:
             raise ValueError(f"`{option}` has no effect without `--web`.")
-    if Path(args.output).suffix not in FORMATS:
-        raise ValueError(f"`--output` must end in {' or '.join(FORMATS)}, got {args.output}.")
+    check_format(args.output, args.precision, "--output")
+    if args.calibration and args.precision != "int8":
+        raise ValueError("`--calibration` has no effect without `--precision int8`. `--check` compares on images.")
+    if not args.calibration and args.precision == "int8" and Path(args.output).suffix == ".xml":
+        raise ValueError("`--precision int8` of an .xml file needs `--calibration`: images or folders.")
     check_keep_rates(args)
     for file in budget_files(args.output, args.keep_rates).values() if args.keep_rates else [args.output]:
         check_file(file)
@@ -101,12 +133,31 @@ def run(args: argparse.Namespace) -> str:
         facts["resize_size"] = list(sizes_of(processor)[0])
     except (OSError, ValueError, KeyError, TypeError):
         facts["image_mean"] = None  # the normalization of the pixels is unknown
-    options = {"metadata": facts, "tolerance": args.tolerance}
+    images = {}
+    for name, paths, count in (
+        ("calibration", args.calibration, args.calibration_images),
+        ("images", args.check, args.check_images),
+    ):
+        if paths:
+            images[name] = _images(args.model, paths, count, config)
+    options = {"metadata": facts, "tolerance": args.tolerance, "precision": args.precision, **images}
     if args.keep_rates:
         exported = export_budgets(model, args.output, args.keep_rates, **options)
     else:
         exported = [export_model(model, args.output, **options)]
     return "\n".join([table(exported), *notes(exported)])
+
+
+def _images(model: str, paths: list[str], count: int, config: CLCAViTConfig) -> list[torch.Tensor]:
+    """Return batches of preprocessed images.
+
+    Raises:
+        ValueError: see `image_batches`, or if the images of the model are not square.
+    """
+    height, width = as_pair(config.image_size)
+    if height != width:
+        raise ValueError(f"`--calibration` and `--check` need a model with square images, got {height} x {width}.")
+    return list(image_batches(paths, model, config, count)(height))
 
 
 def check_keep_rates(args: argparse.Namespace) -> None:
@@ -124,6 +175,11 @@ def check_keep_rates(args: argparse.Namespace) -> None:
 
 def make_page(args: argparse.Namespace) -> str:
     """Write the web page, serve it with `--serve`, and return a table of its files."""
+    if args.precision not in WEB_PRECISIONS:
+        raise ValueError(f"`--precision` of a page must be {', '.join(WEB_PRECISIONS)}, got {args.precision}.")
+    for option, value in (("--calibration", args.calibration), ("--check", args.check)):
+        if value:
+            raise ValueError(f"`{option}` has no effect with `--web`.")
     check_keep_rates(args)
     check_folder(args.web, "--web")
     if args.serve is not None and not 0 <= args.serve <= 65535:
@@ -172,18 +228,36 @@ def page_table(site: Site) -> str:
 
 
 def table(exported: list[Exported]) -> str:
-    """Return a table of files: size, nodes, and the difference from the model."""
-    rows = [["file", "MB", "nodes", "largest difference of logits"]]
+    """Return a table of files: size, nodes, and the comparison with the model."""
+    rows = [["file", "MB", "nodes", "largest difference of logits", "same class"]]
     for one in exported:
         size = sum(f.stat().st_size for f in one.path.parent.glob(f"{one.path.name}*"))
-        rows.append([str(one.path), f"{size / 1e6:.1f}", str(sum(one.operators.values())), f"{one.difference:.1e}"])
+        weights = one.path.with_suffix(".bin")
+        size += weights.stat().st_size if one.path.suffix == ".xml" else 0
+        same = f"{round(one.check.agreement * one.check.images)} of {one.check.images}"
+        nodes = str(sum(one.operators.values()))
+        rows.append([str(one.path), f"{size / 1e6:.1f}", nodes, f"{one.difference:.1e}", same])
     return align(rows)
 
 
 def notes(exported: list[Exported]) -> list[str]:
-    """Return notes about the support of the operators of an ONNX file in TensorRT."""
-    if exported[0].path.suffix != ".onnx":
-        return []
+    """Return notes about the images of the comparison, what computes in int8, and the support of operators in TensorRT."""
+    first = exported[0]
+    kind = "the given images" if first.check.given else "random images; `--check` compares on others"
+    lines = [f"file and model were compared on {kind}"]
+    if first.precision == "int8":
+        lines.append(f"computed in int8: {_counted(first.int8_operators)}")
+        lines.append(f"stayed in floating point: {_counted(first.float_operators)}")
+    elif first.path.suffix == ".onnx":
+        lines.append(_tensorrt(exported))
+    return lines
+
+
+def _counted(operators: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(operators.items())) or "nothing"
+
+
+def _tensorrt(exported: list[Exported]) -> str:
     missing = sorted({name for one in exported for name in one.not_in_tensorrt})
     note = (
         f"operators missing from TensorRT's published list: {', '.join(missing)}"
@@ -193,4 +267,4 @@ def notes(exported: list[Exported]) -> list[str]:
     doubtful = sorted({name for one in exported for name in one.doubtful_in_tensorrt})
     if doubtful:
         note += f"; the list does not state whether the reduction of {', '.join(doubtful)} is supported"
-    return [note]
+    return note

@@ -94,7 +94,9 @@ def onnx_program(
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}} if any_batch else None
     names = {"input_names": ["pixel_values"], "output_names": list(outputs)}
     with torch.no_grad():
-        return torch.onnx.export(program, (pixels,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+        made = torch.onnx.export(program, (pixels,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    assert made is not None  # it is, if no file is written
+    return made
 
 
 def clean_graph(model: "onnx.ModelProto") -> OnnxGraph:

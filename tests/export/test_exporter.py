@@ -1,6 +1,7 @@
 """Exported files say what the model says, for every method, with cache and CLA head."""
 
 import json
+import math
 
 import onnx
 import onnxruntime
@@ -9,27 +10,13 @@ import torch
 from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTForImageClassification
-from tests.helpers import CACHES, METHODS, TINY, build, images, slow_unless, tiny_config
+from tests.export.helpers import small_model
+from tests.helpers import METHODS, images, slow_unless
 from tests.limits import small_files
-from ufgir import export
 from ufgir.cli import entry as cli
-from ufgir.export import TENSORRT_OPERATORS, export_model
+from ufgir.export import FORMATS, PRECISIONS, TENSORRT_OPERATORS, Check, Exporter, export_model
+from ufgir.export.checks import Logits, compare
 from ufgir.utils.files import DiskFull
-
-
-SHORT = TINY | {"num_hidden_layers": 3, "reduction_layers": [1]}  # an export takes seconds, most of them per layer
-
-
-# ATS keeps as many rows as the image asks for; padded to its bound its shapes are static, too. ToFu would only drop tokens.
-OPTIONS = {"ats": {"pad_to_bound": True}, "tofu": {"merge_from": 0}}
-
-
-def small_model(method, **changes):
-    options = SHORT | CACHES["clca"]
-    if method is not None:
-        options |= {"reduction": method, "keep_rate": 0.5}
-    options |= {"reduction_kwargs": OPTIONS.get(method)}
-    return build(tiny_config(**options | changes)).float()
 
 
 SCATTERS = {
@@ -58,6 +45,9 @@ def test_onnx_says_what_the_model_says(method, tmp_path):
     assert exported.doubtful_in_tensorrt == SCATTERS.get(method, [])
     facts = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props if p.key in ("keep_rate", "source")}
     assert facts == {"keep_rate": model.config.keep_rate, "source": "here"}
+    stored = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    assert Check(**stored["check"]) == exported.check and exported.check.images == 4 and not exported.check.given
+    assert b"site-packages" not in path.read_bytes()  # paths of this machine
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]  # nothing half-written beside it
 
 
@@ -92,14 +82,15 @@ def test_a_full_disk(tmp_path, suffix):
 
 
 def test_a_wrong_file_is_not_written(tmp_path, monkeypatch):
-    def write(program, path, facts):
-        path.write_bytes(b"nonsense")
-        return lambda pixels: program(pixels) + 0.1, {}
-
-    monkeypatch.setattr(export, "_write_torch", write)
+    model = small_model(None)
+    wrong = FORMATS[".pt2"]._replace(
+        write=lambda exporter, path, precision, calibration: path.write_bytes(b"nonsense"),
+        run=lambda path: lambda pixels: model(pixels).logits + 0.1,
+    )
+    monkeypatch.setitem(FORMATS, ".pt2", wrong)
     (tmp_path / "model.pt2").write_text("the one from yesterday")
     with pytest.raises(ValueError, match=r"differs from the model by 1\.0e-01 .* not written"):
-        export_model(small_model(None), tmp_path / "model.pt2")
+        export_model(model, tmp_path / "model.pt2")
     assert (tmp_path / "model.pt2").read_text() == "the one from yesterday"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -109,13 +100,77 @@ def test_a_wrong_file_is_not_written(tmp_path, monkeypatch):
     [
         ("ats", {"reduction_kwargs": None}, "model.onnx", '{"pad_to_bound": true}'),
         ("atc", {"image_size": 136}, "model.onnx", "289"),
-        (None, {}, "model.tflite", "must end in .onnx or .pt2"),
+        (None, {}, "model.tflite", "must end in .onnx, .xml or .pt2"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(method, changes, name, words, tmp_path):
     with pytest.raises(ValueError) as caught:
         export_model(small_model(method, **changes), tmp_path / name)
     assert words in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix, precision", [(s, p) for s in FORMATS for p in PRECISIONS])
+def test_a_format_has_a_precision_or_says_why_not(suffix, precision, tmp_path):
+    kind = FORMATS[suffix]
+    if precision not in kind.precisions:
+        with pytest.raises(ValueError, match=f"`precision` of {suffix} files .*{precision}.*: "):
+            export_model(small_model(None), tmp_path / f"model{suffix}", precision=precision)
+    assert "float32" in kind.precisions and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_lower_precisions_are_smaller_and_near(tmp_path):
+    """Stored with their check, which counts the given images."""
+    exporter = Exporter(small_model("evit", hidden_size=64, intermediate_size=256))
+    batches = [images(4, seed=3).float(), images(2, seed=4).float()]
+    spread = float(torch.cat([exporter.program(pixels) for pixels in batches]).std())
+    sizes = {}
+    for name, precision, calibration in (
+        ("float32.onnx", "float32", None),
+        ("float16.onnx", "float16", None),
+        ("dynamic.onnx", "int8", None),
+        ("static.onnx", "int8", batches),
+        ("float32.pt2", "float32", None),
+        ("float16.pt2", "float16", None),
+        ("bfloat16.pt2", "bfloat16", None),
+    ):
+        made = exporter.write(tmp_path / name, precision=precision, calibration=calibration, images=batches)
+        sizes[name] = made.path.stat().st_size
+        assert made.check.images == 6 and made.check.given and made.precision == precision
+        assert (made.difference < 1e-4 * spread) == (precision == "float32")
+        assert made.difference < {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5, "int8": 1.0}[precision] * spread
+        assert bool(made.int8_operators) == bool(made.float_operators) == (precision == "int8")
+    assert sizes["float16.onnx"] < 0.65 * sizes["float32.onnx"] and sizes["dynamic.onnx"] < 0.6 * sizes["float32.onnx"]
+    assert sizes["bfloat16.pt2"] < 0.75 * sizes["float32.pt2"] > sizes["float16.pt2"]
+    stored = {
+        p.key: json.loads(p.value) for p in onnx.load(tmp_path / "static.onnx").metadata_props if p.value[0] in '{"'
+    }
+    assert stored["precision"] == "int8" and stored["check"]["images"] == 6 and stored["float_operators"]["Softmax"]
+
+
+class TestCheck:
+    """The comparison sees what differs."""
+
+    def check(self, run, **options):
+        program = Logits(small_model(None))
+        return compare(program, lambda pixels: run(program(pixels)), **options)
+
+    def test_equal(self):
+        assert self.check(lambda logits: logits) == Check(0.0, 1.0, 4)
+
+    def test_other_classes(self):
+        batches = [images(5, seed=1).float()]
+        found = self.check(lambda logits: -logits, images=batches, draw=False)
+        assert found.agreement == 0.0 and found.images == 5 and found.given and found.difference > 0
+
+    def test_not_finite(self):
+        found = self.check(lambda logits: logits / torch.zeros(()))
+        assert not math.isfinite(found.difference)
+
+    def test_random_images_beside_given_ones(self):
+        """Logits of another batch size are compared, but only given images count."""
+        found = self.check(lambda logits: logits + (len(logits) == 3), images=[images(2).float()])
+        assert found.difference == pytest.approx(1.0) and found.images == 2
 
 
 def test_command_writes_a_file_per_budget(tmp_path, capsys):
@@ -137,7 +192,11 @@ def test_command_writes_a_file_per_budget(tmp_path, capsys):
     for mistake, words in (
         (["--keep-rates", "0.5", "--keep-rate", "0.5"], "`--keep-rates`"),
         (["--keep-rates", "1.5"], "1.5"),
-        (["--output", "model.bin"], "must end in"),
+        (["--output", "model.bin"], "`--output` must end in"),
+        (["--output", "model.xml", "--precision", "bfloat16"], "INFERENCE_PRECISION_HINT"),
+        (["--output", "model.xml", "--precision", "int8"], "needs `--calibration`"),
+        (["--calibration", "leaves"], "`--calibration` has no effect"),
+        (["--check", "leaves", "--check-images", "0"], "`--check-images` must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*argv, *mistake])
