@@ -9,7 +9,7 @@ OPTIONS = {"ats": {"pad_to_bound": True}, "tofu": {"merge_from": 0}}
 
 
 def small_model(method, **changes):
-    """A model with the cache and the CLA head, in float32."""
+    """Return a model with the cache and the CLA head, in float32."""
     options = SHORT | CACHES["clca"]
     if method is not None:
         options |= {"reduction": method, "keep_rate": 0.5}
