@@ -1,4 +1,4 @@
-"""A real browser for the tests of web pages, and what they look for in a page."""
+"""A real browser for the tests of web pages, and checks of accessibility."""
 
 import os
 import shutil

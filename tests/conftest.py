@@ -48,6 +48,6 @@ def threads() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_objects() -> None:
-    """accelerate collects garbage before each training: half a second, if it looks through all that was imported."""
+    """Freeze existing objects, because accelerate collects garbage before each training, which takes half a second otherwise."""
     gc.collect()
     gc.freeze()

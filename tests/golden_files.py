@@ -1,4 +1,4 @@
-"""The files of tests/goldens and tests/goldens_lab: tiny models that the original code really ran."""
+"""The files of tests/goldens and tests/goldens_lab: tiny models that were run with the original code."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 
 class Golden:
-    """One file: `spec`, `state` under the original's keys, everything else by name."""
+    """One file: `spec`, `state` under the original's keys, and other tensors by name."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, "pt") as file:

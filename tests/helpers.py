@@ -155,7 +155,7 @@ CHECKPOINTING = next(
 
 
 def checkpoint_activations(model: torch.nn.Module, options: dict[str, Any] | None = None) -> None:
-    """Turn activation checkpointing on."""
+    """Enable activation checkpointing."""
     getattr(model, f"{CHECKPOINTING}_enable")(options)
 
 

@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts that `load_ufgir_dataset` reads. No two images of a folder are equal."""
+"""Tiny data sets in the layouts of `load_ufgir_dataset`. No two images of a folder are equal."""
 
 from PIL import Image
 
@@ -9,7 +9,7 @@ def save_image(file, value):
 
 
 def make_folder(root, splits=("train", "val", "test"), classes=("a", "b"), images=5):
-    """split/class/0.png ...; an empty split name makes class/0.png. No two images are equal."""
+    """Write split/class/0.png ...; an empty split name gives class/0.png. No two images are equal."""
     value = 0
     for split in splits:
         for name in classes:

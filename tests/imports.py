@@ -1,4 +1,4 @@
-"""What modules of this project import of each other, as their source says: for the tests of the import graphs."""
+"""Imports between the modules of this project, from their source, for the tests of the import graphs."""
 
 import ast
 from collections.abc import Collection, Iterator, Mapping
@@ -14,8 +14,8 @@ class Import(NamedTuple):
 
 
 def imports_of(source: str, package: str, modules: Collection[str]) -> list[Import]:
-    """Those of `modules` that a module of `package` imports at runtime, those inside functions, too; not those under
-    `if TYPE_CHECKING:`."""
+    """Return the `modules` that a module of `package` imports at runtime, including function-level imports but not those under `if
+    TYPE_CHECKING:`."""
     return list(_walk(ast.parse(source), package, modules, in_function=False))
 
 
@@ -37,7 +37,7 @@ def _walk(node: ast.AST, package: str, modules: Collection[str], in_function: bo
 
 
 def circle(graph: Mapping[str, Collection[Import]]) -> list[str]:
-    """Modules that import each other in a circle, function-level imports included; empty if there are none."""
+    """Return modules that import each other in a circle, function-level imports included; empty if there are none."""
     try:
         TopologicalSorter({name: {i.module for i in found} for name, found in graph.items()}).prepare()
     except CycleError as error:

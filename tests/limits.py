@@ -1,4 +1,4 @@
-"""Limits that the system itself sets, for tests of what happens at them."""
+"""Limits of the operating system for tests of failures."""
 
 import resource
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def small_files(size: int) -> Iterator[None]:
-    """Within, no file may grow beyond `size` bytes: writing on fails as on a full disk."""
+    """Context in which no file may exceed `size` bytes; writing more fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -19,7 +19,7 @@ def small_files(size: int) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(size: int) -> Iterator[None]:
-    """Within, the memory of this process may grow by at most `size` bytes: more raises MemoryError."""
+    """Context in which the memory of this process may grow by at most `size` bytes; more raises a MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + size, before[1]))

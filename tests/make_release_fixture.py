@@ -65,7 +65,7 @@ def run_pinned(*arguments: object, cwd: Path, home: Path, package: Path | None =
 
 
 def make_pictures() -> torch.Tensor:
-    """Four pictures of coloured squares, (4, 40, 40, 3), uint8."""
+    """Return four images of colored squares, (4, 40, 40, 3), uint8."""
     squares = np.random.default_rng(0).integers(0, 256, (4, 5, 5, 3))
     return torch.from_numpy(squares.repeat(8, axis=1).repeat(8, axis=2).astype(np.uint8))
 

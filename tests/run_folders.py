@@ -1,4 +1,4 @@
-"""Folders of runs that never were: record, predictions and gradients."""
+"""Folders of simulated runs: record, predictions and gradients."""
 
 import csv
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ VARIANTS = {
 def write_run(
     folder: Path, seed: int = 1, top1: float = 0.5, method: str | None = "evit", rate: float = 0.5, **changes
 ):
-    """Return the record of a run."""
+    """Write the record of a run."""
     options = {"reduction": method, "keep_rate": [rate], **changes.pop("options", {})}
     arguments = {
         "settings": {**options, "seed": seed, "learning_rate": 1e-3, "logging_steps": seed},
@@ -41,7 +41,7 @@ def write_run(
 def write_predictions(
     folder: Path, right: Sequence[bool], name: str = "predictions.csv", file: str = "{}.png"
 ) -> Path:
-    """Predictions of images of two classes in turn."""
+    """Write predictions of images of two alternating classes."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w", newline="") as opened:
         writer = csv.writer(opened)
@@ -54,7 +54,7 @@ def write_predictions(
 
 
 def write_gradients(folder: Path, values: Sequence[float]) -> Path:
-    """Return the largest gradient of each step."""
+    """Write the largest gradient of each step."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{step},{value}\n" for step, value in enumerate(values, start=1)]
     (folder / "gradients.csv").write_text("step,max_grad_all\n" + "".join(lines))

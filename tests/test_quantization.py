@@ -1,4 +1,4 @@
-"""int8 weights: near the original, a third of its size, saved and loaded like any model; what does not work is refused."""
+"""int8 weights: close to the original, a third of its size, saved and loaded like any model; unsupported cases raise errors."""
 
 import copy
 import importlib.util
@@ -33,13 +33,13 @@ def logits_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Ten
 
 
 def choices_of(model: nn.Module) -> list[torch.Tensor]:
-    """Per stage, which incoming tokens take part in which outgoing ones, (B, M, N)."""
+    """Return per stage which input tokens contribute to which output tokens, (B, M, N)."""
     with torch.no_grad():
         return [a > 0 for a in model.eval()(images().float(), output_assignments=True).assignments]
 
 
 def quantized_names(model: nn.Module) -> set[str]:
-    """Modules whose weight is not a plain tensor."""
+    """Return the modules whose weight is not a plain tensor."""
     plain = (torch.Tensor, nn.Parameter)
     return {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and type(m.weight) not in plain}
 
@@ -47,8 +47,8 @@ def quantized_names(model: nn.Module) -> set[str]:
 @torchao
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_logits_are_near_and_survive_saving(method: str | None, tmp_path: Path) -> None:
-    """Quantised, saved, loaded: the file is much smaller, the logits are those of the rounded weights and near the
-    original's. Where tokens score alike, rounding may choose others: images of which it chooses the same must be near."""
+    """After quantizing, saving and loading, the file is much smaller, and the logits are those of the rounded weights and close to the
+    original's. If tokens have similar scores, rounding may select others; only images with the same selection must be close."""
     model = make(method)
     expected, chosen = logits_of(model), choices_of(model)
     rounded = copy.deepcopy(model)
@@ -95,7 +95,7 @@ def test_what_is_quantized(method: str, head: str) -> None:
 
 @torchao
 def test_transformers_quantizes_while_loading(tmp_path: Path) -> None:
-    """`quantization_config=TorchAoConfig(...)` works with our class as with any; it quantises the same layers alike."""
+    """`quantization_config=TorchAoConfig(...)` works with our class and quantizes the same layers in the same way."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -108,7 +108,7 @@ def test_transformers_quantizes_while_loading(tmp_path: Path) -> None:
 
 @torchao
 def test_the_configuration_says_so(tmp_path: Path) -> None:
-    """config.json names method and type, and what was left out."""
+    """config.json contains method and type, and the modules that are not quantized."""
     quantize_model(make("evit")).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert saved["quant_method"] == "torchao" and "Int8WeightOnly" in json.dumps(saved)
@@ -117,7 +117,7 @@ def test_the_configuration_says_so(tmp_path: Path) -> None:
 
 @torchao
 def test_bfloat16_model(tmp_path: Path) -> None:
-    """A model in half precision can be quantised, too."""
+    """A model in half precision can be quantized as well."""
     model = make("evit").bfloat16()
     expected = logits_of(model, torch.bfloat16).float()
     quantize_model(model).save_pretrained(tmp_path)
@@ -130,14 +130,14 @@ def test_bfloat16_model(tmp_path: Path) -> None:
 
 @torchao
 def test_twice_is_refused() -> None:
-    """A quantised model is not quantised again."""
+    """A quantized model cannot be quantized again."""
     model = quantize_model(make(None))
     with pytest.raises(ValueError, match="already"):
         quantize_model(model)
 
 
 def test_int4_is_refused_with_the_reason() -> None:
-    """Before anything is changed, whether or not torchao is there."""
+    """The error is raised before anything is changed, with or without torchao."""
     model = make("evit")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"'int8', got 'int4': .* fail on a CPU"):
@@ -147,13 +147,13 @@ def test_int4_is_refused_with_the_reason() -> None:
 
 @pytest.mark.parametrize("scheme", ["int3", "fp8", "", None])
 def test_unknown_schemes_are_refused(scheme: str | None) -> None:
-    """By name, with what is allowed."""
+    """The error contains the name and the allowed names."""
     with pytest.raises(ValueError, match="`scheme` must be 'int8'"):
         quantize_model(make(None), scheme)
 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the extra that installs it."""
+    """The error contains the extra that installs it."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match=r"clca-vit\[quantization\]"):
         quantize_model(make(None))

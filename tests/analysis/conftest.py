@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests/analysis."""
+"""Fixtures shared by the tests of tests/analysis."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Pictures and tiny models that the analyses go over."""
+"""Images and tiny models for the tests of the analyses."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ufgir analyze`, `compare`, `correlate` and `embed`: what they write, and one sentence for every mistake."""
+"""`ufgir analyze`, `compare`, `correlate` and `embed`: their files, and one-sentence errors."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from ufgir.transforms.preprocessing import EvalTransform
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Two models and one without reduction and CLS, with image processors, and a folder of images."""
+    """Save two models and one without reduction and CLS, with image processors, and a folder of images."""
     folder = tmp_path_factory.mktemp("models")
     settings = {"a": {}, "b": {"keep_rate": 0.25}, "plain": {"reduction": None, "keep_rate": 1.0}}
     settings["no_cls"] = {"use_class_token": False, "pooling": "mean", "num_clr_tokens": 0, "head": "linear"}

@@ -1,4 +1,4 @@
-"""Comparing models layer by layer: features on the way, and what similarity they have."""
+"""Comparison of models layer by layer: features and their similarity."""
 
 import numpy as np
 import pytest

@@ -68,7 +68,7 @@ class Interrupted(Exception):
 
 
 class Fragile(torch.utils.data.Dataset):
-    """Breaks down at an image; notes what was asked for."""
+    """Images that raise an error at one index and record the requested indices."""
 
     def __init__(self, dataset, at=None):
         self.dataset, self.at, self.asked = dataset, at, []

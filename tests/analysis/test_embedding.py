@@ -1,4 +1,4 @@
-"""Laying out features in the plane: groups, thumbnails, colours, and what cannot be laid out."""
+"""Two-dimensional embeddings of features: groups, thumbnails, colors, and rejected input."""
 
 import numpy as np
 import pytest

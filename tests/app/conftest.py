@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests/app."""
+"""Fixtures shared by the tests of tests/app."""
 
 import pytest
 from PIL import Image

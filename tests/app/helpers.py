@@ -1,4 +1,4 @@
-"""A model for the page to show, and pictures that strangers may upload."""
+"""A model for the page, and images that visitors may upload."""
 
 import struct
 import zlib

@@ -1,4 +1,4 @@
-"""The web page without a browser: what is seen, costs, traces, the command and the Space."""
+"""The web page without a browser: results, costs, traces, the command and the Space."""
 
 import re
 import runpy

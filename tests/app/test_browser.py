@@ -1,4 +1,4 @@
-"""The web page in a real browser, as its visitors use it: by mouse, by keyboard and on a phone, with good and bad files."""
+"""The web page in a real browser: mouse, keyboard and phone, with valid and invalid files."""
 
 import re
 from pathlib import Path

@@ -50,7 +50,7 @@ def test_a_huge_picture_is_made_small_and_a_bomb_is_refused(tmp_path):
 
 
 def test_an_image_is_no_thread(tmp_path):
-    """Its shorter side would be resized to what a model takes, and the longer one with it."""
+    """Resizing a very narrow image by its shorter side would make the longer side huge."""
     Image.new("RGB", (4, 80)).save(tmp_path / "leaf.png")
     assert open_leaf(tmp_path / "leaf.png").image.size == (4, 80)
     Image.new("RGB", (4, 81)).save(tmp_path / "thread.png")
@@ -59,7 +59,7 @@ def test_an_image_is_no_thread(tmp_path):
 
 
 def test_no_file_reaches_another_program(tmp_path, monkeypatch):
-    """Pillow gives EPS to Ghostscript, whatever the file is called."""
+    """Pillow opens EPS files with Ghostscript, regardless of the file name."""
     called = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *eps, **options: called.append(eps))
     (tmp_path / "leaf.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n")
@@ -69,7 +69,7 @@ def test_no_file_reaches_another_program(tmp_path, monkeypatch):
 
 
 def test_a_file_is_the_same_picture_everywhere(tmp_path, viewer, checkpoint):
-    """On the page, in `ufgir visualize` and in `ufgir predict`: turned by its camera, transparent, of 16 bits."""
+    """The page, `ufgir visualize` and `ufgir predict` give the same pixels for rotated, transparent and 16-bit images."""
     turned, exif = Image.effect_mandelbrot((40, 40), (-2, -1, 1, 1), 40).convert("RGB"), Image.Exif()
     exif[274] = 6
     turned.save(tmp_path / "turned.png", exif=exif)

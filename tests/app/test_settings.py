@@ -1,4 +1,4 @@
-"""Settings of the page: other options on the same weights."""
+"""Settings of the page: other options with the same weights."""
 
 import pytest
 import torch

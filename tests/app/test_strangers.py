@@ -35,8 +35,7 @@ from ufgir.app.viewer import (
 
 
 def hub_of(folder, monkeypatch, **failures):
-    """Let the Hub have the files of a folder as any repository; `failures`: what is raised for a file, by its stem, or for
-    `size`."""
+    """Simulate a Hub repository with the files of a folder; `failures` maps file stems, or `size`, to the error to raise."""
 
     def ask(file):
         if error := failures.get(Path(file).stem):
@@ -115,7 +114,7 @@ def test_models_of_strangers_may_not_fill_the_machine(tmp_path, monkeypatch, cha
     ids=lambda changes: next(iter(changes)),
 )
 def test_sizes_that_a_file_states_are_checked_before_anything_is_made(checkpoint, tmp_path, monkeypatch, changes):
-    """Making the configuration of a billion classes takes gigabytes by itself."""
+    """Creating a configuration with a billion classes would need gigabytes."""
     of_model = {"num_labels", "id2label", "image_size"} & set(changes)
     for file in Path(checkpoint).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -141,7 +140,7 @@ def test_configurations_of_strangers_are_json_objects(checkpoint, tmp_path, monk
 
 
 def test_strangers_do_not_learn_which_paths_exist(checkpoint, tmp_path, monkeypatch):
-    """A relative path of this machine and one that is none get the same answer."""
+    """The message is the same for existing and missing relative paths."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there" / "is").mkdir(parents=True)
 
@@ -210,7 +209,7 @@ def test_a_full_disk_is_told(checkpoint, monkeypatch):
 
 
 def test_what_was_fetched_before_needs_no_hub(tmp_path, monkeypatch):
-    """Neither for its files nor for those that it is known to lack."""
+    """Cached files, and files that are known to be missing, need no request."""
     repository, commit = tmp_path / "models--you--leaves", "0" * 40
     save_checkpoint(repository / "snapshots" / commit)
     for file, text in (("refs/main", commit), (f".no_exist/{commit}/processor_config.json", "")):

@@ -1,4 +1,4 @@
-"""What visitors leave behind, and what they are told when their requests make no sense."""
+"""Uploads of visitors, and the messages for invalid requests."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def files():
 
 
 def ask(address, path, data, kind="application/json"):
-    """Status and text of the answer."""
+    """Return status and text of the response."""
     request = urllib.request.Request(f"{address}gradio_api/{path}", data, {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -104,7 +104,7 @@ def test_the_image_is_forgotten_when_the_page_is_closed(served):
 
 
 def test_uploads_that_nobody_reads_are_gone_within_an_hour(served):
-    """Also those that were broken off, of which Gradio knows nothing, and their folders."""
+    """Aborted uploads, which Gradio does not track, and their folders are deleted as well."""
     folder = uploads().folder
     assert limits.UPLOAD_SECONDS + limits.SWEEP_SECONDS <= 3600 and folder.stat().st_mode & 0o077 == 0
     unread, broken_off = Path(upload(served, png(20, 20))), folder / "tmpabc"
@@ -157,7 +157,7 @@ def test_errors_of_the_api_are_sentences(served, function, data, caplog):
 
 
 def test_files_of_the_machine_are_all_alike(served):
-    """Whether a path exists is not told by the way in which it is refused."""
+    """The response does not reveal whether a path exists."""
     answers = [
         ask(served[1], f"file={path}", None) for path in ("setup.cfg", "nowhere.cfg", "/etc/passwd", "/etc/nobody")
     ]

@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests/checkpoints."""
+"""Fixtures shared by the tests of tests/checkpoints."""
 
 from pathlib import Path
 

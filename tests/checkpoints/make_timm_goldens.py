@@ -110,7 +110,7 @@ def make(architecture: str, num_classes: int, **args: Any) -> torch.nn.Module:
 
 
 def randomise(state: Mapping[str, torch.Tensor]) -> None:
-    """Random weights, large enough to matter, in place."""
+    """Fill the model with random weights that are large enough to affect the result."""
     for key, tensor in state.items():
         centre = 1.0 if ("norm" in key and key.endswith("weight")) or key.endswith("gamma") else 0.0
         tensor.copy_((centre + 0.2 * torch.randn(tensor.shape)).double())
@@ -147,7 +147,7 @@ def make_layout(name: str, architecture: str, num_classes: int, theirs: Callable
 
 
 def openai_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Random weights in the layout of OpenAI's CLIP, with a piece of its text tower."""
+    """Return random weights in the layout of OpenAI's CLIP, with a part of its text tower."""
     swaps = (
         ("cls_token", "class_embedding"),
         ("pos_embed", "positional_embedding"),
@@ -176,7 +176,7 @@ def openai_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def dinov2_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Random weights in the layout of DINOv2 with registers and SwiGLU."""
+    """Return random weights in the layout of DINOv2 with registers and SwiGLU."""
     converted = {"mask_token": torch.zeros(1, 8)}
     for key, tensor in state.items():
         renamed = (
@@ -225,7 +225,7 @@ def make_original(name: str, args: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Make all files, or of the old ones those that are named."""
+    """Write all files, or those whose names are given."""
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
     if old := sys.argv[1:]:

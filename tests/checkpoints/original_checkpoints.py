@@ -22,7 +22,7 @@ EVIT_NAME = f"cotton_evit_{ARCHITECTURE}_0.5_cla_clc_1_30.pth"
 
 
 class Golden:
-    """A golden file: its weights, what they are, and what the original computes with them."""
+    """Golden file: weights, their description, and results of the original."""
 
     def __init__(self, name: str) -> None:
         path = next(path for folder in GOLDENS if (path := folder / f"{name}.safetensors").exists())
@@ -34,7 +34,7 @@ class Golden:
         self.method = self.spec["method"].removesuffix("_old")
 
     def model_name(self, architecture: str = ARCHITECTURE) -> str:
-        """As published: no method for a plain ViT, and no underscore after h2t and vqt."""
+        """Return the model name as published: without a method for a plain ViT, and without an underscore after h2t and vqt."""
         return {"vit": "", "h2t": "h2t", "vqt": "vqt"}.get(self.method, f"{self.method}_") + architecture
 
     def options(self, **changes: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def difference(model: CLCAViTForImageClassification, golden: Golden) -> float:
 
 
 class Code:
-    """Code in a pickle: whoever unpickles it without care makes a file."""
+    """Object whose unsafe unpickling would create a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

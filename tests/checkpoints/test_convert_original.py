@@ -1,4 +1,4 @@
-"""Checkpoint files of the original code converted into folders, one by one and by folder."""
+"""Conversion of checkpoint files of the original code, one by one and by folder."""
 
 import json
 import subprocess
@@ -86,7 +86,7 @@ def test_a_folder_is_written_once(tmp_path: Path, evit_file: Path, evit: Golden)
 
 
 def make_folder(folder: Path, evit: Golden) -> None:
-    """Three good files, one of which is deeper, three bad ones, and one of another kind."""
+    """Write three valid files, one in a subfolder, three invalid ones, and one of another type."""
     save(folder / EVIT_NAME, evit.payload())
     save(folder / "serial_1" / "deeper" / "cotton_topk.v2.pth", Golden("topk_base").payload())
     save(folder / "serial_9" / "late.pth", Golden("vit_base").payload())
@@ -101,7 +101,7 @@ BAD = ["code.pth", "half.pth", "serial_1/amaws.pth"]
 
 
 def visible(folder: Path) -> set[str]:
-    """Folders that hold files, hidden ones included, relative to `folder`."""
+    """Return the folders that contain files, including hidden ones, relative to `folder`."""
     return {str(path.parent.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -185,7 +185,7 @@ def test_class_names(tmp_path: Path, evit: Golden) -> None:
 
 
 def test_the_command(tmp_path: Path, evit_file: Path, evit: Golden, capsys: pytest.CaptureFixture) -> None:
-    """One file; mistakes end with one sentence and status 2, and nothing is written."""
+    """Convert one file; errors are one sentence with status 2, and nothing is written."""
     output = tmp_path / "out"
     argv = ["convert", str(evit_file), "--output", str(output)]
     assert cli.main(argv) == 0 and capsys.readouterr().out == f"wrote {output}\n"

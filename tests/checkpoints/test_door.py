@@ -1,4 +1,4 @@
-"""One door for every kind of source: configuration, weights and image processor, in Python and by every command."""
+"""Load every kind of source in the same way: configuration, weights and image processor, in Python and by every command."""
 
 import logging
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_another_number_of_classes_needs_no_flag_where_it_is_asked_for(tmp_path:
 def test_a_converted_backbone_is_known_to_be_untrained(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its random head is not in the file, so nothing takes it for a trained one."""
+    """The file does not contain the random head, so that it is not mistaken for a trained one."""
     source, output, leaf = make(name, tmp_path / "source"), tmp_path / "out", tmp_path / "leaf.png"
     Image.new("RGB", (32, 32)).save(leaf)
     assert main(["convert", str(source), "--output", str(output), "--num-labels", "7"]) == 0

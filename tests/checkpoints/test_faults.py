@@ -1,4 +1,4 @@
-"""Faults of a model's files: each is refused in one sentence that names the file or the value, by every door, before anything is made."""
+"""Faults in a model's files raise one-sentence errors with the file or value, from every function and command, before memory is allocated."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ Fault = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sound models of three kinds, each with an image processor."""
+    """Save valid models of three kinds, each with an image processor."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     CLCAViTForImageClassification(CLCAViTConfig(**TINY)).save_pretrained(folder / "clca")
@@ -139,7 +139,7 @@ def spoiled(models: Path, kind: str, fault: Fault, folder: Path) -> Path:
 
 
 def sentence(error: BaseException, word: str) -> None:
-    """One sentence with the word in it."""
+    """Check that an error is one sentence with the word in it."""
     assert word in str(error) and "Traceback" not in str(error) and len(str(error)) < 700, str(error)
 
 

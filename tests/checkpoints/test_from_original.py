@@ -1,4 +1,4 @@
-"""`load_original` beyond the golden files: what its configuration becomes, and what it refuses."""
+"""`load_original` beyond the golden files: configurations and errors."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def spec(method: str, dims: dict[str, Any] | None = None, **options: Any) -> dic
 )
 @pytest.mark.parametrize("registers", [0, 4])
 def test_cumulative_shares_of_dynamic_vit(shares: list[float], registers: int) -> None:
-    """The original's list holds cumulative shares of all tokens but CLS: the counts are those, rounded alike."""
+    """The original's list contains cumulative shares of all tokens except CLS; the rounded token counts are equal."""
     config = original_config(spec("dyvit", {"reg_tokens": registers}, keep_rate=shares))
     after = token_schedule(config).after
     tokens = 196 + registers
@@ -36,7 +36,7 @@ def test_cumulative_shares_of_dynamic_vit(shares: list[float], registers: int) -
 
 
 def test_dynamic_vit_with_a_cache_counts_by_the_first_share() -> None:
-    """There the original reads the first entry for every stage; the loss still has its targets."""
+    """The original uses the first entry for every stage, but all entries as targets of the loss."""
     config = original_config(spec("dyvit", clc=True, num_clr=1, keep_rate=[0.6, 0.3, 0.1]))
     assert config.keep_rate == [0.6] * 3
     assert config.reduction_kwargs["ratio_targets"] == [0.6, 0.3, 0.1]
@@ -77,7 +77,7 @@ def test_what_cannot_be_represented_is_refused(changed: dict[str, Any], message:
 
 
 def test_keys_that_do_not_fit_are_named() -> None:
-    """Missing, unexpected, of another shape, or of a stage that is not there."""
+    """Keys that are missing, unexpected, of another shape, or of a stage that does not exist."""
     golden = Golden(Path(__file__).parents[1] / "goldens" / "dyvit_base.safetensors")
     state, expected = golden.state, golden.spec
     load_original(state, expected)
@@ -103,7 +103,7 @@ def test_number_of_classes_is_read_off_the_head(golden_file: Any) -> None:
 
 @pytest.mark.parametrize("method", ["h2t", "vqt"])
 def test_probing_forks_ignore_cache_and_aggregation(method: str, caplog: pytest.LogCaptureFixture) -> None:
-    """As the original does, and it is said."""
+    """As in the original, with a warning."""
     options = {"clc": True, "ifa_head": True, "reduction_loc": [1, 2]}
     with caplog.at_level("WARNING"):
         config = original_config({"method": method, "options": options, "dims": {"depth": 4}, "num_labels": 3})

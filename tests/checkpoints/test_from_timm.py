@@ -1,4 +1,4 @@
-"""Weights of timm: what its own networks compute, folders, other sizes, and mistakes."""
+"""Weights of timm: equal results, folders, other sizes, and errors."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, **config) -> CLCAViTForI
 
 @torch.no_grad()
 def differences(model: CLCAViTForImageClassification, expected: dict) -> tuple[float, float]:
-    """Largest difference of the last hidden state, and of the logits."""
+    """Return the largest differences of the last hidden state and of the logits."""
     hidden = model.vit(expected["pixel_values"]).last_hidden_state
     features = expected["features"]
     if model.config.pooling == "mean":  # there, timm normalises after the mean alone
@@ -45,7 +45,7 @@ def test_computes_what_timm_does(name):
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("resample_")])
 def test_computes_what_timm_does_in_float64(name):
-    """Those at another size are left out: timm resamples in float32."""
+    """Networks at another size are excluded, because timm resamples in float32."""
     model = load(name, torch.float64)
     assert model.dtype == torch.float64
     assert max(differences(model, read(name, torch.float64)[1])) <= 1e-9
@@ -175,7 +175,7 @@ def test_folder_has_its_own_image_processor(tmp_path):
 
 
 def test_folder_with_another_pooling(tmp_path):
-    """Fine-tuned with the mean of the tokens: the name of the norm tells where it stands."""
+    """After fine-tuning with the mean of the tokens, the name of the norm shows its position."""
     state, expected, _ = read("eva")
     folder = write_folder(tmp_path, "vit", global_pool="avg")
     save_file(state, folder / "model.safetensors")
@@ -231,7 +231,7 @@ def test_repository_that_is_not_there(monkeypatch):
 
 
 def test_own_size_is_found_by_the_weights():
-    """The name says 224 pixels, the weights are for 16: loaded for 224 they are resampled, for 16 they are not."""
+    """The name has 224 pixels, but the weights are for 16: they are resampled for 224 and not for 16."""
     state, _, spec = read("vit")
     config = {key: value for key, value in spec["config"].items() if key not in ("image_size", "patch_size")}
     model = load_timm(state, spec["architecture"], **config)
@@ -343,7 +343,7 @@ def test_weights_outside_of_a_prefix_are_named():
 
 
 def test_a_square_table_is_not_taken_for_another_grid_of_as_many_patches():
-    """4 x 4 positions for 2 x 8 patches are resampled, not read in another order."""
+    """4 x 4 positions are resampled for 2 x 8 patches, instead of being read in another order."""
     state, _, spec = read("vit")
     square = load_timm(state, spec["architecture"], **spec["config"])
     size, patch = square.config.image_size, square.config.patch_size

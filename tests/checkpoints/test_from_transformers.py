@@ -1,4 +1,4 @@
-"""Models of transformers, converted: the real classes, tiny and random, are what ours is compared with."""
+"""Converted models of transformers, compared with the original classes with tiny random weights."""
 
 import logging
 from pathlib import Path
@@ -36,7 +36,7 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def run_source(model: PreTrainedModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Last hidden state, all of it after the final norm, and what of the source is a counterpart of our pooled output."""
+    """Return the last hidden state, all of it after the final norm, and the counterpart of our pooled output."""
     vision = backbone(model)
     if isinstance(vision, ViTMAEModel):  # shuffles its patches by this noise
         output = vision(pixels, noise=torch.arange(16.0).expand(pixels.shape[0], -1))
@@ -241,7 +241,7 @@ def test_a_model_without_pooling_may_be_given_attention_pooling():
 
 @pytest.mark.parametrize("name", ["deit", "deit-classifier", "deit-teacher"])
 def test_from_pretrained_reads_a_stock_deit(name: str, tmp_path: Path) -> None:
-    """Nothing missing but a classifier where the checkpoint has none; saved and loaded again, still the same."""
+    """Only the classifier may be missing; the result is the same after saving and loading."""
     source = make_source(name, torch.float32)
     folder = save(source, tmp_path / "stock")
     model, info = CLCAViTForImageClassification.from_pretrained(folder, output_loading_info=True)
@@ -257,7 +257,7 @@ def test_from_pretrained_reads_a_stock_deit(name: str, tmp_path: Path) -> None:
 
 
 def test_from_pretrained_sends_other_families_to_the_converter(tmp_path: Path) -> None:
-    """Their weights would not fit, and transformers would only warn."""
+    """Their weights do not match, and transformers would only warn."""
     folder = save(make_source("dinov2"), tmp_path)
     with pytest.raises(ValueError, match="load_transformers"):
         CLCAViTForImageClassification.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Sources that are no models of transformers, are damaged or contradict themselves: each is named."""
+"""Sources that are not models of transformers, are damaged or inconsistent raise errors that name the problem."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ NARROW = SIZES | MLP | {"num_hidden_layers": 1}
 
 
 class Dangerous:
-    """Makes a file when it is unpickled carelessly."""
+    """Object whose unsafe unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,7 +129,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("contents", ["{", "3", '{"image_mean": "x"}', '{"image_mean": [0.5], "image_std": [0.5]}'])
 def test_a_damaged_image_processor_is_no_absent_one(contents: str, tmp_path: Path) -> None:
-    """ImageNet's statistics in its place would be wrong without a word."""
+    """It must not be replaced silently by ImageNet's mean and std."""
     folder = save(make_source("clip_vision_model" if "clip_vision_model" in SOURCES else FIRST[0]), tmp_path)
     load_transformers_processor(folder)
     (folder / "preprocessor_config.json").write_text(contents)

@@ -1,4 +1,4 @@
-"""The image processor that comes with a converted model."""
+"""The image processor of a converted model."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Loading checkpoints: what they lack is told, in Python and by every command; models of several keep rates at one of them."""
+"""Load checkpoints: missing weights are reported in Python and by every command; models for several keep rates are loaded at one of them."""
 
 import json
 
@@ -20,7 +20,7 @@ STOCK = {k: v for k, v in TINY.items() if k not in ("num_labels", "reduction_lay
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Models with EViT, with SiT and for several keep rates; a stock ViT without head; pictures."""
+    """Save models with EViT, with SiT and for several keep rates, a stock ViT without head, and images."""
     folder = tmp_path_factory.mktemp("loading")
     names = {"id2label": dict(enumerate(("ash", "beech", "cedar")))}
     variants = {"evit": {}, "sit": {"reduction": "sit"}, "variable": {"train_keep_rates": [0.25, 0.5]}}

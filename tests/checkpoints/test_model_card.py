@@ -1,4 +1,4 @@
-"""README.md: metadata that the Hub can read, text that is true, code that runs."""
+"""README.md: metadata that the Hub can read, correct text, and code that runs."""
 
 import re
 import subprocess
@@ -82,7 +82,7 @@ def test_metadata_survives_a_round_trip(tmp_path, config):
 
 
 def test_required_metadata_is_there(tmp_path, config):
-    """Everything that the Hub asks of a fine-tuned image classifier, with types that its format has."""
+    """The metadata contains everything that the Hub needs for a fine-tuned image classifier, with the correct types."""
     path = tmp_path / "README.md"
     card(
         tmp_path,
@@ -115,7 +115,7 @@ def test_required_metadata_is_there(tmp_path, config):
     "dataset", [{}, {"dataset_id": "me/photos", "dataset_config": "big", "dataset_revision": "v2"}]
 )
 def test_round_trips_through_the_classes_of_the_hub(tmp_path, config, dataset):
-    """Card -> results -> index -> results; and file -> ModelCardData -> file, byte for byte."""
+    """Card -> results -> index -> results, and file -> ModelCardData -> file, byte for byte."""
     first = card(tmp_path / "first", config, model_id="me/leaves", base_model="google/vit", **dataset)
     name, results = model_index_to_eval_results(first.data.to_dict()["model-index"])
     assert len(results) == 6 and all(isinstance(result, EvalResult) for result in results)
@@ -133,14 +133,14 @@ def test_round_trips_through_the_classes_of_the_hub(tmp_path, config, dataset):
 
 
 def test_a_card_without_results_round_trips(tmp_path, config):
-    """No evaluation, no model-index."""
+    """Without an evaluation, there is no model-index."""
     data = card(tmp_path, config, metrics={}).data
     assert "model-index" not in data.to_dict() and data.eval_results is None
     assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
 
 
 def test_numbers_that_are_none_are_left_out(tmp_path, config):
-    """A NaN has no place in the metadata, nor in the table."""
+    """NaN is neither in the metadata nor in the table."""
     metrics = {"test": {"top1": 0.5, "top5": float("nan"), "macro_f1": float("inf")}}
     found = card(tmp_path, config, metrics=metrics)
     assert [(r.metric_name, r.metric_value) for r in found.data.eval_results] == [("top-1", 0.5)]
@@ -148,7 +148,7 @@ def test_numbers_that_are_none_are_left_out(tmp_path, config):
 
 
 def test_revision_is_in_the_code(tmp_path, config):
-    """A model on a branch is loaded from it."""
+    """A model on a branch is loaded from this branch."""
     text = card(tmp_path, config, model_id="me/leaves", revision="keep-rate-0.25").text
     assert text.count('"me/leaves", revision="keep-rate-0.25"') == 3
     assert "revision" not in card(tmp_path, config, model_id="me/leaves").text
@@ -156,7 +156,7 @@ def test_revision_is_in_the_code(tmp_path, config):
 
 @pytest.mark.parametrize("name", ["/data/gone", "a b", "https://x.org/a.csv", "..", "one/two/three"])
 def test_what_cannot_be_a_repository_is_not_named_as_one(tmp_path, config, name):
-    """Base model and data set are in the metadata only if the Hub could know them."""
+    """Base model and data set are in the metadata only if they can be repositories on the Hub."""
     data = card(tmp_path, config, base_model=name, dataset_id=name).data
     assert data.datasets is None and data.base_model is None and "base_model_relation" not in data.to_dict()
 
@@ -190,7 +190,7 @@ def test_description_says_what_the_model_is(config):
 
 
 def test_code_in_the_card_runs(tmp_path, config):
-    """In a process that does not know this package: the code comes from the saved folder."""
+    """In a process without this package, the code is loaded from the saved folder."""
     model_dir = tmp_path / "model"
     CLCAViTForImageClassification(config).save_pretrained(model_dir)
     make_image_processor(16).save_pretrained(model_dir)
@@ -229,7 +229,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_the_card_recipe_can_be_run_again(tmp_path):
-    """Settings are written as a recipe, one that parses to the same settings; and no secrets are in it."""
+    """The settings are a recipe that parses to the same settings and contains no secrets."""
     parser = RecipeParser((run_ufgir.ModelArguments, run_ufgir.DataArguments, run_ufgir.TrainingArguments))
     old = tmp_path / "old.yaml"
     old.write_text(

@@ -1,5 +1,6 @@
-"""Backbones that the original code can make and none of its golden files has, as timm 0.9.12 computes them: see
-`make_timm_goldens.py`."""
+"""Backbones that the original code supports but that are in none of its golden files, compared with timm 0.9.12: see
+`make_timm_goldens.py`.
+"""
 
 import json
 from pathlib import Path
@@ -26,7 +27,7 @@ MADE["gated_mlp"] = {"use_swiglu_ffn": True, "intermediate_size": 8}
 
 
 class Backbone:
-    """A file, as arguments of `load_original` and as the contents of a checkpoint."""
+    """Backbone as arguments of `load_original` and as contents of a checkpoint."""
 
     def __init__(self, name: str) -> None:
         with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
@@ -51,8 +52,7 @@ def logits_of(model: nn.Module, pixels: torch.Tensor, **options: Any) -> torch.T
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_logits(name: str, tmp_path: Path) -> None:
-    """By `load_original`, from a file (but for what no file tells: whether a norm comes after CLS or after a mean), and saved
-    and loaded."""
+    """With `load_original`, from a file (except that files do not contain the position of the norm), and after saving and loading."""
     backbone = Backbone(name)
     model = load_original(backbone.state, backbone.spec())
     made = {field: getattr(model.config, field) for field in MADE[name]}
@@ -66,7 +66,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
 
 
 def test_pooling_before_the_norm_is_its_own() -> None:
-    """The same weights with the norm on the other side of the pooling give other logits."""
+    """The same weights give other logits if the norm is on the other side of the pooling."""
     model = tiny_model(pooling="map_then_norm", use_class_token=False)
     other = tiny_model(pooling="map", use_class_token=False)
     other.load_state_dict(model.state_dict())
@@ -77,7 +77,7 @@ def test_pooling_before_the_norm_is_its_own() -> None:
 
 
 def test_an_image_that_is_not_whole_patches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The rest is cut off, as in the original: from images of the model's size, or of the original's if it is asked to."""
+    """The remaining pixels are ignored as in the original, for images of the model's size and, on request, of the original's."""
     backbone = Backbone("cut_off")
     assert backbone.dims["img_size"] == 18
     path = save(tmp_path / "x.pth", backbone.payload())
@@ -99,7 +99,7 @@ def test_an_image_that_is_not_whole_patches(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_an_aggregation_head_without_cls(tmp_path: Path) -> None:
-    """The first patch takes the place of CLS there."""
+    """The first patch replaces CLS."""
     backbone = Backbone("no_cls_cla")
     path = save(tmp_path / "x.pth", backbone.payload())
     for model in (load_original(backbone.state, backbone.spec()), load_original_file(path)):
@@ -110,7 +110,7 @@ def test_an_aggregation_head_without_cls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["h2t", "vqt"])
 def test_probing_heads_without_cls(method: str) -> None:
-    """They do not pool, so the original makes them without CLS too, if the final norm comes before the pooling."""
+    """They do not pool, so the original supports them without CLS if the final norm precedes the pooling."""
     dims = {"depth": 4, "class_token": False, "global_pool": "avg", "fc_norm": False}
     spec = {"method": method, "options": {"reduction_loc": [1, 2]}, "dims": dims, "num_labels": 3}
     config = original_config(spec)
@@ -156,7 +156,7 @@ def test_averaged_weights_that_were_best(
 def test_averaged_weights_that_are_not_loaded(
     ema_best: bool, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, evit: Golden
 ) -> None:
-    """Because they are not there, which is said, or because they were not the best."""
+    """Either they are missing, which is logged, or they were not the best."""
     payload = evit.payload() | {"ema_best": ema_best}
     if not ema_best:
         payload["model_ema"] = {key: torch.zeros_like(tensor) for key, tensor in evit.state.items()}

@@ -1,4 +1,4 @@
-"""Checkpoint files of the original code, as `torch.save` writes them: loaded and refused.
+"""Checkpoint files of the original code: loading and errors. The files are created from the golden files: see `original_checkpoints.py`.
 
 The files are made of the golden files: see `original_checkpoints.py`.
 """
@@ -33,7 +33,7 @@ PRETRAININGS = (
 
 
 class Place:
-    """A class like any."""
+    """An arbitrary class."""
 
 
 # Reading
@@ -41,7 +41,7 @@ class Place:
 
 @pytest.mark.parametrize("entry", ["args", "config"])
 def test_every_method(tmp_path: Path, golden_file: Path, entry: str) -> None:
-    """Everything but the number of heads is found in the file."""
+    """Everything except the number of heads is determined from the file."""
     golden = Golden(golden_file.stem)
     payload = golden.payload()
     if entry == "config":
@@ -57,7 +57,7 @@ def test_every_method(tmp_path: Path, golden_file: Path, entry: str) -> None:
 
 @pytest.mark.parametrize("name", ["edar_base", "maws_fusion_clca_kr025", "dmaws_fusion_norm", "glsf_clca_kr025"])
 def test_options_as_text(tmp_path: Path, name: str) -> None:
-    """The published `{config, model, accuracy, epoch}`, its lists and truth values as text."""
+    """The published format `{config, model, accuracy, epoch}` with lists and booleans as text."""
     golden = Golden(name)
     config = {key: str(value) if isinstance(value, list | bool) else value for key, value in golden.options().items()}
     assert config["reduction_loc"] == "[1, 3]" and config["dropped_token_fusion"] in ("True", "False")
@@ -69,7 +69,7 @@ def test_options_as_text(tmp_path: Path, name: str) -> None:
 
 
 def test_edar_that_does_not_tell_whether_it_fuses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is taken to fuse, with a warning that names the option; the other methods are not, without one."""
+    """Fusion is assumed, with a warning that names the option; the other methods do not fuse and do not warn."""
     edar, maws = Golden("edar_base"), Golden("maws_clca")
     path = save(tmp_path / "x.pth", edar.payload(dropped_token_fusion=...))
     assert load_original_file(path).config.reduction_kwargs == {"fuse_rest": True}
@@ -85,7 +85,7 @@ def test_edar_that_does_not_tell_whether_it_fuses(tmp_path: Path, caplog: pytest
 
 @pytest.mark.parametrize("name", ["evit_clca", "tome_ifa", "dpcknn_base", "vit_base", "sit_base", "vqt_loc13"])
 def test_weights_without_a_dictionary(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
-    """The file's name then says what the weights do not, but for the layers: those of the paper are assumed."""
+    """The file name gives what the weights do not determine; the layers are assumed to be those of the paper."""
     golden = Golden(name)
     options = golden.spec["options"]
     tags = f"_0.5{'_' + ('cla' if options['ifa_dws_conv_groups'] else 'ifa') if options['ifa_head'] else ''}"
@@ -151,7 +151,7 @@ def test_model_names(pretraining: str, prefix: str) -> None:
 def test_what_the_name_alone_tells(
     tmp_path: Path, architecture: str, width: int, heads: int, eps: float, activation: str
 ) -> None:
-    """Of one layer of a network of real width."""
+    """One layer of a network of realistic width."""
     shapes = {"patch_embed.proj.weight": (width, 3, 8, 8), "pos_embed": (1, 4 + 1, width), "cls_token": (1, 1, width)}
     shapes |= {"blocks.0.attn.qkv.weight": (3 * width, width), "blocks.0.attn.proj.weight": (width, width)}
     shapes |= {"blocks.0.mlp.fc1.weight": (16, width), "blocks.0.mlp.fc2.weight": (width, 16)}
@@ -185,7 +185,7 @@ def test_overrides(tmp_path: Path, evit: Golden, evit_file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["evit_clca", "evit_bb_reg4_clca", "sit_base"])
 def test_another_image_size(tmp_path: Path, name: str) -> None:
-    """CLS, registers and CLR keep their position embeddings, those of patches are resampled."""
+    """CLS, registers and CLR keep their position embeddings; those of patches are resampled."""
     golden = Golden(name)
     path = save(tmp_path / "x.pth", golden.payload())
     model = load_original_file(path, image_size=48)
@@ -214,7 +214,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path: Path, evit: Golden, new_form
 
 
 def test_harmless_classes_are_named_too(tmp_path: Path, evit: Golden) -> None:
-    """Even one that something else in the process has allowed; what it allowed stays so."""
+    """Even classes that other code in the process has allowed are rejected, and remain allowed for that code."""
     path = save(tmp_path / "x.pth", evit.payload(place=Place()))
     with torch.serialization.safe_globals([Place]):
         allowed = set(torch.serialization.get_safe_globals())

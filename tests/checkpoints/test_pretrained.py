@@ -1,4 +1,4 @@
-"""`ufgir convert` on pretrained models: one line makes a CLCA model of them, and bad sources get one sentence."""
+"""`ufgir convert` for pretrained models: one line creates a CLCA model; invalid sources raise one-sentence errors."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_a_model_of_transformers(dinov2: Path, tmp_path: Path) -> None:
 
 
 def test_weights_of_timm(tmp_path: Path) -> None:
-    """A file of weights needs the architecture; ViT-Tiny's are made here, under timm's names."""
+    """A weights file needs the architecture; the weights of ViT-Tiny are created here under timm's names."""
     width, state = 192, {}
     state["cls_token"], state["pos_embed"] = torch.zeros(1, 1, width), torch.zeros(1, 197, width)
     state["patch_embed.proj.weight"], state["patch_embed.proj.bias"] = (
@@ -79,7 +79,7 @@ def test_weights_of_timm(tmp_path: Path) -> None:
 
 
 class Code:
-    """What a pickle must not run."""
+    """Object that must not run when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -117,7 +117,7 @@ def broken(name: str, folder: Path, dinov2: Path) -> list[str]:
     "name", ["truncated", "pickle", "no_such_model", "architecture", "indivisible", "classes", "nothing"]
 )
 def test_bad_sources(name: str, tmp_path: Path, dinov2: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One sentence, exit code 2, nothing written, nothing executed."""
+    """One sentence, status 2, nothing written and nothing executed."""
     output = tmp_path / "output"
     with pytest.raises(SystemExit) as error:
         main(["convert", *broken(name, tmp_path, dinov2), "--output", str(output)])
@@ -129,7 +129,7 @@ def test_bad_sources(name: str, tmp_path: Path, dinov2: Path, capfd: pytest.Capt
 
 
 def test_what_is_there_is_not_replaced(dinov2: Path, tmp_path: Path) -> None:
-    """But a CLCA model is, if asked."""
+    """Existing files are not replaced, except a converted model on request."""
     (tmp_path / "thesis.txt").write_text("mine")
     command = ["convert", str(dinov2), "--output"]
     for options in ([], ["--overwrite"]):
@@ -145,7 +145,7 @@ def test_what_is_there_is_not_replaced(dinov2: Path, tmp_path: Path) -> None:
 
 
 def test_a_trained_model_is_never_replaced(dinov2: Path, tmp_path: Path) -> None:
-    """`--overwrite` is for what a conversion made, not for any model folder."""
+    """`--overwrite` replaces only results of a conversion."""
     output = tmp_path / "trained"
     assert main(["convert", str(dinov2), "--output", str(output)]) == 0
     (output / "conversion.json").unlink()

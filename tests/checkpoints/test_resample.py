@@ -1,4 +1,4 @@
-"""Position embeddings and patch projections for other sizes, against values of the original code."""
+"""Position embeddings and patch projections for other sizes, compared with values of the original code."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ PREFIX = {"cls": 1, "noprefix": 0, "reg5": 5}
 
 
 def grid(text: str) -> tuple[int, int]:
-    """(rows, columns) of "14" or "12x10"."""
+    """Parse "14" or "12x10" to (rows, columns)."""
     rows, _, columns = text.partition("x")
     return int(rows), int(columns or rows)
 
@@ -77,7 +77,7 @@ def test_dtype_stays(dtype):
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 12), (11, 16)])
 def test_larger_patches_give_the_same_tokens(size):
-    """What FlexiViT's pseudo-inverse is for: an enlarged patch gives the token that the patch gives."""
+    """With FlexiViT's pseudo-inverse, an enlarged patch gives the same token as the patch."""
     weight, patches = torch.randn(5, 3, 8, 8), torch.randn(7, 3, 8, 8)
     enlarged = nn.functional.interpolate(patches, size=size, mode="bicubic", antialias=True, align_corners=False)
     tokens = nn.functional.conv2d(patches, weight)
@@ -127,7 +127,7 @@ def test_checkpoints_load_at_other_sizes(tmp_path, sizes, options):
 
 
 def test_patch_projection_alone():
-    """At the same grid the positions stay and the projection does not."""
+    """With the same grid, the positions are unchanged and the projection is resampled."""
     old, new = CLCAViTConfig(**TINY), CLCAViTConfig(**TINY | {"image_size": 64, "patch_size": 16})
     weights = CLCAViTForImageClassification(old).state_dict()
     resampled = resample_weights(weights, old, new)

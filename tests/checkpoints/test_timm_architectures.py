@@ -1,4 +1,4 @@
-"""The table of timm's pretrainings, and the command that prints it."""
+"""The table of timm's pretrained models, and the command that prints it."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_names_are_unique():
 
 
 def test_a_network_has_one_shape():
-    """Its name without a tag says it."""
+    """The name without a tag determines the shape."""
     for name, architecture in ARCHITECTURES.items():
         assert find_architecture(name.partition(".")[0]).fields == architecture.fields
 
@@ -91,7 +91,7 @@ def test_known_numbers_of_parameters(name, millions):
     ],
 )
 def test_networks_without_weights(name, fields):
-    """Entrypoints of the later CLCA code, which a file may be of."""
+    """Models of the later CLCA code that checkpoint files may contain."""
     architecture = find_architecture(name)
     assert architecture.licence == "no weights" and fields.items() <= architecture.fields.items()
     assert architecture.fields.get("use_class_token", True) == ("gap" not in name)

@@ -1,5 +1,6 @@
-"""Every parameter that trains gets a gradient in each step, however the model was loaded: distributed training waits for all of
-them."""
+"""Every trainable parameter gets a gradient in each step, regardless of how the model was loaded, because distributed training waits for
+all gradients.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    """Names of trainable parameters that one training step gives no gradient."""
+    """Return the names of trainable parameters without a gradient after one training step."""
     model.train()
     side = model.config.image_size
     pixels = images(4, side, side).to(next(model.parameters()).dtype)
@@ -61,7 +62,7 @@ def without_gradient(model: nn.Module) -> list[str]:
 
 
 class Sources(NamedTuple):
-    """Where weights come from."""
+    """Sources of weights."""
 
     stock: Path
     dinov2: Path
@@ -126,7 +127,7 @@ def test_loaded_models(row: tuple[str, str, str | None], stock: Path, dinov2: Pa
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("loader", [AutoModel, AutoModelForImageClassification])
 def test_attention_pooling(head: str, loader: Any, tmp_path: Path) -> None:
-    """A pooling that another head does not read stays in the checkpoint, frozen."""
+    """A pooling that the head does not use remains in the checkpoint, frozen."""
     options: dict[str, Any] = {"head": head, "pooling": "map" if HEADS[head].reads != "probes" else "cls"}
     tiny_model(**options).float().save_pretrained(tmp_path)
     model = loader.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ FILES = {file.stem: file for file in sorted((Path(__file__).parents[1] / "golden
 
 
 def read(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, dict]:
-    """State dict, other tensors and description of a golden file."""
+    """Return state dict, other tensors and description of a golden file."""
     with safe_open(FILES[name], "pt") as file:
         spec = json.loads(file.metadata()["config"])
         tensors = {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""The console command `ufgir`: tables, pictures, and one sentence for every mistake."""
+"""The command `ufgir`: tables, figures, and one-sentence errors."""
 
 import struct
 import sys

@@ -1,4 +1,4 @@
-"""What a command cannot write is said before it computes; if writing fails all the same, what was computed is told first."""
+"""Output paths that cannot be written raise errors before anything is computed; if writing fails later, the results are printed first."""
 
 import errno
 import importlib
@@ -27,7 +27,7 @@ LAYERS = ["profile", *SHAPE, "--image-size", "32", "--layers"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders `dense` and `evit`, and `bare` without an image processor."""
+    """Save folders `dense` and `evit`, and `bare` without an image processor."""
     folder = tmp_path_factory.mktemp("models")
     for name, reduction in (("dense", None), ("evit", "evit"), ("bare", None)):
         CLCAViTForImageClassification(CLCAViTConfig(**TINY, reduction=reduction)).save_pretrained(folder / name)
@@ -122,7 +122,7 @@ class TestChecks:
 class TestBeforeTheWork:
     @pytest.fixture(autouse=True)
     def no_work(self, monkeypatch):
-        """Nothing is loaded or measured."""
+        """Fail if anything is loaded or measured."""
         for module, name in (
             (benchmark, "_cases"),
             (benchmark, "_scaling"),

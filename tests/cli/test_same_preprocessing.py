@@ -1,4 +1,4 @@
-"""The image processor, a pipeline and `ufgir predict` see the same in every kind of image."""
+"""The image processor, a pipeline and `ufgir predict` give the same pixels for every kind of image."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""A training loop with accelerate: prepare, backward, gather, save."""
+"""Training loop with accelerate: prepare, backward, gather, save."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the clients share: a tiny model, images, and the line that a client says."""
+"""Shared by all clients: a tiny model, images, and the line that a client prints."""
 
 import sys
 import tempfile
@@ -46,7 +46,7 @@ def logits_of(classifier: torch.nn.Module, pixel_values: torch.Tensor) -> torch.
 
 
 def difference(found: Any, expected: torch.Tensor, most: float) -> str:
-    """Say how far logits are from those expected.
+    """Describe the difference of logits from the expected ones.
 
     Raises:
         AssertionError: farther than `most`.
@@ -82,7 +82,7 @@ class Data(torch.utils.data.Dataset):
 
 
 def changed(classifier: torch.nn.Module, before: dict[str, torch.Tensor]) -> int:
-    """How many trainable parameters differ from what they were.
+    """Return how many trainable parameters changed.
 
     Raises:
         AssertionError: one does not.
@@ -99,7 +99,7 @@ def parameters(classifier: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main(check: Callable[[Path], str]) -> None:
-    """Run a client: one line is printed last, and the exit status is 0 if it works, 1 if not."""
+    """Run a client: print one line at the end, and exit with status 0 if it works, otherwise 1."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

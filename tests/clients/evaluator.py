@@ -12,7 +12,7 @@ from tests.clients.common import NAMES, main, save
 
 
 class Accuracy(evaluate.Metric):
-    """The share of right answers."""
+    """Share of correct predictions."""
 
     def _info(self) -> evaluate.MetricInfo:
         whole = datasets.Value("int64")

@@ -10,7 +10,7 @@ from tests.clients.common import Data, changed, main, model, parameters
 
 
 class Module(lightning.LightningModule):
-    """The usual few lines."""
+    """Minimal LightningModule."""
 
     def __init__(self) -> None:
         super().__init__()

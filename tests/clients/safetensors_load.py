@@ -1,4 +1,4 @@
-"""Weights read with safetensors alone, into a model made from the configuration."""
+"""Weights read with safetensors, loaded into a model created from the configuration."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer as it is: training, evaluation, prediction, a checkpoint and a load of it."""
+"""Unmodified Trainer of transformers: training, evaluation, prediction, and saving and loading a checkpoint."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ print(json.dumps(found | {"python": ".".join(map(str, sys.version_info[:3]))}))
 
 
 class CannotRunError(Exception):
-    """This machine lacks something, in a sentence."""
+    """This machine lacks a requirement, described in one sentence."""
 
 
 class Environment:

@@ -25,7 +25,7 @@ def files(folder):
 
 
 def rows_of(folder):
-    """{split: [(path, label, SHA-256 of the bytes)]} as `datasets` reads it."""
+    """Return {split: [(path, label, SHA-256 of the bytes)]} as read by `datasets`."""
     loaded = datasets.load_dataset(str(folder)).cast_column("image", datasets.Image(decode=False))
     return {
         split: [

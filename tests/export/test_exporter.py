@@ -1,4 +1,4 @@
-"""Exported files say what the model says, for every method, with cache and CLA head."""
+"""Exported files give the same results as the model, for every method, with cache and CLA head."""
 
 import json
 import math
@@ -33,7 +33,7 @@ SCATTERS = {
 # Pads, and a method with scatters and gathers. The others use the same operators.
 @pytest.mark.parametrize("method", slow_unless(["ats", "dpcknn"].__contains__, METHODS), ids=str)
 def test_onnx_says_what_the_model_says(method, tmp_path):
-    """Other images and batch sizes than those that the export itself compared."""
+    """For other images and batch sizes than those compared by the export."""
     model, path = small_model(method), tmp_path / "model.onnx"
     exported = export_model(model, path, {"source": "here"})
     session = onnxruntime.InferenceSession(path)
@@ -72,7 +72,7 @@ def test_the_model_stays_as_it_was(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_a_full_disk(tmp_path, suffix):
-    """One sentence that names the file; torch itself would end the process, with a trace of C++."""
+    """One sentence names the file; torch itself would end the process with a C++ stack trace."""
     path = tmp_path / f"model{suffix}"
     path.write_text("of an earlier model")
     with small_files(20_000), pytest.raises(DiskFull) as refused:

@@ -1,4 +1,4 @@
-"""Which models interpretation is tested on."""
+"""Models for the tests of interpretation."""
 
 from collections.abc import Iterable
 from typing import Any

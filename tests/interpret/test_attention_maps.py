@@ -1,5 +1,6 @@
-"""CLS attention, attention rollout and feature similarity on the patches of an image: numbers of the original, the eager maps,
-and reductions of every kind."""
+"""CLS attention, attention rollout and feature similarity on the patches of an image, compared with the original, with eager attention
+maps, and with reductions of every kind.
+"""
 
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def golden():
 
 
 def stages(config) -> dict[int, int]:
-    """Layer of each stage and its number."""
+    """Return the layer of each stage and its number."""
     layers = REDUCTIONS[config.reduction].layers(config) if config.reduction else []
     return {layer: stage for stage, layer in enumerate(layers)}
 
@@ -49,7 +50,7 @@ def unit_sum(rows: torch.Tensor) -> torch.Tensor:
 
 
 def before_attention(config) -> bool:
-    """Whether the stages of a method reduce first thing in their layer."""
+    """Return whether the stages of a method reduce tokens before the attention."""
     return (
         config.reduction is not None and REDUCTIONS[config.reduction].before_layer is not TokenReduction.before_layer
     )
@@ -60,7 +61,7 @@ def before_attention(config) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_numbers_of_the_original(golden, dtype) -> None:
-    """The original takes float32 only."""
+    """The original supports only float32."""
     maps, logits = ([golden[f"{kind}.{layer}"].to(dtype) for layer in range(4)] for kind in ("attn", "pre"))
     features = golden["feats"].to(dtype)
     maws = [mutual_attention(*pair) for pair in zip(maps, logits, strict=True)]
@@ -101,7 +102,7 @@ def test_half_precision_is_computed_in_float32(golden, dtype) -> None:
 
 
 def test_a_rollout_by_hand() -> None:
-    """Two tokens; in the first layer each attends to the other one only, in the second the first one to itself only."""
+    """Two tokens: in the first layer each attends only to the other, in the second the first one only to itself."""
     swap, first = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     maps = [m.expand(1, 3, 2, 2) for m in (swap, first)]
     assert attention_rollout(maps, 0, 1).tolist() == [[[0.5, 0.5], [0.5, 0.5]]]
@@ -126,7 +127,7 @@ def test_invalid_attention_maps() -> None:
 
 
 def test_encoder_groups() -> None:
-    """They end where CLA reads CLS."""
+    """They end in the layers whose CLS is used by CLA."""
     config = CLCAViTConfig()
     assert encoder_groups(config) == [(0, 4), (4, 7), (7, 10), (10, 12)]
     assert default_ranges(config) == [*encoder_groups(config), (0, 12)]
@@ -139,8 +140,8 @@ def test_encoder_groups() -> None:
 
 @pytest.mark.parametrize("case", table(case for case in MODELS if case.tokens != "no_cls"), ids=str)
 def test_cls_attention_is_that_of_the_eager_maps(case) -> None:
-    """In layers before the first stage patch by patch; after it, what CLS gives to the tokens is spread over patches without
-    loss: without a cache, only what it gives to CLS and to registers is missing."""
+    """Equal per patch before the first stage. After it, the attention on tokens is distributed over patches: without a cache, only the
+    attention on CLS and registers is missing."""
     model = case.model()
     config, pixels = model.config, images()
     maps = cls_attention_of_patches(model, pixels)
@@ -159,7 +160,7 @@ def test_cls_attention_is_that_of_the_eager_maps(case) -> None:
 
 
 def test_attention_of_merged_tokens_is_spread_by_their_shares() -> None:
-    """ToMe at layer 2: of layer 3, each patch gets its part of what its token gets."""
+    """With ToMe in layer 2, each patch gets its share of the attention on its token in layer 3."""
     model = tiny_model(reduction="tome", keep_rate=0.5, reduction_layers=[2])
     output = model(images(), output_attentions=True, output_assignments=True)
     shares = trace_patches(output.assignments, model.config).entered[3]  # (B, N, P)
@@ -183,7 +184,7 @@ def test_rollout_of_a_dense_model_is_that_of_its_maps(tokens) -> None:
 
 @pytest.mark.parametrize("method", sorted(REDUCTIONS))
 def test_rollout_through_stages(method) -> None:
-    """Written out from the eager maps and the assignments: attention and residual, and the stage before or after them."""
+    """Computed from eager maps and assignments: attention and residual connection, and the stage before or after them."""
     model = tiny_model(reduction=method, keep_rate=0.5)
     pixels, config = images(), model.config
     output = model(pixels, output_attentions=True, output_assignments=True)
@@ -212,7 +213,7 @@ def test_rollout_through_stages(method) -> None:
 
 @pytest.mark.parametrize("case", table(MODELS), ids=str)
 def test_rollout_of_every_model(case) -> None:
-    """Shares; of each image as if it were alone."""
+    """The result consists of shares, and does not depend on other images in the batch."""
     model, pixels = case.model(), images()
     maps = rollout_of_patches(model, pixels)
     assert maps.shape == (3, len(default_ranges(model.config)), 16)
@@ -231,7 +232,7 @@ def test_a_rate_of_one_changes_nothing(method) -> None:
 
 @pytest.mark.parametrize("case", table(MODELS), ids=str)
 def test_similarity_of_every_model(case) -> None:
-    """Cosines; of patches that still have a token of their own, to CLS: that token's."""
+    """The result consists of cosines; for patches with their own token, it is the cosine of this token and CLS."""
     model, pixels = case.model(), images()
     config = model.config
     similarity = feature_similarity(model, pixels, layers=[0, 2, 4])
@@ -271,7 +272,7 @@ def test_dropped_patches_have_no_similarity() -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_attention_kernels_are_not_replaced(method, monkeypatch) -> None:
-    """No eager attention, no map of all heads: rows and chunks of rows are asked for."""
+    """Only queries and chunks of queries are computed, without eager attention or maps of all heads."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("eager attention")
@@ -293,7 +294,7 @@ def test_chunks_of_queries_give_the_whole_map(monkeypatch) -> None:
 
 
 def test_the_model_is_as_before() -> None:
-    """Also one that trains with a part in evaluation mode, and without hooks or gradients left."""
+    """Also for a model in training with a part in evaluation mode; no hooks or gradients remain."""
     model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
     model.vit.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -316,7 +317,7 @@ def test_half_precision_models() -> None:
 
 
 def test_other_image_sizes() -> None:
-    """A grid of 3 x 5, cut from images whose sides are no multiples of a patch."""
+    """A grid of 3 x 5 patches, from images whose sides are not multiples of the patch size."""
     model = tiny_model(reduction="evit", keep_rate=0.5, cross_layer_cache=True, num_clr_tokens=1)
     pixels = images(2, 30, 45)
     for function in (cls_attention_of_patches, rollout_of_patches, feature_similarity):

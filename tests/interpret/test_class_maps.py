@@ -65,7 +65,7 @@ class Gatherer:
 
 @pytest.mark.parametrize("case", table(HOOKED), ids=str)
 def test_tokens_and_gradients_lie_on_the_grid(case) -> None:
-    """By the shares that a trace gives, layer by layer, also where several layers have as many tokens."""
+    """According to the shares of a trace, in every layer, also if several layers have the same number of tokens."""
     model = case.model()
     layers, kept = [0, 2, 3], {}
     grid = PatchGrid(model)
@@ -117,7 +117,7 @@ def test_other_tensors_are_refused() -> None:
 
 
 def test_a_class_activation_map_by_hand() -> None:
-    """Without a reduction: channels weighted by their mean gradient over the patches."""
+    """Without a reduction, channels are weighted by their mean gradient over the patches."""
     model = tiny_model(pooling="mean")
     kept = []
     hook = model.vit.layers[2].tokens.register_forward_hook(lambda *call: kept.append(call[2]))
@@ -150,7 +150,7 @@ def test_logits_only() -> None:
 
 
 def test_pytorch_grad_cam_agrees() -> None:
-    """Its maps, before it scales them to the size of the image, are ours."""
+    """Its maps, before scaling to the image size, are equal to ours."""
     package = pytest.importorskip("pytorch_grad_cam")
     model = tiny_model(reduction="tome", keep_rate=0.5, cross_layer_cache=True)
     layers = [1, 3]
@@ -172,8 +172,8 @@ def test_pytorch_grad_cam_agrees() -> None:
 
 
 def test_captum_attributions_add_up() -> None:
-    """Integrated gradients over a hook point behind all stages: the tokens' own, from those of a black image, are the change of
-    the logit. And the tokens that captum finds there are those that leave the layer."""
+    """Integrated gradients of the tokens after all stages, relative to a black image, sum to the change of the logit. The tokens in captum
+    are those that leave the layer."""
     attr = pytest.importorskip("captum.attr")
     model = tiny_model(reduction="evit", keep_rate=0.5, reduction_layers=[0, 1], cross_layer_cache=True)
     point, classifier = model.vit.layers[3].tokens, LogitsOnly(model)

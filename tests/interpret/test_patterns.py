@@ -1,4 +1,4 @@
-"""Patterns of kept and merged patches, for every method; agreement of two models; depth over a data set."""
+"""Patterns of kept and merged patches for every method, agreement of two models, and depth over a data set."""
 
 import json
 import math
@@ -128,7 +128,7 @@ def test_cluster_agreement_ignores_indices_and_is_directed():
 
 
 def agreement(first, second):
-    """Of the stages of two models on four images, which come in two batches."""
+    """Return the agreement of the stages of two models on four images in two batches."""
     found = PatternAgreement(first[0], second[0])
     kept = [kept_patches(o.assignments, c).numpy() for c, o in (first, second)]
     clusters = [cluster_maps(o.assignments, c).numpy() for c, o in (first, second)]

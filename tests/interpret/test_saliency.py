@@ -1,4 +1,4 @@
-"""Metrics between heat maps: the original's numbers, definitions on small maps, and what is refused."""
+"""Metrics between heat maps: values of the original, definitions on small maps, and rejected input."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_metrics_equal_the_original(case):
 
 
 def test_emd_on_a_grid_that_is_not_square_is_right_where_the_original_is_wrong():
-    """Case 1, 4 x 6, is a record of the original's mistake: its distances run column by column, its maps row by row."""
+    """Case 1, 4 x 6, records an error of the original: its distances are in column-major order, its maps in row-major order."""
     ot = pytest.importorskip("ot")
     a, b = golden_maps(1)
     cells = np.indices(a.shape[::-1]).reshape(2, -1).T  # as for 6 x 4

@@ -1,4 +1,4 @@
-"""Similarity of features: the original's numbers, what the measures must be indifferent to, and one pass against the whole."""
+"""Similarity of features: values of the original, invariances, and batches compared with the whole data."""
 
 import math
 from pathlib import Path
@@ -163,7 +163,7 @@ def test_biased_cka_of_one_batch_is_linear_cka():
 
 
 def test_unbiased_hsic_is_its_definition():
-    """Song et al., equation 4 as a sum over all quadruples of different images."""
+    """Song et al., equation 4, as a sum over all quadruples of different images."""
     k, ell = (g @ g.T for g in (features(6, 3), features(6, 2, seed=5)))
     pairs, triples, quadruples = [], [], []
     for i in range(6):
@@ -177,7 +177,7 @@ def test_unbiased_hsic_is_its_definition():
 
 
 def test_unbiased_cka_does_not_grow_as_batches_shrink():
-    """Of independent features it is about zero in batches of any size, where the biased one is far above."""
+    """For independent features it is about zero in batches of any size, while the biased one is far above zero."""
     x, y = features(2000, 30), features(2000, 30, seed=5)
     found = {}
     for unbiased in (True, False):

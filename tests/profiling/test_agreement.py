@@ -1,4 +1,4 @@
-"""Methods off the shelf: what is left of a trained ViT's answers. Times are asked for being there only."""
+"""Methods off the shelf: agreement with a trained ViT. Times are only checked for existence."""
 
 import csv
 import json
@@ -89,7 +89,7 @@ def test_two_images_have_no_choice_of_a_neighbor():
 
 
 def test_it_is_that_of_the_checkpoint_with_the_method(folders, stock):
-    """The benchmark's figures are those of `from_pretrained` beside the stock model, and a rate of one agrees wholly."""
+    """The numbers of the benchmark are those of `from_pretrained` compared with the stock model; at keep rate 1 they agree completely."""
     base = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
     layers = (1, 2, 3)
     cases = [Case(AT, "evit", "base", rate, layers=layers) for rate in (0.4, 1.0)]
@@ -221,7 +221,7 @@ class TestCommand:
 
 
 def test_the_figure(tmp_path, folders):
-    """A mark for each model, and a line for the dense one."""
+    """It has a marker per model, and a line for the dense one."""
     base = CLCAViTForImageClassification.from_pretrained(folders / "whole").config
     cases = [Case(AT, "topk", "base", 0.5, layers=layers) for layers in ((1, 2, 3), (0, 1, 2, 3))]
     report = Benchmark(base, torch.device("cpu"), str(folders / "whole"), 1, 1, images=pictures).run(cases)

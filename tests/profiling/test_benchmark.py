@@ -1,4 +1,4 @@
-"""`ufgir benchmark`: what is compared with what, what is counted, and that nothing is lost when something fails."""
+"""`ufgir benchmark`: compared models, counted operations, and partial results if something fails."""
 
 import json
 
@@ -43,7 +43,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def report(base):
-    """No reduction, EViT, ATS and a training step, three rounds each."""
+    """Measure no reduction, EViT, ATS and a training step, with three rounds each."""
     cases = cross([None, "evit", "ats"], ["base", "CLCA"], [0.5], [AT])
     cases += cross(["evit"], ["CLCA"], [0.5], [Setting(32, 2, mode="training"), Setting(32, 1, mode="training")])
     return Benchmark(base, CPU, threads=1, repetitions=3).run(cases)
@@ -218,7 +218,7 @@ class TestBenchmark:
             assert r.error is None and r.seconds and r.setup_seconds > 0 and r.peak_memory is None
 
     def test_compiled_on_a_gpu_is_a_cuda_graph_or_an_error(self, monkeypatch):
-        """torch would log that it cannot, and time something else. (The options are those that this torch has.)"""
+        """torch would only log that it cannot use one, and measure something else. (The options are those of this torch version.)"""
         asked = {}
         monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
         monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
@@ -352,7 +352,7 @@ class TestCommand:
         assert "| topk + CLCA, 0.1 |" in (tmp_path / "new" / "benchmark.md").read_text()
 
     def test_interrupted(self, capsys, tmp_path, monkeypatch):
-        """What was measured is written, the document is not touched."""
+        """Partial results are written, and the document is not changed."""
         rounds = InterleavedTiming.run
 
         def go(self, count, after=None):
@@ -459,7 +459,7 @@ class TestScaling:
 
 
 def test_quick_is_planned_to_end_in_three_minutes():
-    """It begins nothing after its limit; what takes longest, compiling, comes last."""
+    """Nothing starts after the limit; compilation, which takes longest, comes last."""
     preset = PRESETS["quick"]
     assert preset.time_limit <= 120 and preset.model_size == "tiny"
     assert preset.cases[-1].setting.backend == "compiled"

@@ -1,4 +1,4 @@
-"""`ufgir benchmark --input-pipeline`: the same pictures in every format, no picture between processes, a bottleneck by name."""
+"""`ufgir benchmark --input-pipeline`: the same images in every format, no images between processes, and the bottleneck."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`ufgir profile --layers`: the parts add up to the model, and the times belong to them."""
+"""`ufgir profile --layers`: the parts sum to the model, and times are assigned to the correct parts."""
 
 import csv
 import gzip
@@ -106,7 +106,7 @@ def test_parts_add_up_and_have_the_tokens_of_the_forward_pass(method, dense):
 
 
 def test_times_are_of_the_parts(topk, dense, monkeypatch):
-    """With a clock that moves by one at each look: a part takes one, and the rest is what lies between."""
+    """With a clock that advances by one at each call, a part takes one, and the rest is the time between parts."""
     from ufgir.profiling import layers as layer_profile
 
     ticks = iter(range(10**6))
@@ -118,7 +118,7 @@ def test_times_are_of_the_parts(topk, dense, monkeypatch):
 
 @pytest.mark.parametrize("method", [None, "topk"])
 def test_what_is_measured_is_the_model_as_it_runs(method, tmp_path, monkeypatch):
-    """The hooks of the clock and of the trace do not bring back what nobody reads: the last MLP sees one row."""
+    """The hooks of the clock and of the trace do not enable computations that the model skips: the last MLP processes one token."""
     model = reduced(method, "plain")
     rows, forward = [], model.vit.layers[-1].mlp.fc2.forward
     monkeypatch.setattr(model.vit.layers[-1].mlp.fc2, "forward", lambda x: rows.append(x.shape[1]) or forward(x))

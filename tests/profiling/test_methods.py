@@ -1,4 +1,4 @@
-"""What methods are, asked of their classes, and the page that helps to choose one."""
+"""Facts about methods, from their classes, and the page that helps to choose one."""
 
 import re
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_the_share_does_not_depend_on_the_network(method):
 
 
 def test_the_page_has_what_the_code_says(facts):
-    """What does not depend on the network. GMACs are the command's: it is in the page."""
+    """Facts that do not depend on the network are compared with the page; GMACs come from the command in the page."""
     text = PAGE.read_text(encoding="utf-8")
     table = re.search(r"<!-- table: methods -->\n(.*?)<!-- end: methods -->", text, re.DOTALL)[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]

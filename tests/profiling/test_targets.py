@@ -1,4 +1,4 @@
-"""Keep rates by cost, and which methods need no training."""
+"""Keep rates for a given cost, and the methods that need no training."""
 
 import pytest
 
@@ -25,7 +25,7 @@ HIDES = {name for name in REDUCTIONS if name == "heuristic"}
 
 
 def network(method, layers, **changes):
-    """Enough patches for a fine choice of rates."""
+    """Return a network with enough patches for a fine choice of rates."""
     more = {"num_hidden_layers": 4, "image_size": 64, "patch_size": 4, "reduction_layers": layers, "reduction": method}
     return tiny_config(**more | changes)
 
@@ -70,7 +70,7 @@ def test_the_largest_rate_within_the_target(case):
 
 
 def test_the_paper_counts_so():
-    """The rate whose cost is asked for has it: EViT at 0.25, ViT-B/16 at 224 px."""
+    """The cost of a rate leads back to this rate: EViT at 0.25, ViT-B/16 at 224 px."""
     config = CLCAViTConfig(reduction="evit", keep_rate=0.25, num_labels=1110)
     macs = count_macs(on_meta(config))
     assert keep_rate_for(config, macs / GIGA) == 0.25
@@ -79,7 +79,7 @@ def test_the_paper_counts_so():
 
 @pytest.mark.parametrize("share", [0.01, 1.01])
 def test_targets_out_of_reach_are_refused(share):
-    """Naming the target, the least, and the dense network."""
+    """The message contains the target, the smallest cost, and the dense network's."""
     config = network("evit", [1, 2])
     target = share * cost(config, 1.0) / GIGA
     dense = count_macs(on_meta(dense_config(config))) / GIGA
@@ -96,7 +96,7 @@ def test_the_dense_cost_is_keep_rate_one():
 
 
 def test_cache_and_head_are_counted():
-    """They cost something, so that less is kept."""
+    """They have a cost, so fewer tokens are kept."""
     plain = network("evit", [1, 2])
     clca = network("evit", [1, 2], cross_layer_cache=True, num_clr_tokens=1, head="cla")
     target = 0.8 * cost(plain, 1.0) / GIGA
@@ -119,7 +119,7 @@ def test_no_reduction_has_no_rate():
 
 
 def test_targets_of_another_rate_go():
-    """DynamicViT's own targets belong to the rates that they came with."""
+    """DynamicViT's own targets belong to the rates that they were set with."""
     options = {"ratio_targets": [0.5, 0.25], "ratio_weight": 1.0}
     config = network("dyvit", [1, 2], reduction_kwargs=options)
     target = 0.8 * cost(config, 1.0) / GIGA
@@ -149,7 +149,7 @@ class TestTrainingFree:
             assert own_parameters(network(method, [1, 2], reduction_kwargs=options)) == 0
 
     def test_which(self):
-        """What was there when this was written; a method that is added needs no line here."""
+        """The expected methods at the time of writing; new methods need no line here."""
         free = {name for name in REDUCTIONS if training_free_options(network(name, [1, 2])) == {}}
         assert {"evit", "topk", "ats", "tome", "kmedoids"} <= free
         assert training_free_options(network("dpcknn", [1, 2])) == {"equal_weight": True}
@@ -157,7 +157,7 @@ class TestTrainingFree:
             assert training_free_options(network(name, [1, 2])) is None
 
     def test_of_a_method_from_outside(self):
-        """Its class is asked, and its switches are tried."""
+        """The class is queried, and its boolean options are tried."""
 
         class Own(TokenReduction):
             name = "own"

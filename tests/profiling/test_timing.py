@@ -1,4 +1,4 @@
-"""Timing in turn, and the memory of tensors: what `ufgir benchmark` stands on."""
+"""Interleaved timing, and the memory of tensors, which `ufgir benchmark` relies on."""
 
 import gc
 import weakref
@@ -48,7 +48,7 @@ class TestTiming:
         assert len(timed.seconds["good"]) == 2
 
     def test_what_fails_leaves_no_tensors_behind(self):
-        """On a GPU the others would miss the memory."""
+        """On a GPU, the other functions would lack the memory."""
         alive = []
 
         def bad():

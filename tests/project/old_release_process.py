@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 
 class NoPackage:
-    """Hides the package, should it be installed."""
+    """Import hook that hides the package if it is installed."""
 
     hidden = ("clca", "ufgir", "modeling_clca", "configuration_clca", "run_ufgir")
 

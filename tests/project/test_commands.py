@@ -1,4 +1,4 @@
-"""Every command of README.md, CONTRIBUTING.md and the guides: it parses, and it is run here or listed with the reason why not."""
+"""Every command of README.md, CONTRIBUTING.md and the guides parses, and is run here or listed with a reason."""
 
 import argparse
 import importlib
@@ -54,7 +54,7 @@ NOT_RUN = {
 
 
 class Command(NamedTuple):
-    """A line of a shell."""
+    """Line of a shell."""
 
     document: str
     text: str  # without the folder of the environment, and without comments
@@ -110,7 +110,7 @@ def parse(command: Command) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.document}: {command.text}"[:100])
 def test_every_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the files of the repository that it names are there."""
+    """The repository files in it exist."""
     monkeypatch.chdir(ROOT)
     parse(command)
     if "train.py" not in command.words:
@@ -128,7 +128,7 @@ def test_every_command_is_run_or_listed() -> None:
 
 
 def small(words: list[str]) -> list[str]:
-    """Options that make a toy of a training."""
+    """Return options for a tiny training."""
     options = ["--use_cpu", "true", "--disable_tqdm", "true", "--dataloader_num_workers", "0"]
     if "recipes/demo.yaml" in words:
         options += ["--hidden_size", "24", "--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
@@ -185,7 +185,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
 @pytest.mark.parametrize("guide", ["beginning", pytest.param("training", marks=pytest.mark.slow)])
 def test_commands_run(guide: str, folder: Path) -> None:
-    """All that are not listed, one after the other as a reader would."""
+    """All commands that are not listed run in order, as a reader would run them."""
     commands = run_in(guide)
     assert len(commands) > 10
     if guide == "training":  # begins after `make demo`

@@ -1,4 +1,4 @@
-"""`make compat` and `make clients`: their tables, and the clients that need nothing but the tools of development."""
+"""`make compat` and `make clients`: their tables, and the clients that need only the development tools."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The documentation site: built once, without a warning, and complete."""
+"""The documentation site builds without warnings and is complete."""
 
 import ast
 import importlib.util
@@ -46,7 +46,7 @@ def extension(name):
 
 
 def build(folder, *options):
-    """Warnings are errors, and there is no network."""
+    """Build the site without network; warnings are errors."""
     options = ["-W", "--keep-going", "-q", "-d", folder / "doctrees", *options]
     process = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, DOCS, folder / "html"],
@@ -76,7 +76,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(site):
-    """Kind -> names of Python objects that have a place on the site."""
+    """Return kind -> names of the Python objects on the site."""
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     return {kind.removeprefix("py:"): set(objects) for kind, objects in inventory.items()}
 
@@ -88,7 +88,7 @@ def text_of(page):
 
 
 class Links(HTMLParser):
-    """What a page points to, and what can be pointed to in it."""
+    """Targets of the links in a page, and its anchors."""
 
     def __init__(self, page):
         super().__init__()
@@ -135,7 +135,7 @@ def test_every_option_of_the_script_is_there(site):
 
 
 def test_links_to_the_repository(monkeypatch):
-    """On GitHub they lead to files; on the site, to the reference or nowhere."""
+    """On GitHub they lead to files; on the site they lead to the reference or become text."""
     pages = {path: path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md") if "_build" not in path.parts}
     targets = [(page, target) for page, text in pages.items() for target in re.findall(r"\]\((\.\./[^)#\s]+)", text)]
     assert len(targets) > 20
@@ -256,7 +256,7 @@ def test_blocks_of_docstrings():
 
 
 def test_code_of_the_guide_to_methods(monkeypatch):
-    """Its Python blocks run, and leave no method behind."""
+    """Its Python blocks run; registered methods are removed afterwards."""
     methods = dict(clca.REDUCTIONS)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "adding-a-method.md").read_text(), re.M | re.S)
     assert len(blocks) == 3

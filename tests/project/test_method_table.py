@@ -1,4 +1,4 @@
-"""The tables of methods, and the pages of the site that are made of the methods."""
+"""The tables of methods, and the pages of the site that are generated from the methods."""
 
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ def table(monkeypatch):
 
 @pytest.mark.parametrize("page", ["README", "GUIDE"])
 def test_documents_have_the_tables_that_the_code_makes(table, page):
-    """Every method with its idea, paper and file, and what to know before choosing it; in the guide with GMACs."""
+    """Every method is listed with its idea, paper, file and requirements, in the guide also with GMACs."""
     path = getattr(table, page)
     updated = table.updated(path)
     assert all(f"clca/reduction_{name}.py)" in updated for name in REDUCTIONS)
@@ -28,7 +28,7 @@ def test_documents_have_the_tables_that_the_code_makes(table, page):
 
 
 def test_a_new_row_begins_with_what_the_class_says(table, monkeypatch):
-    """Cells that people wrote stay, in their order."""
+    """Cells edited by hand are kept, in order."""
     row = '| `"evit"` | old | | | | 2 + ⌈r(N−1)⌉ | 1 | 2 |'
     found = [method for method in table.methods() if method.name in ("evit", "topk", "ats")]
     monkeypatch.setattr(table, "methods", lambda: found)

@@ -1,4 +1,4 @@
-"""Import paths of release 0.1.0: of every module, and of the names that its README, docs and model cards used."""
+"""Import paths of release 0.1.0: every module, and the names in its README, docs and model cards."""
 
 import importlib
 import sys

@@ -58,7 +58,7 @@ def test_there_are_three():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored(path):
-    """A notebook opens anywhere: valid, run in order without an error, no progress bars, and small."""
+    """A notebook is valid, was run in order without errors, and has no progress bars and a small size."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
@@ -74,7 +74,7 @@ def test_stored(path):
     "path", slow_unless(lambda path: path.stem != "your_own_leaves", NOTEBOOKS), ids=lambda path: path.stem
 )
 def test_runs(path, folder, execute, monkeypatch):
-    """Every cell runs and shows the kinds of things that are stored; where a cell is tagged `exact`, the very same text."""
+    """Every cell runs and gives the same kinds of output as stored; cells tagged `exact` give the same text."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HOME", str(folder / "cache"))

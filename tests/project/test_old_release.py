@@ -58,7 +58,7 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 class Loaded(NamedTuple):
-    """What a process found that loaded both folders."""
+    """Results of a process that loaded both folders."""
 
     scratch: Path
     tensors: dict[str, torch.Tensor]  # pixels, and logits.<folder>
@@ -81,13 +81,13 @@ def load(how: str, scratch: Path, expected: dict[str, torch.Tensor]) -> Loaded:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory, expected: dict[str, torch.Tensor]) -> Loaded:
-    """By the package as it is now."""
+    """Load with the current package."""
     return load("package", tmp_path_factory.mktemp("package"), expected)
 
 
 @pytest.fixture(scope="module")
 def own_code(tmp_path_factory: pytest.TempPathFactory, expected: dict[str, torch.Tensor]) -> Loaded:
-    """By the code that lies in each folder, where there is no package."""
+    """Load with the code in each folder, without the package."""
     return load("own_code", tmp_path_factory.mktemp("own_code"), expected)
 
 
@@ -136,7 +136,7 @@ def test_commands_read_both(package: Loaded, expected: dict[str, torch.Tensor]) 
 
 
 def test_the_training_goes_on_bit_for_bit(tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
-    """From a copy of the checkpoint, with the recipe of then, to the weights of the training that was never stopped."""
+    """Resuming from a copy of the checkpoint with the recipe of that release gives the weights of the uninterrupted training."""
     output = tmp_path / "moved"
     shutil.copytree(RELEASE / CHECKPOINT, output / CHECKPOINT)
     options = ("--output_dir", output, "--resume_from_checkpoint", "true")

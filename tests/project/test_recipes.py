@@ -1,4 +1,4 @@
-"""Recipes: every one parses, those of the paper say the published numbers and train; docs/migrating.md names real options."""
+"""Recipes parse; those of the paper have the published values and train; docs/migrating.md refers to existing options."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def parse(*argv: Any) -> run_ufgir.Options:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_every_recipe_parses(path: Path) -> None:
-    """With options that go together, and the command, the cost and what to expect in its first lines."""
+    """The options are consistent, and the first lines contain the command, the cost and the expected result."""
     options = parse(path)
     options.optimization.check(options.training)
     options.model.model_name_or_path = None  # the network's shape is the checkpoint's
@@ -86,7 +86,7 @@ def test_paper_recipes_say_the_published_numbers(path: Path) -> None:
 
 
 def test_paper_recipes_are_one_recipe() -> None:
-    """They differ in the data, the backbone, and whether checkpoints are worth their gigabyte."""
+    """They differ only in the data, the backbone, and whether checkpoints of a gigabyte are kept."""
     own = ("dataset", "output_dir", "model_name_or_path", "save_strategy", "save_total_limit")
     recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in PAPER]
     shared = [{name: value for name, value in recipe.items() if name not in own} for recipe in recipes]
@@ -96,7 +96,7 @@ def test_paper_recipes_are_one_recipe() -> None:
 
 @pytest.mark.parametrize("path", PAPER, ids=name_of)
 def test_paper_recipes_train_as_the_original(path: Path) -> None:
-    """Hyper-parameters of the paper, and the original's schedule and groups."""
+    """They have the hyper-parameters of the paper, and the original's schedule and groups."""
     options = parse(path)
     args, model = options.training, options.model
     assert (args.learning_rate, args.weight_decay, args.per_device_train_batch_size) == (1e-4, 0.05, 32)
@@ -141,8 +141,8 @@ def test_other_cells_of_the_table_by_overriding(changes: str) -> None:
 
 
 def test_paper_recipe_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe of the paper on a tiny backbone and tiny pictures: it trains, from the given weights and along the schedule,
-    and only the test images are evaluated, once, at the end."""
+    """A recipe of the paper trains a tiny backbone on tiny images from the given weights with the schedule; only the test images are
+    evaluated, once, at the end."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     for split, count in (("train", 6), ("validation", 2), ("test", 4)):
@@ -181,8 +181,8 @@ def test_paper_recipe_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_examples_have_folders_of_their_own() -> None:
-    """None writes to that of the demo model, which others read, nor two to one, unless the second resumes the first; what is
-    read was written before."""
+    """No example writes to the folder of the demo model, and no two write to the same folder, unless the second resumes the first; folders
+    are written before they are read."""
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
     written = {"outputs/demo"}
@@ -200,7 +200,7 @@ def test_examples_have_folders_of_their_own() -> None:
 
 
 def test_pictures_of_the_gallery_are_those_that_make_demo_draws() -> None:
-    """In a folder that no model has."""
+    """They are in a folder without a model."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     folder = re.search(r"^LEAVES := (outputs/\w+)/test/\*/00000\.png$", makefile, re.M)[1]
     assert f"--output {folder} --images_per_class 1 1 1" in makefile
@@ -233,7 +233,7 @@ ORIGINAL_OPTIONS = re.findall(
 
 
 def cells() -> list[list[str]]:
-    """Rows of the tables, split at the bars."""
+    """Return the rows of the tables, split into cells."""
     lines = [line for line in MIGRATING.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -244,7 +244,7 @@ def test_every_option_of_the_original_is_mapped() -> None:
 
 
 def test_every_option_that_is_named_exists() -> None:
-    """In the right column, and in the text about this side; values are of the kind that the option takes."""
+    """In the right column and in the text, options exist and values have the correct type."""
     known = RecipeParser(run_ufgir.GROUPS, prog="run_ufgir.py").options
     rows = [row for row in cells() if row[1:] and "--" in row[-1]]
     named = [(name, value) for row in rows for name, value in re.findall(r"`--(\w+)(?: ([^`]+))?`", row[-1])]
@@ -257,7 +257,7 @@ def test_every_option_that_is_named_exists() -> None:
 
 
 def _beside(name: str) -> list[str]:
-    """Options that an option needs beside it."""
+    """Return the options that an option requires."""
     if name in ("schedule_epochs", "schedule_per"):
         return ["--schedule", "cosine_epochs"]
     if name == "lr_scheduler_type":
@@ -277,7 +277,7 @@ def test_keys_of_methods_exist() -> None:
 
 
 def test_worked_commands_parse() -> None:
-    """The three commands, word by word, beside three of the original."""
+    """The three commands of this version and the three of the original parse."""
     blocks = re.findall(r"```bash\n(.*?)```", MIGRATING, re.S)
     ours = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "run_ufgir.py" in line]
     theirs = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if " train.py " in line]

@@ -1,4 +1,4 @@
-"""Records of runs, the tables that gather them, and the figures that are drawn from the tables."""
+"""Records of runs, the tables of records, and the figures drawn from the tables."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ PUBLISHED = Path(__file__).parents[2] / "docs" / "data" / "published_accuracy_ev
 
 @pytest.fixture
 def study(tmp_path) -> Path:
-    """Two variants, two keep rates, three seeds; one run failed, and two were interrupted."""
+    """Write a study of two variants, two keep rates and three seeds, in which one run failed and two were interrupted."""
     for variant in ("base", "CLCA"):
         for rate in (0.25, 0.5):
             for index, seed in enumerate((1, 10, 100)):
@@ -68,7 +68,7 @@ def test_a_record_says_what_the_run_was(tmp_path):
 
 
 def test_an_evaluation_adds_to_the_record_of_its_training(tmp_path, caplog):
-    """As run_ufgir.py does it: the configuration comes back from a saved model."""
+    """As in run_ufgir.py, where the configuration is loaded from the saved model."""
     config = tiny_config(reduction="evit", keep_rate=[0.5])
     easy = {"source": {"synthetic_difficulty": "easy"}, "validation": {"validation_fraction": 0.4}, "test": {}}
     write_run(tmp_path, top1=0.5, data=easy)
@@ -191,7 +191,7 @@ def test_options_that_differ_within_a_setting_are_factors(tmp_path):
 
 
 def test_options_are_not_taken_for_metrics(tmp_path):
-    """Their names begin like those of metrics: train_..., validation_..."""
+    """Their names have the prefixes of metrics: train_..., validation_..."""
     for i, option in enumerate(("train_on_trainval", "validation_fraction", "test_option")):
         write_run(tmp_path / option, settings={"seed": 1, option: i + 1})
     rows = run_rows(read_run_records([tmp_path]).finished)
@@ -271,7 +271,7 @@ def test_a_summary_survives_its_file(study, tmp_path):
 
 
 def test_the_published_table_gives_the_gains_that_the_paper_reports():
-    """Mean over 9 backbones and 5 data sets of CLCA over base, by keep rate, in points."""
+    """The mean gain of CLCA over base, over 9 backbones and 5 data sets, by keep rate, in points."""
     summary = read_summary(PUBLISHED)
     assert len(summary) == 9 * 3 * 5 * 5
     means = {(row["keep_rate"], row["variant"]): 100 * row["mean"] for row in pool(summary, ["keep_rate", "variant"])}
@@ -332,7 +332,7 @@ def test_boxes_hold_the_settings_of_a_method_and_variant():
 
 
 def test_a_variant_looks_the_same_whichever_others_there_are() -> None:
-    """In grey the bars differ by what they are filled with."""
+    """In gray, bars differ by their hatching."""
 
     def hatches(*variants):
         rows = [

@@ -231,7 +231,7 @@ def test_devices(monkeypatch):
 
 
 def test_runs_are_at_work_at_the_same_time(queue, tmp_path):
-    """Each of the two waits until the other has begun."""
+    """Each of the two runs waits until the other one has started."""
     both = queue("seed=5,6")
     both.work([run_queue.Slot("a", {"PLACE": "a"}), run_queue.Slot("b", {"PLACE": "b"})])
     assert not both.failed
@@ -333,7 +333,7 @@ def test_two_sweeps_on_one_folder_refuse_each_other(queue, tmp_path):
 
 
 def test_a_system_without_locks_that_runs_inherit_is_refused(queue, monkeypatch):
-    """Windows."""
+    """Such as Windows."""
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(ValueError, match="`ufgir sweep` needs Linux or macOS"):
         queue("seed=1").work(CPU)
@@ -384,7 +384,7 @@ def test_mistakes_end_the_command_with_one_sentence(recipe, tmp_path, capsys, op
 
 @pytest.mark.slow
 def test_a_real_run_to_its_record_and_tensorboard(recipe, tmp_path, capsys):
-    """Two runs, of which one cannot work: its images are fewer than a batch."""
+    """Two runs, of which one fails because it has fewer images than a batch."""
     recipe.write_text(yaml.safe_dump(RECIPE | {"report_to": "tensorboard", "logging_steps": 1, "num_pictures": 0}))
     study, options = (
         tmp_path / "study",

@@ -1,4 +1,4 @@
-"""Images to train on, and one training that many tests look at."""
+"""Images for training, and a trained model shared by many tests."""
 
 import shutil
 from pathlib import Path
@@ -21,6 +21,6 @@ def own_leaves(leaves, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(leaves, tmp_path_factory) -> tuple[Path, dict]:
-    """(folder, metrics) of one run with training, evaluation and prediction."""
+    """Return (folder, metrics) of a run with training, evaluation and prediction."""
     out = tmp_path_factory.mktemp("trained") / "out"
     return out, run(recipe(out.parent, leaves, out, do_predict=True))

@@ -1,4 +1,4 @@
-"""A tiny recipe for run_ufgir.py, and what runs it in this process."""
+"""A tiny recipe for run_ufgir.py, and functions that run it in this process."""
 
 from pathlib import Path
 
@@ -81,6 +81,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def parse(*argv: str):
-    """Options of the model, the data and the training."""
+    """Return the options of the model, the data and the training."""
     options = run_ufgir.Options(*RecipeParser(run_ufgir.GROUPS, prog="run_ufgir.py").parse(list(argv)))
     return options.model, options.data, options.training

@@ -1,4 +1,4 @@
-"""run_ufgir.py with data and training options beyond the plain run: what each is for is seen in what is left behind."""
+"""run_ufgir.py with various data and training options, checked by their results."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def predictions(folder):
 
 
 def test_a_subset_of_the_classes_can_be_evaluated(trained, leaves, tmp_path):
-    """The data hold two of the three classes that the model knows: the guesses may be any of the three."""
+    """The data contain two of the three classes of the model; predictions may be any of the three."""
     model, _ = trained
     data = shutil.copytree(leaves, tmp_path / "data")
     for split in ("train", "validation", "test"):
@@ -52,7 +52,7 @@ def test_a_subset_of_the_classes_can_be_evaluated(trained, leaves, tmp_path):
 
 
 def test_two_runs_in_one_folder(leaves, tmp_path, capsys, monkeypatch):
-    """Also where neither has left anything yet."""
+    """The second run is rejected even before the first one has written anything."""
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     arguments = [recipe(tmp_path, leaves, tmp_path / "out", **QUICK), "--max_steps", "1"]
     with locking.exclusive_lock(tmp_path / "out", ""):
@@ -105,7 +105,7 @@ def test_shots_and_random_validation(leaves, tmp_path, capsys):
 
 
 def test_one_model_for_several_keep_rates(leaves, tmp_path):
-    """Its head keeps statistics of each rate, and it is evaluated at any by `keep_rate`."""
+    """The head stores statistics of each rate, and the model is evaluated at any rate with `keep_rate`."""
     out = tmp_path / "out"
     run(recipe(tmp_path, leaves, out, train_keep_rates=[0.25, 0.5, 1.0], keep_rate=0.5, num_train_epochs=3))
     config = CLCAViTConfig.from_pretrained(out)
@@ -124,7 +124,7 @@ def test_one_model_for_several_keep_rates(leaves, tmp_path):
 
 
 def test_everything_that_changes_training_at_once(leaves, tmp_path):
-    """Groups, schedule, augmentation, EMA, gradients: they go together, and a second run is the same to the last bit."""
+    """Groups, schedule, augmentation, EMA and gradients can be combined, and a second run gives exactly the same result."""
     options = {
         "schedule": "cosine_epochs",
         "parameter_groups": "original",
@@ -200,7 +200,7 @@ def test_a_head_of_other_classes_is_reinitialized(trained, leaves, tmp_path, cap
 
 
 def test_a_head_whose_classes_have_no_names_is_kept(trained, leaves, tmp_path, caplog):
-    """transformers names classes without names `LABEL_0`, ..."""
+    """transformers calls classes without names `LABEL_0`, ..."""
     nameless = shutil.copytree(trained[0], tmp_path / "nameless")
     config = json.loads((nameless / "config.json").read_text())
     names = [f"LABEL_{i}" for i in range(len(CLASSES))]
@@ -257,7 +257,7 @@ DRAWN = {"synthetic_num_classes": 3, "synthetic_images_per_class": [4, 2, 2]}
     ],
 )  # fmt: skip
 def test_options_without_effect_are_named_in_one_warning(leaves, tmp_path, caplog, argv, words):
-    """Wherever they stand, beside others that a recipe has."""
+    """Also for options of several groups, and among other options of a recipe."""
     path = recipe(tmp_path, leaves, tmp_path / "out", **QUICK, rand_augment_magnitude=5)
     run(path, *argv)
     (warning,) = [r.getMessage() for r in caplog.records if "`rand_augment_magnitude`" in r.getMessage()]
@@ -283,7 +283,7 @@ def test_contradictions_are_refused(leaves, tmp_path, capsys, argv, words):
 
 
 def test_labels_are_smoothed_once(leaves, tmp_path, capsys):
-    """By the option or by the loss of the checkpoint, not by both; its 0 contradicts nothing, nor does an evaluation."""
+    """Either by the option or by the loss of the checkpoint. 0 in a checkpoint contradicts nothing, and neither does an evaluation."""
     model = tmp_path / "model"
     tiny_model(label_smoothing=0.1).float().save_pretrained(model)
     options = SimpleNamespace(
@@ -444,7 +444,7 @@ def test_an_evaluation_of_other_data_does_not_replace_the_metrics_of_the_trainin
 
 
 def test_what_a_later_evaluation_measures_first_is_a_result_of_the_training(leaves, tmp_path):
-    """Options for validation images are none of the test images, however the training was evaluated."""
+    """Options for validation images do not affect test images, regardless of how the training was evaluated."""
     data, out = tmp_path / "data", tmp_path / "out"
     for split in ("train", "test"):
         shutil.copytree(leaves / split, data / split)
@@ -472,7 +472,7 @@ def test_images_that_were_trained_on_are_no_result(leaves, tmp_path, caplog):
 
 @pytest.mark.parametrize("stop_at", [1, 3])
 def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkeypatch, stop_at):
-    """And no traceback. The training then goes on from there."""
+    """There is no traceback, and the training can be resumed."""
     options = QUICK | {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
     path = recipe(tmp_path, leaves, tmp_path / "out", **options)
     steps, step = [], UFGIRTrainer.training_step
@@ -506,7 +506,7 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(leaves, tmp_path, capsys, monkey
     ],
 )
 def test_ctrl_c_elsewhere(leaves, tmp_path, capsys, monkeypatch, part, training, words):
-    """While options are parsed, before the training and after it, and where nothing is trained."""
+    """While options are parsed, before and after the training, and without a training."""
     options = QUICK | {"save_strategy": "epoch", "do_train": training, "do_eval": True, "do_predict": True}
     path = recipe(tmp_path, leaves, tmp_path / "out", **options)
 

@@ -1,4 +1,4 @@
-"""The script: recipes and flags, mistakes of the user, and the whole way from images to a model that loads."""
+"""The script: recipes and flags, user errors, and all steps from images to a model that loads."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     "write", [json.dumps, lambda recipe: "keep_rate: 1\nlr_scheduler_kwargs: {min_lr: 1e-5}\nreduction_kwargs: {a: 1}"]
 )
 def test_json_recipes_and_nested_values(tmp_path, write):
-    """YAML by itself would read 1e-5 as text."""
+    """Plain YAML would read 1e-5 as text."""
     path = tmp_path / "a.json"
     path.write_text(write({"reduction_kwargs": {"a": 1}, "lr_scheduler_kwargs": {"min_lr": 1e-5}, "keep_rate": 1}))
     model, _, training = parse(str(path))
@@ -219,7 +219,7 @@ def test_another_training_in_the_folder_is_not_mixed_with(trained, leaves, tmp_p
 
 
 def test_resuming_a_finished_run_changes_nothing(leaves, tmp_path):
-    """Trainer itself would do one step more. What was cut off after the last step is made up for."""
+    """Trainer itself would make one more step. Results that were lost after the last step are written again."""
     out = tmp_path / "out"
     steps = {"max_steps": 2, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
     path = recipe(tmp_path, leaves, out, **steps)
@@ -315,7 +315,7 @@ def test_a_model_is_not_judged_on_other_classes(trained, own_leaves, tmp_path, c
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_training_equals_uninterrupted_training(leaves, tmp_path, workers):
-    """Stopped in the middle of the second epoch of three: order of images, crops, drop path and optimizer go on."""
+    """Interrupted in the middle of the second of three epochs; the order of images, crops, drop path and optimizer continue."""
     plan = {
         "num_train_epochs": 3,
         "save_strategy": "steps",
@@ -338,7 +338,7 @@ def test_resumed_training_equals_uninterrupted_training(leaves, tmp_path, worker
 
 
 def test_metrics_of_the_steps_since_are_no_metrics_of_the_training(leaves, tmp_path):
-    """A resumed training does not know its whole loss and speed: neither those since, nor those before stay in the files."""
+    """A resumed training cannot compute its mean loss and speed, so they are not written."""
     out = tmp_path / "out"
     path = recipe(tmp_path, leaves, out, num_train_epochs=1, do_predict=True)
     run(path)
@@ -352,7 +352,7 @@ def test_metrics_of_the_steps_since_are_no_metrics_of_the_training(leaves, tmp_p
 
 
 def test_a_cost_that_differs_between_images_is_omitted(leaves, tmp_path, caplog):
-    """ATS, unless it pads: not in the log, nor on the card, nor in the record."""
+    """For ATS without padding, it is missing in the log, the card and the record."""
     plan = {"reduction": "ats", "num_train_epochs": 1, "eval_strategy": "no", "save_strategy": "no"}
     plan |= {"load_best_model_at_end": False}
     for kwargs, differs in (("{}", True), ('{"pad_to_bound": true}', False)):
@@ -416,7 +416,7 @@ def test_stock_vit_is_fine_tuned_with_its_own_numbers(leaves, tmp_path):
 
 
 def test_another_image_size_resamples_position_embeddings(trained, leaves, tmp_path):
-    """Evaluated at twice the size, on images that are as coarse as before, the model still knows where patches are."""
+    """Evaluated at twice the size on upscaled images, the model still uses the positions of patches correctly."""
     argv = ["--model_name_or_path", str(trained[0]), "--dataset", str(leaves), "--use_cpu", "--image_size", "32"]
     run(
         *argv,
@@ -499,7 +499,7 @@ def test_push_uploads_our_card(trained, leaves, tmp_path, monkeypatch):
 
 
 def test_any_kind_of_source_is_trained(leaves, tmp_path, capsys):
-    """A backbone of another family, at another size: resampled, with a new head; not evaluated before it is trained."""
+    """A backbone of another family and size is resampled and gets a new head; it is not evaluated before training."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 2}
     source, out = tmp_path / "dinov2", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Signals that end a training: one sentence, a status that queues expect, no record, and a checkpoint that goes on to the bit."""
+"""Signals that end a training: one sentence, an exit status for queues, no record, and a checkpoint that resumes exactly."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def ends(capsys: pytest.CaptureFixture, status: int, *argv: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_preempted_training(leaves: Path, tmp_path: Path, capsys, monkeypatch, number: int) -> None:
-    """By default it ends at once; what it says names the checkpoint to go on from, and it counts as a run that is not finished."""
+    """By default it ends immediately; the message names the checkpoint, and the run counts as unfinished."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), number))
@@ -60,8 +60,8 @@ def test_a_preempted_training(leaves: Path, tmp_path: Path, capsys, monkeypatch,
 
 
 def test_a_checkpoint_is_saved_first(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """`enable_jit_checkpoint`: after the step, so that the CLA head's BatchNorm counts its batch once. Nothing is evaluated,
-    recorded or uploaded; resumed, all weights are those of a training without."""
+    """With `enable_jit_checkpoint`, it is saved after the step, so that BatchNorm of the CLA head counts the batch once. Nothing is
+    evaluated, recorded or uploaded. After resuming, all weights are those of an uninterrupted training."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(recipe(tmp_path, leaves, whole, **PLAN))
     plan = PLAN | {"save_strategy": "no", "enable_jit_checkpoint": True}
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_saved_first(leaves: Path, tmp_path: Path, capsys, monke
 
 
 def test_a_signal_after_the_last_step(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """It waited for a checkpoint that no step was left for: the run ends all the same."""
+    """No step is left for the checkpoint, and the run ends anyway."""
     monkeypatch.setattr(UFGIRTrainer, "_load_best_model", lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     plan = {"enable_jit_checkpoint": True, "num_train_epochs": 1, "save_strategy": "epoch"}
     said = ends(capsys, 128 + signal.SIGTERM, recipe(tmp_path, leaves, tmp_path / "out", **plan))
@@ -90,7 +90,7 @@ def full(*args: Any, **kwargs: Any) -> None:
 
 
 def test_a_full_disk(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """One sentence: the file, what it needs, and the checkpoint that is good; the incomplete one is gone."""
+    """One sentence names the file, the required space and the last complete checkpoint; the incomplete one is deleted."""
     save, calls = torch.save, iter(range(99))
     monkeypatch.setattr(torch, "save", lambda *a, **k: (save if next(calls) < 6 else full)(*a, **k))
     said = ends(capsys, 1, recipe(tmp_path, leaves, tmp_path / "out", **PLAN))
@@ -100,7 +100,7 @@ def test_a_full_disk(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
 
 
 def test_a_checkpoint_that_does_not_fit(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """What only loading shows: an optimizer of other shapes, a pickle that is refused. One sentence each, status 2."""
+    """Errors that occur only while loading, such as an optimizer of other shapes or a rejected pickle: one sentence each, status 2."""
     out, plan = tmp_path / "out", PLAN | {"max_steps": 2, "do_predict": False}
     run(recipe(tmp_path, leaves, out, **plan))
     folder = out / "checkpoint-2"
@@ -131,7 +131,7 @@ def test_places_that_are_taken(leaves: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_results_that_cannot_be_read_are_replaced(leaves: Path, tmp_path: Path, capsys, caplog) -> None:
-    """A kill has cut them off, by an earlier version: training, evaluation and record come to their ends."""
+    """A kill of an earlier version truncated them; training, evaluation and record are completed."""
     out = tmp_path / "out"
     out.mkdir()
     for name in ("all_results.json", "train_results.json", RECORD):
@@ -147,7 +147,7 @@ def test_results_that_cannot_be_read_are_replaced(leaves: Path, tmp_path: Path, 
 
 
 def test_processes_that_do_not_know_of_each_other(leaves: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """torchrun on a CPU without `use_cpu`: the error names the cause, not that the folder is in use."""
+    """For torchrun on a CPU without `use_cpu`, the error names this cause instead of a folder in use."""
     for name, value in (("_setup_devices", torch.device("cpu")), ("world_size", 1)):  # as accelerate finds it there
         monkeypatch.setattr(TrainingArguments, name, property(lambda _, value=value: value))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -158,7 +158,7 @@ def test_processes_that_do_not_know_of_each_other(leaves: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError])
 def test_a_signal_that_becomes_another_error(leaves: Path, tmp_path: Path, capsys, monkeypatch, error: type) -> None:
-    """Before the training begins: code that converts exceptions, or a process that was waited for."""
+    """Before the training starts: code that converts exceptions, or a process that is waited for."""
 
     def load(*args: Any) -> None:
         try:

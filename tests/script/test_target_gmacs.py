@@ -1,4 +1,4 @@
-"""run_ufgir.py with what an image may cost in place of a keep rate."""
+"""run_ufgir.py with the cost of an image instead of a keep rate."""
 
 import json
 
@@ -14,7 +14,7 @@ TARGET = 0.00012  # GMACs
 
 
 def test_the_keep_rate_follows_and_is_recorded(leaves, tmp_path):
-    """With the classes of the data, and as an option of the run."""
+    """It depends on the number of classes in the data, and is recorded as an option of the run."""
     out = tmp_path / "out"
     changes = {"keep_rate": None, "reduction_layers": "all", "target_gmacs": TARGET, "max_steps": 1}
     run(recipe(tmp_path, leaves, out, **QUICK, **changes))

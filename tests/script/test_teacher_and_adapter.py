@@ -46,7 +46,7 @@ def test_the_teacher_takes_its_share_of_the_loss(teacher):
 
 
 def test_a_teacher_sees_images_as_it_was_trained_on_them(teacher, tmp_path, caplog):
-    """Normalised for a student with other numbers, and saved in half precision."""
+    """The student has another normalization, and the teacher is saved in half precision."""
     model = AutoModelForImageClassification.from_pretrained(teacher)
     model.half().save_pretrained(tmp_path)
     own = make_image_processor(16, 16, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.3, 0.2])
@@ -97,7 +97,7 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
 
 @pytest.mark.parametrize("reduction", ["evit", "dyvit"])
 def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):
-    """The log has the terms of the loss; the teacher changes the weights."""
+    """The log contains the terms of the loss, and the teacher affects the weights."""
     changes = {"reduction": reduction, "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
     changes |= {"save_strategy": "no", "load_best_model_at_end": False}
     weights = []
@@ -119,7 +119,7 @@ def test_training_with_a_teacher(teacher, leaves, tmp_path, reduction):
 
 @pytest.fixture(scope="module")
 def dyvit(leaves, tmp_path_factory):
-    """(folder, recipe) of a short training of DynamicViT."""
+    """Return (folder, recipe) of a short training of DynamicViT."""
     folder = tmp_path_factory.mktemp("dyvit")
     changes = {"reduction": "dyvit", "num_train_epochs": 1, "logging_steps": 1, "eval_strategy": "no"}
     changes |= {"save_strategy": "no", "load_best_model_at_end": False}
@@ -161,7 +161,7 @@ def test_a_teacher_that_reduces_tokens(trained, dyvit, capsys, caplog):
     ],
 )
 def test_whose_tokens_can_be_distilled(changes, words):
-    """Of CLCA models; what is said of it in advance is what a training would find."""
+    """For CLCA models, the check in advance agrees with the training."""
     student = tiny_config(reduction="dyvit", keep_rate=0.5)
     teacher = Teacher(tiny_model(**changes).float(), student.num_patches)
     problem = teacher.token_mismatch(student)
@@ -175,7 +175,7 @@ def test_whose_tokens_can_be_distilled(changes, words):
     [(8, 16, None), (8, 32, "width 32"), (4, 16, "one token for each"), (16, 16, "one token for each")],
 )
 def test_whose_tokens_of_other_models_can_be_distilled(patch_size, width, words):
-    """A ViT with smaller patches has more tokens, which are others."""
+    """A ViT with smaller patches has more tokens, which do not correspond."""
     names = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
     model = ViTForImageClassification(ViTConfig(patch_size=patch_size, hidden_size=width, **names))
     problem = Teacher(model, 16).token_mismatch(tiny_config())

@@ -1,4 +1,4 @@
-"""Fixtures of several files of tests/training."""
+"""Fixtures shared by the tests of tests/training."""
 
 from pathlib import Path
 

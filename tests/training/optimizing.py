@@ -1,4 +1,4 @@
-"""Options and optimizers of several tests."""
+"""Options and optimizers for several tests."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def walk(optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> torch.T
 
 
 def flat(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Parameter name -> its group; no parameter stands in two."""
+    """Return parameter name -> its group; fail if a parameter is in two groups."""
     names = [name for group in groups for name in group["param_names"]]
     assert len(names) == len(set(names))
     for group in groups:
@@ -53,7 +53,7 @@ class RandomImages(torch.utils.data.Dataset):
 
 
 class Record(TrainerCallback):
-    """The rates of all groups at each step, and copies of the weights after it."""
+    """Learning rates of all groups at each step, and copies of the weights after it."""
 
     def __init__(self) -> None:
         self.rates: list[list[float]] = []
@@ -73,7 +73,7 @@ def trainer(
     data: Any = None,
     **training: Any,
 ) -> UFGIRTrainer:
-    """Ten images in batches of four: two batches per epoch, and one of two images."""
+    """Create a trainer of ten images in batches of four: two full batches per epoch, and one of two images."""
     torch.manual_seed(0)
     defaults = {"num_train_epochs": 4, "learning_rate": 1e-3, "weight_decay": 0.05, "per_device_train_batch_size": 4}
     settings = {

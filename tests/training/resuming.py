@@ -1,4 +1,4 @@
-"""Trainings that are killed, in forks of this process, and resumed."""
+"""Trainings in forks of this process that are killed and resumed."""
 
 import multiprocessing
 import os
@@ -119,7 +119,7 @@ def train(folder: Path, **changes: Any) -> None:
 
 
 def killed(action: Callable[[], None]) -> None:
-    """Do it in a fork; fails unless that kills itself."""
+    """Run a training in a fork; fail unless it kills itself."""
     process = multiprocessing.get_context("fork").Process(target=action)
     process.start()
     process.join(300)
@@ -131,7 +131,7 @@ def die(*args: Any, **kwargs: Any) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the model in a folder and, as `average.*`, of the averaged one beside it."""
+    """Return the weights of the model in a folder and, as `average.*`, of the averaged model next to it."""
     own = load_file(folder / "model.safetensors")
     return own | {f"average.{k}": v for k, v in load_file(folder / "ema" / "model.safetensors").items()}
 

@@ -1,4 +1,4 @@
-"""peft: adapters on attention and MLP are trained, saved, loaded and merged; what is new to the model is trained with them."""
+"""peft: adapters on attention and MLP are trained, saved, loaded and merged, together with the new parts of the model."""
 
 import copy
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
 
 
 def test_new_modules() -> None:
-    """The head always, stages and probes with parameters, the embeddings where CLR are among them."""
+    """The head always, stages and probes with parameters, and the embeddings if they contain CLR."""
     assert new_modules(make("linear")) == ["classifier"]
     assert new_modules(make("evit")) == ["vit.embeddings", "classifier"]
     stages = ["vit.layers.1.reduction", "vit.layers.2.reduction"]
@@ -79,7 +79,7 @@ def test_new_modules() -> None:
 
 
 def test_own_modules_to_save_are_kept() -> None:
-    """Who names what to train gets just that."""
+    """Given module names are not extended."""
     config = peft.LoraConfig(target_modules=list(ATTENTION), modules_to_save=["classifier"])
     adapted = adapt(make("dyvit"), config)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
@@ -88,8 +88,8 @@ def test_own_modules_to_save_are_kept() -> None:
 
 @pytest.mark.parametrize("case", slow_unless(lambda case: case[0] in FAST, CASES), ids="-".join)
 def test_trained_saved_loaded_merged(case: tuple[str, str], tmp_path: Path) -> None:
-    """The loss falls; the pretrained weights stay; loaded on the base, merged, and saved as a model of its own, the logits are
-    those of the trained model."""
+    """The loss falls and the pretrained weights do not change. Loaded on the base, merged, and saved as a model, the logits are those of
+    the trained model."""
     model, adapter = case
     base = make(model)
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -119,7 +119,7 @@ def test_trained_saved_loaded_merged(case: tuple[str, str], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("model", MODELS)
 def test_only_the_right_parameters_are_trained(model: str) -> None:
-    """The adapter, and all that is new, but nothing of what a pretrained ViT has."""
+    """The adapter and all new parts are trained, but no pretrained weight."""
     base = make(model)
     new = {name for name, _ in base.named_parameters() if any(part in f".{name}" for part in NEW)}
     adapted = adapt(base, ADAPTERS["lora"]())
@@ -135,7 +135,7 @@ def test_only_the_right_parameters_are_trained(model: str) -> None:
 
 
 def test_the_saved_adapter_is_small(tmp_path: Path) -> None:
-    """No weight of the backbone is in the file but the embeddings that CLR tokens are part of."""
+    """The file contains no weight of the backbone except the embeddings with the CLR tokens."""
     adapted = adapt(make("evit"), ADAPTERS["lora"]())
     adapted.save_pretrained(tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors")
@@ -144,7 +144,7 @@ def test_the_saved_adapter_is_small(tmp_path: Path) -> None:
 
 
 def test_lora_merges_with_peft_alone(tmp_path: Path) -> None:
-    """Nobody needs our `merge` for LoRA."""
+    """LoRA does not need our `merge`."""
     adapted = adapt(make("dyvit"), ADAPTERS["lora"]())
     train(adapted)
     expected = logits_of(adapted)
@@ -154,7 +154,7 @@ def test_lora_merges_with_peft_alone(tmp_path: Path) -> None:
 
 
 def test_adapter_can_be_switched_off() -> None:
-    """The logits then are the base model's, new parts and all."""
+    """The logits are then those of the base model, including new parts."""
     base = make("evit")
     expected = logits_of(base)
     adapted = adapt(base, ADAPTERS["lora"]())
@@ -165,7 +165,7 @@ def test_adapter_can_be_switched_off() -> None:
 
 
 def test_swiglu() -> None:
-    """The gated MLP's layers are targets as well."""
+    """The layers of a gated MLP are targets as well."""
     model = tiny_model(reduction="evit", keep_rate=0.5, use_swiglu_ffn=True, **CLCA).float()
     adapted = adapt(model, peft.LoraConfig(r=2, target_modules=[*ATTENTION, *SWIGLU_MLP]))
     losses = train(adapted)
@@ -175,7 +175,7 @@ def test_swiglu() -> None:
 
 
 def test_trainer(tmp_path: Path) -> None:
-    """Trainer trains, evaluates and saves an adapted model, and `from_pretrained` of the adapter's folder finds the base."""
+    """Trainer trains, evaluates and saves an adapted model, and `from_pretrained` finds the base of the adapter's folder."""
     from transformers import Trainer, TrainingArguments
 
     make("evit").save_pretrained(tmp_path / "base")
@@ -209,6 +209,6 @@ def test_trainer(tmp_path: Path) -> None:
 
 
 def test_group_lasso_of_a_saved_head() -> None:
-    """The penalty finds the head's weight inside peft's wrapper."""
+    """The penalty uses the head's weight inside the wrapper of peft."""
     model = tiny_model(reduction="evit", keep_rate=0.5, head="h2t", group_lasso_weight=0.1).float()
     train(adapt(model, ADAPTERS["lora"]()))

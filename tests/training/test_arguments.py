@@ -1,4 +1,4 @@
-"""The options of `run_ufgir.py` and of the commands come from the fields of the configuration."""
+"""The options of `run_ufgir.py` and of the commands are the fields of the configuration."""
 
 import argparse
 from dataclasses import fields
@@ -22,7 +22,7 @@ OWN = [
 
 
 def test_every_field_of_our_own_is_an_option_or_is_set_by_code():
-    """One more field is one more option, once its docstring says what it is."""
+    """A new field becomes an option once its docstring documents it."""
     assert set(OWN) - set(NOT_OPTIONS) <= set(config_options()) and set(NOT_OPTIONS) <= set(OWN)
 
 

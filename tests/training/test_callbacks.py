@@ -104,7 +104,7 @@ def test_options_without_effect(words, names, caplog):
 
 
 def test_deterministic_mode_gives_the_same_weights_twice(tmp_path):
-    """transformers' `full_determinism`: operations without a deterministic form are refused, and the run is repeatable."""
+    """With transformers' `full_determinism`, operations without a deterministic implementation raise errors, and the run is repeatable."""
     ends = []
     try:
         for _ in range(2):

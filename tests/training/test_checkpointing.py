@@ -49,7 +49,7 @@ from ufgir.utils.files import DiskFull
 
 
 def half(write: Callable) -> Callable:
-    """Write a file, cut it in half and die."""
+    """Write a file, truncate it and kill this process."""
 
     def wrapped(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
@@ -65,7 +65,7 @@ def instead(function: Callable) -> Callable:
 
 
 def after(function: Callable) -> Callable:
-    """Do it and die."""
+    """Call the function and kill this process."""
 
     def wrapped(*args: Any, **kwargs: Any) -> None:
         function(*args, **kwargs)
@@ -75,7 +75,7 @@ def after(function: Callable) -> Callable:
 
 
 def half_deleted(rotate: Callable) -> Callable:
-    """Die while the old checkpoint is being deleted."""
+    """Kill this process while the old checkpoint is being deleted."""
 
     def wrapped(folder: Path, limit: int, best: str | None) -> None:
         assert limit == 1
@@ -87,7 +87,7 @@ def half_deleted(rotate: Callable) -> Callable:
 
 
 def files_of_checkpoint(whole: Path) -> int:
-    """How many files a checkpoint of a training has, the model's code among them."""
+    """Return the number of files in a checkpoint, including the model's code."""
     return sum(file.is_file() for file in checkpoint_folders(whole)[-1].rglob("*"))
 
 
@@ -119,8 +119,7 @@ CUTS: dict[str, tuple[Any, str, int | Callable[[Path], int], Callable, str]] = {
 def test_killed_while_a_checkpoint_is_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cut: str
 ) -> None:
-    """What is left under the name of a checkpoint is whole, the training goes on from it, and what is left besides is cleared
-    away."""
+    """Folders with the name of a checkpoint are complete, the training resumes from them, and other leftovers are deleted."""
     owner, name, number, fatal, last = CUTS[cut]
     function, calls = getattr(owner, name), iter(range(1, 10**6))
     number = number(whole) if callable(number) else number
@@ -159,7 +158,7 @@ def test_a_disk_that_is_full_leaves_no_checkpoint(tmp_path: Path, monkeypatch: p
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    """Two checkpoints as a plain Trainer writes them."""
+    """Write two checkpoints with a plain Trainer."""
     for step in (1, 2):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -304,7 +303,7 @@ def test_a_list_names_every_file(whole: Path) -> None:
 
 @pytest.mark.parametrize("position", [0.0, 0.5, 1.0])
 def test_a_flipped_bit_is_found_in_every_file(whole: Path, tmp_path: Path, position: float) -> None:
-    """At its beginning, middle and end: sizes stay, and checksums do not."""
+    """At the beginning, middle and end of a file, where the size is unchanged and the checksum is not."""
     folder = shutil.copytree(whole / "checkpoint-3", tmp_path / "checkpoint-3")
     assert checkpoint_problem(folder, read=True) is None
     for file in sorted(f for f in folder.iterdir() if f.name != FILE_LIST):
@@ -319,8 +318,8 @@ def test_a_flipped_bit_is_found_in_every_file(whole: Path, tmp_path: Path, posit
 def test_damage_is_reported_before_anything_is_loaded(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At resume, of the best checkpoint at the end, and of a checkpoint that is evaluated. A list of an earlier version has no
-    checksums: such a checkpoint is resumed."""
+    """When resuming, when the best checkpoint is loaded, and when a checkpoint is evaluated. A list of an earlier version has no checksums,
+    and the checkpoint can be resumed."""
     for step in (3, 6):
         shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     damaged = tmp_path / "checkpoint-6" / "model.safetensors"
@@ -344,7 +343,7 @@ def test_damage_is_reported_before_anything_is_loaded(
 
 @pytest.mark.parametrize("name", [".", "ema"])
 def test_damage_of_a_saved_model_is_reported(whole: Path, tmp_path: Path, name: str) -> None:
-    """Saving it again lists the new weights; without a list, nothing is compared."""
+    """Saving the model again updates the list; without a list, nothing is compared."""
     folder = shutil.copytree(whole / name, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
     model = load_pretrained(str(folder), CLCAViTConfig.from_pretrained(folder))
     weights = folder / "model.safetensors"
@@ -375,7 +374,7 @@ def test_folders_where_files_belong(plain: Path, name: str) -> None:
 
 
 def test_a_best_evaluation_without_a_checkpoint(tmp_path: Path) -> None:
-    """Evaluations are more frequent than checkpoints: resumed, the best metric is the one before, not the best of those since."""
+    """If evaluations are more frequent than checkpoints, the best metric after resuming is that at the checkpoint, not a later one."""
     plan: dict[str, Any] = {
         "eval_strategy": "steps",
         "eval_steps": 1,
@@ -394,7 +393,7 @@ def test_a_best_evaluation_without_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_checkpoints_in_excess_go_at_resume(whole: Path, tmp_path: Path) -> None:
-    """A kill came before they went, and no later checkpoint follows."""
+    """The run was killed before it deleted them, and no later checkpoint follows."""
     for step in (3, 6, 9, 12):
         shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     train(tmp_path, save_total_limit=1)
@@ -402,14 +401,14 @@ def test_checkpoints_in_excess_go_at_resume(whole: Path, tmp_path: Path) -> None
 
 
 def test_another_batch_size_is_logged(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where in the epoch it was, counted in steps, is now somewhere else."""
+    """The position in the epoch, in steps, now corresponds to other images."""
     trainer = make_trainer(tmp_path, (averaging(),), per_device_train_batch_size=2, max_steps=7)
     trainer.train(resume_from_checkpoint=str(whole / "checkpoint-6"))
     assert "images_per_step 4, now 2" in caplog.text and "processes" not in caplog.text
 
 
 def test_another_models_checkpoint_is_refused(whole: Path, tmp_path: Path) -> None:
-    """Trainer would warn, and train a head that was drawn at random."""
+    """Trainer would only warn, and train a random head."""
     other = make_trainer(tmp_path, model={"head": "linear"})
     with pytest.raises(ValueError, match=r"\d+ weights differ, e.g. classifier"):
         other.train(resume_from_checkpoint=str(whole / "checkpoint-3"))

@@ -75,7 +75,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def leaves(tmp_path_factory) -> Path:
-    """Three classes of noisy colours: 18 images to train on, 9 to validate, 9 to test."""
+    """Write three classes of noisy colors: 18 images for training, 9 for validation, 9 for test."""
     root, generator = tmp_path_factory.mktemp("leaves"), np.random.default_rng(0)
     for split, count in (("train", 6), ("validation", 3), ("test", 3)):
         for channel, name in enumerate(("red", "green", "blue")):
@@ -94,7 +94,7 @@ def recipe(folder: Path, data: Path, **changes: Any) -> str:
 
 
 def in_two_processes(function: Callable[[int], None], folder: Path) -> None:
-    """Call `function(rank)` in two processes, as torchrun would start them; fails with their tracebacks."""
+    """Call `function(rank)` in two processes, as torchrun would start them; fail with their tracebacks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -136,7 +136,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def assert_as_one(two: Path, one: Path) -> None:
-    """Weights, the loss of each step and each metric of validation and test; 9 images are no whole number of batches."""
+    """Compare weights, the loss of each step and the metrics of validation and test; 9 images are not a multiple of the batch."""
     expected = weights(one)
     for name, value in weights(two).items():
         assert (value - expected[name]).abs().max() <= 1e-5, name
@@ -154,7 +154,7 @@ def assert_as_one(two: Path, one: Path) -> None:
 
 
 def test_torchrun(leaves: Path, tmp_path: Path) -> None:
-    """The command, with a linear head: as one process with the doubled batch."""
+    """With a linear head, the command gives the result of one process with the doubled batch."""
     one, two = tmp_path / "one", tmp_path / "two"
     run_ufgir.main([recipe(one, leaves, per_device_train_batch_size=4)])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run_ufgir.py"]
@@ -167,7 +167,7 @@ def test_torchrun(leaves: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(leaves: Path, tmp_path_factory) -> Path:
-    """`<head>1` and `<head>2`: trained by one process, and by two with half the batch each."""
+    """Return `<head>1` and `<head>2`: trained by one process, and by two with half the batch each."""
     root = tmp_path_factory.mktemp("trained")
     heads = {head: {"head": head, "num_train_epochs": 4} for head in ("ifa", "cla")}
     for head, changes in heads.items():
@@ -188,14 +188,13 @@ def test_ifa_head(trained: Path) -> None:
 
 
 def test_cla_head_is_not_as_one(trained: Path) -> None:
-    """Its BatchNorm sees the images of one process: the first loss is another already. (If this fails, say so in
-    docs/scaling.md.)"""
+    """Its BatchNorm uses the images of one process, so that even the first loss differs. (If this fails, update docs/scaling.md.)"""
     one, two = (log(trained / f"cla{n}")[0]["loss"] for n in (1, 2))
     assert abs(one - two) > 1e-3
 
 
 def test_evaluation_of_a_batchnorm(trained: Path, leaves: Path, tmp_path: Path) -> None:
-    """Both processes evaluate with the statistics that are saved: the last evaluation is that of the saved model."""
+    """Both processes evaluate with the saved statistics: the last evaluation is that of the saved model."""
     folder = trained / "cla2"
     argv = ["--model_name_or_path", str(folder), "--dataset", str(leaves), "--output_dir", str(tmp_path), "--use_cpu"]
     metrics = run_ufgir.main([*argv, "--do_predict", "--num_pictures", "0"])
@@ -208,7 +207,7 @@ def test_evaluation_of_a_batchnorm(trained: Path, leaves: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_parameter_is_unused(variant: str) -> None:
-    """DDP would wait for its gradient: every parameter that trains gets one in each step."""
+    """Every trainable parameter gets a gradient in each step, because DDP would wait for it."""
     model = variant_model(variant).train()
     model(images().float(), labels=labels()).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -216,8 +215,8 @@ def test_no_parameter_is_unused(variant: str) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "activation checkpointing"])
 def test_loaded_checkpoints(checkpointing: bool, tmp_path: Path) -> None:
-    """Models that were loaded train beyond the second step, where DDP would miss a gradient of the first: with heads that read CLS
-    before the final norm, from a checkpoint of ours and from a stock ViT, through transformers' own Trainer."""
+    """Loaded models train beyond the second step, in which DDP would report a missing gradient of the first: with heads that use CLS before
+    the final norm, from a checkpoint of ours and from a stock ViT, with transformers' own Trainer."""
     stock = {k: v for k, v in TINY.items() if k != "reduction_layers"}
     ViTForImageClassification(ViTConfig(**stock)).save_pretrained(tmp_path / "stock")
     variants = {name: VARIANTS[name] for name in ("evit", "dyvit", "ifa", "vqt")}
@@ -248,7 +247,7 @@ def test_loaded_checkpoints(checkpointing: bool, tmp_path: Path) -> None:
 
 
 def test_resumed(leaves: Path, tmp_path: Path) -> None:
-    """Two processes, each with its own random state: to the bit as without the interruption. One process goes on from the
+    """Two processes, each with its own random state, give exactly the result of an uninterrupted training. One process can resume from the
     same checkpoint."""
     plan = {
         "drop_path_rate": 0.3,
@@ -283,7 +282,7 @@ def test_resumed(leaves: Path, tmp_path: Path) -> None:
 
 
 def test_each_process_draws_for_itself(tmp_path: Path) -> None:
-    """Dropout is not the same in all; the order of the images is."""
+    """Dropout differs between processes, and the order of images does not."""
 
     def run(rank: int) -> None:
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, remove_unused_columns=False, seed=3)
@@ -305,14 +304,14 @@ def test_each_process_draws_for_itself(tmp_path: Path) -> None:
 
 
 def arguments(device: str, world_size: int = 2, **changes: Any) -> Any:
-    """As much of TrainingArguments as there is to know."""
+    """Return the attributes of TrainingArguments that are used."""
     known = {"device": torch.device(device), "world_size": world_size, "process_index": 0, "do_train": True}
     known |= {"do_predict": True, "fsdp": None, "deepspeed": None}
     return SimpleNamespace(**known | {"per_device_train_batch_size": 4} | changes)
 
 
 def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
-    """Where torch has it: on a GPU. (No test goes through it there.)"""
+    """torch supports it on GPUs only, where no test runs."""
     model, names = variant_model("evit"), ("norm_in", "norm_out")
     synchronised = DistributedArguments(sync_batchnorm=True)
     with pytest.raises(ValueError, match="`sync_batchnorm` needs GPUs"):
@@ -326,7 +325,7 @@ def test_sync_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_statistics_of_several_keep_rates_are_not_synchronised(caplog: pytest.LogCaptureFixture) -> None:
-    """And not passed over in silence."""
+    """A warning reports it."""
     model = tiny_model(reduction="evit", head="cla", train_keep_rates=[0.25, 0.5])
     with pytest.raises(ValueError, match=r"`sync_batchnorm` .* `train_keep_rates`"):
         DistributedArguments(sync_batchnorm=True).prepare(model, arguments("cuda"))
@@ -369,8 +368,8 @@ SHARDED = [
 
 @pytest.mark.slow
 def test_fully_sharded(tmp_path: Path) -> None:
-    """Weights, gradients and optimizer in two pieces: three steps as one process with the whole batch, and a gathered state
-    dict that `from_pretrained` loads."""
+    """With weights, gradients and optimizer in two shards, three steps are equal to those of one process with the whole batch, and
+    `from_pretrained` loads the gathered state dict."""
 
     def model_of(variant: str) -> CLCAViTForImageClassification:
         options = VARIANTS[variant] | (
@@ -439,7 +438,7 @@ def test_no_prediction_from_weights_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
 def test_accelerate_recipes(name: str) -> None:
-    """accelerate reads them; the head says how to start them and whether that was done."""
+    """accelerate can read them; the first lines contain the command and whether it was run."""
     file = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     assert file.read_text().startswith(
         f"# accelerate launch --config_file recipes/accelerate/{name}.yaml run_ufgir.py recipes/"
@@ -528,7 +527,7 @@ def assert_same_lines(actual: Path, wanted: Path) -> None:
 def test_every_image_counts_once(
     model: CLCAViTForImageClassification, outcomes: Path, tmp_path: Path, count: int
 ) -> None:
-    """Metrics, the loss among them, and predictions are those of one process, in both processes."""
+    """Metrics, including the loss, and predictions are those of one process, in both processes."""
     data = make_images(count)
     batch = torch.utils.data.default_collate([data[i] for i in range(count)])
     with torch.no_grad():

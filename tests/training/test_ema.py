@@ -1,4 +1,4 @@
-"""Averaged weights: the formula, evaluated, saved, resumed, and left at the end."""
+"""Averaged weights: the formula, evaluation, saving, resuming, and the final model."""
 
 import json
 import logging
@@ -117,7 +117,7 @@ def test_average_is_resumed_bit_by_bit(tmp_path, step):
 
 
 def test_one_average_is_one_file(tmp_path):
-    """Byte by byte, whichever process writes it: or else the checksums of resumed trainings would differ at random."""
+    """The bytes do not depend on the writing process, so that checksums of resumed trainings are equal."""
     ema = EMACallback(0.9)
     ema.on_train_begin(None, None, None, model=torch.nn.BatchNorm1d(3))
     files = set()

@@ -1,4 +1,4 @@
-"""What is frozen, by part and by name, and what still trains."""
+"""Frozen and trained parameters, by part and by name."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ufgir.training.freezing import NEW_PARTS, freeze, part_names
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.tokens == "registers"], ids=str)
 def test_a_linear_probe_trains_what_is_new(case: Any) -> None:
-    """The original leaves parameters of reductions frozen at random (F14); here they learn, as do CLR and the head."""
+    """The original leaves parameters of reductions frozen at random values (F14); here they are trained, as are CLR and the head."""
     model = case.model()
     trained = trains(model)
     assert set(freeze(model, ["backbone"])) == trained - trains(model)
@@ -58,7 +58,7 @@ def test_parts(parts: list[str], unfreeze: list[str], expected: set[str]) -> Non
     ],
 )
 def test_positions_of_clr(parts: list[str], unfreeze: list[str], positions_train: bool, as_original: bool) -> None:
-    """In the original they are rows of the one table of positions, and frozen with it; CLR itself trains."""
+    """In the original they belong to the position embeddings and are frozen with them; CLR itself is trained."""
     model = tiny_model(**CACHES["clca"])
     freeze(model, parts, unfreeze, as_original=as_original)
     own = {name.removeprefix("vit.") for name in trains(model)}

@@ -1,4 +1,4 @@
-"""Records of gradients: the original's numbers, whole batches, and what is on the disk when a training stops."""
+"""Records of gradients: values of the original, whole batches, and files when a training stops."""
 
 import logging
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_biases_frozen_and_unused_parameters_do_not_count(golden_gradients):
 
 
 def test_both_ways_to_measure_agree():
-    """The fused one is for GPUs; NaN and infinity show in both."""
+    """The fused implementation is for GPUs; NaN and infinity are visible in both."""
     gradients = [torch.randn(shape) for shape in ((7, 5), (3,), (1, 2, 3), ())]
     torch.testing.assert_close(_sizes_fused(gradients), _sizes_in_place(gradients), rtol=1e-6, atol=0)
     gradients[0][1, 1], gradients[2][0, 0, 0] = float("nan"), float("inf")
@@ -89,7 +89,7 @@ def test_layer_of(name, layer):
 
 
 class Spy(TrainerCallback):
-    """The gradients of the first step, by the names of the parameters, and the batches they came from."""
+    """Records the gradients of the first step, by the names of the parameters, and its batches."""
 
     def on_gradients(self, args, state, model, scale) -> None:
         if state.global_step == 0:
@@ -98,8 +98,8 @@ class Spy(TrainerCallback):
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_recorded_are_whole_batches_before_clipping(tmp_path, clip):
-    """Two accumulated batches of 4 have the gradient of one batch of 8, whatever is clipped from it later. (The head is
-    linear: BatchNorm sees 4 images or 8.)"""
+    """Two accumulated batches of 4 have the gradient of one batch of 8, regardless of clipping. (The head is linear, because BatchNorm
+    depends on the batch.)"""
     spy = Spy()
     trainer = make_trainer(tmp_path, GradientRecorder(), spy, gradient_accumulation_steps=2, max_grad_norm=clip)
     trainer.model = trainer.model_wrapped = CLCAViTForImageClassification(tiny_config(num_hidden_layers=3))
@@ -154,7 +154,7 @@ def test_record_of_a_resumed_training_is_that_of_an_uninterrupted_one(tmp_path):
 
 
 def test_checkpoint_is_never_ahead_of_the_record(tmp_path):
-    """A process that is killed right after a checkpoint has written the lines of all steps before it."""
+    """If a process is killed immediately after a checkpoint, all previous steps have been written."""
 
     class Look(TrainerCallback):
         def save_to_checkpoint(self, folder):

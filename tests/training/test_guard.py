@@ -1,4 +1,4 @@
-"""The guard against NaN: it names step and parameter, and keeps checkpoints sound."""
+"""The guard against NaN names step and parameter, and keeps checkpoints valid."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from ufgir.training.gradients import (
 
 
 class Poison(TrainerCallback):
-    """Spoils one value at a step."""
+    """Sets one value to NaN at a step."""
 
     def __init__(
         self, what: str, step: int, name: str = "vit.layers.1.mlp.fc1.weight", value: float = float("nan")
@@ -86,7 +86,7 @@ def test_guard_names_step_and_parameter_and_keeps_checkpoints_sound(tmp_path, po
 
 
 def test_without_the_guard_the_poison_spreads(tmp_path):
-    """What the guard is for: transformers trains on, and saves."""
+    """Without the guard, transformers continues training and saves the model."""
     trainer = make_trainer(tmp_path, Poison("gradient", 3), max_steps=4)
     trainer.train()
     assert not all(value.isfinite().all() for value in trainer.model.state_dict().values())
@@ -107,7 +107,7 @@ def test_guard_leaves_overflow_in_fp16_to_the_scaler_while_it_can():
 
 
 def test_guard_accepts_large_and_missing_values():
-    """Squares of 1e30 overflow in float32, the values do not; and an empty parameter has no maximum."""
+    """Squares of 1e30 overflow in float32, but the values do not; an empty parameter has no maximum."""
     model, guard = torch.nn.Linear(2, 2), NaNGuard()
     model.register_parameter("none", torch.nn.Parameter(torch.zeros(0)))
     args, state = SimpleNamespace(output_dir="out"), SimpleNamespace(global_step=0)

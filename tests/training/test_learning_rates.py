@@ -1,4 +1,4 @@
-"""Schedules equal the original's, and go on where they were saved."""
+"""Schedules are equal to the original's, and continue after resuming."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from ufgir.training.optimization import (
 
 
 def optimizer_of(*rates: float, freeze_epochs: int = 0) -> torch.optim.Optimizer:
-    """Each group one parameter; the last is held for `freeze_epochs`."""
+    """Create an optimizer with one parameter per group; the last group is held for `freeze_epochs`."""
     groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": rate, "freeze_epochs": 0} for rate in rates]
     groups[-1]["freeze_epochs"] = freeze_epochs
     return torch.optim.AdamW(groups)

@@ -1,4 +1,4 @@
-"""Parameter groups equal the original's; the defaults, options and precision."""
+"""Parameter groups are equal to the original's; defaults, options and precision."""
 
 import json
 import re
@@ -31,7 +31,7 @@ GROUPS = json.loads((GOLDENS / "optim_groups.json").read_text())
 
 
 def original_model(name: str) -> tuple[CLCAViTForImageClassification, dict[str, str]]:
-    """Our model for one of optim_groups.json, and our parameter name -> the original's."""
+    """Return our model for an entry of optim_groups.json, and our parameter name -> the original's."""
     golden = {"vqt": "vqt_loc13", "h2t": "h2t_loc13", "evit_constcls": "evit_clc_clr1"}.get(name, name)
     with safe_open(GOLDENS.parent / "goldens" / f"{golden}.safetensors", "pt") as file:
         spec = json.loads(file.metadata()["config"])
@@ -50,7 +50,7 @@ def original_model(name: str) -> tuple[CLCAViTForImageClassification, dict[str, 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_equal_the_original(name: str) -> None:
-    """Every parameter has the original's rate, decay and frozen epochs, for the eight models."""
+    """Every parameter has the original's learning rate, weight decay and frozen epochs, for eight models."""
     model, originals = original_model(name)
     kept = set()
     if name == "evit_constcls":
@@ -77,7 +77,7 @@ def test_groups_equal_the_original(name: str) -> None:
     "case", [c for c in CASES if c.method is None or (c.cache, c.tokens) == ("clca", "registers")], ids=str
 )
 def test_only_matrices_decay(case: Any) -> None:
-    """CLS, positions, CLR, registers, LayerScale, norms, queries and biases never do, with any method, cache and backbone."""
+    """CLS, positions, CLR, registers, LayerScale, norms, queries and biases have no weight decay, with any method, cache and backbone."""
     model = case.model(layerscale_value=0.1, use_qk_norm=True, pre_norm=True)
     group_of = flat(parameter_groups(model, OptimizationArguments(), 1e-4, 0.05))
     matrices = {
@@ -94,7 +94,7 @@ def test_only_matrices_decay(case: Any) -> None:
 
 
 def test_tokens_and_queries_do_not_decay() -> None:
-    """By name, for the parameters that a rule about dimensions would catch."""
+    """They are selected by name, because a rule about dimensions would include them."""
     options = {"num_register_tokens": 2, "num_clr_tokens": 1, "cross_layer_cache": True}
     tokens = ("cls_token", "register_tokens", "clr_tokens", "position_embeddings", "clr_position_embeddings")
     for method, head, own in (

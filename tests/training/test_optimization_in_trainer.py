@@ -29,12 +29,12 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def held(run: UFGIRTrainer) -> set[str]:
-    """Names of the parameters of the groups that are held."""
+    """Return the names of the parameters in groups that are held."""
     return {n for group in run.optimizer.param_groups if group["freeze_epochs"] for n in group["param_names"]}
 
 
 def test_trainer_follows_the_schedule(tmp_path: Path) -> None:
-    """With accumulated gradients, whose last share of an epoch is a smaller one: two steps an epoch."""
+    """With gradient accumulation, where the last step of an epoch has fewer batches: two steps per epoch."""
     args = OptimizationArguments(schedule="cosine_epochs", schedule_epochs=3, warmup_epochs=1, min_learning_rate=1e-4)
     run = trainer(tmp_path, args, gradient_accumulation_steps=2)
     run.train()
@@ -44,7 +44,7 @@ def test_trainer_follows_the_schedule(tmp_path: Path) -> None:
 
 
 def test_without_options_only_the_decay_differs_from_transformers(tmp_path: Path) -> None:
-    """The same rates as transformers' own schedule, and the same groups but for what never decays."""
+    """The learning rates are those of transformers' schedule, and the groups differ only in parameters without weight decay."""
     run = trainer(tmp_path, lr_scheduler_type="cosine", warmup_steps=2)
     run.train()
     reference = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1e-3)
@@ -67,7 +67,7 @@ def test_without_options_only_the_decay_differs_from_transformers(tmp_path: Path
 
 
 def test_a_stream_has_epochs_of_max_steps(tmp_path: Path) -> None:
-    """Without a length, an epoch is the share of `max_steps` that num_train_epochs makes of it."""
+    """Without a length, an epoch is `max_steps` divided by num_train_epochs."""
     args = OptimizationArguments(
         schedule="cosine_epochs", warmup_epochs=1, warmup_learning_rate=0, min_learning_rate=0
     )
@@ -79,7 +79,7 @@ def test_a_stream_has_epochs_of_max_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("schedule", ["trainer", "cosine_epochs"])
 def test_held_backbone(schedule: str, tmp_path: Path) -> None:
-    """For two epochs the backbone neither moves nor gathers moments, and does not enter the clipped norm; then it trains."""
+    """For two epochs the backbone neither changes nor accumulates moments, and is not part of the clipped norm; then it is trained."""
     run = trainer(tmp_path, OptimizationArguments(schedule=schedule, freeze_epochs=2), max_grad_norm=1.0)
     start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.train()
@@ -108,7 +108,7 @@ def test_held_backbone(schedule: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("groups", ["default", "original"])
 def test_frozen_as_in_the_original(groups: str, tmp_path: Path) -> None:
-    """A frozen backbone holds CLR's position embeddings with `parameter_groups` original, not by default; CLR trains."""
+    """A frozen backbone includes CLR's position embeddings with `parameter_groups` original, but not by default; CLR is trained."""
     run = trainer(tmp_path, OptimizationArguments(freeze=["backbone"], parameter_groups=groups))
     embeddings = {own_name(name) for name in trains(run.model) if "embeddings." in name}
     positions = {"embeddings.clr_position_embeddings"} if groups == "default" else set()
@@ -116,7 +116,7 @@ def test_frozen_as_in_the_original(groups: str, tmp_path: Path) -> None:
 
 
 def test_held_as_in_the_original(tmp_path: Path) -> None:
-    """Position and patch embeddings train from the beginning, CLR is held, and the moments of all gather (K10, K13)."""
+    """Position and patch embeddings are trained from the start, CLR is held, and moments of all parameters accumulate (K10, K13)."""
     run = trainer(tmp_path, OptimizationArguments(freeze_epochs=2, parameter_groups="original"))
     start = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     run.train()
@@ -129,7 +129,7 @@ def test_held_as_in_the_original(tmp_path: Path) -> None:
 
 
 def test_resumed_training_is_the_same(tmp_path: Path) -> None:
-    """From a checkpoint in the middle of the third epoch, with groups, a held backbone and a schedule: equal bits."""
+    """Resuming in the middle of the third epoch, with groups, a held backbone and a schedule, gives exactly the same weights."""
     args = OptimizationArguments(
         schedule="cosine_epochs", schedule_per="step", freeze_epochs=2, backbone_lr_scale=0.5, layer_lr_decay=0.8
     )
@@ -154,7 +154,7 @@ def test_frozen_parts_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_two_trainings_in_a_row(tmp_path: Path) -> None:
-    """Trainer makes a schedule for each, on the same optimizer."""
+    """Trainer creates a schedule for each, on the same optimizer."""
     run = trainer(tmp_path, OptimizationArguments(schedule="cosine_epochs", freeze_epochs=1), num_train_epochs=3)
     run.train()
     run.train()
@@ -177,7 +177,7 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path: Path, monkeypa
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_peft(tmp_path: Path) -> None:
-    """Adapters and new parts are not of the backbone, and freezing it changes nothing."""
+    """Adapters and new parts do not belong to the backbone, and freezing it has no effect."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install -c constraints.txt -e .[peft]")
     from ufgir.training.adapters import ATTENTION, adapt
 

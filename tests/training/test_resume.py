@@ -37,7 +37,7 @@ SAVED = (3, 6, 9, 12)  # in the middle of epochs, and at the end
 
 
 def test_the_training_is_as_random_as_it_can_be(whole: Path, tmp_path: Path) -> None:
-    """Or else the tests of this file would show little: another seed gives other weights, and the average is another model."""
+    """Another seed gives other weights, and the average differs from the model; otherwise the tests of this file would show little."""
     train(tmp_path, seed=4)
     expected, other = weights(whole), weights(tmp_path)
     assert not any(torch.equal(other[name], expected[name]) for name in expected if name.endswith("proj.weight"))
@@ -45,7 +45,7 @@ def test_the_training_is_as_random_as_it_can_be(whole: Path, tmp_path: Path) -> 
 
 
 def test_killed_at_every_step(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One training, killed in the middle of its first step, of its second, and so on to the last."""
+    """One training is killed in the middle of each of its steps."""
     step = UFGIRTrainer.training_step
     for fatal in range(STEPS):
 
@@ -92,7 +92,7 @@ def test_resumed_from_every_checkpoint(tmp_path: Path, changes: dict[str, Any]) 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
 def test_an_adapter_is_resumed(tmp_path: Path) -> None:
-    """LoRA: a checkpoint holds the adapter and what is new to the model."""
+    """A LoRA checkpoint contains the adapter and the new parts of the model."""
     trained = []
     for checkpoint in (None, tmp_path / "checkpoint-3"):
         trainer = make_trainer(tmp_path, lora=True, num_train_epochs=2, save_total_limit=None)
@@ -103,7 +103,7 @@ def test_an_adapter_is_resumed(tmp_path: Path) -> None:
 
 
 def test_what_the_log_says_is_the_same(whole: Path, tmp_path: Path) -> None:
-    """Every loss and every metric of a resumed training, on CPU to the bit."""
+    """Every loss and metric of a resumed training is exactly equal on a CPU."""
     shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
     train(tmp_path, save_total_limit=None)
     logs = [
@@ -118,7 +118,7 @@ def test_what_the_log_says_is_the_same(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_training_that_has_ended_takes_no_further_step(tmp_path: Path) -> None:
-    """By its number of steps, in the middle of an epoch; resumed, it comes to the same end. With more steps it goes on."""
+    """It ended by its number of steps in the middle of an epoch; resuming gives the same end, and more steps continue it."""
     train(tmp_path, max_steps=6)
     expected = weights(tmp_path)
     train(tmp_path, max_steps=6)
@@ -128,7 +128,7 @@ def test_a_training_that_has_ended_takes_no_further_step(tmp_path: Path) -> None
 
 
 def test_early_stopping_remembers_what_it_has_counted(tmp_path: Path) -> None:
-    """Two evaluations without a better metric end the training, also with an interruption between them or after them."""
+    """Two evaluations without a better metric end the training, also with an interruption between or after them."""
 
     def run(folder: Path, checkpoint: Path | None, patience: int = 2) -> int:
         plan = {"save_strategy": "epoch", "metric_for_best_model": "score", "num_train_epochs": 6}
@@ -145,7 +145,7 @@ def test_early_stopping_remembers_what_it_has_counted(tmp_path: Path) -> None:
 
 
 def test_the_state_of_callbacks_that_were_not_there_before(tmp_path: Path) -> None:
-    """Trainer would fail at its next checkpoint: it looks the new callback up in the old state."""
+    """Trainer would fail at its next checkpoint, because the old state does not contain the new callback."""
     train(tmp_path, max_steps=3)
     plan = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "top1"}
     trainer = make_trainer(tmp_path, (EarlyStoppingCallback(9),), **plan)
@@ -155,7 +155,7 @@ def test_the_state_of_callbacks_that_were_not_there_before(tmp_path: Path) -> No
 
 
 def test_the_best_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is kept when others go, loaded at the end, found where the folder was moved to, and forgotten where it is gone."""
+    """It is not deleted with others, is loaded at the end, is found after the folder was moved, and is reset if it was deleted."""
     plan: dict[str, Any] = {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "score"}
 
     def run(folder: Path, scores: list[float], checkpoint: Path | None = None, **changes: Any) -> UFGIRTrainer:

@@ -1,4 +1,4 @@
-"""A schedule is one entry of `SCHEDULES`: its arguments are options, and its defaults theirs."""
+"""A schedule is one entry of `SCHEDULES`, whose arguments and defaults are those of the options."""
 
 from dataclasses import fields
 

@@ -16,7 +16,7 @@ from ufgir.training.optimization import OptimizationArguments
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Images whose number nobody knows."""
+    """Images without a length."""
 
     def __init__(self, images: list[dict[str, Any]]) -> None:
         self.images = images
@@ -61,7 +61,7 @@ def test_one_image_is_left(kind: Any, images: int, options: dict[str, Any], tmp_
     [(10, {}), (9, {"dataloader_drop_last": True}), (9, {"max_steps": 2}), (9, {"variant": "ifa"})],
 )
 def test_no_image_is_left_alone(kind: Any, images: int, options: dict[str, Any], tmp_path: Path) -> None:
-    """Or it does not matter: the batch is dropped or never comes, or the head has no BatchNorm."""
+    """Or it has no effect: the batch is dropped or does not occur, or the head has no BatchNorm."""
     assert trainer(kind, tmp_path, images, **options).train().global_step > 0
 
 

@@ -1,4 +1,4 @@
-"""A tiny training, and callbacks that look at it or stop it."""
+"""A tiny training, and callbacks that observe or stop it."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ CLCA = {"reduction": "evit", "keep_rate": 0.5, "cross_layer_cache": True, "num_c
 
 
 class Samples(torch.utils.data.Dataset):
-    """Random images with labels, in the columns that a model takes."""
+    """Random images with labels, in the columns of a model's inputs."""
 
     def __init__(self, count: int = 16) -> None:
         self.pixels, self.labels = images(count).float(), labels(count)
@@ -37,7 +37,7 @@ def top1(prediction: transformers.EvalPrediction) -> dict[str, float]:
 
 
 def make_trainer(folder: Path, *callbacks: TrainerCallback, **options) -> UFGIRTrainer:
-    """16 images in batches of 4: 4 steps an epoch, 12 in all, unless `options` say otherwise."""
+    """Create a trainer of 16 images in batches of 4: 4 steps per epoch, 12 in total, unless `options` change this."""
     defaults = {
         "num_train_epochs": 3,
         "per_device_train_batch_size": 4,
@@ -70,7 +70,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 class Snapshots(TrainerCallback):
-    """All weights after each step."""
+    """Copies all weights after each step."""
 
     def __init__(self) -> None:
         self.taken: list[dict[str, torch.Tensor]] = []
@@ -80,7 +80,7 @@ class Snapshots(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Ends a training at a step, as an interruption would, a little after a checkpoint."""
+    """Stops a training at a step, like an interruption shortly after a checkpoint."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -91,7 +91,7 @@ class Stop(TrainerCallback):
 
 
 class Worse(TrainerCallback):
-    """Makes the first evaluation the best."""
+    """Scores the first evaluation best."""
 
     def __init__(self, metric: str) -> None:
         self.metric, self.value = metric, 1.0

@@ -1,4 +1,4 @@
-"""Augmentation: where chance comes from, erasing, mixed labels, copies of images, and a training with all of it."""
+"""Augmentation: sources of randomness, erasing, mixed labels, copies of images, and a training with all of it."""
 
 import sys
 from collections import Counter
@@ -122,7 +122,7 @@ def test_workers_and_global_chance_change_nothing_and_epochs_do(leaves):
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_more_processes_change_no_image_and_no_partner(leaves, copies):
-    """accelerate deals batches out in turn: two processes with half the batch see the same pairs in each step."""
+    """accelerate distributes batches in turn: two processes with half the batch see the same pairs in each step."""
     images, collator = prepare(leaves, **(EVERYTHING | {"repeated_augmentation": copies}))
     sampler = RepeatedSampler(images) if copies > 1 else SequentialSampler(images)
     one = whole_epoch(images, collator, batch_size=8, sampler=sampler)
@@ -164,13 +164,13 @@ def test_erasing(leaves):
 
 
 def two_colours() -> tuple[torch.Tensor, torch.Tensor]:
-    """Four images: black, white, black, white, of the classes 0, 1, 2, 1."""
+    """Return four images, black, white, black, white, of the classes 0, 1, 2, 1."""
     pixels = torch.tensor([0, 255, 0, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, SIZE, SIZE)
     return pixels, torch.tensor([0, 1, 2, 1])
 
 
 def whiteness(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, H, W), 0 for black to 1 for white."""
+    """Return (B, H, W), 0 for black to 1 for white."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (PROCESSOR.image_mean, PROCESSOR.image_std))
     return (pixels * std + mean).mean(dim=1)
 

@@ -1,4 +1,4 @@
-"""The operations of TrivialAugment and RandAugment: against Pillow, and how they are drawn."""
+"""The operations of TrivialAugment and RandAugment: equal to Pillow, and their random choice."""
 
 import itertools
 from collections import Counter
@@ -51,7 +51,7 @@ def tensor(image: Image.Image) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_do_what_pillow_does(name):
-    """All levels, both signs and both papers' strengths, in one batch."""
+    """All levels, both signs and the strengths of both papers, in one batch."""
     image = draw_leaf(cultivar_traits(2)[1], np.random.default_rng(0), 64)
     choices = itertools.product(range(0, HIGHEST_LEVEL + 1, 2), (False, True), [64], (False, True))
     values = [operation_value(name, *choice) for choice in choices]
@@ -101,14 +101,14 @@ def test_strengths_are_the_published_ones():
 
 
 def test_levels_round_trip():
-    """kornia cuts off decimals of 255 * x."""
+    """kornia truncates the decimals of 255 * x."""
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal((from_levels(levels) * 255).to(torch.uint8), levels)
     assert torch.equal(to_levels(from_levels(levels)), levels)
 
 
 def test_constant_color_is_unchanged():
-    """A channel of one value cannot be stretched or equalised."""
+    """A channel of one value cannot be stretched or equalized."""
     pixels = from_levels(torch.full((2, 3, 8, 8), 200, dtype=torch.uint8))
     indices = torch.tensor([NAMES.index("autocontrast"), NAMES.index("equalize")])
     torch.testing.assert_close(apply_operations(pixels, indices, torch.zeros(2)), pixels)

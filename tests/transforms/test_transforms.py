@@ -1,4 +1,4 @@
-"""The transforms against the image processor, and where random decisions come from."""
+"""The transforms compared with the image processor, and their sources of randomness."""
 
 import pickle
 
@@ -46,7 +46,7 @@ def rows(count: int = 12, size: int = 40) -> list[dict]:
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """Return an image whose pixels hold their own row and column."""
+    """Return an image whose pixels contain their own row and column."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0] = np.arange(height)[:, None]
     pixels[..., 1] = np.arange(width)[None, :]
@@ -84,7 +84,7 @@ def test_eval_transform_is_the_saved_and_reloaded_processor(tmp_path):
 
 
 def test_the_aspect_ratio_is_not_kept(processor):
-    """A black left half stays the left half, however wide the image."""
+    """A black left half remains the left half for any width of the image."""
     wide = Image.new("RGB", (200, 20), "white")
     wide.paste("black", (0, 0, 100, 20))
     pixels = EvalTransform(processor)(wide)
@@ -98,7 +98,7 @@ def test_default_sizes():
 
 
 def test_train_transform_crops_everywhere_and_flips_half(processor):
-    """Every pixel holds its own coordinates, so crop and flip can be read off the result."""
+    """Every pixel contains its own coordinates, so that crop and flip are visible in the result."""
     side = processor.resize_size[0]
     transform = TrainTransform(processor)
     seen = set()
@@ -126,7 +126,7 @@ def test_flip_probability(processor, probability, flips):
 
 
 def test_random_resized_crop(processor):
-    """Corners of the crop, read off the colours: areas, shapes and places are those asked for."""
+    """The corners of the crop are visible in the colors: areas, aspect ratios and positions are within their ranges."""
     transform = TrainTransform(processor, flip_probability=0.0, random_resized_crop=0.3)
     mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     boxes = []
@@ -145,7 +145,7 @@ def test_random_resized_crop(processor):
 
 
 def test_random_resized_crop_of_a_long_image(processor):
-    """Where no rectangle of that shape is large enough, the middle."""
+    """The center is used if no rectangle of the aspect ratio is large enough."""
     transform = TrainTransform(processor, flip_probability=0.0, random_resized_crop=0.9)
     pixels = transform(coordinates(20, 255), np.random.default_rng(0))
     mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))

@@ -1,4 +1,4 @@
-"""Files and folders are there whole or not at all, whatever ends or refuses the writing; what is left is removed."""
+"""Files and folders are complete or absent, however writing ends; leftovers are removed."""
 
 import errno
 import multiprocessing
@@ -62,7 +62,7 @@ def status(action: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_no_space(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """The system itself refuses to write on, in Python, Pillow, torch and safetensors: one sentence, and the old file stays."""
+    """The system rejects further writing, in Python, Pillow, torch and safetensors: the error is one sentence, and the old file remains."""
     write(tmp_path)
     before = everything(tmp_path)
     with small_files(10_000), pytest.raises(DiskFull) as refused:
@@ -84,7 +84,7 @@ def test_only_missing_space_is_told_as_such(tmp_path: Path, number: int) -> None
 @pytest.mark.parametrize("step", ["to_disk", "_for_everyone", "os.replace"])
 @pytest.mark.parametrize("write", WRITERS)
 def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], step: str) -> None:
-    """What was there is there, and a later run that writes alone removes the rest."""
+    """Existing files remain, and a later run that has the folder to itself removes the leftovers."""
     write(tmp_path)
     before = everything(tmp_path)
 
@@ -101,7 +101,7 @@ def test_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable
 
 
 def test_killed_while_a_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the moment when the old one goes and that when the new one comes."""
+    """Between the removal of the old folder and the renaming of the new one."""
     weights(tmp_path)
     before, replace = everything(tmp_path), os.replace
 
@@ -133,7 +133,7 @@ def test_leftovers_of_earlier_versions_go_and_files_of_others_stay(tmp_path: Pat
 
 
 def leave(folder: Path, write: Callable[[Path], None]) -> None:
-    """Kill a process before the file that it has written gets its name."""
+    """Kill a process before its file gets its final name."""
 
     def killed() -> None:
         files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -144,7 +144,7 @@ def leave(folder: Path, write: Callable[[Path], None]) -> None:
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_the_next_write_removes_what_a_killed_process_left(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """At once, and nothing else: no files of other targets."""
+    """Immediately, and no files of other targets."""
     write(tmp_path)
     names = everything(tmp_path).keys()
     others = {"_a.json.b.12345678.tmp", "_b.json.12345678.tmp", "_a.json.partial", "a.json.12345678.tmp"}
@@ -158,7 +158,7 @@ def test_the_next_write_removes_what_a_killed_process_left(tmp_path: Path, write
 
 @pytest.mark.parametrize("folder", [False, True])
 def test_the_temporary_files_of_living_processes_stay(tmp_path: Path, folder: bool) -> None:
-    """A lock is per open file, so one process can stand for two."""
+    """A lock belongs to an open file, so one process can simulate two."""
     target = tmp_path / "a"
     with temporary_path(target, folder) as first, temporary_path(target, folder) as second:
         assert first.exists() and second.exists() and first != second
@@ -203,7 +203,7 @@ def test_without_locks_a_leftover_goes_after_an_hour(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 @pytest.mark.parametrize("write", WRITERS)
 def test_who_may_read(tmp_path: Path, write: Callable[[Path], None], umask: int) -> None:
-    """As any other file: safetensors, mkstemp and mkdtemp would let the owner alone read."""
+    """As for any other file; safetensors, mkstemp and mkdtemp would only let the owner read."""
     before = os.umask(umask)
     try:
         write(tmp_path)

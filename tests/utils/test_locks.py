@@ -1,4 +1,4 @@
-"""Two processes never write one thing at once: the second is told so, and one that was killed stands in nobody's way."""
+"""Two processes never write the same target at once: the second one gets an error, and a killed one blocks nobody."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def hold(target: Path) -> subprocess.Popen:
-    """Another process that is in its block."""
+    """Start another process that holds the lock."""
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -69,7 +69,7 @@ class Pictures(TensorDataset):
 
 @pytest.mark.parametrize("kind", ["predictions", "analysis"])
 def test_results_of_two_do_not_mix(kind: str, tmp_path: Path) -> None:
-    """The second leaves the first one's work alone, and has the place to itself later."""
+    """The second process does not touch the results of the first, and can use the target later."""
     model, data = tiny_model(reduction="evit", keep_rate=0.5).float(), Pictures(images(6).float())
     partial = tmp_path / ("_out.csv.partial" if kind == "predictions" else "_out.partial")
 

@@ -1,4 +1,4 @@
-"""Options that contradict others and options without effect, `ufgir.utils.options`."""
+"""Conflicting options and options without effect, `ufgir.utils.options`."""
 
 import logging
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One style for all figures: what looks alike, what does not, and what is written."""
+"""One style for all figures: equal and distinct styles, and files."""
 
 import builtins
 import itertools
@@ -29,7 +29,7 @@ LOOKS = ("color", "linestyle", "marker")
 
 
 def luminance(color: str) -> float:
-    """How light a colour is in grey, from 0 to 1 (WCAG's relative luminance)."""
+    """Return the relative luminance of a color (WCAG), from 0 to 1."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
@@ -47,8 +47,8 @@ def test_every_method_and_variant_has_a_look_of_its_own():
 
 
 def test_colours_can_be_read_on_paper():
-    """WCAG asks for a contrast of 3 between the parts of a figure and its ground; the lightest two of this palette miss it,
-    and are told apart by line and marker."""
+    """WCAG requires a contrast of 3 between the parts of a figure and the background; the two lightest colors have less, and differ in line
+    and marker."""
     contrast = {color: 1.05 / (luminance(color) + 0.05) for color in PALETTE}
     assert len(contrast) == 7
     assert min(contrast.values()) > 2
@@ -113,7 +113,7 @@ def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def records(tmp_path):
-    """Three files of recorded gradients: 30 steps, 30 steps, 20 steps."""
+    """Write three files of recorded gradients: 30 steps, 30 steps, 20 steps."""
     files = []
     for i, steps in enumerate((30, 30, 20)):
         files.append(tmp_path / f"run{i}" / "gradients.csv")

@@ -1,4 +1,4 @@
-"""Signals that end a run: an exception once, a status that queues expect, and no traceback at the second."""
+"""Signals that end a run: an exception for the first, an exit status for queues, and no traceback for the second."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ def test_handlers_of_others_stay() -> None:
 
 
 def test_one_that_waits() -> None:
-    """All but Ctrl-C, within the block that asks for it."""
+    """All signals except Ctrl-C wait within a block that requests it."""
     with pytest.raises(Ended), ending_signals():
         with ending_signals(wait=True):
             send(signal.SIGTERM)
@@ -64,7 +64,7 @@ def test_one_that_waits() -> None:
 
 
 def test_a_second_one(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a second it is of the same event; later it ends the process at once."""
+    """A second signal within a second belongs to the same event; a later one ends the process immediately."""
     status = os.fork()
     if status == 0:
         with ending_signals("x"):
@@ -79,7 +79,7 @@ def test_a_second_one(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPa
 
 
 def test_workers() -> None:
-    """A process that was forked within: its parent ends it, with SIGTERM."""
+    """The parent of a forked process ends it with SIGTERM."""
     with ending_signals():
         process = os.fork()
         if process == 0:
@@ -91,7 +91,7 @@ def test_workers() -> None:
 
 @pytest.mark.parametrize("program", ["run_ufgir.py", "ufgir"])
 def test_interrupted_while_it_imports(tmp_path: Path, program: str) -> None:
-    """Ctrl-C in the first seconds: one line, no traceback. A module that both import sends the signal."""
+    """Ctrl-C in the first seconds gives one line and no traceback. A module that both import sends the signal."""
     (tmp_path / "torch").mkdir()
     lines = ["import os, signal", "os.kill(os.getpid(), signal.SIGINT)", "import time", "time.sleep(60)"]
     (tmp_path / "torch" / "__init__.py").write_text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""A page around a hand-made graph: built in no time, and all that the browser does can be checked on it."""
+"""A page with a small hand-made graph, so that the results of the browser can be checked quickly."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ PROCESSOR = CLCAImageProcessor(size={"height": 64, "width": 64}, crop_pct=0.875,
 
 
 def small_graph(seed=0, keep_rate=None, spread=8.0):
-    """Eight by eight patches by a convolution; `shares` are sigmoids, `logits` means by class."""
+    """Create a graph with eight by eight patches from a convolution; `shares` are sigmoids, `logits` means per class."""
     random = np.random.default_rng(seed)
     filters = numpy_helper.from_array(random.normal(size=(16, 3, 8, 8)).astype("f4"), "filters")
     classes = numpy_helper.from_array(spread * random.normal(size=(16, 3)).astype("f4"), "classes")
@@ -59,7 +59,7 @@ def write_page(folder, graphs=None, title="Leaves", webgpu=False):
 
 
 def session_of(site):
-    """Of the first graph, as written, with its weights beside it."""
+    """Load the first graph as written, with its weights file."""
     return onnxruntime.InferenceSession(site.folder / site.graphs[0][0], providers=["CPUExecutionProvider"])
 
 
@@ -92,7 +92,7 @@ def swapped_profile():
 
 
 def image_files(folder):
-    """Files of every kind that a phone or a camera makes, by name."""
+    """Write files of every kind that phones and cameras create, by name."""
     picture, exif = leaf(), Image.Exif()
     exif[274] = 6
     clear = picture.convert("RGBA")

@@ -1,4 +1,4 @@
-"""The graphs of the page say what PyTorch says: logits, and the patches that are left after each stage."""
+"""The graphs of the page give the same results as PyTorch: logits, and kept patches after each stage."""
 
 import numpy as np
 import onnxruntime

@@ -1,4 +1,4 @@
-"""The page in a real browser: it shows what Python computes, offline too, by mouse and keyboard, on a phone, with good and bad files."""
+"""The page in a real browser shows the results of Python, also offline, with mouse and keyboard, on a phone, with valid and invalid files."""
 
 import csv
 import re
@@ -63,7 +63,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def context(browser):
-    """One whose pages may be looked into, which their security policy forbids otherwise."""
+    """Yield a context in which the tests can evaluate scripts, which the security policy of the page forbids otherwise."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, bypass_csp=True)
     yield context
     context.close()
@@ -78,7 +78,7 @@ def open_page(context, address):
 
 
 def look(page, file, letter="A"):
-    """Choose a file; what the page then has, as arrays."""
+    """Choose a file, and return the results of the page as arrays."""
     panel = page.locator(f"#panel-{letter}")
     shown = int(panel.get_attribute("data-shown") or 0)
     panel.get_by_label("Choose an image").set_input_files(file)
@@ -91,13 +91,13 @@ def look(page, file, letter="A"):
 
 
 def levels_of(file):
-    """As evaluation has them: (64, 64, 3)."""
+    """Return the pixels as in evaluation, (64, 64, 3)."""
     resized = open_image(file).resize((73, 73), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((4, 4, 68, 68))).astype(int)
 
 
 def test_the_page_shows_what_python_computes_and_asks_no_one_else(browser, site, address, images):
-    """With the security policy of the page in force."""
+    """With the security policy of the page."""
     context = browser.new_context()
     page = context.new_page()
     asked, sent, complaints = set(), [], []
@@ -129,7 +129,7 @@ def test_the_page_shows_what_python_computes_and_asks_no_one_else(browser, site,
 
 @pytest.mark.slow
 def test_pixels_are_those_of_training(context, site, address, images):
-    """Decoded as Pillow does, colour profiles left aside, transparent pixels over white, resized in fixed point."""
+    """Decoded as in Pillow, without color management, transparent pixels on white, resized in fixed point."""
     page, session, differing = open_page(context, address), session_of(site), {}
     for file in sorted(images.iterdir()):
         if file.name in ("broken.png", "cut.jpg", "bomb.png"):
@@ -162,7 +162,7 @@ def exported(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_real_model_says_what_pytorch_says(context, exported, tmp_path):
-    """Logits, and the patches that are left after each stage, at two keep rates, on the same weights."""
+    """Logits and kept patches after each stage are equal, at two keep rates with the same weights."""
     model, _, folder = exported
     assert [len(list((folder / "model").glob(f"*{kind}"))) for kind in (".onnx", ".bin")] == [2, 1]
     with served(folder) as address:
@@ -365,7 +365,7 @@ def test_a_phone(browser, address, images, scheme):
 
 @pytest.mark.slow
 def test_a_host_without_headers_gets_threads_from_the_service_worker(context, site, tmp_path, monkeypatch):
-    """As a static host that lets nobody set headers: the page reloads itself once, and has threads then."""
+    """On a static host without custom headers, the page reloads itself once and then has threads."""
     monkeypatch.setattr("ufgir.web.server.HEADERS", {"Cache-Control": "no-cache"})
     shutil.copytree(site.folder, tmp_path / "site")
     with served(tmp_path / "site") as address:

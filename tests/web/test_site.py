@@ -1,4 +1,4 @@
-"""The folder of the page: its parts, checked against each other; what it is built from; how it is served."""
+"""The folder of the page: its parts, their sources, and the server."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ from ufgir.web.site import assemble, preprocessing
 
 @pytest.fixture
 def parts(tmp_path):
-    """Stand-ins for ONNX Runtime Web."""
+    """Return replacements of the files of ONNX Runtime Web."""
     files = {}
     for name in runtime.WASM:
         files[name] = tmp_path / f"given-{name}"
