@@ -1,5 +1,6 @@
 """Run a few tries of `make faults`; all of them would take too long for a test."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,20 @@ def test_difference_lists_what_differs() -> None:
 def test_some_kills(tmp_path: Path) -> None:
     """One try of each kind survives, and tries in the record are not repeated."""
     record = tmp_path / "record.jsonl"
-    results = kills.run(30, 24, 7, tmp_path / "work", record)
+    results = kills.run(30, 28, 7, tmp_path / "work", record)
     assert [(r.tries, r.survived) for r in results] == [(1, 1)] * len(results), results
     before = record.read_text()
     assert kills.run(30, len(results), 7, tmp_path / "repeated", record) == results and record.read_text() == before
-    kinds = {"evit, cache and CLA head", "two processes", "ufgir predict", "saved on a signal"}
+    kinds = {"evit, cache and CLA head", "two processes", "ufgir predict", "ufgir export", "saved on a signal"}
     assert kinds <= {r.kind.removeprefix("killed: ") for r in results}
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_tries_of_a_record(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    for k in (1, 2):
+        kills.run(30, 3, 7, tmp_path / f"work{k}", record, "ufgir data-report", (k, 2))
+        numbers = [json.loads(line)["try"] for line in record.read_text().splitlines()]
+        assert numbers == [0, 2, 1][: 3 - (k == 1)]
+    (result,) = kills.run(0, 3, 7, tmp_path / "all", record, "ufgir data-report")
+    assert (result.tries, result.survived) == (3, 3)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from ufgir.training.checkpointing import (
 from ufgir.training.trainer import UFGIRTrainer
 from ufgir.utils.checksums import FILE_LIST
 from ufgir.utils.files import DiskFull
+from ufgir.utils.signals import Ended
 
 
 # Killed while a checkpoint is written
@@ -390,6 +392,43 @@ def test_a_best_evaluation_without_a_checkpoint(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         ends.append((trainer.state.best_metric, trainer.state.best_global_step, trainer.state.best_model_checkpoint))
     assert ends[0] == ends[1] and ends[0][:2] == (0.9, 3)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_a_checkpoint_because_of_a_signal_changes_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The best evaluation so far is that of step 1, the best of all that of step 5; neither has a checkpoint otherwise."""
+    plan = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 3,
+        "metric_for_best_model": "score",
+        "max_steps": 8,
+    }
+    scores = [0.5, 0.1, 0.1, 0.1, 0.9, 0.2, 0.2, 0.2]
+
+    def end(folder: Path, checkpoint: str | None = None, signal_after: int | None = None) -> tuple:
+        trainer = make_trainer(
+            folder, load_best_model_at_end=True, save_total_limit=2, enable_jit_checkpoint=True, **plan
+        )
+        values = iter(scores[int(checkpoint.rpartition("-")[2]) if checkpoint else 0 :])
+        trainer.compute_metrics = lambda prediction: {"score": next(values)}
+        pending = lambda: signal.SIGTERM if trainer.state.global_step == signal_after else None  # noqa: E731
+        monkeypatch.setattr(checkpointing, "pending_signal", pending)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        best = trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name
+        names = [f.name for f in checkpoint_folders(folder)]
+        return trainer.model.state_dict(), names, best, trainer.state.best_global_step
+
+    expected = end(tmp_path / "whole")
+    with pytest.raises(Ended):
+        end(tmp_path / "out", signal_after=step)
+    last = str(last_complete_checkpoint(tmp_path / "out"))
+    assert last.endswith(f"checkpoint-{step}")
+    found = end(tmp_path / "out", last)
+    assert found[1:] == expected[1:] and expected[1] == ["checkpoint-6", "checkpoint-8"]
+    assert_same(found[0], expected[0])
 
 
 def test_checkpoints_in_excess_go_at_resume(whole: Path, tmp_path: Path) -> None:

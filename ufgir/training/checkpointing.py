@@ -32,7 +32,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
 from ..utils.checksums import FILE_LIST, find_differences, list_weights, write_file_list
@@ -186,8 +186,9 @@ def complete_checkpoint(folder: Path, target: Path, **about: Any) -> None:
 def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: str | os.PathLike | None) -> None:
     """Delete incomplete checkpoints, and the oldest complete ones beyond `limit`.
 
-    Call this after a new checkpoint is complete. The last complete checkpoint and the best one are never deleted.
-    (transformers' own function would also count and delete a folder `checkpoint-5-mine`.)
+    Call this after a new checkpoint is complete. The last complete checkpoint and the best one are never deleted. Extra
+    ones, which were saved because of a signal, are deleted as soon as there is a later one. (transformers' own function
+    would also count and delete a folder `checkpoint-5-mine`.)
 
     Args:
         limit: number of checkpoints to keep; None or 0 keeps all.
@@ -199,10 +200,19 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, best: s
             logger.warning("Deleting incomplete checkpoint %s: %s", folder, problem)
             shutil.rmtree(folder, ignore_errors=True)
     complete = [folder for folder, problem in problems.items() if problem is None]
+    for folder in [f for f in complete[:-1] if _read_list(f).get("extra")]:
+        shutil.rmtree(folder, ignore_errors=True)
+        complete.remove(folder)
     kept = {complete[-1].resolve(), *([Path(best).resolve()] if best else [])} if complete else set()
     excess = len(complete) - max(limit, len(kept)) if limit else 0
     for folder in [f for f in complete if f.resolve() not in kept][: max(excess, 0)]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_list(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Return the content of a checkpoint's file list; an empty dict without a list."""
+    file = Path(checkpoint) / FILE_LIST
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def remove_checkpoints(output_dir: str | os.PathLike, after: str | os.PathLike | None = None) -> None:
@@ -350,8 +360,7 @@ def check_settings(
     Raises:
         ValueError: if another option or the images changed.
     """
-    listed = Path(checkpoint) / FILE_LIST
-    saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+    saved = _read_list(checkpoint)
     before = saved.get("settings") or {}
     now = {name: value for name, value in as_read(dict(settings)).items() if name in before}
     before = {name: value for name, value in before.items() if name in now}
@@ -413,7 +422,8 @@ class _Flow(TrainerCallback):
 
     With `enable_jit_checkpoint`, a signal that ends the run first saves a checkpoint after the current step.
     transformers' own callback saves it between the backward pass and the step, so that a BatchNorm counts that batch
-    twice.
+    twice. This checkpoint is extra, unless it is due at this step anyway: it does not become the best one, and is deleted
+    after the next one, so that the resumed training ends as an uninterrupted one does.
 
     Args:
         callbacks: all callbacks of the training.
@@ -425,6 +435,7 @@ class _Flow(TrainerCallback):
         self.checkpoint = checkpoint
         self.waits = False
         self.ending: int | None = None  # the signal that ends the training after the next checkpoint
+        self.extra = False  # the next checkpoint is only saved because of it
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         for callback in self.callbacks if self.checkpoint is not None else ():
@@ -454,6 +465,7 @@ class _Flow(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.ending = self._waiting_signal(args)
+        self.extra = self.ending is not None and not control.should_save
         if self.ending is not None:
             if args.save_only_model:  # such checkpoints cannot be resumed
                 raise Ended(self.ending)
@@ -465,6 +477,7 @@ class _Flow(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.waits:
+            self.extra = self.extra and not control.should_save  # due at the end of the epoch
             control.should_save, self.waits = True, False
 
 
@@ -477,6 +490,7 @@ class CheckpointMixin:
 
     _saving_checkpoint = False  # a checkpoint is being written
     _resumed_from: Path | None = None
+    _flow: _Flow | None = None  # while training
     # Stored in checkpoints for `check_settings`: options by name, and a checksum of the training images.
     settings: Mapping[str, Any] | None = None
     images_checksum: str | None = None
@@ -494,12 +508,12 @@ class CheckpointMixin:
                 raise ValueError(f"`resume_from_checkpoint`: no complete checkpoint found in {self.args.output_dir}")
         if checkpoint is not None:
             check_fits(checkpoint, self.model)
-            self._compare_steps(Path(checkpoint) / FILE_LIST)
+            self._compare_steps(checkpoint)
         if self.args.should_save:
             remove(Path(self.args.output_dir) / INCOMPLETE)
         self.accelerator.wait_for_everyone()
         self._resumed_from = Path(checkpoint) if checkpoint else None
-        flow = _Flow(self.callback_handler.callbacks, self._resumed_from)
+        self._flow = flow = _Flow(self.callback_handler.callbacks, self._resumed_from)
         self.add_callback(flow)
         waiting = ending_signals(wait=True) if self.args.enable_jit_checkpoint else contextlib.nullcontext()
         try:
@@ -510,18 +524,19 @@ class CheckpointMixin:
                 return output
         finally:
             self.callback_handler.callbacks.remove(flow)
+            self._flow = None
 
     def _step(self) -> dict[str, int]:
         return {"images_per_step": self.get_total_train_batch_size(self.args), "processes": self.args.world_size}
 
-    def _compare_steps(self, listed: Path) -> None:
+    def _compare_steps(self, checkpoint: str | os.PathLike) -> None:
         """Warn if the batch size per step or the number of processes has changed, so that results will differ."""
-        saved = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else {}
+        saved = _read_list(checkpoint)
         for name, now in self._step().items():
             if saved.get(name, now) != now:
                 logger.warning(
                     "%s was saved with %s %d, now %d: results will differ from those of an uninterrupted training",
-                    *(listed.parent, name, saved[name], now),
+                    *(checkpoint, name, saved[name], now),
                 )
 
     def _stateful(self) -> list[ExportableState]:
@@ -606,12 +621,15 @@ class CheckpointMixin:
         target = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = output_dir / INCOMPLETE / target.name
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=self._stateful()).stateful_callbacks
+        is_best, best = self.state.best_global_step == self.state.global_step, self.state.best_model_checkpoint
+        due = is_best and self.args.save_strategy == SaveStrategy.BEST
+        extra = self._flow is not None and self._flow.extra and not due
         self._saving_checkpoint = True
         try:
             with raise_disk_full(folder, self._space_needed()):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_global_step == self.state.global_step:
-                    self.state.best_model_checkpoint = str(target)
+                if is_best:
+                    self.state.best_model_checkpoint = best if extra else str(target)
                 if self.args.should_save:
                     self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                     for callback in self.callback_handler.callbacks:
@@ -625,6 +643,7 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             about = {"settings": as_read(dict(self.settings or {})), "images": self.images_checksum}
+            about |= {"extra": True} if extra else {}
             try:
                 with raise_disk_full(folder, self._space_needed()):
                     complete_checkpoint(folder, target, **self._step(), **about)
