@@ -149,6 +149,7 @@ def test_pairs_that_cannot_be_compared(study, capsys):
     assert "`variant`: no column" not in error(capsys, study, "--baseline", "variant=cla")
     assert "matches no run; values of variant: CLCA; base" in error(capsys, study, "--baseline", "cla")
     assert "did you mean variant?" in error(capsys, study, "--baseline", "varian=base")
+    assert "must be COLUMN=VALUE" in error(capsys, study, "--baseline", "")
     assert "Add it to `--by`" in error(capsys, study, "--baseline", "base", "--by", "keep_rate")
     assert "`--resamples` must be at least" in error(capsys, study, "--baseline", "base", "--resamples", 3)
     assert "`--resamples` has no effect" in error(capsys, study, "--resamples", 300)

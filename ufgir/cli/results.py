@@ -135,9 +135,9 @@ def _check(args: argparse.Namespace, kind: str | None) -> None:
         check_file(args.summary, "--summary")
     if args.resamples is not None and args.resamples < 100:
         raise ValueError(f"`--resamples` must be at least 100, got {args.resamples}.")
-    if args.resamples is not None and not (args.intervals or args.baseline):
+    if args.resamples is not None and not args.intervals and args.baseline is None:
         raise ValueError("`--resamples` has no effect without `--intervals` or `--baseline`.")
-    wants_runs = [flag for flag in ("baseline", "intervals", "summary") if getattr(args, flag)]
+    wants_runs = [flag for flag in ("baseline", "intervals", "summary") if getattr(args, flag) not in (None, False)]
     tables = [source for source in args.sources if source.suffix == ".csv"]
     if tables and (wants_runs or len(args.sources) > 1):
         why = f"`--{wants_runs[0]}` requires runs" if wants_runs else "several sources must be runs"
@@ -188,17 +188,19 @@ def _table(args: argparse.Namespace, by: Sequence[str] | None, records: RunRecor
 
     if args.intervals and metric != details.METRIC:
         raise ValueError(f"`--intervals` requires `--metric` top1 on test images, got {metric}.")
-    if args.intervals or (args.baseline and metric == details.METRIC):
+    if args.intervals or (args.baseline is not None and metric == details.METRIC):
         notes += comparison.add_intervals(summary, rows, by, outcomes_of, resamples)
-    if args.baseline:
+    if args.baseline is not None:
         conditions = comparison.parse_baseline(args.baseline, rows, by)
         baseline = ", ".join(map(str, conditions.values()))
         found = comparison.pairs_of(rows, metric, conditions)
         notes += comparison.add_differences(summary, found, by, baseline, outcomes_of, resamples)
-        columns = run_tables.varying(rows, dict.fromkeys([*by, *run_tables.default_factors(rows)]))
+        factors = run_tables.default_factors(rows)
+        columns = [*run_tables.varying(summary, by), *run_tables.varying([run for run, _ in found], factors)]
+        columns = list(dict.fromkeys(columns))
         pairs = comparison.pair_rows(found, columns, metric, outcomes_of)
     parts = [run_tables.markdown(summary)]
-    if args.intervals or args.baseline:
+    if args.intervals or args.baseline is not None:
         parts.append(comparison.explain(summary, resamples))
     if pairs and (tests := run_tables.pair_table(pairs, columns, baseline)):
         parts += [

@@ -28,8 +28,8 @@ In addition to checkpoints, `output_dir` holds the results of the run:
 | `adapter/` (`ADAPTER_FOLDER`) | the LoRA adapter alone | `run_ufgir.train` | peft |
 | `trainer_state.json` | the log of the training | `run_ufgir.train` | `ufgir.runs.figures` |
 | `<split>_results.json`, `all_results.json` (`METRICS_FILES`) | metrics | `Trainer.save_metrics` | `ufgir.runs.tables` |
-| `gradients.csv`, `gradients.png` (`GRADIENTS_FILE`, `GRADIENTS_FIGURE`) | gradient magnitudes | `gradients.GradientRecorder` | `ufgir.runs.figures` |
-| `predictions.csv` (`ufgir.utils.provenance.PREDICTIONS_FILE`) | predictions of the test images | `run_ufgir.predict` | `ufgir.evaluation` |
+| `gradients.csv`, `gradients.png` (`GRADIENTS_FILE`, `GRADIENTS_FIGURE`) | gradient magnitudes | `gradients.GradientRecorder` | `ufgir.runs.details` |
+| `predictions.csv` (`ufgir.utils.provenance.PREDICTIONS_FILE`) | predictions of the test images | `run_ufgir.predict` | `ufgir.evaluation`, `ufgir.runs.details` |
 | `kept_patches.png` (`KEPT_PATCHES_FILE`) | figure of the patches kept in some test images | `run_ufgir.predict` | - |
 | `README.md` | the model card | `ufgir.checkpoints.model_card` | the Hub |
 | `run.json` (`ufgir.runs.records.RECORD`) | the record of the run, written last | `ufgir.runs.records` | `ufgir sweep`, `ufgir results` |
