@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe, current_process
+from multiprocessing.connection import Client
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,25 @@ def test_interrupted_while_it_imports(tmp_path: Path, program: str) -> None:
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr and "interrupted" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_worker_does_not_report_that_its_parent_is_gone(capfd: pytest.CaptureFixture, closes: bool) -> None:
+    """A thread of the worker hands tensors over to the parent, which may be ended in the middle of that. Other errors are shown."""
+    ours, theirs = Pipe()
+    with ending_signals():
+        process = os.fork()
+        if process == 0:
+            handle = os.open(os.devnull, os.O_RDONLY)
+            theirs.send(DupFd(handle)._id)
+            theirs.recv()
+            os._exit(0)
+        address, _ = ours.recv()
+        with Client(address, authkey=current_process().authkey) as connection:
+            if not closes:
+                connection.send("no key and process")
+                connection.poll(10)  # until the other end is closed
+        time.sleep(0.2)
+        ours.send("end")
+        os.waitpid(process, 0)
+    assert ("Traceback" in capfd.readouterr().err) != closes

@@ -6,9 +6,10 @@ This module has no slow imports: a script calls `end_quietly` before its own imp
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -85,6 +86,18 @@ class _Handler:
             os.write(2, f"{self.name}: ended at once\n".encode())
             os._exit(128 + number)
 
+    def hook(self, show: Callable[..., None]) -> Callable[..., None]:
+        """Return `sys.excepthook` for this process and its forks, in which it hides that the parent has closed a connection.
+
+        The thread of a worker that hands tensors over would print this when the parent is ended by a signal.
+        """
+
+        def hook(kind: type[BaseException], error: BaseException, *trace: Any) -> None:
+            if os.getpid() == self.process or not issubclass(kind, EOFError | ConnectionError):
+                show(kind, error, *trace)
+
+        return hook
+
     def _in_child(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in a forked process: a worker, which its parent ends."""
         if number == signal.SIGINT:
@@ -115,8 +128,10 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
         return
     outer, handler = _active, _active
     old: dict[int, Any] = {}
+    old_hook = None
     if handler is None or handler.process != os.getpid():
         handler = _Handler(name)
+        old_hook, sys.excepthook = sys.excepthook, handler.hook(sys.excepthook)
         for number in ENDING:
             if number == signal.SIGINT or signal.getsignal(number) is signal.SIG_DFL:
                 old[number] = signal.signal(number, handler)
@@ -128,6 +143,8 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
         (handler.waits, handler.again), _active = before, outer
         for number, earlier in old.items():
             signal.signal(number, earlier)
+        if old_hook is not None:
+            sys.excepthook = old_hook
 
 
 def pending_signal() -> int | None:
