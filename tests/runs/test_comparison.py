@@ -167,6 +167,14 @@ def test_predictions_that_do_not_belong_to_the_record(study, caplog):
     assert outcomes_of(record).right.tolist() == right_images("CLCA", 0.5, 1).tolist()
     write_predictions(place, np.zeros(IMAGES, dtype=bool))
     assert outcomes_of(record) is None and "does not have the top-1" in caplog.text
+    write_predictions(place, [True, False, True])  # cut off; the record says 28 of 40
+    assert outcomes_of(record) is None
+    write_predictions(place, right_images("CLCA", 0.5, 1), name="later.csv")  # of a later evaluation
+    evaluations = [{"settings": {"predictions_file": "later.csv"}}]
+    content = json.loads((place / "run.json").read_text()) | {"evaluations": evaluations}
+    (place / "run.json").write_text(json.dumps(content))
+    assert outcomes_of(record).right.sum() == 28
+    (place / "later.csv").unlink()
     (place / "predictions.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"predictions\.csv is not a file of predictions"):
         outcomes_of(record)

@@ -78,7 +78,7 @@ def outcomes_of(record: Mapping[str, Any]) -> Outcomes | None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of predictions: {error!r}. Remove it or predict again") from error
         right = np.asarray([label == prediction for label, prediction in pairs], dtype=bool)
-        if len(right) and right.sum() == round(recorded * len(right)):
+        if len(right) and abs(right.mean() - recorded) < 1e-6:
             about = [(record.get("data") or {}).get("source"), seen]
             hashed = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
             return Outcomes(hashed.hexdigest()[:16], right)
