@@ -161,8 +161,8 @@ def test_two_lines_put_the_stock_class_right(tmp_path):
     processor = saved(tmp_path)
     crop = {"size": {"height": 30, "width": 30}, "do_center_crop": True, "crop_size": SQUARE}
     for trust in (False, True):
-        told = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=trust, **crop)
-        torch.testing.assert_close(pixels_of(told, leaf()), pixels_of(processor, leaf()), rtol=0, atol=1e-6)
+        restored = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=trust, **crop)
+        torch.testing.assert_close(pixels_of(restored, leaf()), pixels_of(processor, leaf()), rtol=0, atol=1e-6)
 
 
 def test_what_training_scripts_read_is_the_input_of_the_model(tmp_path):

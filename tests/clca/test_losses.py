@@ -265,28 +265,28 @@ def test_no_auxiliary_loss() -> None:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Return a function that lists the warnings about lost terms, in a process without earlier warnings."""
     type(modeling_clca.logger).warning_once.cache_clear()
     return lambda: [r.message for r in caplog.records if "`auxiliary_loss`" in r.message]
 
 
-def test_lost_terms_are_told_once(told: Callable[[], list[str]]) -> None:
+def test_lost_terms_are_logged_once(logged: Callable[[], list[str]]) -> None:
     model = tiny_model(reduction="dyvit", keep_rate=0.5).train()
     model(images(), labels=labels())
     with torch.no_grad():
         model(images())
     tiny_model(reduction="evit", keep_rate=0.5).train()(images())
     model.eval()(images())
-    assert told() == []
+    assert logged() == []
     model.train()
     for _ in range(3):
         model(images())
-    (message,) = told()
+    (message,) = logged()
     assert "keep_ratio would be lost" in message and "`label_smoothing`" in message
 
 
-def test_label_smoothing_of_trainer(told: Callable[[], list[str]], tmp_path: Path) -> None:
+def test_label_smoothing_of_trainer(logged: Callable[[], list[str]], tmp_path: Path) -> None:
     """The user is warned that this loss lacks the term of the method. With `label_smoothing` of the configuration the
     loss has both terms."""
     data = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images(8).float())]
@@ -307,7 +307,7 @@ def test_label_smoothing_of_trainer(told: Callable[[], list[str]], tmp_path: Pat
         torch.manual_seed(0)
         trainer.train()
         losses_of[own] = {**{k: v.item() for k, v in terms[0].items()}, "loss": trainer.state.log_history[0]["loss"]}
-        said[own] = len(told())
+        said[own] = len(logged())
     assert said == {False: 1, True: 1}  # none more
     without, whole = losses_of[False], losses_of[True]
     assert whole["classification"] == pytest.approx(without["loss"], abs=1e-4)
