@@ -1,5 +1,5 @@
-# Every target sets up what it needs by itself, in a virtual environment of its own.
-#   make test PYTHON=python3.12      choose the interpreter that the environment is made with
+# Every target installs its requirements in the virtual environment VENV.
+#   make test PYTHON=python3.12      choose the interpreter of a new environment
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -38,26 +38,26 @@ test: quality $(TORCHAO) browser  ## check style and types, then run the tests: 
 	PYTHONPATH=$(TORCHAO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_quantization.py
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations=15 $(PYTEST_ARGS)
 
-openvino: $(OPENVINO)  ## install OpenVINO (190 MB) apart, and run its tests, which are skipped elsewhere
+openvino: $(OPENVINO)  ## install OpenVINO (190 MB) in a separate folder, and run its tests, which are skipped otherwise
 	PYTHONPATH=$(OPENVINO) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -k "openvino or deployments" tests/export tests/profiling
 
-hf-tests: $(READY)  ## run transformers' own common tests on the models; fetches them through pip once
+hf-tests: $(READY)  ## run transformers' own common tests on the models; downloads them with pip once
 	@$(INSTALL) parameterized
 	HF_HUB_OFFLINE=1 $(BIN)/python -m hf_tests $(PYTEST_ARGS)
 
-faults: $(READY)  ## kill trainings and spoil data at random for MINUTES=60, and print a table: FAULTS_ARGS="--seed 1 --record faults.jsonl"
+faults: $(READY)  ## kill trainings and corrupt data at random for MINUTES=60, and print a table: FAULTS_ARGS="--seed 1 --record faults.jsonl"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --minutes $(MINUTES) $(FAULTS_ARGS)
 
-compat: $(UV)  ## test with old and new versions of what the package needs, one environment after the other: ROWS="python3.12-newest gpu-image"
+compat: $(UV)  ## test with old and new versions of the requirements, one environment after another: ROWS="python3.12-newest gpu-image"
 	$(PYTHON) -m tests.compat $(UV) $(ROWS)
 
-clients: $(UV)  ## run programs of others on our models, each in an environment of its own: CLIENTS="captum onnx_runtime", EXAMPLES=folder of transformers' example scripts
+clients: $(UV)  ## run programs of others on our models, each in a separate environment: CLIENTS="captum onnx_runtime", EXAMPLES=folder of transformers' example scripts
 	EXAMPLES="$(EXAMPLES)" $(PYTHON) -m tests.clients $(UV) $(CLIENTS)
 
 docs: $(READY)  ## build the documentation site: docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 
-notebooks: $(READY)  ## run the notebooks of docs/ and store what they show
+notebooks: $(READY)  ## run the notebooks of docs/ and save their outputs
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/run_notebooks.py
 
 quality: $(READY)  ## check style and types without changing anything
@@ -65,51 +65,51 @@ quality: $(READY)  ## check style and types without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV) --error-on-warning
 
-style: $(READY)  ## repair what of the style can be repaired, and write the table of methods in README.md
+style: $(READY)  ## fix the style where possible, and update the tables of methods
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/_extensions/method_table.py
 
-clean:  ## delete caches and builds; the environment and outputs stay
+clean:  ## delete caches and builds, but not the environment and outputs
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hf_tests .compat
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The tests of the web pages need a Chromium, and ONNX Runtime Web. Where Debian's and npm's can be had they are, elsewhere the tests
-# are skipped and say so.
+# The tests of the web pages need Chromium and ONNX Runtime Web. They are installed from Debian and npm if possible; otherwise the tests
+# are skipped with a message.
 browser: $(READY)
-	@$(BIN)/python -m ufgir.web.runtime || echo "There is no ONNX Runtime Web: the tests of the page without a server are skipped"
+	@$(BIN)/python -m ufgir.web.runtime || echo "ONNX Runtime Web is not available: the tests of the page without a server are skipped"
 	@which chromium chromium-browser google-chrome 2>/dev/null | grep -q . || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	    && echo "Installing Debian's Chromium (once)" && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
-	    || echo "There is no Chromium: the tests of the web page are skipped"
+	    || echo "Chromium is not available: the tests of the web page are skipped"
 
-# Apart from the rest: where torchao is installed, every import of transformers' Trainer complains about its GPU kernels.
+# In a separate folder, because with torchao installed every import of transformers' Trainer warns about its GPU kernels.
 $(TORCHAO): $(READY)
 	@rm -rf $@
 	$(INSTALL) --no-deps --target $@ torchao
 
-# Apart from the rest, and without its package for usage statistics.
+# In a separate folder, and without its package for usage statistics.
 $(OPENVINO): $(READY)
 	@rm -rf $@
 	$(INSTALL) --no-deps --target $@ openvino nncf pydot
 
-# uv makes environments in seconds, with hard links into its cache: .compat/cache, or UV_CACHE_DIR on the same disk.
+# uv creates environments in seconds, with hard links to its cache: .compat/cache, or UV_CACHE_DIR on the same disk.
 $(UV):
 	@$(PYTHON) -m venv .compat/uv
 	@.compat/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
-# An environment is complete if its file is newer than all that says what belongs into it: $(BASE) has the package alone, which
-# is all that the demo needs, $(READY) the tools of development as well.
+# An environment is up to date if its file is newer than the requirements: $(BASE) has the package alone, which is sufficient for the
+# demo, $(READY) also the development tools.
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 $(BASE): $(REQUIREMENTS)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
-	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, but $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.11 ..." % sys.version_info[:2])' \
-	    && echo "Making the virtual environment $(VENV) (once, takes minutes)" && $(PYTHON) -m venv $(VENV); }
+	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is required, but $(PYTHON) is %d.%d. Choose another one: make PYTHON=python3.11 ..." % sys.version_info[:2])' \
+	    && echo "Creating the virtual environment $(VENV) (once, takes minutes)" && $(PYTHON) -m venv $(VENV); }
 	$(INSTALL) --editable .
 	@touch $@
 
 $(READY): $(BASE)
-	@echo "Adding the tools of development (once, takes minutes)"
+	@echo "Installing the development tools (once, takes minutes)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
