@@ -66,17 +66,17 @@ def feature_similarity(
             pairs = [(output.last_hidden_state, trace.final)]
         else:
             pairs = [(output.hidden_states[layer + 1], trace.left[layer]) for layer in chosen]
-        return torch.stack([_similarity(rows, of_patches(shares, config), to) for rows, shares in pairs], dim=1)
+        return torch.stack([_similarity(tokens, of_patches(shares, config), to) for tokens, shares in pairs], dim=1)
 
 
-def _similarity(rows: torch.Tensor, shares: torch.Tensor, to: str) -> torch.Tensor:
+def _similarity(tokens: torch.Tensor, shares: torch.Tensor, to: str) -> torch.Tensor:
     """Return similarities (B, P) for tokens (B, N, D) with `shares` (B, N, P) of the patches."""
-    rows, shares = at_least_float32(rows), shares.to(torch.promote_types(rows.dtype, torch.float32))
+    tokens, shares = at_least_float32(tokens), shares.to(torch.promote_types(tokens.dtype, torch.float32))
     if to == "cls":
-        reference = rows[:, :1]
+        reference = tokens[:, :1]
     else:
-        holds = (shares.sum(dim=-1) > 0).to(rows.dtype).unsqueeze(-1)
-        reference = (rows * holds).sum(dim=1, keepdim=True) / holds.sum(dim=1, keepdim=True).clamp(min=1)
-    cosine = nn.functional.cosine_similarity(rows, reference, dim=-1)
+        holds = (shares.sum(dim=-1) > 0).to(tokens.dtype).unsqueeze(-1)
+        reference = (tokens * holds).sum(dim=1, keepdim=True) / holds.sum(dim=1, keepdim=True).clamp(min=1)
+    cosine = nn.functional.cosine_similarity(tokens, reference, dim=-1)
     spread = unmerge(cosine.unsqueeze(-1), shares).squeeze(-1)
     return spread.masked_fill(shares.sum(dim=1) == 0, torch.nan)

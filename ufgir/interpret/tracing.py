@@ -56,12 +56,12 @@ def trace_patches(
             "assignments."
         )
     num_patches = config.num_patches if num_patches is None else num_patches
-    rows = patch_shares(config, num_patches, assignments[0].shape[0], assignments[0].device)
-    return propagate_shares(rows, assignments, config, retrieve=retrieve)
+    shares = patch_shares(config, num_patches, assignments[0].shape[0], assignments[0].device)
+    return propagate_shares(shares, assignments, config, retrieve=retrieve)
 
 
 def propagate_shares(
-    rows: torch.Tensor,
+    shares: torch.Tensor,
     assignments: Sequence[torch.Tensor],
     config: CLCAViTConfig,
     step: Step = regroup,
@@ -70,18 +70,20 @@ def propagate_shares(
     """Propagate shares through all stages and the cache, as the forward pass propagates tokens.
 
     Args:
-        rows: (B, N, S), share of each source in each embedded token (CLS, registers, patches, CLR).
+        shares: (B, N, S), share of each source in each embedded token (CLS, registers, patches, CLR).
         assignments: see `trace_patches`; empty for a model without a reduction.
         config: the model's configuration.
-        step: function that each layer applies to the shares. Zero rows are padding or masked tokens and must remain zero.
+        step: function that each layer applies to the shares. Shares of padding and masked tokens are zero and must remain zero.
         retrieve: see `trace_patches`.
 
     Raises:
         ValueError: if the number of assignments differs from that of stages, or an assignment does not fit the tokens.
     """
     stages = by_layer(assignments, config)
-    dtype = reduce(torch.promote_types, (a.dtype for a in assignments), torch.promote_types(rows.dtype, torch.float32))
-    tracker = TokenTracker(rows.to(dtype), config, retrieve)
+    dtype = reduce(
+        torch.promote_types, (a.dtype for a in assignments), torch.promote_types(shares.dtype, torch.float32)
+    )
+    tracker = TokenTracker(shares.to(dtype), config, retrieve)
     entered, left = [], []
     for index in range(config.num_hidden_layers):
         entered.append(tracker.shares)

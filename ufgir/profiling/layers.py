@@ -130,7 +130,7 @@ def profile_layers(
     return parts
 
 
-def _blind(hook: Callable) -> Callable:
+def _ignoring_tokens(hook: Callable) -> Callable:
     """Mark a hook as one that does not read tokens. Otherwise the model computes everything that the hook might read, and another model is
     measured."""
     hook.reads_no_rows = True  # ty: ignore[missing-attribute]  # functions accept attributes
@@ -145,8 +145,10 @@ class _Clock:
         self.marks: list[tuple[str, Any, Any]] = []
         self.handles = []
         for name, part in parts_of(model).items():
-            self.handles.append(part.register_forward_pre_hook(_blind(lambda *_, name=name: self._begin(name))))
-            self.handles.append(part.register_forward_hook(_blind(lambda *_: self._end())))
+            self.handles.append(
+                part.register_forward_pre_hook(_ignoring_tokens(lambda *_, name=name: self._begin(name)))
+            )
+            self.handles.append(part.register_forward_hook(_ignoring_tokens(lambda *_: self._end())))
 
     def mark(self) -> Any:
         """Record the current time on the clock of the device."""
@@ -254,8 +256,10 @@ def _named_parts(model: nn.Module) -> Iterator[None]:
         open_ranges[-1].__enter__()
 
     for name, part in parts_of(model).items():
-        handles.append(part.register_forward_pre_hook(_blind(lambda *_, name=name: begin(name))))
-        handles.append(part.register_forward_hook(_blind(lambda *_: open_ranges.pop().__exit__(None, None, None))))
+        handles.append(part.register_forward_pre_hook(_ignoring_tokens(lambda *_, name=name: begin(name))))
+        handles.append(
+            part.register_forward_hook(_ignoring_tokens(lambda *_: open_ranges.pop().__exit__(None, None, None)))
+        )
     try:
         yield
     finally:
