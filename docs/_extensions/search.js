@@ -1,7 +1,7 @@
 /* Included by Sphinx after its searchtools.js (`html_search_scorer`): ranks guides before the reference, and finds numbers. */
 var Scorer = {
-  // A guide with the word in its text has 5 points, in a heading 15. An object of the reference has up to 26.
-  score: ([docname, , , , score]) => (docname.startsWith("api/") ? score - 20 : score),
+  // A guide has 5 points for the word in its text, 15 in a heading. A class or function of the reference has 16 for its name, 11 for a part.
+  score: ([docname, , , , score]) => (docname.startsWith("api/") ? score - 10 : score),
   objNameMatch: 11,
   objPartialMatch: 6,
   objPrio: {0: 15, 1: 5, 2: -5},

@@ -121,10 +121,10 @@ def test_a_page_that_is_built_again_takes_the_place_of_the_old_one(tmp_path, par
 @pytest.mark.parametrize(
     "processor, words",
     [
-        (CLCAImageProcessor(size={"shortest_edge": 64}), "must resize to a height and a width"),
+        (CLCAImageProcessor(size={"shortest_edge": 64}), "resizes to a height and a width.*`size`"),
         (CLCAImageProcessor(size={"height": 32, "width": 32}), r"produces images of \(32, 32\)"),
         (CLCAImageProcessor(size={"height": 64, "width": 64}, resample=0), "`resample`"),
-        (CLCAImageProcessor(size={"height": 64, "width": 64}, do_resize=False), "must resize"),
+        (CLCAImageProcessor(size={"height": 64, "width": 64}, do_resize=False), "resizes to a height and a width"),
     ],
     ids=["edge", "size", "nearest", "none"],
 )
