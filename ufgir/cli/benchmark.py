@@ -15,6 +15,7 @@ from clca import REDUCTIONS, CLCAViTConfig
 from ..checkpoints.config_options import layer
 from ..checkpoints.loading import read_config
 from ..profiling.agreement import Images, cases_at_cost, places
+from ..profiling.backends import why_not
 from ..profiling.benchmark import Benchmark
 from ..profiling.benchmark_cases import (
     BACKENDS,
@@ -33,10 +34,11 @@ from ..profiling.benchmark_report import check_place, draw, fill_in, markdown, p
 from ..profiling.macs import dense_config
 from ..profiling.scaling import DEPTHS, SIZES, Scaling, draw_scaling, scaling_markdown, scaling_tables, write_scaling
 from ..profiling.targets import changed, training_free_options
+from ..profiling.timing import IDLE, check_idle
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
 from ..utils.text import align
-from .common import FREE, check_rates, config_values, load_image_processor, require
+from .common import FREE, check_rates, config_values, is_installed, load_image_processor, require
 from .outputs import check_document, check_folder, print_before_error
 
 
@@ -47,8 +49,12 @@ PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
     "keep_rates": (float, [0.1], "shares of tokens kept, in (0, 1]"),
     "image_sizes": (int, [224], "sides of the images, pixels"),
     "batch_sizes": (int, [4], "batch sizes; --scaling: 1"),
-    "dtypes": (str, ["float32"], f"{', '.join(DTYPES)}; in training of autocast"),
-    "backends": (str, ["eager"], "eager, compiled (torch.compile; CUDA graphs on a GPU), onnx (ONNX Runtime)"),
+    "dtypes": (str, ["float32"], f"{', '.join(DTYPES)} (onnx and openvino only); in training of autocast"),
+    "backends": (
+        str,
+        ["eager"],
+        "eager, compiled (torch.compile; CUDA graphs on a GPU), aoti (AOTInductor), onnx (ONNX Runtime), openvino",
+    ),
     "modes": (str, ["inference"], "inference, training (forward, backward and AdamW)"),
 }
 SCALING: dict[str, tuple[Callable[[str], Any], Any, str]] = {
@@ -125,6 +131,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one [auto; a preset's own]"
+    )
+    how.add_argument(
+        "--dense-backends",
+        nargs="+",
+        metavar="NAME",
+        help="in inference, backends on which to measure the dense model besides those of the cases, or none [eager, and onnx and openvino "
+        "if installed, on a CPU; a preset's own]",
+    )
+    how.add_argument(
+        "--force", action="store_true", help=f"measure on a busy machine, too: one whose load is above {IDLE} [refuse]"
     )
     how.add_argument("--threads", type=int, metavar="N", help="on a CPU [torch's default; presets for a CPU: 2]")
     how.add_argument(
@@ -248,6 +264,14 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
         check_document(args.into)
     if args.output is not None or args.into is not None:
         require("matplotlib", extra="visualization")
+    if args.dense_backends is not None and name in ("scaling", "input-pipeline"):
+        raise ValueError(f"`--dense-backends` does not go with `--{name}`.")
+    if args.dense_backends == ["none"]:
+        args.dense_backends = []
+    args.dense_backends = args.dense_backends and [
+        _named("dense_backends", value, BACKENDS) for value in args.dense_backends
+    ]
+    args.load = check_idle(args.force or args.repetitions == 0)
 
 
 REDUCES = Requirement(("--keep-rates",), "a method in `--methods`", lambda args: args.methods != ["none"])
@@ -425,6 +449,17 @@ def classes_of(files: Sequence[str], label2id: dict[str, int]) -> list[int] | No
     return [label2id[name] for name in names] if set(names) <= set(label2id) else None
 
 
+def _dense_backends(args: argparse.Namespace, preset: Preset | None) -> Sequence[str]:
+    """Return the backends of the dense model besides those of the cases."""
+    if args.dense_backends is not None:
+        return args.dense_backends
+    if preset is not None and preset.dense_backends is not None:
+        return preset.dense_backends
+    packages = {"onnx": "onnxscript", "openvino": "openvino"}
+    on_cpu = _device(args.device or (preset.device if preset else None)).type == "cpu"
+    return ["eager", *(name for name, package in packages.items() if on_cpu and is_installed(package))]
+
+
 def _cases(args: argparse.Namespace) -> Outcome:
     """Measure a preset, or every combination of the options."""
     preset: Preset | None = PRESETS.get(args.preset)
@@ -442,6 +477,7 @@ def _cases(args: argparse.Namespace) -> Outcome:
             for size in _plan(args, "image_sizes")
             for batch in _plan(args, "batch_sizes")
         ]
+        settings = [setting for setting in settings if why_not(setting) is None] or settings
         if _is_free(args):
             _check_sizes([setting.image_size for setting in settings], config)
             cases, notes = _free_cases(args, config, settings)
@@ -464,8 +500,10 @@ def _cases(args: argparse.Namespace) -> Outcome:
             progress=progress,
             images=images,
             labels=labels,
+            dense_backends=_dense_backends(args, preset),
         )
         report = benchmark.run(cases)
+    report.load = args.load
     report.notes[:0] = notes
     facts = provenance()
     parts = [title, *(f"{name}\n{align(rows)}" for name, rows in tables(report)), *report.warnings]

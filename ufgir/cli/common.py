@@ -111,11 +111,12 @@ def require(*packages: str, extra: str = "analysis") -> None:
     Raises:
         ValueError: if a package is not installed.
     """
-    if missing := [name for name in packages if not _is_there(name)]:
+    if missing := [name for name in packages if not is_installed(name)]:
         raise ValueError(f"{', '.join(missing)} must be installed: pip install 'clca-vit[{extra}]'.")
 
 
-def _is_there(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported."""
     try:
         return find_spec(package) is not None
     except ValueError:  # an earlier import failed

@@ -1,7 +1,8 @@
-"""Measure speed and memory of models next to transformers' dense ViT of the same shape, for `ufgir benchmark`.
+"""Measure speed and memory of models next to dense ViTs of the same shape, for `ufgir benchmark`.
 
-The dense model (`ViTForImageClassification` with sdpa) and all cases of a setting run in one process, with interleaved timing. They share
-weights: those of a checkpoint, or random ones. Random weights have a larger std than for training, so that attention prefers some patches as it
+There are three kinds of dense models: that of transformers as it comes (`ViTForImageClassification` with sdpa, eager), ours with the kernels of
+the reduced models, and the fastest of all dense ones on any backend that is measured. All cases of one size, batch and mode run in one process
+with the dense ones, with interleaved timing. They share weights: those of a checkpoint, or random ones. Random weights have a larger std than for training, so that attention prefers some patches as it
 does after training; with the usual std attention is almost uniform, and ATS keeps an unrealistic number of tokens. Images are random. In
 inference, dtypes below float32 apply to weights and images; in training, weights are float32 under autocast, with a scaled loss for float16, as in
 Trainer.
@@ -11,11 +12,9 @@ import contextlib
 import gc
 import logging
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..utils.text import one_sentence, shortened
 from .agreement import Agreement, Answers, Images, agreement, answers, share
-from .benchmark_cases import Case, Setting, by_setting, case_config
+from .backends import Files, prepare, why_not
+from .benchmark_cases import Case, Setting, by_setting, case_config, chunks
 from .macs import count_macs, dense_config
-from .timing import InterleavedTiming, OtherLoad, Quartiles, Run, peak_memory_increase, quartiles, steady, synchronize
+from .timing import IDLE, InterleavedTiming, OtherLoad, Quartiles, Run, quartiles, steady, synchronize
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ AT_ONCE = {
 }  # cases in memory together with the dense model; more are timed in several groups
 ATTENTIVE = 1.5  # std of the random weights times the square root of the width; attention logits have its square
 BUSY = 0.1  # share of the cores used by other processes above which a warning appears
+CALIBRATION = 8  # random images for int8 of OpenVINO
 WIDE = 0.1  # relative distance of the quartiles above which a warning appears
 NO_CLASSIFIER = "MODEL has no trained classifier, so classes are not compared."
 
@@ -48,13 +49,16 @@ class Result:
     """Measurements of a case, or of the dense model of its setting.
 
     Attributes:
-        setting, case: `case` is None for the dense model.
+        setting, case: `case` is None for the dense model of transformers. It computes in float32 in tables of int8.
         name: name in tables.
-        dense: result of the dense model that was timed in turn with this one; None for the dense model.
+        dense: result of the dense model of transformers that was timed in turn with this one; None for itself.
+        dense_rows: results of all dense models in the same precision that were timed in turn with this one.
+        deployments: results of the same model on all backends in the same precision, this one included.
         seconds: seconds per batch, one value per round.
         macs, macs_executed: multiply-adds per image, as the paper counts them and as executed; see `count_macs`.
         parameters: number of parameters.
-        setup_seconds: time to compile, or to export and load, with the first call; None for eager.
+        setup_seconds: time to compile, or to export and load, with the first call; None for eager. An export is included in every row that
+            uses its file.
         activation_memory: largest increase of tensor memory in bytes. In training, gradients are allocated before, so this is the peak without
             weights, gradients and optimizer state.
         peak_memory: largest memory in bytes, including weights and optimizer state. Both are measured for eager only.
@@ -68,6 +72,8 @@ class Result:
     name: str
     dense: "Result | None" = None
     seconds: list[float] = field(default_factory=list)
+    dense_rows: "list[Result]" = field(default_factory=list, repr=False)
+    deployments: "list[Result]" = field(default_factory=list, repr=False)
     macs: int | None = None
     macs_executed: int | None = None
     parameters: int | None = None
@@ -89,7 +95,7 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        """Return the median time of the dense model divided by that of this one."""
+        """Return the median time of transformers' dense model divided by that of this one."""
         if self.dense is None or not self.time or not self.dense.time:
             return None
         return self.dense.time.median / self.time.median
@@ -110,6 +116,32 @@ class Result:
         """Return the measured share of the possible speed-up."""
         return self.speedup / self.possible if self.speedup and self.possible else None
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is a dense model."""
+        return self.case is None or self.case.is_dense
+
+    @property
+    def fastest_dense(self) -> "Result | None":
+        """Return the result of the fastest dense deployment in the same precision."""
+        return fastest(self.dense_rows)
+
+    @property
+    def is_fastest(self) -> bool:
+        """Whether no other backend runs this model faster in the same precision."""
+        return fastest(self.deployments or [self]) is self
+
+    @property
+    def over_fastest(self) -> float | None:
+        """Return the median time of the fastest dense deployment divided by that of this model."""
+        dense = self.fastest_dense
+        return dense.time.median / self.time.median if dense and dense.time and self.time else None
+
+    @property
+    def share(self) -> float | None:
+        """Return `over_fastest` as a share of `possible`."""
+        return self.over_fastest / self.possible if self.over_fastest and self.possible else None
+
     def memory_ratio(self, kind: str) -> float | None:
         """Return `activation_memory` or `peak_memory`, divided by that of the dense model."""
         theirs, ours = self.dense and getattr(self.dense, kind), getattr(self, kind)
@@ -122,11 +154,17 @@ class Result:
         return getattr(self, measure)
 
 
+def fastest(results: Iterable[Result]) -> Result | None:
+    """Return the result with the smallest median time, or None if none has a time."""
+    return min((r for r in results if r.time), key=lambda r: r.time.median, default=None)
+
+
 @dataclass
 class Report:
-    """Results in the order of the cases, the dense model first in each setting.
+    """Results in the order of the cases, the dense models first in each table.
 
     Attributes:
+        load: load of the machine before the benchmark, the average of a minute; None if unknown.
         other_cores: cores that other processes used on average; None if unknown.
         interrupted, over_time: whether results are missing because of Ctrl-C or the time limit.
         notes: further remarks, one sentence each.
@@ -136,6 +174,7 @@ class Report:
     device: str = "cpu"
     threads: int = 1
     repetitions: int = 0
+    load: float | None = None
     other_cores: float | None = None
     interrupted: bool = False
     over_time: bool = False
@@ -151,6 +190,10 @@ class Report:
             found.append(
                 f"The machine was busy: other processes used {self.other_cores:.1f} of its {cores} cores. Times are "
                 "wrong, and their ratios may be."
+            )
+        if self.load is not None and self.load > IDLE:
+            found.append(
+                f"Measured with --force at a load of {self.load:.2f}, above {IDLE}. Do not quote these times."
             )
         wide = [r for r in self.results if r.time and r.time.spread > WIDE]
         if wide:
@@ -175,8 +218,11 @@ class Benchmark:
         repetitions: timings of each case; 0 for costs and agreement alone, without time and memory.
         seed: seed of weights, images and the order within rounds.
         time_limit: seconds after which no further measurement starts.
-        images: images on which agreement with the dense model is measured, in eager inference only.
+        images: images on which agreement with the dense model is measured, in eager inference only, and on which int8 of OpenVINO is
+            calibrated; random ones without them.
         labels: class indices of these images, to measure accuracy as well.
+        dense_backends: in inference, backends on which our dense model is measured besides those of the cases; None for no dense model
+            but that of transformers.
         progress: an object like a `tqdm` bar: `total`, `update()`, `set_description_str(text)`.
     """
 
@@ -192,6 +238,7 @@ class Benchmark:
         progress: Any = None,
         images: Images | None = None,
         labels: Sequence[int] | None = None,
+        dense_backends: Sequence[str] | None = None,
     ) -> None:
         self.base = dense_config(base)
         if checkpoint is None:
@@ -205,6 +252,7 @@ class Benchmark:
         self.progress = progress
         self.images = images
         self.labels = None if labels is None else torch.tensor(labels)
+        self.dense_backends = dense_backends
         self.deadline = math.inf
         self._macs: dict[Any, tuple[int, int]] = {}
         self._weights: tuple[int, dict[str, torch.Tensor]] = (0, {})  # image size, and its weights
@@ -215,20 +263,23 @@ class Benchmark:
         """Measure all cases. A failure is recorded in the result of its case. Ctrl-C stops and keeps what was measured."""
         report = Report(device=str(self.device), repetitions=self.repetitions)
         load, start = OtherLoad(), time.monotonic()
+        self.files = Files(self._calibration)
         self.deadline = start + self.time_limit
         groups = [
-            (setting, group[i : i + AT_ONCE[setting.mode]])
+            (setting, self._with_dense(chunk))
             for setting, group in by_setting(cases).items()
-            for i in range(0, len(group), AT_ONCE[setting.mode])
+            for chunk in chunks(group, AT_ONCE[setting.mode])
         ]
         if self.progress is not None:
-            self.progress.total = sum(len(group) + 1 for _, group in groups) * (self.repetitions + 1)
+            self.progress.total = sum(len(group) for _, group in groups) * (self.repetitions + 1)
         with steady(self.threads) as report.threads:
             try:
                 for setting, group in groups:
                     self._time_group(setting, group, report)
             except KeyboardInterrupt:
                 report.interrupted = True
+            finally:
+                self.files.close()
         if self.images is not None and self.base.num_labels == 0:
             report.notes.append(NO_CLASSIFIER)
         report.seconds = time.monotonic() - start
@@ -241,10 +292,38 @@ class Benchmark:
             if text:
                 self.progress.set_description_str(text)
 
-    def _time_group(self, setting: Setting, cases: Sequence[Case], report: Report) -> None:
-        """Time a group of cases of one setting together with the dense model."""
-        dense = Result(setting, None, "dense")
-        results = [dense, *(Result(setting, case, str(case), dense) for case in cases)]
+    def _with_dense(self, cases: Sequence[Case]) -> list[Result]:
+        """Return results to be filled, of cases and the dense models of their tables."""
+        results: list[Result] = []
+        for table in dict.fromkeys(case.setting.table for case in cases):
+            here = [case for case in cases if case.setting.table == table]
+            stock = Result(table._replace(backend="eager"), None, "dense")
+            if self.dense_backends is not None and self.repetitions:
+                more = self.dense_backends if table.mode == "inference" else ()
+                backends = dict.fromkeys([*(case.setting.backend for case in here), *more])
+                settings = [table._replace(backend=backend) for backend in backends]
+                ours = [Case(setting, None) for setting in settings if why_not(setting) is None]
+                known = [case._replace(goals=()) for case in here]
+                here = [*(case for case in ours if case not in known and self._differs(case)), *here]
+            rows = [Result(case.setting, case, str(case), stock) for case in here]
+            dense = [r for r in (stock, *rows) if r.is_dense and (r.case or table.dtype != "int8")]
+            models: dict[Case, list[Result]] = {}
+            for row in rows:
+                row.dense_rows, row.deployments = dense, models.setdefault(row.case.model, [])
+                row.deployments.append(row)
+            results += [stock, *rows]
+        return results
+
+    def _differs(self, case: Case) -> bool:
+        """Whether our dense model is another than the one that takes the place of transformers'."""
+        return (
+            case.setting.backend != "eager"
+            or case.setting.dtype == "int8"
+            or stock_config(self.base, case.setting) is not None
+        )
+
+    def _time_group(self, setting: Setting, results: Sequence[Result], report: Report) -> None:
+        """Time some models in turn."""
         report.results += results
         runs: dict[str, Run] = {}
         with contextlib.ExitStack() as stack:
@@ -253,7 +332,7 @@ class Benchmark:
                     result.error = f"not started: the time limit of {self.time_limit:g} s had passed"
                     report.over_time = True
                     continue
-                self._step(f"{result.name} ({setting}): setting up")
+                self._step(f"{result.name} ({result.setting}): setting up")
                 try:
                     runs[str(index)] = stack.enter_context(self._ready(result))
                 except Exception as error:  # one failing case must not stop the others
@@ -263,8 +342,9 @@ class Benchmark:
             if self.repetitions:
                 self._step(str(setting))
                 self._time(runs, results, report)
-        if setting.backend == "compiled":
+        if any(result.setting.backend == "compiled" for result in results):
             torch.compiler.reset()
+        self.files.forget_models()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -290,7 +370,10 @@ class Benchmark:
     def _ready(self, result: Result) -> Iterator[Run]:
         """Set up the function to time, and fill in all of the result except the times."""
         setting = result.setting
-        _check_setting(setting, self.device)
+        if result.case is None and setting.dtype == "int8":
+            setting = setting._replace(dtype="float32")
+        if (why := why_not(setting)) is not None:
+            raise ValueError(why)
         model = self._model(result)
         result.parameters = sum(p.numel() for p in model.parameters())
         result.macs, result.macs_executed = self._count(model, result)
@@ -302,15 +385,22 @@ class Benchmark:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (setting.batch_size, model.config.num_channels, *[setting.image_size] * 2)
         pixels = torch.randn(shape, generator=generator).to(self.device)
-        make = {"onnx": _onnx_run}.get(setting.backend, _torch_run)
-        make = _training_run if setting.mode == "training" else make
+        key = result.case and (result.case.model, getattr(model.config, "reduction_kwargs", None) is not None)
         start = time.perf_counter()
-        with make(model, pixels, setting, self.device, result) as run:
+        with prepare(model, pixels, setting, self.device, self.files, key) as prepared:
+            result.activation_memory, result.peak_memory = prepared.activation_memory, prepared.peak_memory
             if setting.backend != "eager":
-                run()
+                prepared.run()
                 synchronize(self.device)
-                result.setup_seconds = time.perf_counter() - start
-            yield run
+                result.setup_seconds = time.perf_counter() - start + prepared.seconds
+            yield prepared.run
+
+    def _calibration(self, size: int) -> Iterable[torch.Tensor]:
+        """Return images for int8."""
+        if self.images is not None:
+            return self.images(size)
+        generator = torch.Generator().manual_seed(self.seed)
+        return [torch.randn(CALIBRATION, self.base.num_channels, size, size, generator=generator)]
 
     def _model(self, result: Result) -> nn.Module:
         """Create a model with the shared weights, in the mode of the setting, on the device."""
@@ -322,10 +412,12 @@ class Benchmark:
         if result.case is None:
             model = make_dense(self.base, setting)
             result.name = f"dense ({'ours' if isinstance(model, CLCAViTForImageClassification) else 'transformers'})"
+            if setting.dtype == "int8":
+                result.name += " in float32"
         else:
             model = CLCAViTForImageClassification(case_config(self.base, result.case))
         trains = setting.mode == "training"
-        dtype = torch.float32 if trains else getattr(torch, setting.dtype)
+        dtype = torch.float32 if trains or setting.dtype == "int8" else getattr(torch, setting.dtype)
         model = model.to(self.device, dtype).train(trains)
         for name, parameter in model.named_parameters():
             shared = weights.get(name)
@@ -385,10 +477,21 @@ class Benchmark:
 
 def make_dense(base: CLCAViTConfig, setting: Setting) -> nn.Module:
     """Build transformers' `ViTForImageClassification` of the same shape. Build our model without reduction if the shape has no counterpart
-    (registers, a norm before the layers, ...), and for the export, which supports only our models."""
-    config = CLCAViTConfig.from_dict(dense_config(base).to_dict() | {"image_size": setting.image_size})
-    if setting.backend == "onnx":
-        return CLCAViTForImageClassification(config)
+    (registers, a norm before the layers, ...)."""
+    stock = stock_config(base, setting)
+    if stock is None:
+        return CLCAViTForImageClassification(dense_at(base, setting))
+    return ViTForImageClassification._from_config(stock, attn_implementation="sdpa")
+
+
+def dense_at(base: CLCAViTConfig, setting: Setting) -> CLCAViTConfig:
+    """Return the configuration of our dense model at the image size of a setting."""
+    return CLCAViTConfig.from_dict(dense_config(base).to_dict() | {"image_size": setting.image_size})
+
+
+def stock_config(base: CLCAViTConfig, setting: Setting) -> ViTConfig | None:
+    """Return the configuration of transformers' ViT of the same shape, or None if there is none."""
+    config = dense_at(base, setting)
     values = {name: getattr(config, name) for name in ViTConfig.__dataclass_fields__ if hasattr(config, name)}
     values |= {"num_labels": config.num_labels}
     values = {name: value for name, value in values.items() if name not in ("id2label", "label2id", "architectures")}
@@ -396,135 +499,7 @@ def make_dense(base: CLCAViTConfig, setting: Setting) -> nn.Module:
     with torch.device("meta"):
         models = CLCAViTForImageClassification(config), ViTForImageClassification(stock)
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
-    if shapes[0] != shapes[1] or config.pooling != "cls":
-        return CLCAViTForImageClassification(config)
-    return ViTForImageClassification._from_config(stock, attn_implementation="sdpa")
-
-
-def _check_setting(setting: Setting, device: torch.device) -> None:
-    if setting.backend != "onnx":
-        return
-    if setting.mode == "training":
-        raise ValueError("ONNX files do not train")
-    if setting.dtype != "float32":
-        raise ValueError("files are exported in float32 only")
-
-
-def _compiled(function: Callable, device: torch.device) -> Callable:
-    """Compile a function as one graph without breaks, on a GPU as a CUDA graph. Cases do not share compiled code."""
-    options = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
-    if device.type != "cuda":
-        return torch.compile(function, **options)
-    # Raise an error if a CUDA graph is not possible, instead of measuring something else with a log message.
-    graphs = {**torch._inductor.list_mode_options("reduce-overhead"), "triton.cudagraph_or_error": True}
-    compiled = torch.compile(function, options=graphs, **options)
-
-    def run(*args: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # the outputs of the last call are no longer needed
-        return compiled(*args)
-
-    return run
-
-
-@contextlib.contextmanager
-def _torch_run(
-    model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, result: Result
-) -> Iterator[Run]:
-    """Compute the logits of a batch with torch."""
-    pixels = pixels.to(next(model.parameters()).dtype)
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        return model(images).logits
-
-    function = _compiled(forward, device) if setting.backend == "compiled" else forward
-
-    def run() -> None:
-        with torch.inference_mode():
-            function(pixels)
-
-    if setting.backend == "eager":
-        result.activation_memory = peak_memory_increase(run, device)
-        result.peak_memory = result.activation_memory + _size(model)
-    yield run
-
-
-@contextlib.contextmanager
-def _onnx_run(
-    model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, result: Result
-) -> Iterator[Run]:
-    """Compute the logits of a batch with ONNX Runtime from the exported model."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError("ONNX Runtime is not installed: pip install 'clca-vit[export]'") from error
-    from ..export import export_model
-
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise ValueError(f"this ONNX Runtime has no {provider}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_model(model, Path(folder) / "model.onnx").path
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    if provider not in session.get_providers():  # its libraries did not load
-        raise ValueError(f"this ONNX Runtime cannot start its {provider}")
-    binding = session.io_binding()  # images and logits stay where they are
-    images = onnxruntime.OrtValue.ortvalue_from_numpy(pixels.cpu().numpy(), device.type, device.index or 0)
-    binding.bind_ortvalue_input("pixel_values", images)
-    binding.bind_output("logits", device.type, device.index or 0)
-    yield lambda: session.run_with_iobinding(binding)
-
-
-@contextlib.contextmanager
-def _training_run(
-    model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, result: Result
-) -> Iterator[Run]:
-    """Run forward, backward and AdamW. The learning rate is tiny, so that the weights and the tokens that ATS keeps do not change."""
-    labels = torch.arange(setting.batch_size, device=device) % model.config.num_labels
-    dtype = getattr(torch, setting.dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.05, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def forward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return model(pixel_values=images, labels=labels).loss
-
-    function = _compiled(forward, device) if setting.backend == "compiled" else forward
-
-    def gradients() -> None:
-        scaler.scale(function(pixels, labels)).backward()
-
-    def run() -> None:
-        gradients()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    if setting.backend == "eager":
-        result.activation_memory = activation_memory(model, gradients, device)
-        run()  # creates the optimizer state
-        kept = _size(model) + sum(_bytes(v) for state in optimizer.state.values() for v in state.values())
-        result.peak_memory = kept + peak_memory_increase(run, device)
-    yield run
-
-
-def activation_memory(model: nn.Module, gradients: Run, device: torch.device) -> int:
-    """Return by how many bytes memory grows at most in forward and backward (`gradients`), with gradients already allocated."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    grown = peak_memory_increase(gradients, device)
-    model.zero_grad(set_to_none=True)
-    return grown
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _size(model: nn.Module) -> int:
-    """Return the bytes of parameters and buffers."""
-    return sum(map(_bytes, (*model.parameters(), *model.buffers())))
+    return stock if shapes[0] == shapes[1] and config.pooling == "cls" else None
 
 
 def _reason(error: Exception) -> str:

@@ -8,9 +8,29 @@ from clca import REDUCTIONS, CLCAViTConfig
 from clca.reductions_clca import get_reduction
 
 
-BACKENDS = ("eager", "compiled", "onnx")
+class Backend(NamedTuple):
+    """What computes a model.
+
+    Attributes:
+        title: name in sentences.
+        dtypes: those of `DTYPES` in which it is measured.
+        trains: whether it measures training steps.
+    """
+
+    title: str
+    dtypes: tuple[str, ...]
+    trains: bool = False
+
+
+BACKENDS = {
+    "eager": Backend("PyTorch", ("float32", "bfloat16", "float16"), trains=True),
+    "compiled": Backend("torch.compile", ("float32", "bfloat16", "float16"), trains=True),
+    "aoti": Backend("AOTInductor", ("float32", "bfloat16", "float16")),
+    "onnx": Backend("ONNX Runtime", ("float32", "int8")),
+    "openvino": Backend("OpenVINO", ("float32", "bfloat16", "float16", "int8")),
+}
 MODES = ("inference", "training")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 _CACHE = {"cross_layer_cache": True, "num_clr_tokens": 1}
 # Name -> fields that it adds to a configuration.
@@ -28,7 +48,7 @@ MODEL_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12
 
 
 class Setting(NamedTuple):
-    """What a case shares with the dense model it is compared with. Cases of one setting are timed in turn."""
+    """How a model is measured. A table has the models of one setting on all backends."""
 
     image_size: int  # pixels
     batch_size: int = 1
@@ -36,13 +56,24 @@ class Setting(NamedTuple):
     backend: str = "eager"
     mode: str = "inference"
 
+    @property
+    def table(self) -> "Setting":
+        """The setting without its backend."""
+        return self._replace(backend="")
+
+    @property
+    def group(self) -> "Setting":
+        """The setting without backend and dtype: all of its cases are timed in turn."""
+        return self._replace(backend="", dtype="")
+
     def __str__(self) -> str:
-        return f"{self.mode}, {self.image_size} px, batch {self.batch_size}, {self.dtype}, {self.backend}"
+        parts = (self.mode, f"{self.image_size} px", f"batch {self.batch_size}", self.dtype, self.backend)
+        return ", ".join(part for part in parts if part)
 
 
 class Goal(NamedTuple):
-    """A bound for a measured value: `speedup` over the dense model and `realised` share of the GMAC ratio (at least), `activations` and
-    `peak` memory as shares of the dense model (at most)."""
+    """A bound for a measured value, see `Result`: `speedup`, `realised`, `over_fastest` or, for the fastest deployment of a model, `share` (at
+    least); `activations` and `peak` memory as shares of transformers' dense model (at most)."""
 
     measure: str
     value: float
@@ -59,6 +90,8 @@ class Goal(NamedTuple):
         words = {
             "speedup": "{}x",
             "realised": "{} of GMACs",
+            "over_fastest": "{}x the fastest dense",
+            "share": "{} of GMACs over the fastest dense",
             "activations": "activations {}",
             "peak": "peak memory {}",
         }
@@ -78,7 +111,19 @@ class Case(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()  # of the method
     target_gmacs: float | None = None  # cost per image that the keep rate was chosen for
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is our dense model, with the kernels of the others."""
+        return self.method is None and self.variant == "base"
+
+    @property
+    def model(self) -> "Case":
+        """The case without how it is measured: what the deployments of one model share."""
+        return self._replace(setting=Setting(self.setting.image_size), goals=())
+
     def __str__(self) -> str:
+        if self.is_dense:
+            return "dense (ours)"
         name = self.method or "no reduction"
         name = name if self.variant == "base" else f"{name} + {self.variant}"
         where = "" if self.layers is None else f" in {len(self.layers)} layers"
@@ -125,11 +170,24 @@ def cross(
 
 
 def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
-    """Group the cases by setting, that is by the dense model they are compared with."""
+    """Group the cases by size, batch and mode. Those of one group are timed in turn."""
     groups: dict[Setting, list[Case]] = {}
     for case in cases:
-        groups.setdefault(case.setting, []).append(case)
+        groups.setdefault(case.setting.group, []).append(case)
     return groups
+
+
+def chunks(cases: Sequence[Case], most: int) -> list[list[Case]]:
+    """Divide cases into lists of about `most` that can be in memory together. All deployments of a model stay together."""
+    models: dict[Case, list[Case]] = {}
+    for case in cases:
+        models.setdefault(case.model, []).append(case)
+    found: list[list[Case]] = []
+    for deployments in models.values():
+        if not found or len(found[-1]) + len(deployments) > most:
+            found.append([])
+        found[-1] += deployments
+    return found
 
 
 class Preset(NamedTuple):
@@ -143,6 +201,7 @@ class Preset(NamedTuple):
         repetitions: timings of each case.
         model_size: a key of `MODEL_SIZES`.
         time_limit: seconds after which no further measurement starts.
+        dense_backends: backends on which the dense model is measured as well; None for those of `deployments`.
     """
 
     title: str
@@ -152,6 +211,7 @@ class Preset(NamedTuple):
     repetitions: int = 9
     model_size: str = "base"
     time_limit: float | None = None
+    dense_backends: tuple[str, ...] | None = None
 
 
 def _at_least(speedup: float) -> tuple[Goal, ...]:
@@ -197,15 +257,17 @@ def _training() -> Preset:
 
 def _gpu() -> Preset:
     cases = []
-    for backend, goal in (("eager", 2.8), ("compiled", 2.9)):
+    for backend, goal in (("eager", Goal("speedup", 2.8)), ("compiled", Goal("over_fastest", 2.9))):
         at = Setting(448, 128, "bfloat16", backend)
-        cases.append(Case(at, "evit", "CLCA", 0.1, _at_least(goal)))
-    at = Setting(448, 1, "bfloat16", "compiled")
-    static = [method for method in sorted(REDUCTIONS) if REDUCTIONS[method].static_shapes]
-    cases += [Case(at, method, "CLCA", 0.1, _at_least(1.0)) for method in static]
+        cases.append(Case(at, "evit", "CLCA", 0.1, (goal,)))
     at = Setting(448, 32, "bfloat16", mode="training")
     cases.append(Case(at, "evit", "CLCA", 0.1, (Goal("speedup", 2.6), Goal("peak", 0.5))))
-    return Preset("ViT-B/16, 448 px, bfloat16 on a GPU", cases, device="cuda", threads=None, repetitions=20)
+    at = Setting(448, 1, "bfloat16", "compiled")
+    static = [method for method in sorted(REDUCTIONS) if REDUCTIONS[method].static_shapes]
+    faster = (Goal("over_fastest", 1.0),)
+    cases += [Case(at, method, "CLCA", 0.1, faster) for method in static]
+    title = "ViT-B/16, 448 px, bfloat16 on a GPU"
+    return Preset(title, cases, "cuda", None, repetitions=20, time_limit=420.0, dense_backends=())
 
 
 def _quick() -> Preset:
@@ -216,7 +278,48 @@ def _quick() -> Preset:
     cases += cross(["evit"], ["CLCA"], [0.25], [Setting(224, 1, backend=b) for b in ("onnx", "compiled")])
     cases = list(dict.fromkeys(cases))
     title = "ViT-Ti/16, 224 px, float32: an overview, too short for exact numbers"
-    return Preset(title, cases, "auto", None, repetitions=5, model_size="tiny", time_limit=110.0)
+    return Preset(title, cases, "auto", None, 5, "tiny", time_limit=110.0, dense_backends=("eager", "onnx"))
+
+
+def _deployments() -> Preset:
+    """In the order of importance: what the time limit leaves out comes last."""
+    deployed = ("onnx", "openvino")
+    backends = {"float32": ("eager", *deployed), "bfloat16": ("eager", "openvino"), "int8": deployed}
+    goals = {
+        (448, 1, "float32"): 0.92,
+        (448, 4, "float32"): 0.92,
+        (224, 1, "float32"): 0.82,
+        (224, 8, "float32"): 0.92,
+        (448, 1, "bfloat16"): 0.95,
+        (224, 1, "bfloat16"): 0.78,
+    }
+    cases = []
+    for size, batch in ((448, 1), (224, 1), (448, 4), (224, 8)):
+        for dtype, names in backends.items():
+            compiled = ("compiled",) if batch == 1 and dtype != "int8" else ()
+            compiled += ("aoti",) if (size, batch, dtype) == (224, 1, "float32") else ()
+            value = goals.get((size, batch, dtype))
+            goal = (Goal("share", value),) if value else ()
+            for name in (*names, *compiled):
+                cases.append(Case(Setting(size, batch, dtype, name), "evit", "CLCA", 0.1, goal))
+    title = "ViT-B/16 on two cores of a CPU: the fastest deployments, reduced and dense"
+    return Preset(title, cases, repetitions=9, time_limit=1600.0, dense_backends=())
+
+
+def _methods448() -> Preset:
+    share = {"kmedoids": 0.85}
+    cases = [
+        Case(Setting(448, 4, backend=backend), method, "CLCA", 0.1, (Goal("share", share.get(method, 0.9)),))
+        for method in sorted(REDUCTIONS)
+        if method != "heuristic"  # removes no tokens
+        for backend in ("eager", "onnx", "openvino")
+    ]
+    return Preset(
+        "ViT-B/16, 448 px, batch 4, float32 on two cores of a CPU: every method on its fastest backend",
+        cases,
+        repetitions=5,
+        dense_backends=(),
+    )
 
 
 PRESETS = {
@@ -226,4 +329,6 @@ PRESETS = {
     "training": _training(),
     "gpu": _gpu(),
     "quick": _quick(),
+    "deployments": _deployments(),
+    "methods448": _methods448(),
 }

@@ -24,9 +24,10 @@ from .timing import Quartiles
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "numpy", "datasets", "pillow")
+PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "datasets", "pillow")
 MEGA = 1e6
 COLUMNS = 3  # panels per row
+SUMMARY = "The fastest deployment of each model, and of the dense one"
 TextTable = list[list[str]]
 
 
@@ -66,21 +67,24 @@ def _goals(result: Result) -> str:
     """List each goal and whether it is met."""
     lines = []
     for goal in result.case.goals if result.case else ():
+        if goal.measure == "share" and not result.is_fastest:
+            continue  # it is a goal for the fastest deployment of the model
         value = result.measured(goal.measure)
         lines.append(f"{goal}: {'not measured' if value is None else 'met' if goal.met(value) else 'missed'}")
     return ", ".join(lines)
 
 
 def setting_table(results: Sequence[Result]) -> TextTable:
-    """Return the results of one setting as a table of strings without empty columns."""
-    head = ["model", "ms [quartiles]", "images/s", "speed-up", "GMACs", "executed", "ratio", "possible", "realised"]
+    """Return the results of one table as strings, without empty columns."""
+    head = ["model", "backend", "ms [quartiles]", "images/s", "over transformers", "over fastest dense", "GMACs"]
+    head += ["executed", "ratio", "possible", "share"]
     head += ["cosine", "same neighbor", "same top-1", "top-1"]
     head += ["activations, MB", "of dense", "peak, MB", "of dense", "set-up, s", "goal"]
     rows = [head]
-    untimed = () if any(r.time for r in results) else ("images/s", "speed-up", "realised")
+    untimed = () if any(r.time for r in results) else ("images/s", "over transformers", "over fastest dense", "share")
     for r in results:
         if r.error:
-            rows.append([r.name, r.error, *[""] * (len(head) - 2)])
+            rows.append([r.name, r.setting.backend, r.error, *[""] * (len(head) - 3)])
             continue
         memory = []
         for kind in ("activation_memory", "peak_memory"):
@@ -89,20 +93,65 @@ def setting_table(results: Sequence[Result]) -> TextTable:
         rows.append(
             [
                 r.name,
+                r.setting.backend,
                 _time(r.time) if r.time else "not measured",
                 _number(r.images_per_second, 2 if (r.images_per_second or 0) < 100 else 0),
                 "" if r.dense is None else _number(r.speedup),
+                "" if r.over_fastest is None else _number(r.over_fastest),
                 *(_number(n / 1e9 if n else None, 3) for n in (r.macs, r.macs_executed)),
                 *("" if r.dense is None else _number(n) for n in (r.macs_ratio, r.possible)),
-                _share(r.realised),
+                _share(r.share),
                 *_agreement(r),
                 *memory,
                 "" if r.setup_seconds is None else _number(r.setup_seconds, 1),
                 _goals(r),
             ]
         )
-    filled = [i for i, name in enumerate(head) if i < 2 or (name not in untimed and any(row[i] for row in rows[1:]))]
+    filled = [i for i, name in enumerate(head) if i < 3 or (name not in untimed and any(row[i] for row in rows[1:]))]
     return [[row[i] for i in filled] for row in rows]
+
+
+def summary_table(report: Report) -> TextTable:
+    """Return the fastest deployment of each reduced model beside the fastest dense one, per precision; empty if each model was measured on one
+    backend only."""
+    head = [
+        "setting",
+        "model",
+        "ms",
+        "backend",
+        "fastest dense, ms",
+        "backend",
+        "over fastest dense",
+        "possible",
+        "share",
+    ]
+    head += ["over transformers", "over its float32", "goal"]
+    rows = [head]
+    best: dict[Any, Result] = {}
+    for r in report.results:
+        if r.is_dense or not r.time or not r.is_fastest:
+            continue
+        best[r.case.model, r.setting.table] = r
+    for (model, table), r in best.items():
+        dense, whole = r.fastest_dense, best.get((model, table._replace(dtype="float32")))
+        over_whole = whole.time.median / r.time.median if whole and whole is not r else None
+        rows.append(
+            [
+                str(table),
+                r.name,
+                _number(1e3 * r.time.median, 1),
+                r.setting.backend,
+                _number(1e3 * dense.time.median, 1) if dense else "-",
+                dense.setting.backend if dense else "",
+                *map(_number, (r.over_fastest, r.possible)),
+                _share(r.share),
+                _number(r.speedup),
+                "" if over_whole is None else _number(over_whole),
+                ", ".join(text for text in (_goals(one) for one in r.deployments) if text),
+            ]
+        )
+    several = any(len(r.deployments) > 1 for r in best.values())
+    return rows if several else []
 
 
 def _share(value: float | None) -> str:
@@ -133,8 +182,11 @@ MEASURES = {
 
 
 def tables(report: Report) -> list[tuple[str, TextTable]]:
-    """Return one table per setting, and if methods are compared at several costs, one per measure and list of layers, each with a title."""
-    found = [(str(setting), setting_table(results)) for setting, results in by_setting(report.results).items()]
+    """Return all tables with their titles: the summary if models were measured on several backends, one table per size, batch, precision and
+    mode, and if methods are compared at several costs, one per measure and list of layers."""
+    summary = summary_table(report)
+    found = [(SUMMARY, summary)] if summary else []
+    found += [(str(table), setting_table(results)) for table, results in by_table(report.results).items()]
     return found + [table for results in cost_panels(report).values() for table in cost_tables(results)]
 
 
@@ -173,8 +225,16 @@ def cost_tables(results: Sequence[Result]) -> list[tuple[str, TextTable]]:
     return found
 
 
+def by_table(results: Sequence[Result]) -> dict[Setting, list[Result]]:
+    """Group the results by setting, all backends together."""
+    groups: dict[Setting, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.setting.table, []).append(result)
+    return groups
+
+
 def by_setting(results: Sequence[Result]) -> dict[Setting, list[Result]]:
-    """Group the results by setting."""
+    """Group the results by setting, each backend by itself."""
     groups: dict[Setting, list[Result]] = {}
     for result in results:
         groups.setdefault(result.setting, []).append(result)
@@ -222,6 +282,10 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "macs_ratio": r.macs_ratio,
                 "macs_executed_ratio": r.possible,
                 "realised": r.realised,
+                "over_fastest_dense": r.over_fastest,
+                "fastest_dense_backend": r.fastest_dense and r.fastest_dense.setting.backend,
+                "share": r.share,
+                "is_fastest": r.is_fastest,
                 "cosine": r.agreement and r.agreement.cosine,
                 "same_neighbor": r.agreement and r.agreement.neighbor,
                 "same_top1": r.agreement and r.agreement.top1,
@@ -290,9 +354,9 @@ def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
 
 
 def throughput_panels(report: Report) -> dict[str, list[Result]]:
-    """Return title -> results of each setting with more than the dense model."""
+    """Return title -> results of each setting with more than dense models."""
     groups = by_setting([r for r in report.results if r.time])
-    return {str(setting): group for setting, group in groups.items() if len(group) > 1}
+    return {str(s): group for s, group in groups.items() if len(group) > 1 and any(r.case for r in group)}
 
 
 def latency_panels(report: Report) -> dict[str, list[Result]]:
@@ -341,7 +405,7 @@ def _lines(results: Sequence[Result]) -> dict[str, tuple[dict[str, Any], list[Re
 
 def _draw_throughput(axes: "Axes", title: str, results: Sequence[Result]) -> None:
     """Draw images per second over executed GMACs; the gray line shows the speed if only multiply-adds took time."""
-    dense = next((r for r in results if r.case is None), None)
+    dense = next((r for r in results if r.is_dense), None)
     for look, line in _lines(results).values():
         line = sorted(line, key=lambda r: r.macs_executed)
         axes.plot([r.macs_executed / 1e9 for r in line], [r.images_per_second for r in line], **look)

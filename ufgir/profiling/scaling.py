@@ -18,7 +18,8 @@ from clca.reductions_clca import get_reduction
 
 from ..utils.files import write_csv, write_text_atomically
 from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
-from .benchmark import Benchmark, Report, Result, activation_memory, make_dense
+from .backends import activation_memory
+from .benchmark import Benchmark, Report, Result, make_dense
 from .benchmark_cases import Case, Setting, case_config, quarters
 from .benchmark_report import MEGA, TextTable, markdown_table, origin
 from .macs import count_macs, dense_config, on_meta

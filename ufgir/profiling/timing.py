@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 
 Run = Callable[[], Any]
+IDLE = 0.3  # largest load of the whole machine at which times are measured
 SHORTEST = 0.02  # seconds; shorter calls are timed several at a time
 
 
@@ -136,6 +137,32 @@ class InterleavedTiming:
                     self.seconds[name].append(seconds)
                 if after:
                     after()
+
+
+def machine_load() -> float | None:
+    """Return the load of the whole machine, the average of the last minute; None if unknown."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on Windows
+        return None
+
+
+def check_idle(force: bool = False) -> float | None:
+    """Check that the machine is idle, and return its load.
+
+    Args:
+        force: accept any load.
+
+    Raises:
+        ValueError: if the load is above `IDLE`.
+    """
+    load = machine_load()
+    if load is not None and load > IDLE and not force:
+        raise ValueError(
+            f"the machine is busy: its load is {load:.2f} (average of the last minute), and times are right only up to {IDLE}. Wait for "
+            "other processes to end, or measure anyway with `--force`."
+        )
+    return load
 
 
 class OtherLoad:
