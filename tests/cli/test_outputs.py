@@ -21,7 +21,20 @@ from ufgir.utils.text import shortened
 
 SHAPE = {"hidden-size": 16, "num-hidden-layers": 4, "num-attention-heads": 2, "num-labels": 3, "patch-size": 8}
 SHAPE = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
-MEASURE = ["benchmark", *SHAPE, "--threads", "1", "--repetitions", "1", "--image-sizes", "32", "--methods", "none"]
+MEASURE = [
+    "benchmark",
+    *SHAPE,
+    "--threads",
+    "1",
+    "--repetitions",
+    "1",
+    "--image-sizes",
+    "32",
+    "--methods",
+    "none",
+    "--dense-backends",
+    "none",
+]
 LAYERS = ["profile", *SHAPE, "--image-size", "32", "--layers"]
 
 

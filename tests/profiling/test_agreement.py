@@ -25,7 +25,7 @@ SHAPE = {"image_size": 32, "patch_size": 4, "hidden_size": 16, "num_hidden_layer
 SHAPE |= {"intermediate_size": 32, "num_labels": 3, "initializer_range": 0.3}
 AT = Setting(32, 2)
 TARGET = 0.0007  # GMACs; dense it is about 0.001
-QUICK = ["--repetitions", "1", "--threads", "1", "--batch-sizes", "1"]
+QUICK = ["--repetitions", "1", "--threads", "1", "--batch-sizes", "1", "--dense-backends", "none"]
 
 
 @pytest.fixture(scope="module")

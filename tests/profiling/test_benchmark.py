@@ -1,6 +1,7 @@
 """`ufgir benchmark`: compared models, counted operations, and partial results if something fails."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from transformers import ViTForImageClassification
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import tiny_config
-from ufgir import export
 from ufgir.cli import entry as cli
-from ufgir.profiling import benchmark, scaling
+from ufgir.export import Exporter
+from ufgir.profiling import backends, benchmark, scaling
 from ufgir.profiling.benchmark import Benchmark, Report, Result, make_dense
 from ufgir.profiling.benchmark_cases import (
+    BACKENDS,
+    DTYPES,
     MODEL_SIZES,
     PRESETS,
     Case,
@@ -20,12 +23,21 @@ from ufgir.profiling.benchmark_cases import (
     Setting,
     by_setting,
     case_config,
+    chunks,
     cross,
     quarters,
 )
-from ufgir.profiling.benchmark_report import check_place, csv_rows, fill_in, setting_table, throughput_panels
+from ufgir.profiling.benchmark_report import (
+    check_place,
+    csv_rows,
+    fill_in,
+    setting_table,
+    summary_table,
+    tables,
+    throughput_panels,
+)
 from ufgir.profiling.macs import count_macs
-from ufgir.profiling.timing import InterleavedTiming
+from ufgir.profiling.timing import InterleavedTiming, check_idle
 
 
 CPU = torch.device("cpu")
@@ -34,6 +46,7 @@ SHAPE = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "n
 OPTIONS = [text for name, value in SHAPE.items() for text in (f"--{name}", str(value))]
 OPTIONS += ["--patch-size", "8", "--threads", "1", "--repetitions", "2"]
 TINY = [*OPTIONS, "--image-sizes", "32"]
+PLAIN = ["--dense-backends", "none"]  # an export takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +135,7 @@ class TestBenchmark:
     def test_each_case_is_beside_the_dense_model_of_its_setting(self, report, base):
         assert [r.name for r in report.results[:7]] == [
             "dense (transformers)",
-            "no reduction",
+            "dense (ours)",
             "no reduction + CLCA",
             "evit, 0.5",
             "evit + CLCA, 0.5",
@@ -187,19 +200,20 @@ class TestBenchmark:
         assert "BatchNorm" in reduced.error and reduced.seconds == [] and reduced.speedup is None
         assert dense.error is None and dense.seconds
         table = setting_table([dense, reduced])
-        assert table[2][:2] == [reduced.name, reduced.error]
+        assert table[2][:3] == [reduced.name, "eager", reduced.error]
 
     @pytest.mark.parametrize(
         ("setting", "words"),
         [
-            (Setting(32, 2, backend="onnx", mode="training"), "do not train"),
-            (Setting(32, 2, "float16", "onnx"), "float32 only"),
+            (Setting(32, 2, backend="onnx", mode="training"), "ONNX Runtime does not train"),
+            (Setting(32, 2, "float16", "onnx"), "float32, int8 only"),
+            (Setting(32, 2, "int8"), "float32, bfloat16, float16 only"),
             (Setting(30, 2), "multiple of `patch_size`"),
         ],
     )
     def test_impossible_settings(self, base, setting, words):
         report = Benchmark(base, CPU, repetitions=1).run([Case(setting, None)])
-        assert all(words in r.error for r in report.results)
+        assert words in report.results[1].error
 
     def test_compiled(self, base, monkeypatch):
         asked = []
@@ -213,16 +227,17 @@ class TestBenchmark:
             Case(AT._replace(backend="compiled", mode=mode), "ats", "CLCA", 0.5) for mode in ("inference", "training")
         ]
         report = Benchmark(base, CPU, threads=1, repetitions=1).run(cases)
-        assert len(asked) == 4 and all(options["fullgraph"] for options in asked)
+        assert len(asked) == 2 and all(options["fullgraph"] for options in asked)
         for r in report.results:
-            assert r.error is None and r.seconds and r.setup_seconds > 0 and r.peak_memory is None
+            assert r.error is None and r.seconds
+            assert r.case is None or (r.setup_seconds > 0 and r.peak_memory is None)
 
     def test_compiled_on_a_gpu_is_a_cuda_graph_or_an_error(self, monkeypatch):
         """torch would only log that it cannot use one, and measure something else. (The options are those of this torch version.)"""
         asked = {}
         monkeypatch.setattr(torch, "compile", lambda function, **options: asked.update(options) or function)
         monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-        assert benchmark._compiled(lambda x: x + 1, torch.device("cuda"))(1) == 2
+        assert backends.compiled(lambda x: x + 1, torch.device("cuda"))(1) == 2
         known = torch._inductor.config.get_config_copy()
         assert asked["fullgraph"] and all(known[name] != value for name, value in asked["options"].items())
         assert asked["options"]["triton.cudagraphs"] and asked["options"]["triton.cudagraph_or_error"]
@@ -232,8 +247,8 @@ class TestBenchmark:
         pytest.importorskip("onnxruntime")
         exported = []
 
-        def export_model(model, path):
-            exported.append(model.config)
+        def write(exporter, path, precision):
+            exported.append((exporter.config.reduction, precision))
             value = helper.make_tensor_value_info
             graph = helper.make_graph(
                 [helper.make_node("ReduceMean", ["pixel_values"], ["logits"], axes=[2, 3], keepdims=0)],
@@ -243,12 +258,16 @@ class TestBenchmark:
             )
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=9)
             path.write_bytes(model.SerializeToString())
-            return export.Exported(path, export.Check(0.0, 1.0, 1), {}, [], [])
 
-        monkeypatch.setattr(export, "export_model", export_model)
-        report = Benchmark(base, CPU, threads=1, repetitions=1).run([Case(AT._replace(backend="onnx"), "evit")])
-        assert [r.error for r in report.results] == [None, None] and all(r.seconds for r in report.results)
-        assert report.results[0].name == "dense (ours)" and [c.reduction for c in exported] == [None, "evit"]
+        monkeypatch.setattr(Exporter, "write", write)
+        settings = [Setting(32, batch, dtype, "onnx") for batch in (1, 2) for dtype in ("float32", "int8")]
+        cases = [Case(setting, "evit") for setting in settings]
+        report = Benchmark(base, CPU, threads=1, repetitions=1, dense_backends=()).run(cases)
+        assert all(r.error is None and r.seconds for r in report.results)
+        names = ["dense (transformers)", "dense (ours)", "evit, 1"]
+        assert [r.name for r in report.results[:3]] == [r.name for r in report.results[6:9]] == names
+        # one file serves both batch sizes
+        assert exported == [(None, "float32"), ("evit", "float32"), (None, "int8"), ("evit", "int8")]
 
     @pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "inference"), ("float16", "training")])
     def test_half_precision(self, base, dtype, mode):
@@ -269,7 +288,8 @@ class TestBenchmark:
     def test_warnings(self):
         report = Report([result([1.0, 1.0, 1.0])], other_cores=0.0)
         assert report.warnings == []
-        report = Report([result([1.0, 2.0, 3.0])], other_cores=float(torch.multiprocessing.cpu_count()))
+        cores = float(torch.multiprocessing.cpu_count())
+        report = Report([result([1.0, 2.0, 3.0])], repetitions=3, other_cores=cores)
         busy, wide = report.warnings
         assert "The machine was busy" in busy and "1 of 1 times" in wide and "50%" in wide
 
@@ -280,6 +300,128 @@ class TestBenchmark:
         dense = Benchmark(base, CPU, checkpoint=str(tmp_path))._model(Result(AT._replace(image_size=48), None, ""))
         assert torch.equal(dense.vit.layers[0].mlp.fc1.weight, model.vit.layers[0].mlp.fc1.weight)
         assert dense.vit.embeddings.position_embeddings.shape[1] == 37  # resampled
+
+    def test_a_busy_machine_is_refused(self, capsys, monkeypatch):
+        """Without `--force`, and naming the load; with it, the report says so."""
+        monkeypatch.setattr(os, "getloadavg", lambda: (1.25, 0.0, 0.0))
+        error = refused(capsys, *TINY, *PLAIN)
+        assert "1.25" in error and "0.3" in error and "--force" in error
+        assert cli.main(["benchmark", *TINY, *PLAIN, "--methods", "none", "--force"]) == 0
+        assert "1.25" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("load", "idle"), [(0.0, True), (0.3, True), (0.31, False)])
+    def test_idle(self, load, idle, monkeypatch):
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+        if idle:
+            assert check_idle() == load
+        else:
+            with pytest.raises(ValueError, match="`--force`"):
+                check_idle()
+        assert check_idle(force=True) == load
+
+
+class TestDeployments:
+    """The fastest reduced model against the fastest dense one, per precision."""
+
+    def rows(self, table, times):
+        """Return results of our dense model and of EViT, from {(dense or not, backend): seconds}, beside transformers' with 8 s."""
+        stock = Result(table._replace(backend="eager"), None, "dense", seconds=[8.0], macs=400, macs_executed=400)
+        rows = []
+        for (dense, backend), seconds in times.items():
+            case = Case(table._replace(backend=backend), None if dense else "evit", goals=(Goal("share", 0.9),))
+            macs = 360 if dense else 100
+            rows.append(Result(case.setting, case, str(case), stock, seconds=[seconds], macs=macs, macs_executed=macs))
+        for row in rows:
+            row.dense_rows = [r for r in (stock, *rows) if r.is_dense]
+            row.deployments = [r for r in rows if r.case.model == row.case.model]
+        return [stock, *rows]
+
+    def test_both_ratios(self):
+        times = {(True, "eager"): 5.0, (True, "onnx"): 4.0, (False, "eager"): 2.0, (False, "onnx"): 1.25}
+        stock, _, fastest_dense, eager, onnx = self.rows(AT, times)
+        assert onnx.fastest_dense is fastest_dense and onnx.is_fastest and not eager.is_fastest
+        assert (eager.speedup, onnx.speedup) == (4.0, 6.4)  # over transformers' dense model as it comes
+        assert (eager.over_fastest, onnx.over_fastest) == (2.0, 3.2)
+        assert onnx.possible == 4.0 and onnx.share == pytest.approx(0.8) and onnx.realised == pytest.approx(1.6)
+        assert fastest_dense.over_fastest == 1.0 and stock.over_fastest is None
+
+    def test_transformers_may_be_the_fastest_dense(self):
+        rows = self.rows(AT, {(True, "eager"): 9.0, (False, "eager"): 2.0})
+        assert rows[-1].fastest_dense is rows[0] and rows[-1].over_fastest == rows[-1].speedup == 4.0
+
+    def test_what_failed_is_not_the_fastest(self):
+        rows = self.rows(AT, {(True, "onnx"): 1.0, (False, "onnx"): 1.0})
+        rows[1].seconds, rows[1].error = [], "out of memory"
+        assert rows[2].fastest_dense is rows[0] and rows[2].over_fastest == 8.0
+
+    def test_summary(self):
+        """One line per model and precision, the goal by its fastest deployment alone, and int8 against float32."""
+        times = {(True, "eager"): 5.0, (True, "onnx"): 4.0, (False, "eager"): 2.0, (False, "onnx"): 1.25}
+        half = {key: seconds / 2 for key, seconds in times.items() if key[1] == "onnx"}
+        report = Report([*self.rows(AT, times), *self.rows(AT._replace(dtype="int8"), half)])
+        head, *lines = summary_table(report)
+        found = [dict(zip(head, line, strict=False)) for line in lines]
+        assert [line["setting"] for line in found] == [str(AT.table), str(AT._replace(dtype="int8").table)]
+        assert [line["over fastest dense"] for line in found] == ["3.20", "3.20"]
+        assert [line["share"] for line in found] == ["80.0%", "80.0%"]
+        assert [line["over its float32"] for line in found] == ["", "2.00"]
+        assert all(line["goal"].count(":") == 1 and line["goal"].endswith("missed") for line in found)
+        assert tables(report)[0][1][0] == head
+        assert summary_table(Report(self.rows(AT, {(True, "eager"): 5.0, (False, "eager"): 2.0}))) == []
+
+    def test_dense_rows_of_each_table(self, base):
+        """Transformers' own, ours on the backends of the cases, and on those that are asked for; in int8 none in float32 counts."""
+        cases = [Case(AT, "evit"), Case(AT._replace(dtype="int8", backend="onnx"), "evit")]
+        rows = Benchmark(base, CPU, dense_backends=("onnx", "openvino"))._with_dense(cases)
+        found = [(r.setting.dtype, r.setting.backend, r.case and r.case.method) for r in rows]
+        dense = [("float32", b, None) for b in ("eager", "eager", "onnx", "openvino")]
+        assert found[:5] == [*dense, ("float32", "eager", "evit")]
+        assert found[5:] == [("int8", b, None) for b in ("eager", "onnx", "openvino")] + [("int8", "onnx", "evit")]
+        assert rows[4].dense_rows == rows[:4] and rows[-1].dense_rows == rows[6:8]
+        pooled = CLCAViTConfig.from_dict(
+            base.to_dict() | {"pooling": "mean"}
+        )  # transformers has none, so ours is its own
+        rows = Benchmark(pooled, CPU, dense_backends=())._with_dense([Case(AT, "evit")])
+        assert [r.case and r.case.method for r in rows] == [None, "evit"]
+        training = [Case(AT._replace(mode="training"), "evit")]
+        assert len(Benchmark(base, CPU, dense_backends=("onnx",))._with_dense(training)) == 3
+
+    @pytest.mark.parametrize("setting", [AT._replace(backend=name) for name in BACKENDS], ids=str)
+    def test_every_precision_is_measured_or_refused(self, setting):
+        for dtype in DTYPES:
+            why = backends.why_not(setting._replace(dtype=dtype))
+            assert (why is None) == (dtype in BACKENDS[setting.backend].dtypes)
+
+    def test_deployments_of_a_model_stay_together(self):
+        """They are compared with each other, so that they are timed in turn."""
+        cases = [
+            Case(AT._replace(backend=b), m) for b in ("eager", "onnx", "openvino") for m in ("evit", "tome", "topk")
+        ]
+        found = chunks(cases, 6)
+        assert [{case.method for case in chunk} for chunk in found] == [{"evit", "tome"}, {"topk"}]
+        assert sorted(case for chunk in found for case in chunk) == sorted(cases)
+
+    def test_no_compiler(self, base, monkeypatch):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        report = Benchmark(base, CPU, repetitions=1).run([Case(AT._replace(backend="aoti"), "evit")])
+        assert "no-such-compiler" in report.results[1].error
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("method", [None, "evit", "tome"], ids=str)
+    def test_deployments(self, base, method):
+        """Every backend in every precision, with its logits near those of the model where a file is exported."""
+        for package in ("onnxruntime", "openvino", "nncf"):
+            pytest.importorskip(package, reason=f"{package} is not installed: make openvino", exc_type=ImportError)
+        cases = [
+            Case(Setting(32, 2, dtype, name), method, "CLCA", 0.5 if method else 1.0)
+            for name, backend in BACKENDS.items()
+            for dtype in backend.dtypes
+            if name != "compiled" and (name, dtype) != ("aoti", "float16")  # compiling takes minutes
+        ]
+        report = Benchmark(base, CPU, threads=1, repetitions=1, dense_backends=()).run(cases)
+        assert [r.error for r in report.results if r.error] == []
+        assert all(r.seconds and (r.case is None or r.over_fastest > 0) for r in report.results)
+        assert all(r.setup_seconds for r in report.results if r.setting.backend != "eager")
 
 
 class TestReport:
@@ -294,7 +436,8 @@ class TestReport:
     def test_rows(self, report):
         rows = csv_rows(report)
         assert len(rows) == len(report.results) and len({tuple(row) for row in rows}) == 1
-        assert rows[0]["method"] == "dense" and rows[1]["method"] == "none" and rows[3]["keep_rate"] == 0.5
+        assert rows[0]["method"] == rows[1]["method"] == "dense" and rows[2]["method"] == "none"
+        assert rows[3]["keep_rate"] == 0.5
 
     def test_goals_are_told(self):
         dense = result([3.0], macs=300, macs_executed=300)
@@ -329,6 +472,7 @@ class TestCommand:
         argv = [
             "benchmark",
             *TINY,
+            *PLAIN,
             "--batch-sizes",
             "2",
             "4",
@@ -340,7 +484,7 @@ class TestCommand:
         ]
         assert cli.main(argv) == 0
         text = capsys.readouterr().out
-        assert "inference, 32 px, batch 4, float32, eager" in text and "topk + CLCA, 0.1" in text
+        assert "inference, 32 px, batch 4, float32\n" in text and "topk + CLCA, 0.1" in text
         files = {f.name for f in (tmp_path / "new").iterdir()}
         assert files == {f"benchmark.{s}" for s in ("csv", "md", "json")} | {
             "benchmark_throughput.png",
@@ -348,7 +492,8 @@ class TestCommand:
         }
         record = json.loads((tmp_path / "new" / "benchmark.json").read_text())
         assert {"command", "date", "host", "versions", "threads", "warnings", "network"} <= set(record)
-        assert [len(r["seconds"]) for r in record["results"]] == [2] * 6 and record["network"]["hidden_size"] == 16
+        assert record["load"] == 0.0 and {"over_fastest_dense", "share", "is_fastest"} <= set(record["results"][0])
+        assert [len(r["seconds"]) for r in record["results"]] == [2] * 8 and record["network"]["hidden_size"] == 16
         assert "| topk + CLCA, 0.1 |" in (tmp_path / "new" / "benchmark.md").read_text()
 
     def test_interrupted(self, capsys, tmp_path, monkeypatch):
@@ -362,11 +507,11 @@ class TestCommand:
         monkeypatch.setattr(InterleavedTiming, "run", go)
         document = tmp_path / "page.md"
         document.write_text("<!-- table: scaling -->\n<!-- end: scaling -->\n")
-        argv = ["benchmark", *TINY, "--batch-sizes", "2", "4", "--output", str(tmp_path / "out")]
+        argv = ["benchmark", *TINY, *PLAIN, "--batch-sizes", "2", "4", "--output", str(tmp_path / "out")]
         assert cli.main(argv) == 130
         assert "Partial" in capsys.readouterr().out
         record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-        assert record["interrupted"] and [len(r["seconds"]) for r in record["results"]] == [1, 1, 1]
+        assert record["interrupted"] and [len(r["seconds"]) for r in record["results"]] == [1, 1, 1, 1]
         argv = ["benchmark", *TINY, "--scaling", "--depths", "4", "--into", str(document)]
         assert cli.main(argv) == 130
         assert document.read_text() == "<!-- table: scaling -->\n<!-- end: scaling -->\n"
@@ -386,14 +531,14 @@ class TestCommand:
     def test_a_checkpoint_sets_the_plan(self, capsys, tmp_path, base):
         config = case_config(base, Case(AT, "topk", "CLC", 0.3))
         CLCAViTForImageClassification(config).save_pretrained(tmp_path)
-        assert cli.main(["benchmark", str(tmp_path), "--repetitions", "1", "--threads", "1"]) == 0
+        assert cli.main(["benchmark", str(tmp_path), "--repetitions", "1", "--threads", "1", *PLAIN]) == 0
         text = capsys.readouterr().out
         assert "32 px" in text and "topk + CLC, 0.3" in text and "no reduction + CLC" in text
 
     def test_nothing_measured(self, capsys):
         argv = ["benchmark", *TINY, "--methods", "evit", "--backends", "onnx", "--modes", "training"]
         assert cli.main(argv) == 1
-        assert "ONNX files do not train" in capsys.readouterr().out
+        assert "ONNX Runtime does not train" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("argv", "words"),
@@ -408,7 +553,8 @@ class TestCommand:
             (["--batch-sizes", "0"], "`--batch-sizes` must be at least 1, got 0"),
             (["--repetitions", "0"], "`--repetitions` must be at least 1"),
             (["--dtypes", "float64"], "float32, bfloat16, float16"),
-            (["--backends", "tensorrt"], "eager, compiled, onnx"),
+            (["--backends", "tensorrt"], "eager, compiled, aoti, onnx, openvino"),
+            (["--scaling", "--dense-backends", "onnx"], "`--dense-backends`"),
             (["--depths", "6"], "`--depths` does not go with a table of combinations"),
             (["--into", "page.md"], "`--into` needs"),
             (["--scaling", "--into", "no/page.md"], "no/page.md"),

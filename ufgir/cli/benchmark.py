@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from ..profiling.timing import IDLE, check_idle
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
 from ..utils.text import align
-from .common import FREE, check_rates, config_values, is_installed, load_image_processor, require
+from .common import FREE, check_rates, config_values, image_batches, is_installed, require, some_images
 from .outputs import check_document, check_folder, print_before_error
 
 
@@ -68,7 +68,6 @@ PIPELINE: dict[str, tuple[Callable[[str], Any], Any, str]] = {
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 INTERRUPTED = 130  # exit status, as shells have it
 IMAGES = 500  # compared of `--images`
-BATCH = 16  # of these at once
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -425,22 +424,8 @@ def _images(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[Images | N
     """Return a function that yields batches of the images at a size, preprocessed for the model, and their classes if known."""
     if args.images is None:
         return None, None
-    from ..data.load import load_images  # here, as it takes seconds
-    from ..data.splits import random_subset
-    from ..transforms.preprocessing import EvalTransform, make_image_processor
-
-    images = random_subset(load_images(args.images), args.count or IMAGES, args.seed, "--count")
-    processor = load_image_processor(args.model, config)
-
-    def batches(size: int) -> Iterator[torch.Tensor]:
-        transform = EvalTransform(processor)
-        if transform.crop_size != size:
-            transform = EvalTransform(make_image_processor(size, saved=processor))
-        for start in range(0, len(images), BATCH):
-            rows = range(start, min(start + BATCH, len(images)))
-            yield torch.stack([transform(images[row]["image"]) for row in rows])
-
-    return batches, classes_of(images["path"], config.label2id)
+    images = some_images(args.images, args.count or IMAGES, args.seed)
+    return image_batches(images, args.model, config), classes_of(images["path"], config.label2id)
 
 
 def classes_of(files: Sequence[str], label2id: dict[str, int]) -> list[int] | None:

@@ -145,37 +145,43 @@ def load_image_processor(model: str, config: CLCAViTConfig) -> BaseImageProcesso
         ) from error
 
 
-def image_batches(
-    paths: Sequence[str],
-    model: str,
-    config: CLCAViTConfig,
-    count: int,
-    seed: int = 0,
-    option: str = "--count",
-    batch_size: int = 16,
-) -> Callable[[int], Iterator[torch.Tensor]]:
-    """Load images, and return a function that yields batches of them for a model.
+def some_images(paths: Sequence[str], count: int, seed: int = 0, option: str = "--count") -> Any:
+    """Load images and folders of images as a data set with the columns `image` and `path`.
 
     Args:
-        paths: images and folders of images.
-        model: source of the image processor.
-        config: configuration of the model.
+        paths: images and folders.
         count: number of images at most; random ones if there are more.
         seed: seed of their choice.
         option: name of the option with the count, for the message.
+
+    Raises:
+        ValueError: if there are no images, or some cannot be read.
+    """
+    from ..data.load import load_images  # here, as it takes seconds
+    from ..data.splits import random_subset
+
+    return random_subset(load_images(list(paths)), count, seed, option)
+
+
+def image_batches(
+    images: Any, model: str, config: CLCAViTConfig, batch_size: int = 16
+) -> Callable[[int], Iterator[torch.Tensor]]:
+    """Return a function that yields batches of images, preprocessed for a model.
+
+    Args:
+        images: data set with the column `image`.
+        model: source of the image processor.
+        config: configuration of the model.
         batch_size: images per batch at most.
 
     Returns:
         A function: side of the images in pixels -> batches (B, C, side, side).
 
     Raises:
-        ValueError: if there are no images, some cannot be read, or there is no image processor.
+        ValueError: if there is no image processor.
     """
-    from ..data.load import load_images  # here, as it takes seconds
-    from ..data.splits import random_subset
     from ..transforms.preprocessing import EvalTransform, make_image_processor
 
-    images = random_subset(load_images(list(paths)), count, seed, option)
     processor = load_image_processor(model, config)
 
     def batches(size: int) -> Iterator[torch.Tensor]:

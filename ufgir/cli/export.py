@@ -18,7 +18,7 @@ from ..web.graphs import PRECISIONS as WEB_PRECISIONS
 from ..web.runtime import PACKAGE, VERSION
 from ..web.server import serve_folder
 from ..web.site import Site, build_site
-from .common import add_reduction_options, check_rates, config_values, image_batches
+from .common import add_reduction_options, check_rates, config_values, image_batches, some_images
 from .outputs import check_file, check_folder
 
 
@@ -157,7 +157,8 @@ def _images(model: str, paths: list[str], count: int, config: CLCAViTConfig) -> 
     height, width = as_pair(config.image_size)
     if height != width:
         raise ValueError(f"`--calibration` and `--check` need a model with square images, got {height} x {width}.")
-    return list(image_batches(paths, model, config, count)(height))
+    images = some_images(paths, count, option="--calibration-images or --check-images")
+    return list(image_batches(images, model, config)(height))
 
 
 def check_keep_rates(args: argparse.Namespace) -> None:

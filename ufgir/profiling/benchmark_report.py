@@ -264,7 +264,7 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": r.name,
-                "method": "dense" if r.case is None else r.case.method or "none",
+                "method": "dense" if r.is_dense else r.case.method or "none",
                 "variant": "base" if r.case is None else r.case.variant,
                 "keep_rate": 1.0 if r.case is None else r.case.keep_rate,
                 "target_gmacs": r.case and r.case.target_gmacs,
