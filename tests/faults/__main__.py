@@ -81,8 +81,8 @@ def main() -> int:
         share = args.minutes * (0.25 if args.only == "" else 1.0)
         results += importlib.import_module(DATA).run(share, args.tries, args.seed)
     for result in results:
-        if result.lost:
-            sys.stdout.write(f"lost, {result.kind}: {result.notes}\n")
+        if result.notes:
+            sys.stdout.write(f"{'lost, ' if result.lost else ''}{result.kind}: {result.notes}\n")
     lost = sum(result.lost for result in results)
     if lost:
         sys.stdout.write(f"Their files are in {work}\n")
