@@ -197,7 +197,7 @@ def test_search_finds_the_guides(browser, address):
         ("448", "checkpoints.html"),
         ("LoRA", "training.html"),
         ("multi-label", "datasets.html"),
-        ("ONNX", "checkpoints.html"),
+        ("ONNX", "export.html"),
         ("CLCAViTConfig", "api/clca.html"),
     ):
         page.goto(f"{address}search.html?q={query}")
