@@ -304,7 +304,11 @@ def test_memory_that_runs_out_is_told(context, address, images):
     told = page.evaluate(
         "import('./app.js').then((m) => [m.sentence('std::bad_alloc'), m.sentence('missing model.bin'), m.sentence('odd')])"
     )
-    assert "not enough free memory" in told[0] and "Files of the model are missing" in told[1] and "(odd)" in told[2]
+    assert (
+        "does not have enough free memory" in told[0]
+        and "Files of the model are missing" in told[1]
+        and "(odd)" in told[2]
+    )
 
 
 @pytest.mark.slow
