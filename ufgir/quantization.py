@@ -11,6 +11,8 @@ from torch import nn
 
 from clca import CLCAViTForImageClassification
 
+from .utils.extras import install_command
+
 
 SCHEMES = ("int8",)
 # Small layers; rounding errors in a score would drop other tokens.
@@ -43,7 +45,7 @@ def quantize_model(model: CLCAViTForImageClassification, scheme: str = "int8") -
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ImportError("Quantization requires torchao: pip install 'clca-vit[quantization]'.") from error
+        raise ImportError(f"Quantization requires torchao: {install_command('quantization')}") from error
     from transformers import TorchAoConfig
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module

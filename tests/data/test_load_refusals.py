@@ -55,7 +55,7 @@ def test_images_without_any_class_folder(tmp_path, inner):
     for index in range(3):
         save_image(tmp_path / inner / f"{index}.png", index)
     split, name = inner or "train", (tmp_path / inner).name
-    message = rf"contains 3 images but no class folders.*\({name}/<class>/0\.png\).*{split}\.csv.*`load_images`"
+    message = rf"contains 3 images but no class folders.*\({name}/<class>/0\.png\).*{split}\.csv.*`ufgir predict MODEL FOLDER`"
     with pytest.raises(DatasetError, match=message):
         load_ufgir_dataset(tmp_path)
 
@@ -143,7 +143,7 @@ def test_every_format_that_pillow_decodes_is_an_image(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "ufgir"):
         loaded = load_ufgir_dataset(tmp_path, validation_fraction=0)
     assert len(loaded["train"]) == 7
-    assert "1 files in class folders" in caplog.text and "b/notes.heic" in caplog.text
+    assert "1 file in class folders" in caplog.text and "b/notes.heic" in caplog.text
 
 
 def test_validation_split_has_no_effect_with_a_validation_split(tmp_path, caplog):
@@ -182,7 +182,7 @@ def test_many_unreadable_images_are_listed_one_per_line_with_a_limit(tmp_path):
     with pytest.raises(DatasetError) as error:
         load_ufgir_dataset(tmp_path)
     lines = str(error.value).split("\n")
-    assert lines[0] == "30 of 30 images cannot be read:"
+    assert lines[0] == "30 of 30 images cannot be read. Delete or replace them:"
     assert len(lines) == 1 + LISTED + 1
     assert all("UnidentifiedImageError" in line for line in lines[1:-1])
     assert lines[-1].strip() == "and 10 more"

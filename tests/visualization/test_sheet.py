@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tests.visualization.helpers import cell
+from ufgir.visualization import sheet
 from ufgir.visualization.sheet import (
     Cell,
     brightened,
@@ -95,3 +96,15 @@ def test_images_are_saved_atomically(tmp_path, monkeypatch) -> None:
     with pytest.raises(OSError, match="disk full"):
         save_image(image, path)
     assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("text", ["Grüner Veltliner", "Œil-de-Perdrix × 2", "Ağrı → Đà Lạt"])
+def test_captions_have_no_boxes(text, monkeypatch):
+    """With fonts of the system, or without accents where there are none."""
+    for fonts in (sheet._FONTS, ()):
+        monkeypatch.setattr(sheet, "_FONTS", fonts)
+        font, drawn = sheet.font_for(text)
+        box = bytes(font.getmask("\uffff"))
+        assert all(bytes(font.getmask(mark)) != box for mark in drawn) and len(drawn) >= len(text) - 1
+    assert sheet.font_for("Gr\u00fcner")[1] == sheet.font_for("Gru\u0308ner")[1] == "Gruner"
+    assert sheet.font_for("Merlot")[1] == "Merlot"

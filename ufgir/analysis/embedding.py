@@ -18,12 +18,13 @@ from clca.heads_clca import heads_reading
 
 from ..interpret.attention_maps import checked_layers, evaluation_mode
 from ..transforms.images import to_rgb
+from ..utils.extras import install_command
 from .inputs import Batch, LayerOutputs, check_cls
 
 
 METHODS = ("tsne", "pca")
 FEATURES = ("cls", "cla", "pooled")
-MISSING = "embeddings need scikit-learn: pip install 'clca-vit[analysis]'"
+MISSING = f"embeddings need scikit-learn: {install_command('analysis')}"
 _FEWEST = 4  # minimal number of images
 _BEFORE_TSNE = 50  # principal components as input of t-SNE, as in its authors' code
 

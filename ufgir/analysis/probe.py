@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..utils.extras import install_command
 
-MISSING = "a linear probe needs scikit-learn: pip install 'clca-vit[analysis]'"
+
+MISSING = f"a linear probe needs scikit-learn: {install_command('analysis')}"
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # inverse regularization strengths to choose from
 FOLDS = 3  # of cross-validation, at most
 STEPS = 2000  # of the optimizer, at most

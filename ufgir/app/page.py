@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.extras import install_command
 from ..utils.text import one_sentence
 from ..visualization.kinds import KINDS
 from ..visualization.records import Kind
@@ -45,7 +46,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError("the web page needs Gradio: pip install 'clca-vit[app]'.") from error
+        raise ValueError(f"the web page needs Gradio: {install_command('app')}") from error
     return gradio
 
 

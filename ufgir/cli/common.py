@@ -17,6 +17,7 @@ from clca.configuration_clca import as_pair
 from ..checkpoints import loading
 from ..checkpoints.config_options import config_options, fields_of
 from ..transforms.images import open_image as read_image
+from ..utils.extras import install_command
 from ..utils.text import one_sentence, shortened
 
 
@@ -112,7 +113,7 @@ def require(*packages: str, extra: str = "analysis") -> None:
         ValueError: if a package is not installed.
     """
     if missing := [name for name in packages if not is_installed(name)]:
-        raise ValueError(f"{', '.join(missing)} must be installed: pip install 'clca-vit[{extra}]'.")
+        raise ValueError(f"{', '.join(missing)} must be installed: {install_command(extra)}")
 
 
 def is_installed(package: str) -> bool:

@@ -134,7 +134,7 @@ def verify_images(
     total = sum(len(split) for split in dataset_dict.values())
     if broken := find_broken(dataset_dict, num_threads):
         lines = listed((f"{label(*place)}: {problem}" for *place, problem in broken), separator="\n  ")
-        raise DatasetError(f"{len(broken):,} of {total:,} images cannot be read:\n  {lines}")
+        raise DatasetError(f"{len(broken):,} of {total:,} images cannot be read. Delete or replace them:\n  {lines}")
     return total
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import datasets
 
+from ..utils.text import counted
 from .checks import (
     SPLIT_NAMES,
     DatasetError,
@@ -89,7 +90,7 @@ def _check_loose_images(
             raise DatasetError(
                 f"{folder} contains {len(loose):,} images but no class folders. Put the images of each class into a folder "
                 f"named after it ({folder.name}/<class>/{loose[0]}), or list files and classes in {split}.csv or "
-                f"{split}.jsonl; to classify images without known classes use `load_images`."
+                f"{split}.jsonl. To classify images whose classes are unknown, use `ufgir predict MODEL FOLDER`."
             )
         logger.warning(
             "%s: %d images outside the class folders are left out: %s",
@@ -123,8 +124,13 @@ def load_image_folder(path: Path, known_classes: bool) -> datasets.DatasetDict:
     _check_loose_images(entries, roots, scans)
     if others := [file for scan in every for file in scan.others]:
         logger.warning(
-            "%s: %d files in class folders are not images and are left out: %s: %s",
-            *(path, len(others), count_others(others), listed(file.relative_to(path) for file in others)),
+            "%s: left out because not an image: %s in class folders (%s): %s",
+            *(
+                path,
+                counted(len(others), "file"),
+                count_others(others),
+                listed(file.relative_to(path) for file in others),
+            ),
         )
     if not any(scan.images for scan in every):
         raise DatasetError(
@@ -187,7 +193,9 @@ class FoundImages(NamedTuple):
             lines += [f"  {file}: {why}" for file, why in self.problems.items()]
         if self.others:
             what = count_others(map(Path, self.others))
-            lines.append(f"{len(self.others):,} files are not images and are left out: {what}: {listed(self.others)}")
+            lines.append(
+                f"left out because not an image: {counted(len(self.others), 'file')} ({what}): {listed(self.others)}"
+            )
         return lines
 
 

@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..utils.options import argument
+from ..utils.text import counted
 from .checks import SPLIT_NAMES, DatasetError, Use, distinct_uses, listed, split_of
 from .image_files import IMAGE_SUFFIXES, Identity, child_folders, identity_of, is_hidden, is_utf8
 from .labels import as_lists, is_plain_integer, without_fraction
@@ -146,7 +147,9 @@ def check_unused_tables(path: Path, files: Iterable[Path], used: Collection[Path
             )
     if tables:
         names = listed(os.path.relpath(file, path) for file in tables)
-        logger.warning("%s: %d tables or text files are not used: %s", path, len(tables), names)
+        logger.warning(
+            "%s: not used: %s: %s", path, counted(len(tables), "table or text file", "tables or text files"), names
+        )
 
 
 def _looks_like_listing(path: Path, file: Path) -> tuple[str, str] | None:

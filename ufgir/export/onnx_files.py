@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from ..utils.extras import install_command
 from .checks import Run
 
 
@@ -76,7 +77,7 @@ def import_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise ValueError(f"ONNX export requires the package {error.name}: pip install 'clca-vit[export]'.") from error
+        raise ValueError(f"ONNX export requires the package {error.name}: {install_command('export')}") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..utils.extras import install_command
 from .checks import Run
 from .onnx_files import single_images
 
@@ -55,7 +56,7 @@ def import_openvino(*packages: str) -> None:
             __import__(package)
         except ImportError as error:
             raise ValueError(
-                f"OpenVINO files require the package {error.name}: pip install 'clca-vit[openvino]'."
+                f"OpenVINO files require the package {error.name}: {install_command('openvino')}"
             ) from error
 
 

@@ -20,11 +20,12 @@ import torch
 from clca import CLCAViTConfig
 from clca.reductions_clca import get_reduction
 
+from ..utils.extras import install_command
 from ..utils.statistics import RunningMean
 from .tracing import trace_patches
 
 
-MISSING = "comparing merges needs scikit-learn: pip install 'clca-vit[analysis]'"
+MISSING = f"comparing merges needs scikit-learn: {install_command('analysis')}"
 OWN = 0.999  # minimal share of a patch in its own token; below one because half precision rounds
 
 
@@ -254,7 +255,7 @@ def gap_correlation(similarities: Sequence[float], gaps: Sequence[float]) -> dic
     try:
         from scipy import stats
     except ImportError as error:
-        raise ImportError("rank correlations need SciPy: pip install 'clca-vit[analysis]'") from error
+        raise ImportError(f"rank correlations need SciPy: {install_command('analysis')}") from error
     if len(similarities) != len(gaps):
         raise ValueError(f"`gaps` must hold a number for each of the {len(similarities)} pairs, got {len(gaps)}.")
     values = np.array([similarities, gaps], dtype=np.float64)

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..utils.extras import install_command
 
-MISSING = "comparing heat maps needs SciPy and POT: pip install 'clca-vit[analysis]'"
+
+MISSING = f"comparing heat maps needs SciPy and POT: {install_command('analysis')}"
 
 
 def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

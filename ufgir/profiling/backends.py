@@ -15,6 +15,7 @@ from torch import nn
 from ..export import Exporter
 from ..export.checks import Logits
 from ..export.openvino_files import compile_ir, import_openvino
+from ..utils.extras import install_command
 from .benchmark_cases import BACKENDS, Setting
 from .timing import Run, peak_memory_increase
 
@@ -184,7 +185,7 @@ def _onnx(
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError("ONNX Runtime is not installed: pip install 'clca-vit[export]'") from error
+        raise ValueError(f"ONNX Runtime is not installed: {install_command('export')}") from error
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(f"this ONNX Runtime has no {provider}")

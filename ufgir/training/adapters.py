@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
 from ..utils.arguments import option
+from ..utils.extras import install_command
 from ..utils.options import OptionGroup, Requirement
 
 
@@ -83,7 +84,7 @@ class AdapterArguments(OptionGroup):
         try:
             from peft import LoraConfig
         except ImportError as error:
-            raise ValueError("`lora_rank` needs peft: pip install 'clca-vit[peft]'.") from error
+            raise ValueError(f"`lora_rank` needs peft: {install_command('peft')}") from error
         alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
         lora = LoraConfig(
             r=self.lora_rank,

@@ -25,6 +25,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..utils.arguments import option
+from ..utils.extras import install_command
 from ..utils.options import OptionGroup, Requirement
 from .operations import HIGHEST_LEVEL, apply_operations, draw_operation, from_levels, to_levels
 from .preprocessing import TrainTransform, normalization, random_rectangle
@@ -137,7 +138,7 @@ class AugmentationArguments(OptionGroup):
         super().__post_init__()
         if (self.trivial_augment or self.rand_augment_ops) and importlib.util.find_spec("kornia") is None:
             name = "trivial_augment" if self.trivial_augment else "rand_augment_ops"
-            raise ValueError(f"`{name}` needs kornia: pip install 'clca-vit[augmentation]'.")
+            raise ValueError(f"`{name}` needs kornia: {install_command('augmentation')}")
 
     @property
     def mixes(self) -> bool:

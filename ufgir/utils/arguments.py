@@ -71,7 +71,10 @@ class RecipeParser(HfArgumentParser):
             if unknown:
                 flag = unknown[0].split("=")[0]
                 if not flag.startswith("-"):
-                    raise ValueError(f"unexpected argument {flag!r}; a recipe comes first, options have a leading --")
+                    raise ValueError(
+                        f"unexpected argument {flag!r}; a recipe comes first, options have a leading --, and a path with blanks "
+                        "must be in quotes"
+                    )
                 raise ValueError(f"unknown option {flag}{self.suggestion(flag.lstrip('-'), '--')}")
             self.given = self._names(from_recipe + given)
             return self.parse_args_into_dataclasses(from_recipe + given, look_for_args_file=False)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .extras import install_command
 from .files import whole_file
 
 
@@ -97,7 +98,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'clca-vit[visualization]'") from error
+        raise ImportError(f"figures need matplotlib: {install_command('visualization')}") from error
     return matplotlib
 
 

@@ -12,6 +12,11 @@ def listed(problems: Sequence[str], most: int = 12) -> str:
     return "; ".join(problems[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number and a noun, as in `1 file` and `1,200 files`; the plural is the noun with an s by default."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def one_sentence(error: Exception) -> str:
     """Return the text of an error on one line; an error with the attribute `has_list` keeps its lines."""
     lines = str(error).splitlines() if getattr(error, "has_list", False) else [str(error)]

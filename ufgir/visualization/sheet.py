@@ -5,6 +5,7 @@ evenly.
 """
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,15 @@ from ..utils.files import whole_file
 
 _MARGIN, _LABEL_HEIGHT, _SCALE_WIDTH = 4, 16, 96
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 40, 40), (255, 255, 255)
+_ASCII = "".join(map(chr, range(32, 127)))
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+)
 _DARK = 0.15  # brightness of dropped patches
 # From low to high. Brightness increases, so that the order is also visible in gray and to color-blind readers.
 _HEAT = torch.tensor([[13, 8, 60], [92, 18, 110], [165, 45, 95], [222, 92, 56], [249, 156, 30], [252, 240, 150]]) / 255
@@ -63,9 +73,10 @@ def draw_sheet(
     bottom = _LABEL_HEIGHT + len(rows) * row_height + _MARGIN
     total = len(names) * (size[0] + _MARGIN) + _MARGIN
     sheet = Image.new("RGB", (total, bottom + (_LABEL_HEIGHT + _MARGIN if scale else 0)), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw = ImageDraw.Draw(sheet)
 
     def write(left: int, top: int, text: str, room: int) -> None:
+        font, text = font_for(text)
         while text and font.getlength(text) > room:
             text = text.rstrip("…")[:-1] + "…" if len(text) > 1 else ""
         draw.text((left, top), text, fill=_INK, font=font)
@@ -85,6 +96,37 @@ def draw_sheet(
         sheet.paste(_to_image(ramp.permute(2, 0, 1)), (_MARGIN, bottom + 2))
         write(2 * _MARGIN + _SCALE_WIDTH, bottom + 1, scale, total - 3 * _MARGIN - _SCALE_WIDTH)
     return sheet
+
+
+def font_for(text: str, size: int = 12) -> tuple[ImageFont.FreeTypeFont, str]:
+    """Return a font that can draw a text, and the text.
+
+    Pillow's own font only has the letters of English. For others, common fonts of the system are tried. If none has all the
+    characters, accents are removed, and characters that are still missing become question marks.
+
+    Args:
+        text: to draw.
+        size: of the font, in pixels.
+    """
+    own = ImageFont.load_default(size=size)
+    if not _missing(own, text):
+        return own, text
+    for name in _FONTS:
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:  # not installed
+            continue
+        if not _missing(font, text):
+            return font, text
+    plain = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
+    missing = _missing(own, plain)
+    return own, "".join("?" if mark in missing else mark for mark in plain)
+
+
+def _missing(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
+    """Return the characters of a text for which a font only has the box that stands for missing ones."""
+    box = bytes(font.getmask("\uffff"))
+    return {mark for mark in set(text) - set(_ASCII) if bytes(font.getmask(mark)) == box}
 
 
 def cell_size(image: torch.Tensor, side: int) -> tuple[int, int]:

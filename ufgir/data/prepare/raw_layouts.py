@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from ...utils.text import counted
 from ..checks import DatasetError
 from ..image_files import count_others, entries_of, is_image, shown
 
@@ -52,7 +53,9 @@ def _left_out(root: Path, folder: Path, listing: Listing) -> None:
         listing.problems.append(Problem("missing", shown(path.relative_to(root)), why))
     if others := sorted(file for file in entries.files if not is_image(file)):
         names = ", ".join(file.name for file in others[:5]) + (", ..." if len(others) > 5 else "")
-        listing.notes.append(f"{len(others)} files are not images and are left out, {count_others(others)}: {names}")
+        listing.notes.append(
+            f"left out because not an image: {counted(len(others), 'file')} ({count_others(others)}): {names}"
+        )
 
 
 @dataclass(frozen=True)
