@@ -550,7 +550,16 @@ class ScoredPruning(TokenReduction):
     def prune(
         self, hidden_states: torch.Tensor, state: TokenState, scores: torch.Tensor
     ) -> tuple[torch.Tensor, TokenState]:
-        """Keep token 0 and the tokens of `hidden_states` (B, N, D) with the best `scores` (B, N - 1)."""
+        """Keep token 0 and the tokens of `hidden_states` (B, N, D) with the best `scores` (B, N - 1).
+
+        Raises:
+            ValueError: if `scores` has another number of tokens; token 0 has no score.
+        """
+        if scores.shape[1] != hidden_states.shape[1] - 1:
+            raise ValueError(
+                f"`scores` must have one value per token except token 0, (B, {hidden_states.shape[1] - 1}), got "
+                f"{tuple(scores.shape)}."
+            )
         token_map, state = self.keep_best(state, scores)
         return (hidden_states if token_map is None else token_map(hidden_states)), state
 

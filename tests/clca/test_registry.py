@@ -52,6 +52,19 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         CLCAViTForImageClassification.from_pretrained(tmp_path)
 
 
+def test_scores_of_another_number_of_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 0 has no score; a score for it would shift all others."""
+    prune = EverySecond.prune
+
+    def with_token_0(self, hidden_states, state, scores):
+        return prune(self, hidden_states, state, torch.nn.functional.pad(scores, (1, 0)))
+
+    monkeypatch.setattr(EverySecond, "prune", with_token_0)
+    reduction = EverySecond(tiny_config(reduction="topk", keep_rate=0.5), stage=0)
+    with pytest.raises(ValueError, match=r"`scores`.*\(B, 9\).*\(2, 10\)"):
+        reduction.before_layer(torch.zeros(2, 10, 4), None)
+
+
 def test_hooks_under_the_names_of_release_0_1_0() -> None:
     """Hooks with their names of 0.1.0 are called, with a warning."""
     with pytest.warns(FutureWarning, match="visible.*key_mask"):

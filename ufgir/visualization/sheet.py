@@ -18,6 +18,7 @@ from ..utils.files import whole_file
 
 _MARGIN, _LABEL_HEIGHT, _SCALE_WIDTH = 4, 16, 96
 _PAPER, _INK, _LINE = (255, 255, 255), (40, 40, 40), (255, 255, 255)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _ASCII = "".join(map(chr, range(32, 127)))
 _FONTS = (
     "DejaVuSans.ttf",
@@ -98,7 +99,7 @@ def draw_sheet(
     return sheet
 
 
-def font_for(text: str, size: int = 12) -> tuple[ImageFont.FreeTypeFont, str]:
+def font_for(text: str, size: int = 12) -> tuple[Font, str]:
     """Return a font that can draw a text, and the text.
 
     Pillow's own font only has the letters of English. For others, common fonts of the system are tried. If none has all the
@@ -123,7 +124,7 @@ def font_for(text: str, size: int = 12) -> tuple[ImageFont.FreeTypeFont, str]:
     return own, "".join("?" if mark in missing else mark for mark in plain)
 
 
-def _missing(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
+def _missing(font: Font, text: str) -> set[str]:
     """Return the characters of a text for which a font only has the box that stands for missing ones."""
     box = bytes(font.getmask("\uffff"))
     return {mark for mark in set(text) - set(_ASCII) if bytes(font.getmask(mark)) == box}
