@@ -216,9 +216,9 @@ class CLCAViTConfig(BackboneConfigMixin, ViTConfig):
         keep_tokens (`list[int]`, *optional*):
             Number of tokens that each stage keeps, one count per stage, instead of `keep_rate`.
         train_keep_rates (`list[float]`, *optional*):
-            Keep rates to train one model for; each training step draws one at random. The model then works at these
-            rates and those in between. A CLA head keeps separate BatchNorm statistics for each rate. Stored in
-            ascending order.
+            Keep rates to train one model for. `run_ufgir.py` draws one per training step. In a loop of your own, pass
+            `keep_rate=draw_keep_rate(...)` (of `ufgir.training`) to the model. The model then works at these rates and
+            those in between. A CLA head keeps separate BatchNorm statistics for each rate. Stored in ascending order.
         reduction_kwargs (`dict`, *optional*):
             Options of the method, checked against its signature.
         cross_layer_cache (`bool`, defaults to `False`):

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from filelock import FileLock
+from PIL import Image
 from sphinx.util.inventory import InventoryFile
 
 import clca
@@ -255,11 +256,39 @@ def test_blocks_of_docstrings():
     ]  # fmt: skip
 
 
+def test_code_of_the_guide_to_pytorch(tmp_path, monkeypatch):
+    """Its Python blocks run, and what it says about modes, norms and kept patches is true of a tiny demo model."""
+    monkeypatch.chdir(tmp_path)
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 24}
+    method = {"num_hidden_layers": 3, "reduction": "evit", "reduction_layers": [0, 1], "keep_rate": 0.5}
+    method |= {"cross_layer_cache": True, "num_clr_tokens": 1, "head": "cla"}
+    labels = {f"cultivar_{index}": index for index in range(10)}
+    own = {index: label for label, index in labels.items()}
+    config = clca.CLCAViTConfig(**size, **method, id2label=own, label2id=labels)
+    clca.CLCAViTForImageClassification(config).save_pretrained("outputs/demo")
+    clca.CLCAImageProcessor(size={"height": 32, "width": 32}, crop_pct=0.875).save_pretrained("outputs/demo")
+    for label in [*labels] * 3:
+        folder = Path("outputs", "demo_leaves", "train", label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 50).save(folder / f"{len(list(folder.iterdir()))}.png")
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "pytorch.md").read_text(encoding="utf-8"), re.M | re.S)
+    names = {}
+    exec("\n".join(blocks), names)
+    model, kept, rates = names["model"], names["kept"], names["rates"]
+    assert names["several"].training and names["several"].config.train_keep_rates == rates
+    assert sorted(names["draw_keep_rate"](rates, seed=1, step=step) for step in range(3)) == rates
+    assert model.vit.layernorm.weight.grad is None and model.classifier.out_proj.weight.grad is not None
+    assert not clca.CLCAViTForImageClassification.from_pretrained("outputs/trained").training
+    assert kept.shape == (8, 4, 4) and kept.flatten(1).any(1).all() and not kept.all()
+    with pytest.raises(ValueError, match=r"`pixel_values`.*`head`='cla'"):
+        model.train()(names["pixel_values"][:1])
+
+
 def test_code_of_the_guide_to_methods(monkeypatch):
     """Its Python blocks run; registered methods are removed afterwards."""
     methods = dict(clca.REDUCTIONS)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "adding-a-method.md").read_text(), re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     try:
         exec("\n".join(blocks), {})
         assert set(clca.REDUCTIONS) - set(methods) == {"largest_norm", "neighbours"}
