@@ -1,10 +1,10 @@
 """Collect the measurements of methods off the shelf: a compact table, a figure, and the tables of docs/choosing.md.
 
-    python docs/off_the_shelf.py outputs/photographs_shelf outputs/leaves_shelf > tables.md
+    python docs/off_the_shelf.py outputs/photographs_all outputs/photographs_three outputs/leaves_all
 
 Each folder was written by `ufgir benchmark MODEL --target-gmacs ... --images ... --output FOLDER`. Its name up to the first `_` names the
 images; several folders may share it, for example one per cost. Writes docs/data/off_the_shelf.csv and docs/figures/off_the_shelf.png,
-and prints a table for each kind of images and measure. Without folders, the figure and tables are made from the committed table.
+and prints a table for each kind of images. Without folders, the figure and tables are made from the committed table.
 """
 
 import csv
@@ -21,17 +21,18 @@ MEASURES = {
     "same_neighbor": "same nearest image, %",
     "accuracy": "top-1, %",
 }
+TABLES = {"photographs": ("cosine", "same_neighbor"), "leaves": ("cosine", "same_top1", "accuracy")}
 TITLES = {"photographs": "photographs", "leaves": "drawn leaves, linear probe"}
 Row = dict[str, Any]
 
 
 def read(folder: Path) -> Iterator[Row]:
-    """Yield the compact rows of a folder, the dense model's first."""
+    """Yield the compact rows of the measurements in a folder."""
     with (folder / "benchmark.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     dense = next(row for row in rows if row["method"] == "dense")
     for row in rows:
-        if row["method"] != "dense" or row is dense:
+        if row is dense or row["cosine"]:  # the others failed or were interrupted
             yield {
                 "images": folder.name.partition("_")[0],
                 "method": row["method"],
@@ -46,7 +47,8 @@ def read(folder: Path) -> Iterator[Row]:
 
 def collect(folders: Sequence[Path]) -> list[Row]:
     """Return the rows of all folders, the dense model once for each kind of images."""
-    rows = [row for folder in folders for row in read(folder)]
+    found = [row for folder in folders for row in read(folder)]
+    rows = list({tuple(row[n] for n in ("images", "method", "layers", "target_gmacs")): row for row in found}.values())
     dense = {row["images"]: row for row in rows if row["method"] == "dense"}
     reduced = sorted(
         (row for row in rows if row["method"] != "dense"),
@@ -55,29 +57,31 @@ def collect(folders: Sequence[Path]) -> list[Row]:
     return [*dense.values(), *reduced]
 
 
-def shown(row: Row | None, measure: str) -> str:
-    """Format a cell."""
-    if row is None or not row[measure]:
+def cell(row: Row | None, measures: Sequence[str]) -> str:
+    """Format measures of a row, separated by slashes: cosines with three decimals, shares in percent."""
+    if row is None:
         return "-"
-    return row[measure][:6].ljust(6, "0") if measure == "cosine" else f"{100 * float(row[measure]):.1f}"
+    return " / ".join(f"{float(row[m]):.3f}" if m == "cosine" else f"{100 * float(row[m]):.0f}" for m in measures)
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a Markdown table for each kind of images, list of layers and measure: methods by costs."""
-    kinds = dict.fromkeys((row["images"], row["layers"]) for row in rows if row["layers"])
-    for images, layers in kinds:
-        these = {(r["method"], r["target_gmacs"]): r for r in rows if (r["images"], r["layers"]) == (images, layers)}
-        dense = next(r for r in rows if r["images"] == images and r["method"] == "dense")
-        costs = sorted({cost for _, cost in these}, key=float, reverse=True)
-        for measure in (*MEASURES, "same_top1"):
-            if any(row[measure] for row in these.values()):
-                head = [f"{100 * float(cost) / float(dense['gmacs']):.0f} %" for cost in costs]
-                lines = [["method", *head], ["---", *["---:"] * len(costs)]]
-                for method in sorted({method for method, _ in these}):
-                    lines.append([method, *(shown(these.get((method, cost)), measure) for cost in costs)])
-                own = f" (dense: {shown(dense, measure)})" if dense[measure] else ""
-                text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-                yield f"{images}, layers {layers}: {measure}{own}\n\n{text}\n"
+def table(rows: Sequence[Row], images: str) -> str:
+    """Return a Markdown table of methods and costs, every layer first, in percent of the dense model's GMACs."""
+    measures = TABLES[images]
+    dense = next(row for row in rows if row["images"] == images and row["method"] == "dense")
+    these = {(r["method"], r["layers"], r["target_gmacs"]): r for r in rows if r["images"] == images and r["layers"]}
+    places = sorted(
+        {(layers, cost) for _, layers, cost in these}, key=lambda place: (-len(place[0]), -float(place[1]))
+    )
+    most = places[0][0]
+    head = [
+        f"{100 * float(cost) / float(dense['gmacs']):.0f} %" + ("" if layers == most else f", layers {layers}")
+        for layers, cost in places
+    ]
+    lines = [["method", *head], ["---", *["---:"] * len(head)]]
+    lines += [
+        [m, *(cell(these.get((m, *place)), measures) for place in places)] for m in sorted({m for m, *_ in these})
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw(rows: Sequence[Row]) -> None:
@@ -104,6 +108,7 @@ def draw(rows: Sequence[Row]) -> None:
                 if dense[measure]:
                     place.axhline(scale * float(dense[measure]), color="#808080", linewidth=1)
                 label(place, "GMACs, % of dense", name, title if measure == "cosine" else None, legend=False)
+                place.tick_params(labelbottom=True)
         lines = {
             text: item for place in axes.flat for item, text in zip(*place.get_legend_handles_labels(), strict=True)
         }
@@ -123,7 +128,9 @@ def main(folders: Sequence[Path]) -> None:
     with TABLE.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     draw(rows)
-    sys.stdout.write("\n".join(tables(rows)))
+    sys.stdout.write(
+        "\n\n".join(table(rows, images) for images in TABLES if images in {row["images"] for row in rows}) + "\n"
+    )
 
 
 if __name__ == "__main__":

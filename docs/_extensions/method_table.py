@@ -1,12 +1,14 @@
-"""Read the descriptions of the reduction methods from their files and classes, and write two tables of them.
+"""Read the descriptions of the reduction methods from their files and classes, and write three tables of them.
 
     python docs/_extensions/method_table.py
 
-writes both tables between their markers: the short one in README.md and the full one in docs/methods.md. `make style` runs it. Everything
-comes from the code except "tokens after a stage" in the full table: existing cells are kept, and a new row starts with the sentence of the
-class about its keep rate.
+writes the tables between their markers: the short one in README.md, the full one in docs/methods.md, and the reasons to choose a method in
+docs/choosing.md. `make style` runs it. Everything comes from the code except "tokens after a stage" in the full table, where existing cells
+are kept and a new row starts with the sentence of the class about its keep rate, and the reasons, which are in
+docs/data/when_to_choose.csv. A method that is not listed there has no reason.
 """
 
+import csv
 import importlib
 import inspect
 import re
@@ -16,7 +18,8 @@ from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).parents[2]
-README, GUIDE = ROOT / "README.md", ROOT / "docs" / "methods.md"
+README, GUIDE, CHOOSING = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "choosing.md"
+REASONS = ROOT / "docs" / "data" / "when_to_choose.csv"
 BEGIN, END = "<!-- method table -->", "<!-- end of the method table -->"
 _TABLE = re.compile(rf"{BEGIN}\n(.*?)\n{END}", re.DOTALL)
 _SHORT = "| `reduction` | what it does | paper | when |\n| --- | --- | --- | --- |"
@@ -24,6 +27,7 @@ _FULL = (
     "| `reduction` | what it does | paper | file | when | tokens after a stage | GMACs | with CLCA |\n"
     "| --- | --- | --- | --- | --- | --- | ---: | ---: |"
 )
+_REASONS = "| method | when | because |\n| --- | --- | --- |"
 _TOKENS = 5  # column of the full table that is edited by hand
 
 
@@ -125,13 +129,27 @@ def _arxiv(method: Method) -> str:
     return f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper else ""
 
 
+def reasons() -> dict[str, dict[str, str]]:
+    """Return name of a method -> when to `choose` it, and `because` of which number, as Markdown in docs/."""
+    with REASONS.open(encoding="utf-8") as file:
+        return {row["reduction"]: row for row in csv.DictReader(file)}
+
+
 def short_table(old: str) -> str:
     """Return the table of README.md."""
-    lines = [_SHORT]
+    lines, known = [_SHORT], reasons()
     for one in _ordered(old):
         name = f'[`"{one.name}"`]({one.module.replace(".", "/")}.py)'
-        lines.append(_row(name, one.idea, _arxiv(one), one.when))
+        clauses = [known[one.name]["choose"]] if one.name in known else []
+        lines.append(_row(name, one.idea, _arxiv(one), "; ".join([*clauses, one.when])))
     return "\n".join(lines)
+
+
+def reason_table(old: str) -> str:
+    """Return the table of docs/choosing.md."""
+    known = reasons()
+    rows = [known[one.name] for one in _ordered(old) if one.name in known]
+    return "\n".join([_REASONS, *(_row(f"`{row['reduction']}`", row["choose"], row["because"]) for row in rows)])
 
 
 def full_table(old: str) -> str:
@@ -166,12 +184,12 @@ def _giga(method: str | None, clca: bool) -> str:
 
 
 def updated(path: Path) -> str:
-    """Return the text of README.md or docs/methods.md with an updated table."""
-    make = short_table if path == README else full_table
+    """Return the text of README.md, docs/methods.md or docs/choosing.md with an updated table."""
+    make = {README: short_table, GUIDE: full_table, CHOOSING: reason_table}[path]
     return _TABLE.sub(lambda match: f"{BEGIN}\n{make(match[1])}\n{END}", path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    for page in (README, GUIDE):
+    for page in (README, GUIDE, CHOOSING):
         page.write_text(updated(page), encoding="utf-8")

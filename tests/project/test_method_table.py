@@ -17,12 +17,14 @@ def table(monkeypatch):
     return import_module("method_table")
 
 
-@pytest.mark.parametrize("page", ["README", "GUIDE"])
+@pytest.mark.parametrize("page", ["README", "GUIDE", "CHOOSING"])
 def test_documents_have_the_tables_that_the_code_makes(table, page):
     """Every method is listed with its idea, paper, file and requirements, in the guide also with GMACs."""
     path = getattr(table, page)
     updated = table.updated(path)
-    assert all(f"clca/reduction_{name}.py)" in updated for name in REDUCTIONS)
+    assert all(
+        (f"| `{name}` |" if page == "CHOOSING" else f"clca/reduction_{name}.py)") in updated for name in REDUCTIONS
+    )
     command = "python docs/_extensions/method_table.py"
     assert updated == path.read_text(encoding="utf-8"), f"the table is old: run `make style`, or `{command}`"
 
@@ -41,6 +43,23 @@ def test_a_new_row_begins_with_what_the_class_says(table, monkeypatch):
     assert "| The keep rate is a share of the current tokens |" in lines[5]
     short = table.short_table('| head |\n| --- |\n| [`"evit"`](clca/old.py) | old | | |').splitlines()
     assert [line.split("]")[0] for line in short[2:]] == ['| [`"evit"`', '| [`"ats"`', '| [`"topk"`']
+
+
+def test_every_reason_to_choose_a_method_names_its_number(table, monkeypatch):
+    """With a link to the place of the number; a method that is not listed has facts only."""
+    known = table.reasons()
+    assert set(known) == set(REDUCTIONS)
+    assert all("](" in row["because"] and row["choose"] and "|" not in "".join(row.values()) for row in known.values())
+    evit, topk = (next(one for one in table.methods() if one.name == name) for name in ("evit", "topk"))
+    monkeypatch.setattr(table, "methods", lambda: [evit, topk])
+    monkeypatch.setattr(
+        table, "reasons", lambda: {"evit": {"reduction": "evit", "choose": "first", "because": "[x](y)"}}
+    )
+    assert [line.split("|")[4].strip() for line in table.short_table("").splitlines()[2:]] == [
+        "first; no training needed",
+        "no training needed",
+    ]
+    assert table.reason_table("").splitlines()[2:] == ["| `evit` | first | [x](y) |"]
 
 
 @pytest.mark.parametrize(
