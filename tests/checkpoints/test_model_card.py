@@ -184,7 +184,7 @@ def test_a_cost_that_differs_by_image_is_told_as_such(tmp_path, config):
 
 def test_description_says_what_the_model_is(config):
     text = describe_model(config)
-    for part in ("3 layers", "`evit`", "[0.5]", "(GAP)", "1 cross-layer register", "`cla`"):
+    for part in ("3 layers", "`evit`", "keep rate 0.5", "mean", "1 learned token", "`cla`"):
         assert part in text
     assert "without token reduction" in describe_model(CLCAViTConfig())
 

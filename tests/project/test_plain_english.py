@@ -77,6 +77,14 @@ def test_phrases_of_the_glossary():
     assert found == {}, "see PHRASES for what to write instead, and EXCEPTIONS for words with another meaning"
 
 
+def test_links_have_texts():
+    """GitHub does not show a link without a text, which Sphinx would fill with the title of the page."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    empty = re.compile(r"(?<!!)\[\]\(")
+    found = [str(page.relative_to(ROOT)) for page in pages if empty.search(page.read_text(encoding="utf-8"))]
+    assert found == ["docs/performance-tables.md"], "write the title of the page as the text of the link"
+
+
 @pytest.mark.parametrize(
     "text", ["A learnt token.", "weights are started anew", "the mean and deviation", "`digest` of a file"]
 )

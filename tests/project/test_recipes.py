@@ -193,7 +193,7 @@ def test_examples_have_folders_of_their_own() -> None:
     for words in commands:
         options = parse(*(ROOT / word if word.endswith(".yaml") else word for word in words))
         args = options.training
-        assert (args.output_dir in written) == (args.resume_from_checkpoint == "true"), words
+        assert (args.output_dir in written) == (args.resume_from_checkpoint in ("true", "auto")), words
         read = {options.model.model_name_or_path, options.distillation.teacher} - {None}
         assert read <= written, words
         written.add(args.output_dir)

@@ -34,22 +34,33 @@ def describe_model(config: Any) -> str:
     """Return a paragraph about the network, from its configuration."""
     size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
     text = [f"A Vision Transformer ({size}; {config.image_size} px images in patches of {config.patch_size} px)"]
-    stages = ", ".join(map(str, config.reduction_layers))
     if config.reduction is None:
         text.append(" without token reduction.")
     else:
-        kept = f"rate {config.keep_rate}" if config.keep_tokens is None else f"{config.keep_tokens} tokens"
+        layers = ", ".join(map(str, config.reduction_layers))
         text.append(
-            f" whose tokens the method `{config.reduction}` reduces in layers {stages} (0-based; keeps {kept})."
+            f". The method `{config.reduction}` reduces the tokens in layers {layers}, counted from 0, {_kept(config)}."
         )
     if config.cross_layer_cache:
-        parts = ["the mean of the tokens (GAP)"] if config.cache_gap else []
+        parts = ["the mean of all tokens"] if config.cache_gap else []
         if config.num_clr_tokens:
-            parts.append(f"{config.num_clr_tokens} cross-layer register(s) (CLR)")
-        text.append(f" A cross-layer cache (CLC) keeps {' and '.join(parts)} of every layer for the layers after.")
-    if config.head != "linear":
+            parts.append(f"{config.num_clr_tokens} learned token{'s' * (config.num_clr_tokens > 1)}")
+        text.append(
+            f" A cross-layer cache stores {' and '.join(parts)} of every layer and adds them again after each reduction."
+        )
+    if config.head == "cla":
+        text.append(" The head, `cla`, classifies the CLS tokens of several layers together.")
+    elif config.head != "linear":
         text.append(f" The head is `{config.head}`.")
     return "".join(text)
+
+
+def _kept(config: Any) -> str:
+    """Return how many tokens each stage keeps, such as "with keep rate 0.5"."""
+    if config.keep_tokens is not None:
+        return f"to {', '.join(map(str, config.keep_tokens))} tokens"
+    rates = ", ".join(map(str, config.keep_rate))
+    return f"with keep rate{'s' * (len(config.keep_rate) > 1)} {rates}"
 
 
 def describe_preprocessing(image_processor: Any, name: str, revision: str | None = None) -> str:

@@ -344,8 +344,7 @@ KINDS: dict[str, Kind] = {
     "kept": Kind(
         title="Kept patches",
         help="patches that each stage keeps",
-        caption="The patches that remain after each stage. The brightness of a patch is its largest share in any token: full where "
-        "the patch still has its own token, dark where it was dropped or fused with many others.",
+        caption="The patches that remain after each stage: bright patches are kept, dark ones were dropped or fused with others.",
         function=kept_columns,
         needs=(STAGES,),
         page=Page("Bright: the patch still has its own token. Dark: dropped, or fused with many others."),
@@ -386,7 +385,7 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(
         title="Attention of CLS",
         help="attention of CLS on the patches",
-        caption="The attention of CLS on the patches, averaged over the heads.",
+        caption="Bright: the model looks here. The attention of CLS on the patches, averaged over the heads.",
         function=attention_columns,
         options={
             "layers": _LAYERS._replace(default="all"),
