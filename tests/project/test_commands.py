@@ -15,7 +15,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import run_ufgir
 from dataset_scripts import synthetic_leaves
+from tests.helpers import tiny_model
 from ufgir.cli import entry
+from ufgir.transforms import make_image_processor
 from ufgir.utils.arguments import RecipeParser
 
 
@@ -195,3 +197,30 @@ def test_commands_run(guide: str, folder: Path) -> None:
         PROGRAMS[program](words[len(program) :])
     outputs = re.findall(r"--output(?:_dir)? (\S+)", "\n".join(commands))
     assert outputs and [name for name in outputs if not (folder / name).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "guide, word, package",
+    [
+        ("training.md", "imagefolder", "datasets"),
+        ("methods.md", "set_keep_rate", "torch"),
+        ("checkpoints.md", "PeftModel", "peft"),
+        ("export.md", "custom_metadata_map", "onnxruntime"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21 asks for it
+def test_code_of_guides_runs(guide: str, word: str, package: str, folder: Path) -> None:
+    """A reader can copy these blocks; they use the folders and files that the guide names."""
+    pytest.importorskip(package)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(encoding="utf-8"), re.M | re.S)
+    (code,) = [block for block in blocks if word in block]
+    if guide == "training.md":
+        (folder / "leaves").symlink_to(folder / "path" / "to" / "leaves")
+    if guide == "export.md":
+        model = tiny_model()
+        model.save_pretrained("mine")
+        make_image_processor(model.config.image_size).save_pretrained("mine")
+        run_command(["export", "mine", "--output", "mine.onnx"])
+    exec(code, {})
