@@ -47,8 +47,6 @@ NOT_RUN = {
     r"ufgir predict outputs/mine folder/of/images": "is run by the README, with another folder",
     r"(torchrun|accelerate launch) ": "needs several GPUs or machines; tests/training/test_distributed.py",
     r"python run_ufgir\.py recipes/(paper/|study)": "takes hours; test_recipes.py has a miniature",
-    r"python run_ufgir\.py recipes/demo\.yaml --reduction none .*--num_train_epochs 15": "is run by the guide to training, shorter",
-    r"python -m dataset_scripts\.synthetic_leaves .*--seed 7": "is run by the guide to training, with another seed",
     r"python run_ufgir\.py --dataset data/": "needs Ultra-FGVC; test_recipes.py checks the options",
     r"python run_ufgir\.py recipes/demo\.yaml .*--reduction \$method": "is a line of a loop",
     r"python run_ufgir\.py --model_name_or_path outputs/elastic": "needs a model that takes an hour; tests/training",
