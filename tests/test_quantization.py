@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from clca import CLCAViTForImageClassification
 from tests.helpers import CACHES, METHODS, images, tiny_model
 from ufgir.quantization import quantize_model
+from ufgir.utils.extras import install_command
 
 
 torchao = pytest.mark.skipif(
@@ -155,5 +157,5 @@ def test_unknown_schemes_are_refused(scheme: str | None) -> None:
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error contains the extra that installs it."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ImportError, match=r"clca-vit\[quantization\]"):
+    with pytest.raises(ImportError, match=re.escape(install_command("quantization"))):
         quantize_model(make(None))

@@ -87,7 +87,9 @@ def test_models_of_strangers_are_fetched_without_a_token(tmp_path, checkpoint, m
     ids=str,
 )
 def test_models_of_strangers_may_not_fill_the_machine(tmp_path, monkeypatch, changes):
-    CLCAViTConfig(**TINY | changes).save_pretrained(tmp_path)
+    CLCAViTConfig(**TINY).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     monkeypatch.setattr(app_model, "hf_hub_download", lambda name, file, **options: str(tmp_path / file))
     monkeypatch.setattr(app_model, "get_hf_file_metadata", None)  # not even asked for
     with pytest.raises(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ufgir.profiling import benchmark, timing
+from ufgir.profiling import backends, timing
 from ufgir.profiling.timing import (
     InterleavedTiming,
     OtherLoad,
@@ -125,7 +125,7 @@ class TestMemory:
 
         model = nn.Sequential(first, second)
         hidden = 32 * 128 * 4
-        grown = benchmark.activation_memory(model, gradients, CPU)
+        grown = backends.activation_memory(model, gradients, CPU)
         # forward keeps relu's output; backward adds its gradient, that of the row before, and those of the weights
         assert 2 * hidden <= grown <= 4 * hidden + (64 * 128 + 128) * 4 + 32 * 8
         assert all(p.grad is None for p in model.parameters())

@@ -3,6 +3,7 @@
 import builtins
 import itertools
 import logging
+import re
 
 import matplotlib
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from clca import REDUCTIONS
 from ufgir.training.gradients import stability_figure
+from ufgir.utils.extras import install_command
 from ufgir.utils.plotting import (
     METHOD_STYLES,
     PALETTE,
@@ -187,7 +189,7 @@ def test_without_matplotlib_the_record_is_kept_and_the_way_out_is_named(tmp_path
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'clca-vit\[visualization\]'"), style():
+    with pytest.raises(ImportError, match=re.escape(install_command("visualization"))), style():
         pass
     (tmp_path / "g.csv").write_text("step,max_grad_all\n1,0.5\n")
     with caplog.at_level(logging.INFO):

@@ -220,7 +220,6 @@ def test_it_is_served_until_ctrl_c(tmp_path, parts):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--precision", "int8"], "`--precision` has no effect without `--web`"),
         (["--serve"], "`--serve` has no effect without `--web`"),
         (["--web", "FILE"], "`--web` must be a folder"),
         (["--web", "page", "--serve", "99999"], "`--serve` must be in 0 .. 65535, got 99999"),
