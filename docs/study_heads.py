@@ -23,7 +23,7 @@ from torch import nn
 
 import run_ufgir
 from clca import CLCAViTConfig
-from clca.heads_clca import HEADS, AggregationHead, CLAHead, Head
+from clca.heads_clca import HEADS, CLAHead, Head, LayerConvolution
 from ufgir.runs.queue import RunQueue, make_slots
 from ufgir.runs.sweep import Grid
 
@@ -47,20 +47,17 @@ class NormedLinearHead(Head):
         return NormedLinear(config.hidden_size, config.num_labels)
 
 
-class LastLayerHead(AggregationHead):
+class LastLayerHead(CLAHead):
     """The CLA head on CLS of the last layer: its depth-wise convolution has a kernel of size 1."""
 
     def __init__(self, config: CLCAViTConfig, num_labels: int) -> None:
-        super().__init__()
-        inner = config.hidden_size * config.cla_multiplier
-        self.norm_in, self.norm_out = nn.BatchNorm1d(config.hidden_size), nn.BatchNorm1d(inner)
-        self.aggregate = nn.Conv1d(config.hidden_size, inner, kernel_size=1, groups=config.hidden_size)
-        self.activation, self.out_proj = nn.GELU(), nn.Linear(inner, num_labels)
+        super().__init__(config, num_labels)
+        width, inner = self.aggregate.in_channels, self.aggregate.out_channels
+        self.aggregate = LayerConvolution(width, inner, kernel_size=1, groups=width)
 
-    def forward(self, cls_tokens: torch.Tensor) -> torch.Tensor:
-        """Convert CLS tokens (B, layers, D) to logits (B, K)."""
-        hidden = self.aggregate(self.norm_in(cls_tokens[:, -1:].transpose(1, 2)))
-        return self.out_proj(self.activation(self.norm_out(hidden)).squeeze(-1))
+    def forward(self, cls_tokens: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
+        """CLS tokens (B, layers, D) to logits (B, K)."""
+        return super().forward(cls_tokens[:, -1:], rate)
 
 
 class ConvolutionHead(CLAHead):

@@ -24,7 +24,7 @@ from .inputs import Batch, LayerOutputs, check_cls
 
 METHODS = ("tsne", "pca")
 FEATURES = ("cls", "cla", "pooled")
-MISSING = f"embeddings need scikit-learn: {install_command('analysis')}"
+MISSING = "embeddings need scikit-learn"
 _FEWEST = 4  # minimal number of images
 _BEFORE_TSNE = 50  # principal components as input of t-SNE, as in its authors' code
 
@@ -142,7 +142,7 @@ def embed(features: np.ndarray, method: str = "tsne", seed: int = 0, perplexity:
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(f"{MISSING}: {install_command('analysis')}") from error
     # float64: principal components of float32 differ between machines
     make = partial(PCA, svd_solver="full")
     features = np.asarray(features, dtype=np.float64)

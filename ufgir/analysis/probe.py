@@ -10,7 +10,7 @@ import numpy as np
 from ..utils.extras import install_command
 
 
-MISSING = f"a linear probe needs scikit-learn: {install_command('analysis')}"
+MISSING = "a linear probe needs scikit-learn"
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))  # inverse regularization strengths to choose from
 FOLDS = 3  # of cross-validation, at most
 STEPS = 2000  # of the optimizer, at most
@@ -52,7 +52,7 @@ def fit_probe(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Pro
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(f"{MISSING}: {install_command('analysis')}") from error
     counts = np.bincount(labels, minlength=num_classes)
     if num_classes < 2:
         raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from clca import CLCAViTForImageClassification
 from clca.configuration_clca import as_pair
 
-from ..analysis.inputs import as_json, no_file
+from ..analysis.inputs import Batch, as_json, batches, no_file
 from ..checkpoints.config_options import check_fields
 from ..checkpoints.loading import first_few, load_config, load_image_processor, load_model
 from ..data.checks import DatasetError
@@ -122,6 +122,18 @@ def images_of(
         streaming=getattr(args, "streaming", False),
         max_images=args.max_images,
         **{"seed": args.seed} | args.dataset_options,
+    )
+
+
+def batches_of(args: argparse.Namespace, images: "OpenImages", progress: str) -> Iterator[Batch]:
+    """Yield batches of the images, as the options of `add_data_options` say; `progress` is the label of the bar."""
+    return batches(
+        images.dataset,
+        args.batch_size,
+        num_workers=args.num_workers,
+        files=images.files,
+        skip_broken=args.skip_broken,
+        progress=progress,
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..analysis import figures as analysis_figures
 from ..analysis.comparison import FEATURES, WHAT, Comparison, check_comparison, check_images, compare_models
-from ..analysis.inputs import batches
 from ..checkpoints.config_options import check_fields
 from ..checkpoints.loading import HEAD
 from ..interpret.attention_maps import checked_layers
@@ -16,6 +15,7 @@ from ..utils.files import new_folder, write_csv
 from .analysis_options import (
     OpenModel,
     add_data_options,
+    batches_of,
     check_numbers,
     check_output,
     complete,
@@ -105,14 +105,7 @@ def run(args: argparse.Namespace) -> str:
         check_images(configs, what, len(images.dataset))
     result = compare_models(
         [model.model for model in models],
-        batches(
-            images.dataset,
-            args.batch_size,
-            num_workers=args.num_workers,
-            files=images.files,
-            skip_broken=args.skip_broken,
-            progress="Comparing",
-        ),
+        batches_of(args, images, "Comparing"),
         what,
         layers=layers,
         features=args.features,

@@ -14,7 +14,6 @@ from ..analysis.embedding import (
     spread_out,
     thumbnail,
 )
-from ..analysis.inputs import batches
 from ..checkpoints.loading import HEAD
 from ..interpret.attention_maps import checked_layers
 from ..utils import plotting as figures
@@ -22,6 +21,7 @@ from ..utils.files import new_folder, write_csv
 from ..utils.options import Requirement, check_options
 from .analysis_options import (
     add_data_options,
+    batches_of,
     check_numbers,
     check_output,
     complete,
@@ -88,14 +88,7 @@ def run(args: argparse.Namespace) -> str:
     check_images(len(images.dataset))
     found = collect_features(
         opened.model,
-        batches(
-            images.dataset,
-            args.batch_size,
-            num_workers=args.num_workers,
-            files=images.files,
-            skip_broken=args.skip_broken,
-            progress="Embedding",
-        ),
+        batches_of(args, images, "Embedding"),
         args.features,
         args.layer,
     )

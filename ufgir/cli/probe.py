@@ -5,7 +5,6 @@ import argparse
 import numpy as np
 
 from ..analysis.embedding import collect_features
-from ..analysis.inputs import batches
 from ..analysis.probe import fit_probe
 from ..checkpoints.classifiers import set_classifier
 from ..checkpoints.loading import HEAD
@@ -13,6 +12,7 @@ from ..data.labels import is_multi_label
 from ..utils.files import new_folder
 from .analysis_options import (
     add_data_options,
+    batches_of,
     check_numbers,
     check_output,
     complete,
@@ -53,14 +53,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"`--dataset` {args.dataset} has several classes per image; a linear probe needs one.")
     found = collect_features(
         opened.model,
-        batches(
-            images.dataset,
-            args.batch_size,
-            num_workers=args.num_workers,
-            files=images.files,
-            skip_broken=args.skip_broken,
-            progress="Computing features",
-        ),
+        batches_of(args, images, "Computing features"),
         "pooled",
     )
     try:

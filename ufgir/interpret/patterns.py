@@ -25,7 +25,7 @@ from ..utils.statistics import RunningMean
 from .tracing import trace_patches
 
 
-MISSING = f"comparing merges needs scikit-learn: {install_command('analysis')}"
+MISSING = "comparing merges needs scikit-learn"
 OWN = 0.999  # minimal share of a patch in its own token; below one because half precision rounds
 
 
@@ -151,7 +151,7 @@ def cluster_agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, flo
     try:
         from sklearn.metrics import homogeneity_completeness_v_measure
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(f"{MISSING}: {install_command('analysis')}") from error
     return homogeneity_completeness_v_measure(first, second)
 
 

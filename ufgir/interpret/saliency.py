@@ -12,7 +12,7 @@ import numpy as np
 from ..utils.extras import install_command
 
 
-MISSING = f"comparing heat maps needs SciPy and POT: {install_command('analysis')}"
+MISSING = "comparing heat maps needs SciPy and POT"
 
 
 def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +81,7 @@ def spearman_correlation(a: np.ndarray, b: np.ndarray) -> float:
     try:
         from scipy.stats import rankdata
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(f"{MISSING}: {install_command('analysis')}") from error
     a, b = _checked(a, b)
     return pearson_correlation(rankdata(a).reshape(a.shape), rankdata(b).reshape(b.shape))
 
@@ -111,7 +111,7 @@ def earth_movers_distance(a: np.ndarray, b: np.ndarray) -> float:
     try:
         import ot
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(f"{MISSING}: {install_command('analysis')}") from error
     p, q = _distributions(a, b)
     p, q = p.ravel(), q.ravel()
     return float(ot.emd2(p / p.sum(), q / q.sum(), ground_distances(*np.shape(a)), numItermax=10_000_000))

@@ -7,6 +7,7 @@ evenly.
 import os
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,19 +110,28 @@ def font_for(text: str, size: int = 12) -> tuple[Font, str]:
         text: to draw.
         size: of the font, in pixels.
     """
-    own = ImageFont.load_default(size=size)
+    own = _load_font(None, size)
+    assert own is not None  # Pillow has it
     if not _missing(own, text):
         return own, text
     for name in _FONTS:
-        try:
-            font = ImageFont.truetype(name, size)
-        except OSError:  # not installed
-            continue
-        if not _missing(font, text):
+        font = _load_font(name, size)
+        if font is not None and not _missing(font, text):
             return font, text
     plain = "".join(mark for mark in unicodedata.normalize("NFKD", text) if not unicodedata.combining(mark))
     missing = _missing(own, plain)
     return own, "".join("?" if mark in missing else mark for mark in plain)
+
+
+@cache
+def _load_font(name: str | None, size: int) -> Font | None:
+    """Return a font of the system, None if it is not installed; without a name, Pillow's own."""
+    if name is None:
+        return ImageFont.load_default(size=size)
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
 
 
 def _missing(font: Font, text: str) -> set[str]:
