@@ -27,7 +27,7 @@ COMMANDS = {
     "data-report": "check a data set: classes, image sizes, duplicates, leaks between splits, broken images",
     "datasets": "list further fine-grained data sets: classes, images, Hub ids, sources",
     "embed": "embed the features of images in two dimensions by t-SNE and PCA, colored by class",
-    "export": "export a model to ONNX or torch.export, checked against the model, or to a web page",
+    "export": "export a model to ONNX, OpenVINO or torch.export, checked against the model, or to a web page",
     "pretrained": "list the pretrained timm models that can be loaded",
     "predict": "classify image files and write a table of predictions",
     "prepare": "convert a raw download of Ultra-FGVC to checked parquet files",
