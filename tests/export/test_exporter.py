@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from clca import CLCAViTForImageClassification
@@ -167,6 +168,19 @@ class TestCheck:
         found = self.check(lambda logits: logits / torch.zeros(()))
         assert not math.isfinite(found.difference)
 
+    def test_accuracy(self):
+        """Of labels that the model gives, and one that it does not, the file is right for the others."""
+        batches = [images(3, seed=1).float(), images(2, seed=2).float()]
+        program = Logits(small_model(None))
+        labels = [int(label) for pixels in batches for label in program(pixels).argmax(dim=1)]
+        wrong = [*labels[:-1], (labels[-1] + 1) % program.model.config.num_labels]
+        found = compare(program, program, batches, draw=False, labels=wrong)
+        assert (found.accuracy, found.model_accuracy, found.agreement) == (0.8, 0.8, 1.0)
+        found = compare(program, lambda pixels: -program(pixels), batches, draw=False, labels=labels)
+        assert (found.accuracy, found.model_accuracy) == (0.0, 1.0)
+        with pytest.raises(ValueError, match=r"`labels`.* 4 for 5"):
+            compare(program, program, batches, labels=labels[:-1])
+
     def test_random_images_beside_given_ones(self):
         """Logits of another batch size are compared, but only given images count."""
         found = self.check(lambda logits: logits + (len(logits) == 3), images=[images(2).float()])
@@ -201,6 +215,24 @@ def test_command_writes_a_file_per_budget(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main([*argv, *mistake])
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["class", "other"])
+def test_command_shows_top1_in_class_folders(folder, tmp_path, capsys):
+    """Folders that are not all named after classes say nothing about the right class."""
+    model = small_model("evit")
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    for name in (model.config.id2label[0], model.config.id2label[1] if folder == "class" else folder):
+        (tmp_path / "leaves" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (len(name), 200, 0)).save(tmp_path / "leaves" / name / "1.png")
+    argv = ["export", str(tmp_path / "model"), "--output", str(tmp_path / "model.pt2")]
+    assert cli.main([*argv, "--check", str(tmp_path / "leaves")]) == 0
+    facts = {"check": ""}
+    torch.export.load(tmp_path / "model.pt2", extra_files=facts)
+    check = Check(**json.loads(facts["check"]))
+    assert check.images == 2 and ("top-1" in capsys.readouterr().out) == (folder == "class")
+    assert check.accuracy == check.model_accuracy and (check.accuracy is None) == (folder == "other")
 
 
 def test_the_list_of_operators_has_no_typing_mistakes():

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,7 +69,10 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-images", type=int, default=128, metavar="N", help="images used of --calibration [%(default)s]"
     )
     group.add_argument(
-        "--check", nargs="+", metavar="PATH", help="images or folders on which to compare [--calibration; random]"
+        "--check",
+        nargs="+",
+        metavar="PATH",
+        help="images or folders on which to compare; in folders named after the classes, top-1 as well [--calibration; random]",
     )
     group.add_argument(
         "--check-images", type=int, default=500, metavar="N", help="images used of --check [%(default)s]"
@@ -133,13 +137,15 @@ def run(args: argparse.Namespace) -> str:
         facts["resize_size"] = list(sizes_of(processor)[0])
     except (OSError, ValueError, KeyError, TypeError):
         facts["image_mean"] = None  # the normalization of the pixels is unknown
-    images = {}
+    images: dict[str, Any] = {}
     for name, paths, count in (
         ("calibration", args.calibration, args.calibration_images),
         ("images", args.check, args.check_images),
     ):
         if paths:
-            images[name] = _images(args.model, paths, count, config)
+            images[name], files = _images(args.model, paths, count, config)
+            if name == "images":
+                images["labels"] = _labels(files, config)
     options = {"metadata": facts, "tolerance": args.tolerance, "precision": args.precision, **images}
     if args.keep_rates:
         exported = export_budgets(model, args.output, args.keep_rates, **options)
@@ -148,8 +154,8 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join([table(exported), *notes(exported)])
 
 
-def _images(model: str, paths: list[str], count: int, config: CLCAViTConfig) -> list[torch.Tensor]:
-    """Return batches of preprocessed images.
+def _images(model: str, paths: list[str], count: int, config: CLCAViTConfig) -> tuple[list[torch.Tensor], list[str]]:
+    """Return batches of preprocessed images, and the files of the images.
 
     Raises:
         ValueError: see `image_batches`, or if the images of the model are not square.
@@ -158,7 +164,13 @@ def _images(model: str, paths: list[str], count: int, config: CLCAViTConfig) -> 
     if height != width:
         raise ValueError(f"`--calibration` and `--check` need a model with square images, got {height} x {width}.")
     images = some_images(paths, count, option="--calibration-images or --check-images")
-    return list(image_batches(images, model, config)(height))
+    return list(image_batches(images, model, config)(height)), list(images["path"])
+
+
+def _labels(files: list[str], config: CLCAViTConfig) -> list[int] | None:
+    """Return the classes that the folders of the images are named after, or None if a folder has another name."""
+    folders = [Path(file).parent.name for file in files]
+    return [int(config.label2id[name]) for name in folders] if config.label2id.keys() >= set(folders) else None
 
 
 def check_keep_rates(args: argparse.Namespace) -> None:
@@ -230,14 +242,17 @@ def page_table(site: Site) -> str:
 
 def table(exported: list[Exported]) -> str:
     """Return a table of files: size, nodes, and the comparison with the model."""
-    rows = [["file", "MB", "nodes", "largest difference of logits", "same class"]]
+    known = exported[0].check.accuracy is not None
+    top1 = ["top-1 (%)", "model's top-1 (%)"] if known else []
+    rows = [["file", "MB", "nodes", "largest difference of logits", "same class", *top1]]
     for one in exported:
         size = sum(f.stat().st_size for f in one.path.parent.glob(f"{one.path.name}*"))
         weights = one.path.with_suffix(".bin")
         size += weights.stat().st_size if one.path.suffix == ".xml" else 0
         same = f"{round(one.check.agreement * one.check.images)} of {one.check.images}"
         nodes = str(sum(one.operators.values()))
-        rows.append([str(one.path), f"{size / 1e6:.1f}", nodes, f"{one.difference:.1e}", same])
+        top1 = [f"{100 * share:.1f}" for share in (one.check.accuracy, one.check.model_accuracy) if share is not None]
+        rows.append([str(one.path), f"{size / 1e6:.1f}", nodes, f"{one.difference:.1e}", same, *top1])
     return align(rows)
 
 

@@ -1,6 +1,6 @@
 """Compare an exported program with the model that it was made from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,12 +33,16 @@ class Check(NamedTuple):
         agreement: share of images to which both give the same class.
         images: number of images that `agreement` counts.
         given: whether these were given; otherwise they are random.
+        accuracy: share of images for which the file gives the right class; None if the classes are unknown.
+        model_accuracy: the same of the model.
     """
 
     difference: float
     agreement: float
     images: int
     given: bool = False
+    accuracy: float | None = None
+    model_accuracy: float | None = None
 
     def __str__(self) -> str:
         same = round(self.agreement * self.images)
@@ -54,7 +58,13 @@ def example(program: Logits, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare(program: Logits, run: Run, images: Iterable[torch.Tensor] | None = None, draw: bool = True) -> Check:
+def compare(
+    program: Logits,
+    run: Run,
+    images: Iterable[torch.Tensor] | None = None,
+    draw: bool = True,
+    labels: Sequence[int] | None = None,
+) -> Check:
     """Compare a file with its model.
 
     Args:
@@ -62,18 +72,30 @@ def compare(program: Logits, run: Run, images: Iterable[torch.Tensor] | None = N
         run: runs the file.
         images: batches of preprocessed images (B, C, height, width). Without them, random images are compared.
         draw: compare logits of random images as well. int8 measures the ranges of activations on real ones.
+        labels: right classes of `images`, in their order; default: unknown.
 
     Returns:
         The check; its `difference` is NaN if a logit is.
+
+    Raises:
+        ValueError: if there are not as many labels as images.
     """
     given = list(images or ())
+    if labels is not None and len(labels) != (found := sum(map(len, given))):
+        raise ValueError(f"`labels` must have one class per image: got {len(labels)} for {found} images.")
     drawn = [example(program, count) for count in CHECKED_BATCHES] if draw or not given else []
     largest = torch.zeros(())
-    same = count = 0
+    same = right = model_right = count = 0
     for index, pixels in enumerate((*drawn, *given)):
         ours, theirs = run(pixels).float(), program(pixels)
         largest = torch.maximum(largest, (ours - theirs).abs().max())  # unlike Python's max, keeps NaN
         if index >= len(drawn) or not given:
-            same += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+            file_class, model_class = ours.argmax(dim=1), theirs.argmax(dim=1)
+            same += int((file_class == model_class).sum())
+            if labels is not None:
+                truth = torch.tensor(labels[count : count + len(pixels)])
+                right += int((file_class == truth).sum())
+                model_right += int((model_class == truth).sum())
             count += len(pixels)
-    return Check(float(largest), same / count, count, bool(given))
+    accuracy, model_accuracy = (None, None) if labels is None else (right / count, model_right / count)
+    return Check(float(largest), same / count, count, bool(given), accuracy, model_accuracy)

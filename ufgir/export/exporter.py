@@ -151,6 +151,7 @@ class Exporter:
         precision: str = "float32",
         calibration: Sequence[torch.Tensor] | None = None,
         images: Sequence[torch.Tensor] | None = None,
+        labels: Sequence[int] | None = None,
     ) -> Exported:
         """Write the model to a file; see `export_model`."""
         path = Path(path)
@@ -160,7 +161,7 @@ class Exporter:
             file = folder / path.name
             kind.write(self, file, precision, calibration)
             images = calibration if images is None else images
-            check = compare(self.program, kind.run(file), images, draw=precision != "int8")
+            check = compare(self.program, kind.run(file), images, precision != "int8", labels)
             if precision == "float32" and not check.difference <= tolerance:
                 raise ValueError(
                     f"the {kind.name} file differs from the model by {check.difference:.1e} in its logits, more than "
@@ -287,6 +288,7 @@ def export_model(
     precision: str = "float32",
     calibration: Sequence[torch.Tensor] | None = None,
     images: Sequence[torch.Tensor] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Exported:
     """Export `model` to `path` atomically, after comparing the file with the model.
 
@@ -300,13 +302,14 @@ def export_model(
         calibration: batches (B, C, height, width) of preprocessed images on which int8 measures the ranges of the activations. Without
             them, ONNX Runtime measures the ranges in every call.
         images: batches of preprocessed images on which file and model are compared; default: `calibration`, or random images.
+        labels: right classes of `images`, for the accuracy of file and model; default: unknown.
 
     Raises:
         ValueError: if `path` has another suffix or is a folder, the format lacks the precision, token counts depend on the image, the
-            graph would be too large, a package is missing, or the logits differ by more than `tolerance` or are not finite.
+            graph would be too large, a package is missing, `labels` are not as many as `images`, or the logits differ by more than `tolerance` or are not finite.
     """
     check_format(path, precision)
-    return Exporter(model).write(path, metadata, tolerance, precision, calibration, images)
+    return Exporter(model).write(path, metadata, tolerance, precision, calibration, images, labels)
 
 
 def export_budgets(
