@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from multiprocessing import Pipe, current_process
 from multiprocessing.connection import Client
 from multiprocessing.reduction import DupFd
@@ -64,6 +65,42 @@ def test_one_that_waits() -> None:
         assert raised_signal() == signal.SIGINT
         with ending_signals(again=True):
             send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("place", ["destructor", "weak reference"])
+def test_raised_where_python_drops_exceptions(place: str, capfd: pytest.CaptureFixture) -> None:
+    """The exception is raised again, without a traceback, and the signal counts once."""
+
+    class Thing:
+        def __del__(self) -> None:
+            if place == "destructor":
+                send(signal.SIGTERM)
+
+    hook = sys.unraisablehook
+    with pytest.raises(Ended) as ended, ending_signals():
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: place == "destructor" or send(signal.SIGTERM))
+        del thing
+        time.sleep(5)
+        pytest.fail("the signal was lost")
+    assert reference() is None and ended.value.status == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "" and sys.unraisablehook is hook
+
+
+def test_other_dropped_exceptions_are_shown() -> None:
+    shown = []
+    old, sys.unraisablehook = sys.unraisablehook, lambda unraisable: shown.append(unraisable.exc_type)
+
+    class Thing:
+        def __del__(self) -> None:
+            raise LookupError
+
+    try:
+        with ending_signals():
+            Thing()
+    finally:
+        sys.unraisablehook = old
+    assert shown == [LookupError]
 
 
 def test_a_second_one(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ ENDING = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
     if hasattr(signal, name)  # Windows lacks most of them
 )
+_RETRY = 0.05  # seconds after which a lost exception is raised again
 _BURST = 1.0  # seconds in which further signals, from the terminal or torchrun, belong to the same event
 
 
@@ -98,6 +99,29 @@ class _Handler:
 
         return hook
 
+    def unraisable_hook(self, show: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return `sys.unraisablehook`, which raises `Ended` again after Python lost it.
+
+        Python prints and drops exceptions in `__del__`, in callbacks of weak references, and in what `os.fork` calls, e.g. while workers
+        of a data loader start.
+        """
+
+        def hook(unraisable: Any) -> None:
+            error = unraisable.exc_value
+            if os.getpid() != self.process or not isinstance(error, Ended):
+                show(unraisable)
+                return
+            self.raised = None
+            timer = threading.Timer(_RETRY, self._send_again, [error.number])
+            timer.daemon = True
+            timer.start()
+
+        return hook
+
+    def _send_again(self, number: int) -> None:
+        if signal.getsignal(number) is self:
+            os.kill(self.process, number)
+
     def _in_child(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in a forked process: a worker, which its parent ends."""
         if number == signal.SIGINT:
@@ -128,10 +152,11 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
         return
     outer, handler = _active, _active
     old: dict[int, Any] = {}
-    old_hook = None
+    old_hooks = None
     if handler is None or handler.process != os.getpid():
         handler = _Handler(name)
-        old_hook, sys.excepthook = sys.excepthook, handler.hook(sys.excepthook)
+        old_hooks = sys.excepthook, sys.unraisablehook
+        sys.excepthook, sys.unraisablehook = handler.hook(sys.excepthook), handler.unraisable_hook(sys.unraisablehook)
         for number in ENDING:
             if number == signal.SIGINT or signal.getsignal(number) is signal.SIG_DFL:
                 old[number] = signal.signal(number, handler)
@@ -143,8 +168,8 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
         (handler.waits, handler.again), _active = before, outer
         for number, earlier in old.items():
             signal.signal(number, earlier)
-        if old_hook is not None:
-            sys.excepthook = old_hook
+        if old_hooks is not None:
+            sys.excepthook, sys.unraisablehook = old_hooks
 
 
 def pending_signal() -> int | None:
