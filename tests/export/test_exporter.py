@@ -161,7 +161,7 @@ class TestCheck:
 
     def test_other_classes(self):
         batches = [images(5, seed=1).float()]
-        found = self.check(lambda logits: -logits, images=batches, draw=False)
+        found = self.check(lambda logits: -logits, images=batches, drawn=())
         assert found.agreement == 0.0 and found.images == 5 and found.given and found.difference > 0
 
     def test_not_finite(self):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import tiny_config
 from ufgir.cli import entry as cli
 from ufgir.export import Exporter
-from ufgir.profiling import backends, benchmark, scaling
+from ufgir.profiling import backends, benchmark, scaling, timing
 from ufgir.profiling.benchmark import Benchmark, Report, Result, make_dense
 from ufgir.profiling.benchmark_cases import (
     BACKENDS,
@@ -21,7 +23,7 @@ from ufgir.profiling.benchmark_cases import (
     Case,
     Goal,
     Setting,
-    by_setting,
+    by_table,
     case_config,
     chunks,
     cross,
@@ -35,6 +37,7 @@ from ufgir.profiling.benchmark_report import (
     summary_table,
     tables,
     throughput_panels,
+    unfinished,
 )
 from ufgir.profiling.macs import count_macs
 from ufgir.profiling.timing import InterleavedTiming, check_idle
@@ -79,7 +82,7 @@ class TestCases:
     def test_every_combination_once(self):
         cases = cross([None, "evit"], ["base", "CLCA"], [0.1, 0.5], [AT, AT._replace(batch_size=8)])
         assert len(cases) == len(set(cases)) == 2 * (2 + 2 * 2)
-        assert [len(group) for group in by_setting(cases).values()] == [6, 6]
+        assert [len(group) for group in by_table(cases).values()] == [6, 6]
 
     def test_layers_that_reduce(self):
         assert quarters(12) == [3, 6, 9] and quarters(24) == [6, 12, 18] and quarters(4) == [1, 2, 3]
@@ -96,7 +99,8 @@ class TestCases:
     @pytest.mark.parametrize("name", PRESETS)
     def test_presets_are_possible(self, name):
         width, layers, heads = MODEL_SIZES[PRESETS[name].model_size]
-        base = CLCAViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+        shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        base = CLCAViTConfig(**shape | dict(PRESETS[name].network))
         for case in PRESETS[name].cases:
             assert case_config(base, case).reduction == case.method
 
@@ -119,7 +123,12 @@ class TestCases:
         assert goals("cpu448", method=None, variant="base") == {"speedup": 1.05}
         assert goals("cpu448", method=None, variant="CLCA") == {"speedup": 1.0}
         assert goals("cpu224", method="evit", batch_size=1) == {"speedup": 2.6}
-        assert goals("training", method="evit") == {"speedup": 2.8, "activations": 0.45}
+        assert goals("training", method="evit", dtype="float32") == {
+            "speedup": 2.8,
+            "activations": 0.35,
+            "same_kernels": 0.95,
+        }
+        assert goals("training", method="evit", dtype="bfloat16") == {"same_kernels": 0.95}
         assert goals("gpu", mode="training") == {"speedup": 2.6, "peak": 0.5}
         static = {name for name in REDUCTIONS if REDUCTIONS[name].static_shapes}
         assert {c.method for c in PRESETS["gpu"].cases if c.setting.batch_size == 1} == static
@@ -129,6 +138,17 @@ class TestCases:
     )
     def test_goals(self, goal, met, missed):
         assert goal.met(met) and not goal.met(missed)
+
+    def test_important_deployments_come_first(self):
+        """The time limit leaves out what comes last; compiling takes longest and is done for batch 1 only."""
+        preset = PRESETS["deployments"]
+        order = [(s.image_size, s.batch_size, s.dtype) for s in by_table(preset.cases)]
+        half = [(size, 1, dtype) for dtype in ("float32", "bfloat16", "int8") for size in (448, 224)]
+        assert order[:6] == half and {batch for _, batch, _ in order[6:]} == {4, 8}
+        assert {c.setting.batch_size for c in preset.cases if c.setting.backend in ("compiled", "aoti")} == {1}
+        assert {c.setting.backend for c in preset.cases} == set(BACKENDS) and preset.time_limit <= 28 * 60
+        sizes = [s.image_size for s in by_table(PRESETS["sizes"].cases)]
+        assert sizes == sorted(sizes) and sizes[-1] == 2048 and PRESETS["sizes"].time_limit <= 600
 
 
 class TestBenchmark:
@@ -216,11 +236,16 @@ class TestBenchmark:
         assert words in report.results[1].error
 
     def test_compiled(self, base, monkeypatch):
-        asked = []
+        asked, packed = [], []
 
         def compile(function, **options):
             asked.append(options)
-            return function
+
+            def run(*args):
+                packed.append(torch._inductor.config.freezing and not torch.is_grad_enabled())
+                return function(*args)
+
+            return run
 
         monkeypatch.setattr(torch, "compile", compile)
         cases = [
@@ -228,6 +253,7 @@ class TestBenchmark:
         ]
         report = Benchmark(base, CPU, threads=1, repetitions=1).run(cases)
         assert len(asked) == 2 and all(options["fullgraph"] for options in asked)
+        assert packed[0] and packed.count(True) == 1  # when the first call of inference compiles
         for r in report.results:
             assert r.error is None and r.seconds
             assert r.case is None or (r.setup_seconds > 0 and r.peak_memory is None)
@@ -247,7 +273,7 @@ class TestBenchmark:
         pytest.importorskip("onnxruntime")
         exported = []
 
-        def write(exporter, path, precision):
+        def write(exporter, path, precision, drawn):
             exported.append((exporter.config.reduction, precision))
             value = helper.make_tensor_value_info
             graph = helper.make_graph(
@@ -265,7 +291,7 @@ class TestBenchmark:
         report = Benchmark(base, CPU, threads=1, repetitions=1, dense_backends=()).run(cases)
         assert all(r.error is None and r.seconds for r in report.results)
         names = ["dense (transformers)", "dense (ours)", "evit, 1"]
-        assert [r.name for r in report.results[:3]] == [r.name for r in report.results[6:9]] == names
+        assert [[r.name for r in report.results[i : i + 3]] for i in (0, 6)] == [names, names]
         # one file serves both batch sizes
         assert exported == [(None, "float32"), ("evit", "float32"), (None, "int8"), ("evit", "int8")]
 
@@ -282,8 +308,24 @@ class TestBenchmark:
 
     def test_time_limit(self, base):
         report = Benchmark(base, CPU, time_limit=-1.0).run([Case(AT, None)])
-        assert all("the time limit" in r.error for r in report.results)
+        assert report.results == []
         assert report.over_time and not report.interrupted and "Partial" in report.warnings[-1]
+        assert str(AT.table) in report.warnings[-1]
+
+    def test_a_signal_waits_for_the_call(self, base, monkeypatch):
+        """An exception within a native library that calls Python can crash the process."""
+        ended = []
+
+        def call(run, device, calls=1):
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.append(time.sleep(0))
+            return 1.0
+
+        saved = []
+        monkeypatch.setattr(timing, "time_call", call)
+        report = Benchmark(base, CPU, repetitions=2).run([Case(AT, None), Case(Setting(32, 1), None)], saved.append)
+        assert ended == [None] and report.interrupted and saved == []
+        assert report.missing == [str(AT.table), str(Setting(32, 1).table)]
 
     def test_warnings(self):
         report = Report([result([1.0, 1.0, 1.0])], other_cores=0.0)
@@ -358,7 +400,9 @@ class TestDeployments:
         """One line per model and precision, the goal by its fastest deployment alone, and int8 against float32."""
         times = {(True, "eager"): 5.0, (True, "onnx"): 4.0, (False, "eager"): 2.0, (False, "onnx"): 1.25}
         half = {key: seconds / 2 for key, seconds in times.items() if key[1] == "onnx"}
-        report = Report([*self.rows(AT, times), *self.rows(AT._replace(dtype="int8"), half)])
+        results = [*self.rows(AT, times), *self.rows(AT._replace(dtype="int8"), half)]
+        benchmark._join_precisions(results)
+        report = Report(results)
         head, *lines = summary_table(report)
         found = [dict(zip(head, line, strict=False)) for line in lines]
         assert [line["setting"] for line in found] == [str(AT.table), str(AT._replace(dtype="int8").table)]
@@ -515,6 +559,53 @@ class TestCommand:
         argv = ["benchmark", *TINY, "--scaling", "--depths", "4", "--into", str(document)]
         assert cli.main(argv) == 130
         assert document.read_text() == "<!-- table: scaling -->\n<!-- end: scaling -->\n"
+
+    def test_a_killed_run_is_continued(self, capsys, tmp_path, monkeypatch):
+        """What a kill leaves behind: the files of all finished settings, which the same command does not measure again."""
+        whole = Benchmark._time_group
+
+        def only_first(self, setting, results, report):
+            if setting.batch_size == 4:
+                raise GeneratorExit  # nothing handles it, as with SIGKILL
+            whole(self, setting, results, report)
+
+        argv = ["benchmark", *TINY, *PLAIN, "--methods", "evit", "--batch-sizes", "2", "4", "--output", str(tmp_path)]
+
+        def read():
+            found = json.loads((tmp_path / "benchmark.json").read_text())
+            return found, {(r["batch_size"], r["model"]): r["seconds"] for r in found["results"]}
+
+        with monkeypatch.context() as patched, pytest.raises(GeneratorExit):
+            patched.setattr(Benchmark, "_time_group", only_first)
+            cli.main(argv)
+        record, first = read()
+        assert {batch for batch, _ in first} == {2} and all(first.values())
+        assert record["missing"] == [str(AT._replace(batch_size=4).table)]
+        assert "Left out" in (tmp_path / "benchmark.md").read_text()
+        assert {f.name for f in tmp_path.iterdir()} == {f"benchmark.{s}" for s in ("csv", "md", "json")}
+
+        before = json.loads((tmp_path / "benchmark.json").read_text())
+        assert cli.main(argv) == 0
+        record, second = read()
+        assert {name: second[name] for name in first} == first and len(second) == 2 * len(first)
+        assert record["missing"] == [] and any("Continued" in note for note in record["notes"])
+        assert record["seconds"] > before["seconds"]
+        rows = [[r for r in found["results"] if r["batch_size"] == 2] for found in (before, record)]
+        assert rows[0] == rows[1]
+
+    def test_only_the_same_run_is_continued(self, tmp_path, caplog):
+        facts = {name: name for name in ("command", "host", "versions", "commit")}
+        about = {"repetitions": 3, "network": {"layers": [1, 2]}}
+        assert unfinished(tmp_path, facts, about) is None
+        record = {**facts, **about, "missing": ["x"], "results": []}
+        (tmp_path / "benchmark.json").write_text(json.dumps(record))
+        assert unfinished(tmp_path, facts, about | {"network": {"layers": (1, 2)}}) == record
+        assert not caplog.records
+        for name in (*facts, *about):
+            assert unfinished(tmp_path, {**facts, **about, name: "other"}, {**facts, **about, name: "other"}) is None
+            assert name in caplog.records[-1].getMessage()
+        (tmp_path / "benchmark.json").write_text(json.dumps(record | {"missing": []}))
+        assert unfinished(tmp_path, facts, about) is None  # nothing is left to measure
 
     def test_a_preset_into_a_document(self, capsys, tmp_path):
         document = tmp_path / "page.md"

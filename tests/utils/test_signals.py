@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ufgir.utils import signals
-from ufgir.utils.signals import ENDING, Ended, ending_signals, pending_signal, raised_signal
+from ufgir.utils.signals import ENDING, Ended, ending_signals, pending_signal, raise_pending, raised_signal
 
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,26 @@ def test_other_dropped_exceptions_are_shown() -> None:
     finally:
         sys.unraisablehook = old
     assert shown == [LookupError]
+
+
+def test_one_that_is_held(capfd: pytest.CaptureFixture) -> None:
+    """All signals are raised between two steps, or at the end of the block."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        done = []
+        with pytest.raises(Ended) as ended, ending_signals(), ending_signals(hold=True):
+            raise_pending()
+            send(number)
+            send(signal.SIGINT)  # within a second: the same event
+            done.append(pending_signal())
+            raise_pending()
+            done.append(None)
+        assert done == [number] and ended.value.number == number
+        with pytest.raises(Ended), ending_signals("x"):
+            with ending_signals(hold=True):
+                send(number)
+            done.append(None)
+        assert done == [number]
+        assert capfd.readouterr().err.count("second signal") == 2
 
 
 def test_a_second_one(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from ..checkpoints.config_options import layer
 from ..checkpoints.loading import read_config
 from ..profiling.agreement import Images, cases_at_cost, places
 from ..profiling.backends import why_not
-from ..profiling.benchmark import Benchmark
+from ..profiling.benchmark import Benchmark, Report
 from ..profiling.benchmark_cases import (
     BACKENDS,
     DTYPES,
@@ -30,7 +30,16 @@ from ..profiling.benchmark_cases import (
     cross,
     quarters,
 )
-from ..profiling.benchmark_report import check_place, draw, fill_in, markdown, provenance, tables, write_report
+from ..profiling.benchmark_report import (
+    check_place,
+    draw,
+    fill_in,
+    markdown,
+    provenance,
+    tables,
+    unfinished,
+    write_report,
+)
 from ..profiling.macs import dense_config
 from ..profiling.scaling import DEPTHS, SIZES, Scaling, draw_scaling, scaling_markdown, scaling_tables, write_scaling
 from ..profiling.targets import changed, training_free_options
@@ -340,12 +349,19 @@ def _plan(args: argparse.Namespace, option: str) -> Any:
     return (PLAN | SCALING | PIPELINE)[option][1] if value is None else value
 
 
-def _network(args: argparse.Namespace, size: str = "base") -> CLCAViTConfig:
-    """Return the network to measure; settings of a checkpoint become the defaults of the plan."""
+def _network(args: argparse.Namespace, size: str = "base", preset: dict[str, Any] | None = None) -> CLCAViTConfig:
+    """Return the network to measure; settings of a checkpoint become the defaults of the plan.
+
+    Args:
+        size: a key of `MODEL_SIZES`, unless one was given.
+        preset: fields that differ from it, unless they were given.
+    """
     values = config_values(args)
     if args.model is None:
         width, layers, heads = MODEL_SIZES[args.model_size or size]
-        values = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads} | values
+        values = (
+            {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads} | (preset or {}) | values
+        )
         values = {"reduction_layers": quarters(values["num_hidden_layers"])} | values
         values["image_size"] = 28 * values.get("patch_size", 16)  # any: the sizes of the plan take its place
         return read_config(None, values)
@@ -448,7 +464,7 @@ def _dense_backends(args: argparse.Namespace, preset: Preset | None) -> Sequence
 def _cases(args: argparse.Namespace) -> Outcome:
     """Measure a preset, or every combination of the options."""
     preset: Preset | None = PRESETS.get(args.preset)
-    config = _network(args, preset.model_size if preset else "base")
+    config = _network(args, preset.model_size if preset else "base", dict(preset.network) if preset else {})
     notes: list[str] = []
     if preset is not None:
         cases = [case._replace(goals=()) for case in preset.cases] if _own_network(args) else preset.cases
@@ -473,13 +489,30 @@ def _cases(args: argparse.Namespace) -> Outcome:
     _check_sizes([case.setting.image_size for case in cases], config)
     images, labels = _images(args, config)
     default = preset.repetitions if preset else 7
+    repetitions = default if args.repetitions is None else args.repetitions
+    threads = args.threads or (preset.threads if preset else None)
+    network = {name: getattr(config, name) for name in SHAPE} | {"checkpoint": args.model}
+    network |= {"images": args.images, "target_gmacs": args.target_gmacs}
+    facts, folder, earlier = provenance(), args.output and Path(args.output), None
+    if folder is not None:
+        about = {"network": network, "repetitions": repetitions, "threads": threads or torch.get_num_threads()}
+        earlier = unfinished(folder, facts, about)
+    if earlier is not None:
+        notes.append(f"Continued: the run of {earlier['date']} had measured a part.")
+        args.load = max((load for load in (args.load, earlier["load"]) if load is not None), default=None)
+
+    def save(report: Report, figures: bool = False) -> list[Path]:
+        report.load = args.load
+        report.notes[:0] = [note for note in notes if note not in report.notes]
+        return [] if folder is None else write_report(folder, report, facts, network, figures)
+
     with _progress() as progress:
         benchmark = Benchmark(
             config,
             _device(args.device or (preset.device if preset else None)),
             checkpoint=args.model,
-            threads=args.threads or (preset.threads if preset else None),
-            repetitions=default if args.repetitions is None else args.repetitions,
+            threads=threads,
+            repetitions=repetitions,
             seed=args.seed,
             time_limit=preset.time_limit if preset else None,
             progress=progress,
@@ -487,18 +520,15 @@ def _cases(args: argparse.Namespace) -> Outcome:
             labels=labels,
             dense_backends=_dense_backends(args, preset),
         )
-        report = benchmark.run(cases)
-    report.load = args.load
-    report.notes[:0] = notes
-    facts = provenance()
+        report = benchmark.run(cases, save, earlier)
     parts = [title, *(f"{name}\n{align(rows)}" for name, rows in tables(report)), *report.warnings]
-    network = {name: getattr(config, name) for name in SHAPE} | {"checkpoint": args.model}
-    network |= {"images": args.images, "target_gmacs": args.target_gmacs}
+    if report.missing and folder is not None:
+        parts.append("The same command continues with what is missing.")
     return Outcome(
         "\n\n".join(parts),
         markdown(report, facts),
         lambda folder, prefix: draw(report, folder, prefix),
-        lambda folder: write_report(folder, report, facts, network),
+        lambda folder: save(report, figures=True),
         _status(report.interrupted, any(result.error is None for result in report.results if result.case)),
     )
 
@@ -537,8 +567,9 @@ def _scaling(args: argparse.Namespace) -> Outcome:
             limit=_plan(args, "limit"),
             progress=progress,
         )
-        scaling.run(sizes, _plan(args, "depths"))
-    facts = provenance()
+        facts, folder = provenance(), args.output and Path(args.output)
+        save = None if folder is None else lambda: write_scaling(folder, scaling, facts, figures=False)
+        scaling.run(sizes, _plan(args, "depths"), save)
     parts = [*map(align, scaling_tables(scaling)), *scaling.remarks()]
     return Outcome(
         "\n\n".join(parts),

@@ -62,7 +62,7 @@ def compare(
     program: Logits,
     run: Run,
     images: Iterable[torch.Tensor] | None = None,
-    draw: bool = True,
+    drawn: Sequence[int] = CHECKED_BATCHES,
     labels: Sequence[int] | None = None,
 ) -> Check:
     """Compare a file with its model.
@@ -70,8 +70,8 @@ def compare(
     Args:
         program: the model, in float32.
         run: runs the file.
-        images: batches of preprocessed images (B, C, height, width). Without them, random images are compared.
-        draw: compare logits of random images as well. int8 measures the ranges of activations on real ones.
+        images: batches of preprocessed images (B, C, height, width).
+        drawn: sizes of batches of random images that are compared as well; none of them only if there are `images`.
         labels: right classes of `images`, in their order; default: unknown.
 
     Returns:
@@ -83,13 +83,13 @@ def compare(
     given = list(images or ())
     if labels is not None and len(labels) != (found := sum(map(len, given))):
         raise ValueError(f"`labels` must have one class per image: got {len(labels)} for {found} images.")
-    drawn = [example(program, count) for count in CHECKED_BATCHES] if draw or not given else []
+    random = [example(program, count) for count in drawn]
     largest = torch.zeros(())
     same = right = model_right = count = 0
-    for index, pixels in enumerate((*drawn, *given)):
+    for index, pixels in enumerate((*random, *given)):
         ours, theirs = run(pixels).float(), program(pixels)
         largest = torch.maximum(largest, (ours - theirs).abs().max())  # unlike Python's max, keeps NaN
-        if index >= len(drawn) or not given:
+        if index >= len(random) or not given:
             file_class, model_class = ours.argmax(dim=1), theirs.argmax(dim=1)
             same += int((file_class == model_class).sum())
             if labels is not None:

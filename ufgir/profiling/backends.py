@@ -56,14 +56,17 @@ class Files:
         self._exporters: dict[Any, Exporter] = {}
         self._made: dict[Any, tuple[Path, float]] = {}
 
-    def get(self, key: Any, model: nn.Module, suffix: str, precision: str) -> tuple[Path, float]:
-        """Return the file of a model and the seconds that its export took.
+    def get(self, key: Any, model: nn.Module, setting: Setting) -> tuple[Path, float]:
+        """Return the file of a model for a setting, and the seconds that its export took.
 
         Args:
             key: stands for the model, with its weights and image size.
             model: the model.
-            suffix, precision: see `export_model`.
+            setting: has a backend that reads files.
         """
+        file = file_of(setting)
+        assert file is not None
+        suffix, precision = file
         place = (key, suffix, precision)
         if place not in self._made:
             start = time.perf_counter()
@@ -72,17 +75,32 @@ class Files:
             quantizes = (suffix, precision) == (".xml", "int8")
             more = {"calibration": list(self.calibration(model.config.image_size))} if quantizes else {}
             path = Path(self._folder.name, f"{len(self._made)}{suffix}")
-            self._exporters[key].write(path, precision=precision, **more)
+            self._exporters[key].write(path, precision=precision, drawn=(1,), **more)
             self._made[place] = path, time.perf_counter() - start
         return self._made[place]
 
-    def forget_models(self) -> None:
-        """Free the memory of models and graphs; the files stay."""
-        self._exporters.clear()
+    def forget_models(self, needed: Iterable[tuple[Any, Setting]] = ()) -> None:
+        """Free the memory of models and graphs; the files stay.
+
+        Args:
+            needed: keys and settings of models that will be asked for. Graphs of which a file does not exist yet are kept.
+        """
+        files = ((key, file_of(setting)) for key, setting in needed)
+        keep = {key for key, file in files if file is not None and (key, *file) not in self._made}
+        self._exporters = {key: exporter for key, exporter in self._exporters.items() if key in keep}
 
     def close(self) -> None:
         """Delete the files."""
         self._folder.cleanup()
+
+
+def file_of(setting: Setting) -> tuple[str, str] | None:
+    """Return suffix and precision of the file that a backend reads, or None."""
+    if setting.backend == "onnx":
+        return ".onnx", setting.dtype
+    if setting.backend == "openvino":  # it chooses the others when it loads the file
+        return ".xml", "int8" if setting.dtype == "int8" else "float32"
+    return None
 
 
 def why_not(setting: Setting) -> str | None:
@@ -133,6 +151,15 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     return run
 
 
+def packed_weights(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager in which compiling for inference on a CPU packs the weights once, as constants of the graph.
+
+    Otherwise every call hands the weights over as inputs, and MKL packs each of them again before it multiplies. The setting counts
+    when a function is first called, without gradients; as an option of `torch.compile` it comes too late for the weights of a model.
+    """
+    return torch._inductor.config.patch(freezing=device.type == "cpu")
+
+
 @contextlib.contextmanager
 def _torch(
     model: nn.Module, pixels: torch.Tensor, setting: Setting, device: torch.device, files: Files, key: Any
@@ -150,6 +177,8 @@ def _torch(
             function(pixels)
 
     if setting.backend != "eager":
+        with packed_weights(device):
+            run()  # compiles
         yield Prepared(run)
         return
     activations = peak_memory_increase(run, device)
@@ -165,7 +194,7 @@ def _aoti(
     if shutil.which(compiler) is None:
         raise ValueError(f"AOTInductor needs a C++ compiler, and there is no {compiler}. Install one or set CXX")
     pixels = pixels.to(next(model.parameters()).dtype)
-    with tempfile.TemporaryDirectory(prefix="ufgir-") as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix="ufgir-") as folder, torch.no_grad(), packed_weights(device):
         program = torch.export.export(Logits(model), (pixels,))
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(Path(folder, "model.pt2")))
         function = torch._inductor.aoti_load_package(path)
@@ -189,7 +218,7 @@ def _onnx(
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(f"this ONNX Runtime has no {provider}")
-    path, seconds = files.get(key, model, ".onnx", setting.dtype)
+    path, seconds = files.get(key, model, setting)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_free_dimension_override_by_name("batch", setting.batch_size)
@@ -213,7 +242,7 @@ def _openvino(
 
     if device.type != "cpu":
         raise ValueError("OpenVINO is measured on a CPU only")
-    path, seconds = files.get(key, model, ".xml", "int8" if setting.dtype == "int8" else "float32")
+    path, seconds = files.get(key, model, setting)
     program = compile_ir(path, FIELDS[setting.dtype], torch.get_num_threads(), tuple(pixels.shape))
     request = program.create_infer_request()
     images = openvino.Tensor(pixels.numpy())

@@ -10,10 +10,11 @@ Trainer.
 
 import contextlib
 import gc
+import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +24,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from clca import CLCAViTConfig, CLCAViTForImageClassification
 
+from ..utils.provenance import as_read
+from ..utils.signals import ending_signals, raise_pending
 from ..utils.text import one_sentence, shortened
 from .agreement import Agreement, Answers, Images, agreement, answers, share
 from .backends import Files, prepare, why_not
-from .benchmark_cases import Case, Setting, by_setting, case_config, chunks
+from .benchmark_cases import Case, Setting, by_table, case_config, chunks
 from .macs import count_macs, dense_config
 from .timing import IDLE, InterleavedTiming, OtherLoad, Quartiles, Run, quartiles, steady, synchronize
 
@@ -41,6 +44,17 @@ ATTENTIVE = 1.5  # std of the random weights times the square root of the width;
 BUSY = 0.1  # share of the cores used by other processes above which a warning appears
 CALIBRATION = 8  # random images for int8 of OpenVINO
 WIDE = 0.1  # relative distance of the quartiles above which a warning appears
+RESTORED = (
+    "seconds",
+    "macs",
+    "macs_executed",
+    "parameters",
+    "setup_seconds",
+    "activation_memory",
+    "peak_memory",
+    "accuracy",
+    "error",
+)
 NO_CLASSIFIER = "MODEL has no trained classifier, so classes are not compared."
 
 
@@ -54,6 +68,7 @@ class Result:
         dense: result of the dense model of transformers that was timed in turn with this one; None for itself.
         dense_rows: results of all dense models in the same precision that were timed in turn with this one.
         deployments: results of the same model on all backends in the same precision, this one included.
+        in_float32: `deployments` in float32; empty for float32 itself.
         seconds: seconds per batch, one value per round.
         macs, macs_executed: multiply-adds per image, as the paper counts them and as executed; see `count_macs`.
         parameters: number of parameters.
@@ -65,6 +80,7 @@ class Result:
         agreement: agreement with the dense model on images, if any were given.
         accuracy: share of these images that are classified correctly; None if their classes are not known.
         error: why there are no numbers.
+        finished: whether all rounds ran, or it failed.
     """
 
     setting: Setting
@@ -74,6 +90,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     dense_rows: "list[Result]" = field(default_factory=list, repr=False)
     deployments: "list[Result]" = field(default_factory=list, repr=False)
+    in_float32: "list[Result]" = field(default_factory=list, repr=False)
     macs: int | None = None
     macs_executed: int | None = None
     parameters: int | None = None
@@ -83,6 +100,13 @@ class Result:
     agreement: Agreement | None = None
     accuracy: float | None = None
     error: str | None = None
+    finished: bool = False
+
+    @property
+    def identity(self) -> Any:
+        """Return what is measured, as a value that a JSON file can hold."""
+        case = self.case and {name: value for name, value in self.case._asdict().items() if name != "goals"}
+        return as_read([self.setting, case])
 
     @property
     def time(self) -> Quartiles | None:
@@ -142,6 +166,27 @@ class Result:
         """Return `over_fastest` as a share of `possible`."""
         return self.over_fastest / self.possible if self.over_fastest and self.possible else None
 
+    @property
+    def over_float32(self) -> float | None:
+        """Return the median time of the fastest deployment in float32 divided by that of this model."""
+        whole = fastest(self.in_float32)
+        return whole.time.median / self.time.median if whole and whole.time and self.time else None
+
+    @property
+    def same_kernels(self) -> float | None:
+        """Return the speed-up over our dense model on the same backend as a share of the ratio of their executed multiply-adds."""
+        ours = next((r for r in self.dense_rows if r.case and r.setting == self.setting), None)
+        if ours is None or ours is self or not ours.time or not self.time:
+            return None
+        if not ours.macs_executed or not self.macs_executed:
+            return None
+        return ours.time.median / self.time.median * self.macs_executed / ours.macs_executed
+
+    @property
+    def over_stock(self) -> float | None:
+        """Return the median time divided by that of transformers' dense model."""
+        return 1 / self.speedup if self.speedup else None
+
     def memory_ratio(self, kind: str) -> float | None:
         """Return `activation_memory` or `peak_memory`, divided by that of the dense model."""
         theirs, ours = self.dense and getattr(self.dense, kind), getattr(self, kind)
@@ -152,6 +197,31 @@ class Result:
         if measure in ("activations", "peak"):
             return self.memory_ratio({"activations": "activation_memory", "peak": "peak_memory"}[measure])
         return getattr(self, measure)
+
+
+def _join_precisions(results: Iterable[Result]) -> None:
+    """Fill in `in_float32`, which are in other groups."""
+    models = {(r.case.model, r.setting.table): r for r in results if r.case}
+    for (model, table), result in models.items():
+        whole = models.get((model, table._replace(dtype="float32")))
+        if whole is not None and table.dtype != "float32":
+            for one in result.deployments:
+                one.in_float32 = whole.deployments
+
+
+def _restore(results: Sequence[Result], earlier: Mapping[str, Any]) -> bool:
+    """Fill in results from the record of an earlier run. Return False, without changes, unless all of them are finished there."""
+    known = {json.dumps(row["identity"]): row for row in earlier["results"] if row["finished"]}
+    rows = [known.get(json.dumps(result.identity)) for result in results]
+    if not all(rows):
+        return False
+    for result, row in zip(results, rows, strict=True):
+        result.name, result.finished = row["model"], True
+        for name in RESTORED:
+            setattr(result, name, row[name])
+        if row["cosine"] is not None:
+            result.agreement = Agreement(row["cosine"], row["same_neighbor"], row["same_top1"])
+    return True
 
 
 def fastest(results: Iterable[Result]) -> Result | None:
@@ -167,6 +237,7 @@ class Report:
         load: load of the machine before the benchmark, the average of a minute; None if unknown.
         other_cores: cores that other processes used on average; None if unknown.
         interrupted, over_time: whether results are missing because of Ctrl-C or the time limit.
+        missing: settings that are not finished yet.
         notes: further remarks, one sentence each.
     """
 
@@ -178,6 +249,7 @@ class Report:
     other_cores: float | None = None
     interrupted: bool = False
     over_time: bool = False
+    missing: list[str] = field(default_factory=list)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -202,9 +274,25 @@ class Report:
                 f"{len(wide)} of {len(self.results)} times have quartiles more than {WIDE:.0%} apart, the largest distance for "
                 f"{worst.name} ({worst.setting}): {worst.time.spread:.0%}. Repeat on an idle machine."
             )
-        if self.interrupted or self.over_time:
-            found.append("Partial: the benchmark ended before everything was measured.")
+        if self.missing:
+            why = (
+                "the time limit"
+                if self.over_time
+                else "an interruption"
+                if self.interrupted
+                else "the end of the process"
+            )
+            names = "; ".join(dict.fromkeys(self.missing))
+            found.append(f"Partial: {why} came before everything was measured. Left out, or not finished: {names}.")
         return found
+
+    def add_run(self, seconds: float, other_cores: float | None) -> None:
+        """Add the seconds of a further run, and the cores that other processes used in it."""
+        loads = [(self.other_cores, self.seconds), (other_cores, seconds)]
+        loads = [(cores, span) for cores, span in loads if cores is not None]
+        self.seconds += seconds
+        whole = sum(span for _, span in loads)
+        self.other_cores = sum(cores * span for cores, span in loads) / whole if whole else None
 
 
 class Benchmark:
@@ -259,34 +347,77 @@ class Benchmark:
         self._answers: dict[tuple[int, str], Answers] = {}  # of the dense model by image size and dtype
         self._compared: dict[Any, tuple[Agreement, float | None]] = {}  # agreement and accuracy of cases
 
-    def run(self, cases: Sequence[Case]) -> Report:
-        """Measure all cases. A failure is recorded in the result of its case. Ctrl-C stops and keeps what was measured."""
+    def run(
+        self,
+        cases: Sequence[Case],
+        save: Callable[[Report], Any] | None = None,
+        earlier: Mapping[str, Any] | None = None,
+    ) -> Report:
+        """Measure all cases, one setting after another.
+
+        A failure is recorded in the result of its case. Ctrl-C and other signals that end a run take effect between two calls of models, and
+        what was measured is kept.
+
+        Args:
+            cases: the cases.
+            save: called with the report whenever a setting is finished.
+            earlier: record of an unfinished run (`benchmark_report.record`), whose finished settings are not measured again.
+        """
         report = Report(device=str(self.device), repetitions=self.repetitions)
+        if earlier is not None:
+            report.add_run(earlier["seconds"], earlier["other_cores"])
         load, start = OtherLoad(), time.monotonic()
+        before = report.seconds, report.other_cores
+
+        def keep() -> None:
+            report.seconds, report.other_cores = before
+            seconds = time.monotonic() - start
+            report.add_run(seconds, load.cores(seconds))
+            if save is not None:
+                save(report)
+
         self.files = Files(self._calibration)
         self.deadline = start + self.time_limit
         groups = [
             (setting, self._with_dense(chunk))
-            for setting, group in by_setting(cases).items()
+            for setting, group in by_table(cases).items()
             for chunk in chunks(group, AT_ONCE[setting.mode])
         ]
+        _join_precisions([result for _, group in groups for result in group])
+        todo = []
+        for setting, group in groups:
+            if earlier is not None and _restore(group, earlier):
+                report.results += group
+            else:
+                todo.append((setting, group))
+        report.missing = [str(setting) for setting, _ in todo]
+        if self.images is not None and self.base.num_labels == 0:
+            report.notes.append(NO_CLASSIFIER)
         if self.progress is not None:
-            self.progress.total = sum(len(group) for _, group in groups) * (self.repetitions + 1)
+            self.progress.total = sum(len(group) for _, group in todo) * (self.repetitions + 1)
         with steady(self.threads) as report.threads:
             try:
-                for setting, group in groups:
-                    self._time_group(setting, group, report)
+                with ending_signals(hold=True):
+                    for index, (setting, group) in enumerate(todo):
+                        if time.monotonic() > self.deadline:
+                            report.over_time = True
+                            break
+                        self._time_group(setting, group, report)
+                        later = (result for _, group in todo[index + 1 :] for result in group)
+                        self.files.forget_models((r.case.model, r.setting) for r in later if r.case)
+                        if all(result.finished for result in group):
+                            report.missing.remove(str(setting))
+                        keep()
             except KeyboardInterrupt:
                 report.interrupted = True
             finally:
                 self.files.close()
-        if self.images is not None and self.base.num_labels == 0:
-            report.notes.append(NO_CLASSIFIER)
-        report.seconds = time.monotonic() - start
-        report.other_cores = load.cores(report.seconds)
+        save = None  # the caller has the report
+        keep()
         return report
 
     def _step(self, text: str | None = None) -> None:
+        raise_pending()
         if self.progress is not None:
             self.progress.update(0 if text else 1)
             if text:
@@ -336,15 +467,17 @@ class Benchmark:
                 try:
                     runs[str(index)] = stack.enter_context(self._ready(result))
                 except Exception as error:  # one failing case must not stop the others
-                    result.error = _reason(error)
+                    result.error, result.finished = _reason(error), True
                 if not self.repetitions:
                     self._step()
             if self.repetitions:
                 self._step(str(setting))
                 self._time(runs, results, report)
+        for result in results:
+            untimed = not self.repetitions and result.error is None
+            result.finished |= untimed or len(result.seconds) == self.repetitions > 0
         if any(result.setting.backend == "compiled" for result in results):
             torch.compiler.reset()
-        self.files.forget_models()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -365,6 +498,7 @@ class Benchmark:
             for index, error in timing.failures.items():
                 results[int(index)].error = _reason(error)
                 results[int(index)].seconds = []
+                results[int(index)].finished = True
 
     @contextlib.contextmanager
     def _ready(self, result: Result) -> Iterator[Run]:
@@ -385,9 +519,8 @@ class Benchmark:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (setting.batch_size, model.config.num_channels, *[setting.image_size] * 2)
         pixels = torch.randn(shape, generator=generator).to(self.device)
-        key = result.case and (result.case.model, getattr(model.config, "reduction_kwargs", None) is not None)
         start = time.perf_counter()
-        with prepare(model, pixels, setting, self.device, self.files, key) as prepared:
+        with prepare(model, pixels, setting, self.device, self.files, result.case and result.case.model) as prepared:
             result.activation_memory, result.peak_memory = prepared.activation_memory, prepared.peak_memory
             if setting.backend != "eager":
                 prepared.run()

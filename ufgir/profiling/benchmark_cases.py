@@ -61,11 +61,6 @@ class Setting(NamedTuple):
         """The setting without its backend."""
         return self._replace(backend="")
 
-    @property
-    def group(self) -> "Setting":
-        """The setting without backend and dtype: all of its cases are timed in turn."""
-        return self._replace(backend="", dtype="")
-
     def __str__(self) -> str:
         parts = (self.mode, f"{self.image_size} px", f"batch {self.batch_size}", self.dtype, self.backend)
         return ", ".join(part for part in parts if part)
@@ -73,14 +68,15 @@ class Setting(NamedTuple):
 
 class Goal(NamedTuple):
     """A bound for a measured value, see `Result`: `speedup`, `realised`, `over_fastest` or, for the fastest deployment of a model, `share` (at
-    least); `activations` and `peak` memory as shares of transformers' dense model (at most)."""
+    least), `same_kernels` (at least); `activations` and `peak` memory and the time (`over_stock`) as shares of transformers' dense model
+    (at most)."""
 
     measure: str
     value: float
 
     @property
     def at_most(self) -> bool:
-        return self.measure in ("activations", "peak")
+        return self.measure in ("activations", "peak", "over_stock")
 
     def met(self, value: float) -> bool:
         """Return whether a measured value meets the goal."""
@@ -92,6 +88,8 @@ class Goal(NamedTuple):
             "realised": "{} of GMACs",
             "over_fastest": "{}x the fastest dense",
             "share": "{} of GMACs over the fastest dense",
+            "same_kernels": "{} of GMACs over dense (ours)",
+            "over_stock": "time {}x transformers'",
             "activations": "activations {}",
             "peak": "peak memory {}",
         }
@@ -169,11 +167,11 @@ def cross(
     return list(dict.fromkeys(cases))
 
 
-def by_setting(cases: Sequence[Case]) -> dict[Setting, list[Case]]:
-    """Group the cases by size, batch and mode. Those of one group are timed in turn."""
-    groups: dict[Setting, list[Case]] = {}
+def by_table(cases: Iterable[Any]) -> dict[Setting, list[Any]]:
+    """Group cases or results by size, batch, precision and mode, all backends together. Those of one group are timed in turn."""
+    groups: dict[Setting, list[Any]] = {}
     for case in cases:
-        groups.setdefault(case.setting.group, []).append(case)
+        groups.setdefault(case.setting.table, []).append(case)
     return groups
 
 
@@ -200,6 +198,7 @@ class Preset(NamedTuple):
         threads: threads of torch on a CPU; None for the default.
         repetitions: timings of each case.
         model_size: a key of `MODEL_SIZES`.
+        network: fields of the configuration that differ from that.
         time_limit: seconds after which no further measurement starts.
         dense_backends: backends on which the dense model is measured as well; None for those of `deployments`.
     """
@@ -212,6 +211,7 @@ class Preset(NamedTuple):
     model_size: str = "base"
     time_limit: float | None = None
     dense_backends: tuple[str, ...] | None = None
+    network: tuple[tuple[str, Any], ...] = ()
 
 
 def _at_least(speedup: float) -> tuple[Goal, ...]:
@@ -249,10 +249,14 @@ def _backends() -> Preset:
 
 
 def _training() -> Preset:
+    same = Goal("same_kernels", 0.95)
+    goals = {"evit": (Goal("speedup", 2.8), Goal("activations", 0.35), same)}
     at = Setting(448, 4, mode="training")
-    goals = {"evit": (Goal("speedup", 2.8), Goal("activations", 0.45))}
     cases = [Case(at, method, "CLCA", 0.1, goals.get(method, ())) for method in ("evit", "topk", "ats")]
-    return Preset("ViT-B/16, 448 px, batch 4, float32 on two cores of a CPU, training step", cases, repetitions=5)
+    cases.append(Case(at._replace(dtype="bfloat16"), "evit", "CLCA", 0.1, (same,)))
+    return Preset(
+        "ViT-B/16, 448 px, batch 4, on two cores of a CPU, training step", cases, repetitions=5, time_limit=600.0
+    )
 
 
 def _gpu() -> Preset:
@@ -281,11 +285,17 @@ def _quick() -> Preset:
     return Preset(title, cases, "auto", None, 5, "tiny", time_limit=110.0, dense_backends=("eager", "onnx"))
 
 
+# Backends that are compared, by precision. All but the first three of float32 compile for a minute.
+DEPLOYED = {
+    "float32": ("eager", "onnx", "openvino", "compiled", "aoti"),
+    "bfloat16": ("eager", "openvino", "compiled"),
+    "int8": ("onnx", "openvino"),
+}
+
+
 def _deployments() -> Preset:
     """In the order of importance: what the time limit leaves out comes last."""
-    deployed = ("onnx", "openvino")
-    backends = {"float32": ("eager", *deployed), "bfloat16": ("eager", "openvino"), "int8": deployed}
-    goals = {
+    shares = {
         (448, 1, "float32"): 0.92,
         (448, 4, "float32"): 0.92,
         (224, 1, "float32"): 0.82,
@@ -294,16 +304,50 @@ def _deployments() -> Preset:
         (224, 1, "bfloat16"): 0.78,
     }
     cases = []
-    for size, batch in ((448, 1), (224, 1), (448, 4), (224, 8)):
-        for dtype, names in backends.items():
-            compiled = ("compiled",) if batch == 1 and dtype != "int8" else ()
-            compiled += ("aoti",) if (size, batch, dtype) == (224, 1, "float32") else ()
-            value = goals.get((size, batch, dtype))
-            goal = (Goal("share", value),) if value else ()
-            for name in (*names, *compiled):
-                cases.append(Case(Setting(size, batch, dtype, name), "evit", "CLCA", 0.1, goal))
+    for batches in ({448: 1, 224: 1}, {448: 4, 224: 8}):
+        for dtype, names in DEPLOYED.items():
+            for size, batch in batches.items():
+                share = shares.get((size, batch, dtype))
+                goals = (Goal("share", share),) if share else ()
+                goals += (Goal("over_float32", 1.6),) if dtype == "int8" else ()
+                for name in names if batch == 1 else [name for name in names if name not in ("compiled", "aoti")]:
+                    cases.append(Case(Setting(size, batch, dtype, name), "evit", "CLCA", 0.1, goals))
     title = "ViT-B/16 on two cores of a CPU: the fastest deployments, reduced and dense"
-    return Preset(title, cases, repetitions=9, time_limit=1600.0, dense_backends=())
+    return Preset(title, cases, repetitions=9, time_limit=1500.0, dense_backends=())
+
+
+def _tiny() -> Preset:
+    cases = [
+        Case(Setting(224, 1, dtype, name), "evit", "CLCA", 0.25, (Goal("share", 0.75),) if dtype == "float32" else ())
+        for dtype, names in DEPLOYED.items()
+        for name in names
+    ]
+    title = "ViT-Ti/16, 224 px, batch 1, on two cores of a CPU: the fastest deployments, reduced and dense"
+    return Preset(title, cases, repetitions=15, model_size="tiny", time_limit=300.0, dense_backends=())
+
+
+def _overhead() -> Preset:
+    at = Setting(32)
+    cases = [
+        Case(at, None, goals=(Goal("over_stock", 1.05),)),
+        Case(at, "evit", "CLCA", 0.25, (Goal("over_stock", 1.5),)),
+    ]
+    network = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8, "num_labels": 2}
+    title = "12 layers of width 8, 32 px, batch 1, eager, one thread: a network too small to compute anything"
+    return Preset(title, cases, threads=1, repetitions=101, dense_backends=(), network=tuple(network.items()))
+
+
+def _sizes() -> Preset:
+    """Measure the largest images last: they take longest."""
+    settings = [Setting(224, batch) for batch in (1, 4, 16, 64)]
+    settings += [Setting(size) for size in (448, 768, 1024, 1536, 2048)]
+    cases = [
+        Case(setting._replace(backend=name), "evit", "CLCA", 0.1)
+        for setting in settings
+        for name in ("eager", "onnx", "openvino")
+    ]
+    title = "ViT-Ti/16, float32 on two cores of a CPU: 224 to 2048 px, batch 1 to 64, the fastest deployments"
+    return Preset(title, cases, repetitions=3, model_size="tiny", time_limit=540.0, dense_backends=())
 
 
 def _methods448() -> Preset:
@@ -330,5 +374,8 @@ PRESETS = {
     "gpu": _gpu(),
     "quick": _quick(),
     "deployments": _deployments(),
+    "deployments-tiny": _tiny(),
+    "overhead": _overhead(),
+    "sizes": _sizes(),
     "methods448": _methods448(),
 }

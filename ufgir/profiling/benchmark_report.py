@@ -1,6 +1,7 @@
 """Tables, files and figures of `ufgir benchmark`."""
 
 import json
+import logging
 import os
 import platform
 import re
@@ -15,15 +16,18 @@ import torch
 
 from ..utils.files import write_csv, write_text_atomically
 from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
-from ..utils.provenance import describe_host, now, peak_memory
+from ..utils.provenance import as_read, describe_host, now, peak_memory, source_commit
 from .benchmark import Report, Result
-from .benchmark_cases import Setting
+from .benchmark_cases import Setting, by_table
 from .timing import Quartiles
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+logger = logging.getLogger(__name__)
+
+RECORD = "benchmark.json"
 PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "datasets", "pillow")
 MEGA = 1e6
 COLUMNS = 3  # panels per row
@@ -32,7 +36,7 @@ TextTable = list[list[str]]
 
 
 def provenance() -> dict[str, Any]:
-    """Return command, date, machine and versions."""
+    """Return command, date, machine, versions and commit."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -41,7 +45,13 @@ def provenance() -> dict[str, Any]:
             continue
     program = Path(sys.argv[0]).name
     command = shlex.join(["ufgir" if program == "cli.py" else program, *sys.argv[1:]])
-    return {"command": command, "date": now(), "host": describe_host(), "versions": versions}
+    return {
+        "command": command,
+        "date": now(),
+        "host": describe_host(),
+        "versions": versions,
+        "commit": source_commit(),
+    }
 
 
 def origin(facts: Mapping[str, Any], threads: int | None = None) -> str:
@@ -67,7 +77,7 @@ def _goals(result: Result) -> str:
     """List each goal and whether it is met."""
     lines = []
     for goal in result.case.goals if result.case else ():
-        if goal.measure == "share" and not result.is_fastest:
+        if goal.measure in ("share", "over_float32") and not result.is_fastest:
             continue  # it is a goal for the fastest deployment of the model
         value = result.measured(goal.measure)
         lines.append(f"{goal}: {'not measured' if value is None else 'met' if goal.met(value) else 'missed'}")
@@ -77,11 +87,15 @@ def _goals(result: Result) -> str:
 def setting_table(results: Sequence[Result]) -> TextTable:
     """Return the results of one table as strings, without empty columns."""
     head = ["model", "backend", "ms [quartiles]", "images/s", "over transformers", "over fastest dense", "GMACs"]
-    head += ["executed", "ratio", "possible", "share"]
+    head += ["executed", "ratio", "possible", "share", "same kernels"]
     head += ["cosine", "same neighbor", "same top-1", "top-1"]
     head += ["activations, MB", "of dense", "peak, MB", "of dense", "set-up, s", "goal"]
     rows = [head]
-    untimed = () if any(r.time for r in results) else ("images/s", "over transformers", "over fastest dense", "share")
+    untimed = (
+        ()
+        if any(r.time for r in results)
+        else ("images/s", "over transformers", "over fastest dense", "share", "same kernels")
+    )
     for r in results:
         if r.error:
             rows.append([r.name, r.setting.backend, r.error, *[""] * (len(head) - 3)])
@@ -101,6 +115,7 @@ def setting_table(results: Sequence[Result]) -> TextTable:
                 *(_number(n / 1e9 if n else None, 3) for n in (r.macs, r.macs_executed)),
                 *("" if r.dense is None else _number(n) for n in (r.macs_ratio, r.possible)),
                 _share(r.share),
+                _share(r.same_kernels),
                 *_agreement(r),
                 *memory,
                 "" if r.setup_seconds is None else _number(r.setup_seconds, 1),
@@ -132,9 +147,8 @@ def summary_table(report: Report) -> TextTable:
         if r.is_dense or not r.time or not r.is_fastest:
             continue
         best[r.case.model, r.setting.table] = r
-    for (model, table), r in best.items():
-        dense, whole = r.fastest_dense, best.get((model, table._replace(dtype="float32")))
-        over_whole = whole.time.median / r.time.median if whole and whole is not r else None
+    for (_, table), r in best.items():
+        dense = r.fastest_dense
         rows.append(
             [
                 str(table),
@@ -146,7 +160,7 @@ def summary_table(report: Report) -> TextTable:
                 *map(_number, (r.over_fastest, r.possible)),
                 _share(r.share),
                 _number(r.speedup),
-                "" if over_whole is None else _number(over_whole),
+                "" if r.over_float32 is None else _number(r.over_float32),
                 ", ".join(text for text in (_goals(one) for one in r.deployments) if text),
             ]
         )
@@ -225,14 +239,6 @@ def cost_tables(results: Sequence[Result]) -> list[tuple[str, TextTable]]:
     return found
 
 
-def by_table(results: Sequence[Result]) -> dict[Setting, list[Result]]:
-    """Group the results by setting, all backends together."""
-    groups: dict[Setting, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.setting.table, []).append(result)
-    return groups
-
-
 def by_setting(results: Sequence[Result]) -> dict[Setting, list[Result]]:
     """Group the results by setting, each backend by itself."""
     groups: dict[Setting, list[Result]] = {}
@@ -285,6 +291,8 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "over_fastest_dense": r.over_fastest,
                 "fastest_dense_backend": r.fastest_dense and r.fastest_dense.setting.backend,
                 "share": r.share,
+                "same_kernels": r.same_kernels,
+                "over_float32": r.over_float32,
                 "is_fastest": r.is_fastest,
                 "cosine": r.agreement and r.agreement.cosine,
                 "same_neighbor": r.agreement and r.agreement.neighbor,
@@ -305,8 +313,8 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
 
 def record(report: Report, facts: Mapping[str, Any], network: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything, including every timing, for the JSON file."""
-    single = [r.seconds for r in report.results]
-    results = [row | {"seconds": seconds} for row, seconds in zip(csv_rows(report), single, strict=True)]
+    more = [{"seconds": r.seconds, "identity": r.identity, "finished": r.finished} for r in report.results]
+    results = [row | about for row, about in zip(csv_rows(report), more, strict=True)]
     about = {name: value for name, value in vars(report).items() if name != "results"}
     # peak memory of the process since its start, including all models that are timed together: it cannot be measured per case
     return {
@@ -320,15 +328,43 @@ def record(report: Report, facts: Mapping[str, Any], network: Mapping[str, Any])
     }
 
 
-def write_report(folder: Path, report: Report, facts: Mapping[str, Any], network: Mapping[str, Any]) -> list[Path]:
+def write_report(
+    folder: Path, report: Report, facts: Mapping[str, Any], network: Mapping[str, Any], figures: bool = True
+) -> list[Path]:
     """Write benchmark.csv, benchmark.md, benchmark.json and the figures, each atomically; return the files written."""
     record_text = json.dumps(record(report, facts, network), indent=1, ensure_ascii=False, default=str)
     return [
+        write_text_atomically(folder / RECORD, record_text + "\n"),
         write_csv(folder / "benchmark.csv", csv_rows(report)),
         write_text_atomically(folder / "benchmark.md", markdown(report, facts) + "\n"),
-        write_text_atomically(folder / "benchmark.json", record_text + "\n"),
-        *draw(report, folder, "benchmark"),
+        *(draw(report, folder, "benchmark") if figures else []),
     ]
+
+
+def unfinished(folder: Path, facts: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a run that was ended before everything was measured, or None.
+
+    Args:
+        folder: folder with the files of the run.
+        facts: provenance of this run.
+        about: further values of the record that must be the same: network, repetitions, threads.
+
+    A record of another command, machine, code or versions is ignored, with a warning: its times do not compare with new ones.
+    """
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        logger.warning("%s cannot be read and is replaced", folder / RECORD)
+        return None
+    if not found.get("missing"):
+        return None
+    same = as_read({**{name: facts[name] for name in ("command", "host", "versions", "commit")}, **about})
+    if differ := [name for name, value in same.items() if found.get(name) != value]:
+        logger.warning("%s is an unfinished run with another %s; it is replaced", folder / RECORD, ", ".join(differ))
+        return None
+    return found
 
 
 def draw(report: Report, folder: Path, prefix: str) -> list[Path]:

@@ -18,6 +18,7 @@ from clca.reductions_clca import get_reduction
 
 from ..utils.files import write_csv, write_text_atomically
 from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
+from ..utils.signals import ending_signals, raise_pending
 from .backends import activation_memory
 from .benchmark import Benchmark, Report, Result, make_dense
 from .benchmark_cases import Case, Setting, case_config, quarters
@@ -86,16 +87,28 @@ class Scaling:
         self.points: list[Point] = []
         self.report = Report(device=str(device), repetitions=repetitions)
 
-    def run(self, sizes: Sequence[int] = SIZES, depths: Sequence[int] = DEPTHS) -> None:
-        """Measure all points into `points` and `report`. Ctrl-C stops and keeps what was measured."""
+    def run(
+        self, sizes: Sequence[int] = SIZES, depths: Sequence[int] = DEPTHS, save: Callable[[], Any] | None = None
+    ) -> None:
+        """Measure all points into `points` and `report`. Ctrl-C stops after the step that is measured, and keeps what was measured.
+
+        Args:
+            sizes: image sizes, pixels.
+            depths: numbers of layers.
+            save: called after each point.
+        """
         places = [("image size", size, self.base.num_hidden_layers) for size in sorted(sizes)]
         places += [("depth", depth, depth) for depth in sorted(depths)]
         try:
-            for axis, value, depth in places:
-                size = value if axis == "image size" else DEPTH_SIZE
-                self.points.append(self._point(axis, value, size, depth))
-                if self.report.interrupted:
-                    break
+            with ending_signals(hold=True):
+                for axis, value, depth in places:
+                    size = value if axis == "image size" else DEPTH_SIZE
+                    self.points.append(self._point(axis, value, size, depth))
+                    if self.report.interrupted:
+                        break
+                    if save is not None:
+                        save()
+                    raise_pending()
         except KeyboardInterrupt:
             self.report.interrupted = True
 
@@ -140,12 +153,11 @@ class Scaling:
     def _gather(self, part: Report) -> None:
         """Add the report of one point to the whole report."""
         whole = self.report
-        seconds = whole.seconds + part.seconds
-        loads = [(r.other_cores, r.seconds) for r in (whole, part) if r.other_cores is not None]
-        whole.other_cores = sum(cores * s for cores, s in loads) / seconds if loads and seconds else None
+        whole.add_run(part.seconds, part.other_cores)
         whole.results += part.results
-        whole.threads, whole.seconds = part.threads, seconds
+        whole.threads = part.threads
         whole.interrupted |= part.interrupted
+        whole.missing += part.missing
 
     def _reason_to_skip(self, macs: int, work: int) -> str | None:
         """Return why a point is not measured, or None."""
@@ -235,7 +247,7 @@ def scaling_markdown(scaling: Scaling, facts: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, f"{about} {origin(facts, scaling.report.threads)}."])
 
 
-def write_scaling(folder: Path, scaling: Scaling, facts: Mapping[str, Any]) -> list[Path]:
+def write_scaling(folder: Path, scaling: Scaling, facts: Mapping[str, Any], figures: bool = True) -> list[Path]:
     """Write scaling.csv, scaling.md, scaling.json and scaling.png; return the files written."""
     if not scaling.points:
         return []
@@ -245,7 +257,7 @@ def write_scaling(folder: Path, scaling: Scaling, facts: Mapping[str, Any]) -> l
         write_csv(folder / "scaling.csv", rows),
         write_text_atomically(folder / "scaling.md", scaling_markdown(scaling, facts) + "\n"),
         write_text_atomically(folder / "scaling.json", json.dumps(record, indent=1, default=str) + "\n"),
-        draw_scaling(scaling.points, folder / "scaling.png"),
+        *([draw_scaling(scaling.points, folder / "scaling.png")] if figures else []),
     ]
 
 

@@ -20,10 +20,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..utils.signals import raise_pending
+
 
 Run = Callable[[], Any]
 IDLE = 0.3  # largest load of the whole machine at which times are measured
 SHORTEST = 0.02  # seconds; shorter calls are timed several at a time
+SLOW = 2.0  # seconds; longer calls are warm after the first
 
 
 class Quartiles(NamedTuple):
@@ -101,6 +104,7 @@ class InterleavedTiming:
         self.failures: dict[Any, Exception] = {}
 
     def _try(self, name: Any) -> float | None:
+        raise_pending()
         try:
             return time_call(self.runs[name], self.device, self.calls[name])
         except Exception as error:  # one failure must not stop the other functions
@@ -113,10 +117,13 @@ class InterleavedTiming:
         return None
 
     def warm_up(self, rounds: int = 2, after: Run | None = None) -> None:
-        """Call each function `rounds` times, and choose how often quick functions are called for one timing."""
+        """Call each function `rounds` times, or once if a call takes longer than `SLOW`, and choose how often quick functions are called for
+        one timing."""
         for name in list(self.runs):
+            seconds: float | None = 0.0
             for _ in range(rounds):
-                seconds = self._try(name) if name in self.runs else None
+                if seconds is not None and seconds < SLOW:
+                    seconds = self._try(name)
             if seconds is not None:
                 self.calls[name] = max(1, math.ceil(SHORTEST / max(seconds, 1e-9)))
             if after:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 # SIGTERM: Slurm, Kubernetes, torchrun, shutdown. The others: Slurm's `--signal`, `-notify` and limits of Grid Engine and LSF, and
@@ -70,7 +70,7 @@ class _Handler:
 
     def __init__(self, name: str) -> None:
         self.name, self.process = name, os.getpid()
-        self.waits, self.again = False, False
+        self.waits, self.again, self.holds = False, False, False
         self.pending: int | None = None
         self.raised: int | None = None
         self.time = 0.0
@@ -78,14 +78,21 @@ class _Handler:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             self._in_child(number, frame)
+        elif self.holds and self.pending is None and self.raised is None:
+            self.pending, self.time = number, time.monotonic()
+            os.write(2, f"\n{self.name}: ending after this step; a second signal ends it at once\n".encode())
         elif self.waits and number != signal.SIGINT:
             self.pending = self.pending or number
-        elif self.raised is None or self.again:
-            self.raised, self.time = number, time.monotonic()
-            raise Ended(number)
+        elif not self.holds and (self.raised is None or self.again):
+            self.raise_for(number)
         elif time.monotonic() - self.time > _BURST:
             os.write(2, f"{self.name}: ended at once\n".encode())
             os._exit(128 + number)
+
+    def raise_for(self, number: int) -> NoReturn:
+        """Raise `Ended`."""
+        self.pending, self.raised, self.time = None, number, time.monotonic()
+        raise Ended(number)
 
     def hook(self, show: Callable[..., None]) -> Callable[..., None]:
         """Return `sys.excepthook` for this process and its forks, in which it hides that the parent has closed a connection.
@@ -135,16 +142,18 @@ _active: _Handler | None = None
 
 
 @contextmanager
-def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> Iterator[None]:
+def ending_signals(name: str = "", wait: bool = False, again: bool = False, hold: bool = False) -> Iterator[None]:
     """Context manager in which a signal of `ENDING` raises `Ended`. A second signal, more than a second later, ends the process.
 
-    Ignored signals (`nohup`) and signals with other handlers are unchanged. No effect outside the main thread. In nested blocks, `wait`
-    and `again` of the inner block apply.
+    Ignored signals (`nohup`) and signals with other handlers are unchanged. No effect outside the main thread. In nested blocks, `wait`,
+    `again` and `hold` of the inner block apply.
 
     Args:
         name: name of the program, for the message at a second signal.
         wait: instead of raising, store the first signal for `pending_signal`; Ctrl-C still raises.
         again: a later signal raises `Ended` again, for blocks that end other processes and exit themselves.
+        hold: store the first signal, Ctrl-C included, until `raise_pending` or the end of the block raises it. For native libraries that
+            call back into Python: an exception out of such a call can crash the process.
     """
     global _active
     if threading.current_thread() is not threading.main_thread():
@@ -160,12 +169,14 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
         for number in ENDING:
             if number == signal.SIGINT or signal.getsignal(number) is signal.SIG_DFL:
                 old[number] = signal.signal(number, handler)
-    before = handler.waits, handler.again
-    handler.waits, handler.again, _active = wait, again, handler
+    before = handler.waits, handler.again, handler.holds
+    handler.waits, handler.again, handler.holds, _active = wait, again, hold, handler
     try:
         yield
+        if hold:
+            raise_pending()
     finally:
-        (handler.waits, handler.again), _active = before, outer
+        (handler.waits, handler.again, handler.holds), _active = before, outer
         for number, earlier in old.items():
             signal.signal(number, earlier)
         if old_hooks is not None:
@@ -175,6 +186,12 @@ def ending_signals(name: str = "", wait: bool = False, again: bool = False) -> I
 def pending_signal() -> int | None:
     """Return the stored signal, or None."""
     return None if _active is None else _active.pending
+
+
+def raise_pending() -> None:
+    """Raise `Ended` if a signal is stored."""
+    if _active is not None and _active.pending is not None:
+        _active.raise_for(_active.pending)
 
 
 def raised_signal() -> int | None:
