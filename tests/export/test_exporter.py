@@ -174,9 +174,9 @@ class TestCheck:
         program = Logits(small_model(None))
         labels = [int(label) for pixels in batches for label in program(pixels).argmax(dim=1)]
         wrong = [*labels[:-1], (labels[-1] + 1) % program.model.config.num_labels]
-        found = compare(program, program, batches, draw=False, labels=wrong)
+        found = compare(program, program, batches, drawn=(), labels=wrong)
         assert (found.accuracy, found.model_accuracy, found.agreement) == (0.8, 0.8, 1.0)
-        found = compare(program, lambda pixels: -program(pixels), batches, draw=False, labels=labels)
+        found = compare(program, lambda pixels: -program(pixels), batches, drawn=(), labels=labels)
         assert (found.accuracy, found.model_accuracy) == (0.0, 1.0)
         with pytest.raises(ValueError, match=r"`labels`.* 4 for 5"):
             compare(program, program, batches, labels=labels[:-1])
