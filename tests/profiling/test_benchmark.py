@@ -491,6 +491,19 @@ class TestReport:
         assert table[0][-1] == "goal"
         assert table[2][-1] == "≥ 3x: met, ≥ 0.95 of GMACs: missed, activations ≤ 0.45: not measured"
 
+    def test_memory_alone(self, base, report):
+        """The same bytes as with times, of all dense models, too; nothing is timed and nothing is missing."""
+        settings = [AT, AT._replace(mode="training")]
+        found = Benchmark(base, CPU, repetitions=0, dense_backends=()).run(cross(["evit"], ["CLCA"], [0.5], settings))
+        timed = {(str(r.setting), r.name): r for r in report.results}
+        assert len(found.results) == 6 and found.missing == [] and not any(r.seconds for r in found.results)
+        for r in found.results:
+            assert r.finished and 0 < r.activation_memory < r.peak_memory
+            if (same := timed.get((str(r.setting), r.name))) is not None:
+                assert (r.activation_memory, r.peak_memory) == (same.activation_memory, same.peak_memory)
+        head = setting_table(found.results[:3])[0]
+        assert {"activations, MB", "peak, MB"} <= set(head) and "images/s" not in head
+
     def test_panels(self, report):
         assert list(throughput_panels(report)) == [str(AT), str(Setting(32, 2, mode="training"))]
 
@@ -642,7 +655,7 @@ class TestCommand:
             (["--keep-rates", "0"], "`--keep-rates` must be in (0, 1], got 0.0"),
             (["--image-sizes", "225"], "multiples of the patch size, 16"),
             (["--batch-sizes", "0"], "`--batch-sizes` must be at least 1, got 0"),
-            (["--repetitions", "0"], "`--repetitions` must be at least 1"),
+            (["--scaling", "--repetitions", "0"], "`--repetitions` must be at least 1"),
             (["--dtypes", "float64"], "float32, bfloat16, float16"),
             (["--backends", "tensorrt"], "eager, compiled, aoti, onnx, openvino"),
             (["--scaling", "--dense-backends", "onnx"], "`--dense-backends`"),

@@ -155,7 +155,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--repetitions",
         type=int,
         metavar="N",
-        help="timings of each case; 0 with --images: measure neither time nor memory [7; a preset's own]",
+        help="timings of each case; 0: measure no times, and with --images no memory [7; a preset's own]",
     )
     how.add_argument("--seed", type=int, default=0, help="of weights, images and the order of cases [%(default)s]")
     how.add_argument(
@@ -236,7 +236,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
         mode = f"`--preset {args.preset}`" if args.preset else f"`--{name}`" if name else "a table of combinations"
         raise ValueError(f"`--{refused[0].replace('_', '-')}` does not go with {mode}.")
     for option, least in (
-        ("repetitions", int(args.images is None)),
+        ("repetitions", int(name in ("scaling", "input-pipeline"))),
         ("threads", 1),
         ("seed", 0),
         ("count", 2),
@@ -279,7 +279,9 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     args.dense_backends = args.dense_backends and [
         _named("dense_backends", value, BACKENDS) for value in args.dense_backends
     ]
-    args.load = check_idle(args.force or args.repetitions == 0)
+    preset = PRESETS.get(args.preset)
+    untimed = (preset.repetitions if preset and args.repetitions is None else args.repetitions) == 0
+    args.load = check_idle(args.force or untimed)
 
 
 REDUCES = Requirement(("--keep-rates",), "a method in `--methods`", lambda args: args.methods != ["none"])

@@ -303,7 +303,7 @@ class Benchmark:
         device: device to measure on.
         checkpoint: folder or Hub repository with the weights to use; None for random weights.
         threads: threads of torch and ONNX Runtime on a CPU; None for torch's default.
-        repetitions: timings of each case; 0 for costs and agreement alone, without time and memory.
+        repetitions: timings of each case; 0 for costs and memory alone or, with images, costs and agreement alone.
         seed: seed of weights, images and the order within rounds.
         time_limit: seconds after which no further measurement starts.
         images: images on which agreement with the dense model is measured, in eager inference only, and on which int8 of OpenVINO is
@@ -416,6 +416,10 @@ class Benchmark:
         keep()
         return report
 
+    @property
+    def _only_compares(self) -> bool:
+        return not self.repetitions and self.images is not None
+
     def _step(self, text: str | None = None) -> None:
         raise_pending()
         if self.progress is not None:
@@ -429,7 +433,7 @@ class Benchmark:
         for table in dict.fromkeys(case.setting.table for case in cases):
             here = [case for case in cases if case.setting.table == table]
             stock = Result(table._replace(backend="eager"), None, "dense")
-            if self.dense_backends is not None and self.repetitions:
+            if self.dense_backends is not None and not self._only_compares:
                 more = self.dense_backends if table.mode == "inference" else ()
                 backends = dict.fromkeys([*(case.setting.backend for case in here), *more])
                 settings = [table._replace(backend=backend) for backend in backends]
@@ -513,7 +517,7 @@ class Benchmark:
         result.macs, result.macs_executed = self._count(model, result)
         if self.images is not None and (setting.backend, setting.mode) == ("eager", "inference"):
             self._compare(model, result)
-        if not self.repetitions:
+        if self._only_compares:
             yield lambda: None
             return
         generator = torch.Generator().manual_seed(self.seed)

@@ -196,7 +196,7 @@ class Preset(NamedTuple):
         cases: the cases, with goals for ViT-B/16.
         device: cpu or cuda.
         threads: threads of torch on a CPU; None for the default.
-        repetitions: timings of each case.
+        repetitions: timings of each case; 0 to measure memory alone.
         model_size: a key of `MODEL_SIZES`.
         network: fields of the configuration that differ from that.
         time_limit: seconds after which no further measurement starts.
@@ -256,6 +256,20 @@ def _training() -> Preset:
     cases.append(Case(at._replace(dtype="bfloat16"), "evit", "CLCA", 0.1, (same,)))
     return Preset(
         "ViT-B/16, 448 px, batch 4, on two cores of a CPU, training step", cases, repetitions=5, time_limit=600.0
+    )
+
+
+def _memory() -> Preset:
+    """Measure no times, so that the machine need not be idle."""
+    training = Setting(448, 4, mode="training")
+    goals = (Goal("activations", 0.35),)
+    cases = [Case(Setting(1024), "evit", "CLCA", 0.1)]
+    cases += [Case(training._replace(dtype=dtype), "evit", "CLCA", 0.1, goals) for dtype in ("float32", "bfloat16")]
+    return Preset(
+        "ViT-B/16, memory of a forward at 1024 px and of training at 448 px, batch 4",
+        cases,
+        repetitions=0,
+        dense_backends=(),
     )
 
 
@@ -371,6 +385,7 @@ PRESETS = {
     "cpu224": _cpu224(),
     "backends": _backends(),
     "training": _training(),
+    "memory": _memory(),
     "gpu": _gpu(),
     "quick": _quick(),
     "deployments": _deployments(),
