@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .reduction_base import TokenState
 
 
+_NO_CONTEXT = nullcontext()
+
+ALL_TOKENS = slice(None)
 FIRST_TOKEN = slice(0, 1)
 
 
@@ -94,22 +97,25 @@ class AttentionContext:
         self._comparable_key: torch.Tensor | None = None
         self._records_gradients = torch.is_grad_enabled()
 
-    def query(self, tokens: slice = slice(None)) -> torch.Tensor:
+    def query(self, tokens: slice = ALL_TOKENS) -> torch.Tensor:
         """Return the queries (B, H, n, d) of a slice of tokens.
 
         Token 0 alone is projected separately. Any other slice projects all tokens and keeps the result."""
         if self._query is None and tokens == FIRST_TOKEN:
             return self.attention.project_query(self.hidden_states[:, tokens])
         if self._query is None:
-            # Record gradients even if the caller does not: the attention itself reuses these queries.
-            with torch.set_grad_enabled(self._records_gradients):
+            with self._recording():  # even if the caller does not: the attention itself reuses these queries
                 self._query = self.attention.project_query(self.hidden_states)
-        return self._query[:, :, tokens]
+        return self._query if tokens == ALL_TOKENS else self._query[:, :, tokens]
+
+    def _recording(self) -> AbstractContextManager:
+        """Return a context in which gradients are recorded if they were when the layer began."""
+        return torch.enable_grad() if self._records_gradients else _NO_CONTEXT
 
     def attention_logits(self, queries: slice) -> torch.Tensor:
         """Return the logits (B, H, n, N) of a slice of queries, before any mask, in float32 or float64."""
         if self._comparable_key is None:
-            with torch.set_grad_enabled(self._records_gradients):
+            with self._recording():
                 self._comparable_key = at_least_float32(self.key)
         with full_precision(self.key):
             query, key = at_least_float32(self.query(queries)), self._comparable_key
@@ -205,21 +211,23 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
         logits = (
             logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
         )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(dim=-1, dtype=dtype).to(logits.dtype)
+    return at_least_float32(logits).softmax(dim=-1).to(logits.dtype)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Convert half precision to float32; leave float32 and float64 unchanged. Scores in half precision are too coarse
     to compare."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     """Return a context in which autocast does not run matrix products on the device of `tensor` in half precision."""
-    if tensor.device.type == "meta":  # autocast does not support it
-        return nullcontext()
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast does not support meta tensors
+        return _NO_CONTEXT
+    return torch.autocast(device_type=kind, enabled=False)
 
 
 def gather_rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -88,10 +88,14 @@ class CrossLayerCache:
     """
 
     def __init__(self, config: "CLCAViTConfig", method: type[TokenReduction], training: bool) -> None:
-        self.config = config
         self.method = method
         self.training = training
         self.recovery_layers = recovery_layers(config)
+        self.last_recovery = self.recovery_layers[-1] if self.recovery_layers else -1
+        self.pools, self.num_clr = config.cache_gap, config.num_clr_tokens
+        self.first_pooled = (
+            0 if config.cache_pool_cls else 1
+        )  # token 0 is excluded, but registers are averaged, as in the original
         self.entries: list[torch.Tensor] = []  # (B, tokens_per_entry, D) each
 
     def retrieve(self, index: int, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
@@ -113,23 +117,24 @@ class CrossLayerCache:
         if not self.entries:
             return hidden_states, state
         # Layers may lie on different devices.
-        tokens = torch.cat([entry.to(hidden_states.device) for entry in self.entries], dim=1)
+        device, num_tokens = hidden_states.device, hidden_states.shape[1]
+        hidden_states = torch.cat([hidden_states, *(entry.to(device) for entry in self.entries)], dim=1)
         self.entries = []
-        state = self.method.extend_tracks(state, tokens.shape[1], self.training)
-        state = state._replace(suffix=state.suffix + tokens.shape[1])
-        return torch.cat([hidden_states, tokens], dim=1), state
+        count = hidden_states.shape[1] - num_tokens
+        state = self.method.extend_tracks(state, count, self.training)
+        return hidden_states, state._replace(suffix=state.suffix + count)
 
     def write(self, index: int, hidden_states: torch.Tensor, state: TokenState) -> None:
         """Cache a summary of layer `index`, GAP then CLR, if a later layer will retrieve it."""
-        if not self.recovery_layers or index >= self.recovery_layers[-1]:
+        if index >= self.last_recovery:
             return
-        entry, key_mask = [], self.method.key_mask(state)
-        if self.config.cache_gap:
-            # Token 0 is excluded. Registers are averaged too, as in the original.
-            start = 0 if self.config.cache_pool_cls else 1
-            entry.append(masked_mean(hidden_states, start, state.pool_len, key_mask))
-        if self.config.num_clr_tokens:
+        key_mask = self.method.key_mask(state)
+        entry = []
+        if self.pools:
+            entry.append(masked_mean(hidden_states, self.first_pooled, state.pool_len, key_mask))
+        if self.num_clr:
             # The last tokens are CLR itself before the first retrieval, and its newest retrieved copy afterwards. So the
             # recovery layer caches that copy a second time. Published checkpoints were trained this way.
-            entry.append(last_tokens(hidden_states, self.config.num_clr_tokens, key_mask))
+            entry.append(last_tokens(hidden_states, self.num_clr, key_mask))
+        # Copied, because a view of the last tokens would keep all of them in memory.
         self.entries.append(torch.cat(entry, dim=1))

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .attention_clca import AttentionContext  # noqa: F401
     from .cache_clca import CrossLayerCache  # noqa: F401
     from .fast_paths_clca import set_fast_paths  # noqa: F401
-    from .gelu_clca import activate  # noqa: F401
     from .hooks_clca import HookWatch  # noqa: F401
     from .layers_clca import CLCAViTAttentionPooling  # noqa: F401
     from .linear_clca import linear  # noqa: F401

@@ -3,8 +3,9 @@
 | fast path | where | disable it alone |
 | --- | --- | --- |
 | unused tokens are not computed | `CLCAViTModel.shortcuts` | `model.vit.skip_unread_rows = False` |
-| linear layers by oneDNN, in float32 inference on a CPU | `linear_clca` | `torch.backends.mkldnn.flags(enabled=False)` |
-| in-place GELU, in inference | `gelu_clca` | |
+| plain modules without hooks are not called, but their functions | `linear_clca.is_bare` | |
+| linear layers by oneDNN, in float32 inference on a CPU | `linear_clca.linear` | `torch.backends.mkldnn.flags(enabled=False)` |
+| GELU within oneDNN's product, or in place, in inference | `linear_clca.activated_linear` | |
 | attention output and statistics in one pass, in inference | `AttentionContext._of_chunks` | |
 | products of all queries with one vector from the projection weights | `linear_clca.linear_products` | |
 

@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, M tokens after a reduction, D width, H heads, d head 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,11 +18,19 @@ from .attention_clca import FIRST_TOKEN, AttentionContext, SelectedTokens, Token
 from .budget_clca import as_pair
 from .configuration_clca import CLCAViTConfig
 from .fast_paths_clca import fast_paths_enabled
-from .gelu_clca import activate
 from .heads_clca import HEADS, LayerTrace
-from .linear_clca import linear, linear_products
+from .linear_clca import activated_linear, is_bare, layer_norm, linear, linear_products, parts_of
 from .reduction_base import TokenReduction, TokenState
 from .reductions_clca import get_reduction
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Return whether a module would return its input unchanged, as dropout in evaluation, and nothing observes the call,
+    so that it need not be called."""
+    kind = type(module)
+    if kind is not nn.Identity and (module.training or kind not in (nn.Dropout, CLCAViTDropPath)):
+        return False
+    return is_bare(module)
 
 
 class CLCAViTEmbeddings(nn.Module):
@@ -32,6 +40,7 @@ class CLCAViTEmbeddings(nn.Module):
     def __init__(self, config: CLCAViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.embeds_prefix = config.prefix_position_embeddings  # the prefix has position embeddings, too
         width = config.hidden_size
         self.patch_embeddings = CLCAViTPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_class_token else None
@@ -43,7 +52,7 @@ class CLCAViTEmbeddings(nn.Module):
         num_clr_positions = config.num_clr_tokens * config.prefix_position_embeddings
         self.clr_position_embeddings = _token_parameter(num_clr_positions, width)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else None
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         patches = self.patch_embeddings(pixel_values, interpolate_pos_encoding)
@@ -51,7 +60,7 @@ class CLCAViTEmbeddings(nn.Module):
         if interpolate_pos_encoding:
             positions = self.interpolate_pos_encoding(self.grid(pixel_values))
         tokens = [token for token in (self.cls_token, self.register_tokens) if token is not None]
-        if not self.config.prefix_position_embeddings:
+        if not self.embeds_prefix:
             patches, positions = patches + positions, None
         tokens.append(patches)
         if self.clr_tokens is not None:
@@ -61,7 +70,8 @@ class CLCAViTEmbeddings(nn.Module):
         embeddings = torch.cat([token.expand(patches.shape[0], -1, -1) for token in tokens], dim=1)
         if positions is not None:
             embeddings = embeddings + positions
-        return self.layernorm(self.dropout(embeddings))
+        embeddings = embeddings if is_idle(self.dropout) else self.dropout(embeddings)
+        return embeddings if self.layernorm is None else layer_norm(self.layernorm, embeddings)
 
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Return the (rows, columns) of patches of images (B, C, height, width)."""
@@ -166,7 +176,7 @@ class CLCAViTAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj"):
             self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias))
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.q_norm, self.k_norm = None, None
         if config.use_qk_norm:
             self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
             self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps)
@@ -177,7 +187,8 @@ class CLCAViTAttention(nn.Module):
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the queries (B, H, n, d) of normalized tokens (B, n, D)."""
-        return self.q_norm(self.split_heads(linear(self.q_proj, hidden_states)))
+        query = self.split_heads(linear(parts_of(self)["q_proj"], hidden_states))
+        return query if self.q_norm is None else layer_norm(self.q_norm, query)
 
     def query_products(self, hidden_states: torch.Tensor, vector: torch.Tensor) -> torch.Tensor | None:
         """Return the products (B, N) of all queries with one vector, without computing the queries.
@@ -190,14 +201,17 @@ class CLCAViTAttention(nn.Module):
             (B, N), or None if the queries must be computed: they have a norm, or the projection is not a plain linear
             layer.
         """
-        return None if self.config.use_qk_norm else linear_products(self.q_proj, hidden_states, vector)
+        return None if self.q_norm is not None else linear_products(self.q_proj, hidden_states, vector)
 
     def make_context(self, hidden_states: torch.Tensor, state: TokenState, hidden_keys: int = 0) -> AttentionContext:
         """Compute keys, values and mask of normalized tokens (B, N, D), for statistics and for the attention itself.
 
         The first `hidden_keys` tokens get neither key nor value."""
-        key = self.k_norm(self.split_heads(linear(self.k_proj, hidden_states[:, hidden_keys:])))
-        value = self.split_heads(linear(self.v_proj, hidden_states[:, hidden_keys:]))
+        with_keys = hidden_states[:, hidden_keys:] if hidden_keys else hidden_states
+        parts = parts_of(self)
+        key = self.split_heads(linear(parts["k_proj"], with_keys))
+        key = key if self.k_norm is None else layer_norm(self.k_norm, key)
+        value = self.split_heads(linear(parts["v_proj"], with_keys))
         mask = self.method.attention_mask(state)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(key.dtype)
@@ -226,6 +240,7 @@ class CLCAViTAttention(nn.Module):
         """
         if hidden_states is not context.hidden_states:
             context = self.make_context(hidden_states, context.state, hidden_states.shape[1] - context.key.shape[2])
+        o_proj = parts_of(self)["o_proj"]
         has_output = context.output is not None
         from_tokens = token_map is None or token_map.selected is None or has_output
         if has_output:
@@ -234,13 +249,13 @@ class CLCAViTAttention(nn.Module):
             query = context.query() if from_tokens else self.project_query(token_map(hidden_states))
             output, weights = self.attend(query, context, output_attentions, from_tokens, **kwargs)
         if token_map is None:
-            return linear(self.o_proj, output), weights
+            return linear(o_proj, output), weights
         output = token_map(output) if from_tokens else output
         if token_map.weight_sums is None:
-            return linear(self.o_proj, output), weights
+            return linear(o_proj, output), weights
         # The projection is linear, except for its bias, which must be scaled by the weight sums.
         sums = token_map.weight_sums.to(output.dtype)
-        return linear(self.o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums, weights
+        return linear(o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums, weights
 
     def attend(
         self,
@@ -292,11 +307,12 @@ class CLCAViTMLP(ViTMLP):
 
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map (B, N, D) to the hidden activations (B, N, intermediate_size)."""
-        return activate(self.activation_fn, self.fc1, linear(self.fc1, hidden_states))
+        parts = parts_of(self)
+        return activated_linear(parts["fc1"], parts["activation_fn"], hidden_states)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map the hidden activations (B, N, intermediate_size) back to (B, N, D)."""
-        return linear(self.fc2, hidden)
+        return linear(parts_of(self)["fc2"], hidden)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.project(self.hidden(hidden_states))
@@ -377,7 +393,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLCAViTSwiGLU(config) if config.use_swiglu_ffn else CLCAViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layer_scale1, self.layer_scale2 = nn.Identity(), nn.Identity()
+        self.layer_scale1, self.layer_scale2 = None, None
         if config.layerscale_value:
             self.layer_scale1, self.layer_scale2 = CLCAViTLayerScale(config), CLCAViTLayerScale(config)
         self.drop_path = CLCAViTDropPath(config.drop_path_rate * index / max(config.num_hidden_layers - 1, 1))
@@ -394,7 +410,16 @@ class CLCAViTLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, TokenState]:
         """Compute the layer: tokens (B, N, D) to (B, M, D). For the arguments see `transform`."""
         hidden_states, state = self.transform(hidden_states, state, *args, **kwargs)
-        return self.tokens(hidden_states), state
+        tokens = parts_of(self)["tokens"]
+        return (hidden_states if is_idle(tokens) else tokens(hidden_states)), state
+
+    def scale(self, output: torch.Tensor, layer_scale: nn.Module | None) -> torch.Tensor:
+        """Return what a branch of the layer adds to the tokens: its output after dropout, LayerScale and drop path."""
+        parts = parts_of(self)
+        dropout, drop_path = parts["dropout"], parts["drop_path"]
+        output = output if is_idle(dropout) else dropout(output)
+        output = output if layer_scale is None else layer_scale(output)
+        return output if is_idle(drop_path) else drop_path(output)
 
     def transform(
         self,
@@ -423,16 +448,18 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if self.reduction is not None:
             hidden_states, state = self.reduction("before_layer", hidden_states, state)
 
-        normed = self.layernorm_before(hidden_states)
-        context = self.attention.make_context(normed, state, hidden_keys)
+        parts = parts_of(self)
+        attention = cast("CLCAViTAttention", parts["attention"])
+        normed = layer_norm(parts["layernorm_before"], hidden_states)
+        context = attention.make_context(normed, state, hidden_keys)
         context.layer_input = hidden_states
         merge_early = self.can_merge_early and skip_unread and not (self.training and self.dropout.p > 0)
         # torch.jit.trace checks a trace by a second one without gradients, which must not take this path.
         context.keeps_output = not output_attentions and fast_paths_enabled() and not torch.jit.is_tracing()
         token_map, state = self.map_tokens(context, merge_early, only_first)
         context.keeps_output = False  # from here on the output is known
-        attended, _ = self.attention(normed, context, token_map, output_attentions, **kwargs)
-        attended = self.drop_path(self.layer_scale1(self.dropout(attended)))
+        attended, _ = attention(normed, context, token_map, output_attentions, **kwargs)
+        attended = self.scale(attended, self.layer_scale1)
         if token_map is not None:
             hidden_states = token_map(hidden_states)
         hidden_states, between = hidden_states + attended, state
@@ -442,11 +469,11 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
         if self.probe is None:  # free memory: only probes read these tensors
             del normed, attended, context, token_map
-        tokens, inner = self.layernorm_after(hidden_states), None
+        tokens, inner = layer_norm(parts["layernorm_after"], hidden_states), None
         if self.probe_reads_tokens:  # otherwise the MLP is called as a whole, so that hooks on it work
             inner = self.mlp.hidden(tokens)
-        transformed = self.mlp(tokens) if inner is None else self.mlp.project(inner)
-        transformed = self.drop_path(self.layer_scale2(self.dropout(transformed)))
+        transformed = parts["mlp"](tokens) if inner is None else self.mlp.project(inner)
+        transformed = self.scale(transformed, self.layer_scale2)
         if self.probe is not None:
             method = self.method
             key_masks = method.key_mask(context.state), method.key_mask(between), method.key_mask(state)
@@ -480,12 +507,12 @@ class CLCAViTLayer(GradientCheckpointingLayer):
     def transform_queries(self, queries: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Pass additional tokens (B, Q, D) through the layer. They attend to the tokens of the layer, not to each
         other."""
-        query = self.attention.project_query(self.layernorm_before(queries))
+        query = self.attention.project_query(layer_norm(self.layernorm_before, queries))
         attended, _ = self.attention.attend(query, context, from_tokens=False)
         attended = linear(self.attention.o_proj, attended)
-        queries = queries + self.drop_path(self.layer_scale1(self.dropout(attended)))
-        transformed = self.mlp(self.layernorm_after(queries))
-        return queries + self.drop_path(self.layer_scale2(self.dropout(transformed)))
+        queries = queries + self.scale(attended, self.layer_scale1)
+        transformed = self.mlp(layer_norm(self.layernorm_after, queries))
+        return queries + self.scale(transformed, self.layer_scale2)
 
 
 def first_token(state: TokenState) -> tuple[TokenMap, TokenState]:

@@ -44,6 +44,7 @@ from .layers_clca import (
     CLCAViTSlicingLayer,
     eager_attention_forward,
 )
+from .linear_clca import layer_norm
 from .loss_clca import classification_loss, group_lasso
 from .reduction_base import LossInputs, TokenReduction, TokenState
 from .reductions_clca import checked_budget, get_reduction, initial_state
@@ -504,15 +505,17 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             hidden_states, state = layer(  # includes the reduction
                 hidden_states, state, skip_unread=shortcuts.skip_unread, only_first=only_first, **kwargs
             )
-            for name, report in state.report.items():
-                reports[name] += (report,)
-            hidden_states, state = cache.retrieve(index, hidden_states, state._replace(report={}))
+            if state.report:
+                for name, report in state.report.items():
+                    reports[name] += (report,)
+                state = state._replace(report={})
+            hidden_states, state = cache.retrieve(index, hidden_states, state)
             cache.write(index, hidden_states, state)
             if index in self.aggregation_layers:
                 cls_tokens.append(hidden_states[:, 0])
 
         token_counts.append(token_counts[-1] if shortcuts.only_first else hidden_states.shape[1])
-        last_hidden_state = self.layernorm(hidden_states)
+        last_hidden_state = layer_norm(self.layernorm, hidden_states)
         if embeddings is not None:
             ends = NetworkEnds(embeddings, hidden_states, last_hidden_state, self.method.key_mask(state))
             features = self.head.collect(reports.pop("probe", ()), ends)

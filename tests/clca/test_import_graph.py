@@ -21,7 +21,7 @@ CLCA_FLOORS = (
         "loss_clca",
         "versions_clca",
     ),
-    ("gelu_clca", "linear_clca", "reduction_base", "resample_clca"),
+    ("linear_clca", "reduction_base", "resample_clca"),
     (
         "cache_clca",
         *sorted(path.stem for path in (ROOT / "clca").glob("reduction_*.py") if path.stem != "reduction_base"),
