@@ -139,6 +139,11 @@ class TestCases:
     def test_goals(self, goal, met, missed):
         assert goal.met(met) and not goal.met(missed)
 
+    def test_every_goal_is_told_and_measured(self):
+        for goal in {goal for preset in PRESETS.values() for case in preset.cases for goal in case.goals}:
+            assert f"{goal.value:g}" in str(goal)
+            assert result([]).measured(goal.measure) is None
+
     def test_important_deployments_come_first(self):
         """The time limit leaves out what comes last; compiling takes longest and is done for batch 1 only."""
         preset = PRESETS["deployments"]
