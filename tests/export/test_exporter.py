@@ -44,12 +44,34 @@ def test_onnx_says_what_the_model_says(method, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(pixels).logits, atol=1e-5, rtol=1e-4)
     assert exported.difference < 1e-5 and exported.not_in_tensorrt == []
     assert exported.doubtful_in_tensorrt == SCATTERS.get(method, [])
+    assert_lean(onnx.load(path), model.config)
     facts = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props if p.key in ("keep_rate", "source")}
     assert facts == {"keep_rate": model.config.keep_rate, "source": "here"}
     stored = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
     assert Check(**stored["check"]) == exported.check and exported.check.images == 4 and not exported.check.given
     assert b"site-packages" not in path.read_bytes()  # paths of this machine
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]  # nothing half-written beside it
+
+
+def assert_lean(graph, config):
+    """One attention per layer, linear layers on matrices, and no operators that compute the shapes of attention."""
+    nodes = graph.graph.node
+    makers = {name: node for node in nodes for name in node.output}
+    dims = {tensor.name: len(tensor.dims) for tensor in graph.graph.initializer}
+    attention = [n for n in nodes if n.op_type == "MatMul" and makers.get(n.input[0], n).op_type == "Softmax"]
+    assert len(attention) == config.num_hidden_layers
+    for node in attention:  # from its input on: softmax, mask, logits
+        softmax = makers[node.input[0]]
+        logits = makers[softmax.input[0]]
+        masked = logits.op_type == "Add"
+        assert (makers[logits.input[0]] if masked else logits).op_type == "MatMul"
+    biases = [n for n in nodes if n.op_type == "Add" and {dims.get(name) for name in n.input} == {None, 1}]
+    linear = [makers[n.input[0]] for n in biases if makers[n.input[0]].op_type == "MatMul"]
+    assert len(linear) >= 6 * config.num_hidden_layers
+    shapes = onnx.shape_inference.infer_shapes(graph).graph.value_info
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in shapes}
+    assert {ranks[node.output[0]] for node in linear} == {2}
+    assert not any(makers.get(n.input[1], n).op_type == "Concat" for n in nodes if n.op_type == "Reshape")
 
 
 @pytest.mark.parametrize("method", slow_unless("tome".__eq__, ["evit", "tome"]))  # evit is the command's, below

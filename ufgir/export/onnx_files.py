@@ -12,6 +12,7 @@ from torch import nn
 
 from ..utils.extras import install_command
 from .checks import Run
+from .onnx_rewrites import TRANSLATIONS, rewrite
 
 
 if TYPE_CHECKING:
@@ -93,10 +94,12 @@ def onnx_program(
         any_batch: accept every batch size, or only that of the example.
     """
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}} if any_batch else None
-    names = {"input_names": ["pixel_values"], "output_names": list(outputs)}
+    how: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": list(outputs)}
+    how |= {"dynamo": True, "dynamic_shapes": shapes, "custom_translation_table": TRANSLATIONS, "verbose": False}
     with torch.no_grad():
-        made = torch.onnx.export(program, (pixels,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+        made = torch.onnx.export(program, (pixels,), **how)
     assert made is not None  # it is, if no file is written
+    rewrite(made.model)
     return made
 
 

@@ -1,0 +1,113 @@
+"""Rewritten graphs compute the same with fewer operators."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from ufgir.export.onnx_rewrites import rewrite
+
+
+GENERATOR = np.random.default_rng(0)
+WEIGHTS = {
+    "w": GENERATOR.normal(size=(8, 6)),
+    "b": GENERATOR.normal(size=6),
+    "v": GENERATOR.normal(size=(6, 8)),
+    "scale": GENERATOR.normal(size=8),
+    "shift": GENERATOR.normal(size=8),
+    "positions": GENERATOR.normal(size=(1, 5, 8)),
+}
+INDICES = {
+    "one": [1],
+    "four": [4],
+    "five": [5],
+    "first": [0],
+    "heads": [-1, 5, 3, 2],
+    "last": [9],
+    "step": [2],
+    "twice": [1, 1, 8],
+}
+
+
+def graph(lines, inputs="float[batch, 5, 8] x", outputs="float[batch, k, l] y"):
+    """Return an ONNX model with these nodes; constants are the weights and indices above."""
+    text = f'<ir_version: 9, opset_import: ["" : 20]> test ({inputs}) => ({outputs}) {{ {lines} }}'
+    model = onnx.parser.parse_model(text)
+    used = {name for node in model.graph.node for name in node.input}
+    for name, value in (WEIGHTS | INDICES).items():
+        if name in used:
+            array = np.array(value, dtype="float32" if name in WEIGHTS else "int64")
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    for index, node in enumerate(model.graph.node):
+        node.name = f"node{index}"
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def rewritten(model):
+    """Return a rewritten copy, after comparing its outputs for two batch sizes, and its operators."""
+    inner = ir.serde.deserialize_model(model)
+    rewrite(inner)
+    made = ir.serde.serialize_model(inner)
+    onnx.checker.check_model(made)
+    for batch in (1, 3):
+        fed = {}
+        for given in model.graph.input:
+            shape = [dim.dim_value or batch for dim in given.type.tensor_type.shape.dim]
+            whole = given.type.tensor_type.elem_type == onnx.TensorProto.INT64
+            fed[given.name] = GENERATOR.integers(0, 5, shape) if whole else GENERATOR.normal(size=shape).astype("float32")
+        ours, theirs = (
+            onnxruntime.InferenceSession(one.SerializeToString()).run(None, fed) for one in (made, model)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    return made, Counter(node.op_type for node in made.graph.node)
+
+
+def test_linear_layers_compute_matrices():
+    """Between norm, linear layers, activation and residual sum, nothing is reshaped; heads are split from the matrix."""
+    lines = """
+        a = MatMul(x, w)  c = Add(a, b)  e = Gelu(c)  d = MatMul(e, v)  f = Add(x, d)
+        n = LayerNormalization(f, scale, shift)  g = Mul(n, scale)  p = MatMul(g, w)  q = Add(p, b)
+        h = Reshape(q, heads)  t = Transpose<perm = [0, 2, 1, 3]>(h)  y = Identity(t)
+    """
+    made, operators = rewritten(graph(lines, outputs="float[batch, 3, 5, 2] y"))
+    assert operators["Reshape"] == 2  # of the input and of the heads
+    assert operators["MatMul"] == 3 and operators["Add"] == 3
+    shapes = onnx.shape_inference.infer_shapes(made).graph.value_info
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in shapes}
+    assert all(ranks[node.output[0]] == 2 for node in made.graph.node if node.op_type in ("MatMul", "Add", "Gelu"))
+
+
+def test_the_cache_is_one_product_per_layer():
+    lines = """
+        m = Slice(x, one, five, one)  a = ReduceMean(m, one)  c = Slice(x, four, last, one)
+        z = Mul(x, scale)  s = Slice(z, first, four, one)  e = ReduceMean(s, one)  y = Concat<axis = 1>(x, a, c, e)
+    """
+    _, operators = rewritten(graph(lines))
+    assert operators["MatMul"] == 2 and operators["Concat"] == 1
+    assert not operators.keys() & {"Slice", "ReduceMean"}
+
+
+def test_whole_tokens_are_gathered():
+    lines = "u = Unsqueeze(i, step)  e = Expand(u, twice)  y = GatherElements<axis = 1>(x, e)"
+    _, operators = rewritten(graph(lines, "float[batch, 5, 8] x, int64[batch, 3] i"))
+    assert operators == {"Unsqueeze": 1, "GatherND": 1}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "y = Add(x, positions)",  # of another number of images
+        "m = ReduceMean(x, step)  y = Concat<axis = 1>(m, m)",  # over channels
+        "c = Slice(x, one, five, one)  y = Concat<axis = 1>(c, x)",  # nothing is averaged
+        "m = ReduceMean(x, one)  y = Concat<axis = 2>(m, m)",
+        "c = Slice(x, one, five, step)  m = ReduceMean(c, one)  y = Concat<axis = 1>(m, m)",  # of some channels
+    ],
+)
+def test_other_operators_stay(lines):
+    model = graph(lines)
+    _, operators = rewritten(model)
+    assert operators == Counter(node.op_type for node in model.graph.node)
