@@ -201,7 +201,7 @@ class TestCommand:
         [
             (["--time"], "`--time` requires `--layers`"),
             (["--output", "x"], "`--output` requires `--layers`"),
-            (["--layers", "--repetitions", "3"], "`--repetitions` requires `--time` or `--trace`"),
+            (["--layers", "--repetitions", "3"], "`--repetitions` requires `--time`, `--trace`"),
             (["--layers", "--time", "--batch-size", "0"], "`--batch-size` must be at least 1, got 0"),
             (["--trace", "trace.txt"], "`--trace` must end in .json or .json.gz"),
             (["--layers", "--into", "no.md"], "`--into`: no.md"),

@@ -15,7 +15,7 @@ from clca.reductions_clca import get_reduction
 
 from ..checkpoints.loading import load_config, read_config
 from ..profiling.benchmark import ATTENTIVE, make_dense
-from ..profiling.benchmark_cases import Setting, quarters
+from ..profiling.benchmark_cases import BACKENDS, Setting, quarters
 from ..profiling.benchmark_report import check_place, fill_in, markdown_table, origin, provenance
 from ..profiling.layers import (
     Part,
@@ -29,6 +29,7 @@ from ..profiling.layers import (
 )
 from ..profiling.macs import count_macs, dense_config, describe, macs_in_advance, on_meta
 from ..profiling.methods import collect_facts, facts_table
+from ..profiling.operators import RUNTIMES, operator_table, operator_times
 from ..profiling.targets import check_target, spend
 from ..utils.text import align, one_sentence, shortened
 from .common import CLCA, FREE, add_network_options, add_reduction_options, config_values, require
@@ -53,14 +54,14 @@ PAPER_GMACS = {
     (448, 1.0): (78.53, 79.52),
 }
 
-# Options of timing and trace: name -> help.
+# Options of timing, trace and operators: name -> help.
 TIMING = {
     "batch_size": "images per batch [1]",
     "threads": "torch threads on a CPU [torch's default]",
     "repetitions": "interleaved timings per model [9]",
 }
 COMMON_RATE = 0.25  # default keep rate of --methods
-LAYERS = ("layers", "time", "trace", "output", "into", "device", *TIMING)
+LAYERS = ("layers", "time", "trace", "operators", "output", "into", "device", *TIMING)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +89,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--trace", metavar="FILE", help="write a Chrome trace of a forward pass, .json or .json.gz [none]"
+    )
+    group.add_argument(
+        "--operators",
+        choices=tuple(RUNTIMES),
+        help="export the model and the dense one, and list the time of each kind of operator in this runtime [none]",
     )
     group.add_argument("--output", metavar="FOLDER", help="folder for the layers as CSV, JSON, Markdown and a figure")
     group.add_argument(
@@ -135,6 +141,8 @@ def run(args: argparse.Namespace) -> str:
         rows.append(["GMACs, one image", f"{macs / 1e9:.3f}", f"{dense_macs / 1e9:.3f}", f"{macs / dense_macs:.1%}"])
     shown = [describe(config), token_table(config), align(rows), note]
     shown = [part for part in shown if part]
+    if args.operators:
+        shown += operators(args, config)
     if args.layers or args.trace:
         text, writing = layers(args, config)
         shown += text
@@ -194,8 +202,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
-        if value is not None and not (args.time or args.trace):
-            raise ValueError(f"`--{name.replace('_', '-')}` requires `--time` or `--trace`.")
+        if value is not None and not (args.time or args.trace or args.operators):
+            raise ValueError(f"`--{name.replace('_', '-')}` requires `--time`, `--trace` or `--operators`.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`--device` cuda requires a GPU, and torch found none: use cpu.")
     if args.trace is not None:
@@ -245,6 +253,20 @@ def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], 
             yield f"wrote {write_trace(model, pixels, Path(args.trace))}: open it in https://ui.perfetto.dev"
 
     return text, write()
+
+
+def operators(args: argparse.Namespace, config: CLCAViTConfig) -> list[str]:
+    """Return the operators of the exported model and of the exported dense one with their times, and how they were measured."""
+    batch, threads, runs = args.batch_size or 1, args.threads or torch.get_num_threads(), args.repetitions or 9
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(batch, config.num_channels, *as_pair(config.image_size), generator=generator)
+    models = _load(args.model, config).eval(), CLCAViTForImageClassification(dense_config(config)).eval()
+    tables = [operator_times(model, pixels, args.operators, threads, runs) for model in models]
+    return [
+        align(operator_table(*tables)),
+        f"Times: the shortest of {runs} runs of each operator, added up; this model and ours without reduction, both in "
+        f"{BACKENDS[args.operators].title}, batch {batch}, float32, cpu, {threads} threads.",
+    ]
 
 
 def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassification:

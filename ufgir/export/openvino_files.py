@@ -105,7 +105,11 @@ def write_ir(model: Any, path: Path, half: bool = False) -> None:
 
 
 def compile_ir(
-    path: Path, precision: str = "f32", threads: int | None = None, shape: Sequence[int] | None = None
+    path: Path,
+    precision: str = "f32",
+    threads: int | None = None,
+    shape: Sequence[int] | None = None,
+    profiled: bool = False,
 ) -> Any:
     """Return a file as an `openvino.CompiledModel` for the CPU.
 
@@ -113,6 +117,7 @@ def compile_ir(
         precision: of what is not int8: f32, bf16 or f16. By itself, OpenVINO would choose bf16 where the processor has it.
         threads: number of threads; None for OpenVINO's default.
         shape: fixed shape of the input; None for any batch size.
+        profiled: measure the time of each layer, see `openvino.InferRequest.get_profiling_info`.
     """
     import openvino
 
@@ -123,6 +128,8 @@ def compile_ir(
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
+    if profiled:
+        options["PERF_COUNT"] = True
     return core.compile_model(model, "CPU", options)
 
 
