@@ -612,7 +612,7 @@ class TestCommand:
         assert rows[0] == rows[1]
 
     def test_only_the_same_run_is_continued(self, tmp_path, caplog):
-        facts = {name: name for name in ("command", "host", "versions", "commit")}
+        facts = {name: name for name in ("command", "host", "versions", "code")}
         about = {"repetitions": 3, "network": {"layers": [1, 2]}}
         assert unfinished(tmp_path, facts, about) is None
         record = {**facts, **about, "missing": ["x"], "results": []}

@@ -16,7 +16,7 @@ import torch
 
 from ..utils.files import write_csv, write_text_atomically
 from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
-from ..utils.provenance import as_read, describe_host, now, peak_memory, source_commit
+from ..utils.provenance import as_read, describe_host, now, peak_memory, source_checksum, source_commit
 from .benchmark import Report, Result
 from .benchmark_cases import Setting, by_table
 from .timing import Quartiles
@@ -36,7 +36,7 @@ TextTable = list[list[str]]
 
 
 def provenance() -> dict[str, Any]:
-    """Return command, date, machine, versions and commit."""
+    """Return command, date, machine, versions, and commit and checksum of the code."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -51,6 +51,7 @@ def provenance() -> dict[str, Any]:
         "host": describe_host(),
         "versions": versions,
         "commit": source_commit(),
+        "code": source_checksum(),
     }
 
 
@@ -360,7 +361,7 @@ def unfinished(folder: Path, facts: Mapping[str, Any], about: Mapping[str, Any])
         return None
     if not found.get("missing"):
         return None
-    same = as_read({**{name: facts[name] for name in ("command", "host", "versions", "commit")}, **about})
+    same = as_read({**{name: facts[name] for name in ("command", "host", "versions", "code")}, **about})
     if differ := [name for name, value in same.items() if found.get(name) != value]:
         logger.warning("%s is an unfinished run with another %s; it is replaced", folder / RECORD, ", ".join(differ))
         return None

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+
+import clca
 
 
 PREDICTIONS_FILE = "predictions.csv"  # unless `predictions_file` says otherwise
@@ -62,6 +65,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # run from a checkout, not installed
         return None
+
+
+@functools.cache
+def source_checksum() -> str:
+    """Return a checksum of the Python files of both packages; like `source_commit`, it is determined by the first call."""
+    folders = [Path(__file__).resolve().parents[1], Path(clca.__file__).resolve().parent]
+    hashed = xxhash.xxh3_128()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            hashed.update(f"{folder.name}/{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
+    return hashed.hexdigest()
 
 
 @functools.cache
