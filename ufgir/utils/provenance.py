@@ -8,13 +8,12 @@ import subprocess
 import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-
-import clca
 
 
 PREDICTIONS_FILE = "predictions.csv"  # unless `predictions_file` says otherwise
@@ -70,11 +69,14 @@ def _version(package: str) -> str | None:
 @functools.cache
 def source_checksum() -> str:
     """Return a checksum of the Python files of both packages; like `source_commit`, it is determined by the first call."""
-    folders = [Path(__file__).resolve().parents[1], Path(clca.__file__).resolve().parent]
     hashed = xxhash.xxh3_128()
-    for folder in folders:
+    for package in ("clca", "ufgir"):
+        place = find_spec(package)
+        if place is None or place.origin is None:
+            continue
+        folder = Path(place.origin).resolve().parent
         for file in sorted(folder.rglob("*.py")):
-            hashed.update(f"{folder.name}/{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
+            hashed.update(f"{package}/{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
     return hashed.hexdigest()
 
 
