@@ -163,6 +163,9 @@ def test_lower_precisions_are_smaller_and_near(tmp_path):
         assert (made.difference < 1e-4 * spread) == (precision == "float32")
         assert made.difference < {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5, "int8": 1.0}[precision] * spread
         assert bool(made.int8_operators) == bool(made.float_operators) == (precision == "int8")
+        assert (
+            "Gemm" not in made.float_operators
+        )  # no linear layer, not even the queries that the stage computes first
     assert sizes["float16.onnx"] < 0.65 * sizes["float32.onnx"] and sizes["dynamic.onnx"] < 0.6 * sizes["float32.onnx"]
     assert sizes["bfloat16.pt2"] < 0.75 * sizes["float32.pt2"] > sizes["float16.pt2"]
     stored = {

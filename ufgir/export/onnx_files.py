@@ -60,7 +60,7 @@ class OnnxGraph(NamedTuple):
     Attributes:
         model: the model in float32.
         exact: names of the nodes that int8 leaves in float32: all outside of the layers, which are small, and those of reductions, because
-            a rounded score can drop another token.
+            a rounded score can drop another token. Linear layers of the attention are quantized, whoever calls them.
     """
 
     model: "onnx.ModelProto"
@@ -112,7 +112,9 @@ def clean_graph(model: "onnx.ModelProto") -> OnnxGraph:
     exact = []
     for node in model.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
-        if "'model.vit.layers." not in scopes or ".reduction" in scopes:
+        # The innermost module counts: a stage calls the query projection.
+        _, layer, inside = scopes.rpartition("'model.vit.layers.")
+        if not layer or ".reduction" in inside:
             exact.append(node.name)
         del node.metadata_props[:]
         node.doc_string = ""

@@ -16,7 +16,7 @@ from ..export.openvino_files import compile_ir, import_openvino
 
 
 RUNTIMES = {"onnx": ".onnx", "openvino": ".xml"}
-WARM_UP = 3  # runs that do not count
+Times = dict[tuple[str, str], list[float]]  # (kind, name) -> seconds of each run
 
 
 class Operator(NamedTuple):
@@ -50,16 +50,16 @@ def operator_times(
         path = Path(folder, f"model{RUNTIMES[runtime]}")
         Exporter(model).write(path)
         measure = _onnx if runtime == "onnx" else _openvino
-        shortest = measure(path, pixels, threads, WARM_UP + repetitions)
+        times = measure(path, pixels, threads, repetitions)
     kinds: dict[str, list[float]] = defaultdict(list)
-    for (kind, _), seconds in shortest.items():
-        kinds[kind].append(seconds)
+    for (kind, _), seconds in times.items():
+        kinds[kind].append(min(seconds))
     found = {kind: Operator(len(seconds), sum(seconds)) for kind, seconds in kinds.items()}
     return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
 
 
-def _onnx(path: Path, pixels: torch.Tensor, threads: int, runs: int) -> dict[tuple[str, str], float]:
-    """Return the seconds of each node of a file in ONNX Runtime, by operator and name."""
+def _onnx(path: Path, pixels: torch.Tensor, threads: int, runs: int) -> Times:
+    """Return the seconds of each node of a file in ONNX Runtime in every run, by operator and name."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -71,28 +71,24 @@ def _onnx(path: Path, pixels: torch.Tensor, threads: int, runs: int) -> dict[tup
     for _ in range(runs):
         session.run(None, {"pixel_values": pixels.numpy()})
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    times = defaultdict(list)
+    times: Times = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             times[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e6)
-    return _shortest(times)
+    return times
 
 
-def _openvino(path: Path, pixels: torch.Tensor, threads: int, runs: int) -> dict[tuple[str, str], float]:
-    """Return the seconds of each layer of a file in OpenVINO, by kind and name."""
+def _openvino(path: Path, pixels: torch.Tensor, threads: int, runs: int) -> Times:
+    """Return the seconds of each layer of a file in OpenVINO in every run that executed it, by kind and name."""
     import_openvino()
     request = compile_ir(path, "f32", threads, tuple(pixels.shape), profiled=True).create_infer_request()
-    times = defaultdict(list)
+    times: Times = defaultdict(list)
     for _ in range(runs):
         request.infer([pixels.numpy()])
-        for index, info in enumerate(request.get_profiling_info()):
+        for info in request.get_profiling_info():
             if info.status.name == "EXECUTED":
-                times[info.node_type, f"{index} {info.node_name}"].append(info.real_time.total_seconds())
-    return _shortest(times)
-
-
-def _shortest(times: Mapping[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
-    return {key: min(seconds[WARM_UP:]) for key, seconds in times.items()}
+                times[info.node_type, info.node_name].append(info.real_time.total_seconds())
+    return times
 
 
 def operator_table(ours: Mapping[str, Operator], dense: Mapping[str, Operator]) -> list[list[str]]:
