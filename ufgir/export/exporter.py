@@ -97,14 +97,26 @@ class Exporter:
         onnx_files.import_onnx()
         return onnx_files.onnx_program(self.program, example(self.program, 2))
 
-    @cached_property
-    def graph(self) -> onnx_files.OnnxGraph:
-        """The graph as one message of protobuf, which has at most 2 GB."""
+    def _check_size(self) -> None:
+        """Check that the graph fits in one message of protobuf, which has at most 2 GB."""
         if self.size > onnx_files.LARGEST_ONNX:
             raise ValueError(
                 f"the model has {self.size / 1e9:.1f} GB of weights; only `precision`='float32' takes more than 2 GB."
             )
+
+    @cached_property
+    def graph(self) -> onnx_files.OnnxGraph:
+        """The graph as one message of protobuf."""
+        self._check_size()
         return onnx_files.clean_graph(self.onnx_program.model_proto)
+
+    @cached_property
+    def token_graph(self) -> onnx_files.OnnxGraph:
+        """The graph with linear layers on tokens (B, N, D). OpenVINO 2026.4 cannot load it in int8 with matrices (B * N, D)."""
+        self._check_size()
+        onnx_files.import_onnx()
+        made = onnx_files.onnx_program(self.program, example(self.program, 2), flat=False)
+        return onnx_files.clean_graph(made.model_proto)
 
     def write_onnx(self, path: Path, precision: str, calibration: Sequence[torch.Tensor] | None) -> None:
         """Write an ONNX file."""
@@ -127,10 +139,13 @@ class Exporter:
             )
         with tempfile.TemporaryDirectory(prefix="ufgir-") as folder:
             graph = Path(folder, "model.onnx")
-            self.write_onnx(graph, "float32", None)
+            if precision == "int8":
+                graph.write_bytes(self.token_graph.model.SerializeToString())
+            else:
+                self.write_onnx(graph, "float32", None)
             model = openvino_files.read_onnx(graph)
         if precision == "int8":
-            model = openvino_files.quantized_ir(model, calibration, self.graph.exact)
+            model = openvino_files.quantized_ir(model, calibration, self.token_graph.exact)
         openvino_files.write_ir(model, path, half=precision == "float16")
 
     def torch_program(self, precision: str) -> torch.export.ExportedProgram:

@@ -83,7 +83,11 @@ def import_onnx() -> None:
 
 
 def onnx_program(
-    program: nn.Module, pixels: torch.Tensor, outputs: Sequence[str] = ("logits",), any_batch: bool = True
+    program: nn.Module,
+    pixels: torch.Tensor,
+    outputs: Sequence[str] = ("logits",),
+    any_batch: bool = True,
+    flat: bool = True,
 ) -> torch.onnx.ONNXProgram:
     """Export a module with the input `pixel_values`.
 
@@ -92,6 +96,7 @@ def onnx_program(
         pixels: example input (B, C, height, width).
         outputs: names of the outputs.
         any_batch: accept every batch size, or only that of the example.
+        flat: see `rewrite`.
     """
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}} if any_batch else None
     how: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": list(outputs)}
@@ -99,7 +104,7 @@ def onnx_program(
     with torch.no_grad():
         made = torch.onnx.export(program, (pixels,), **how)
     assert made is not None  # it is, if no file is written
-    rewrite(made.model)
+    rewrite(made.model, flat)
     return made
 
 

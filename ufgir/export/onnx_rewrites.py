@@ -57,14 +57,20 @@ def attention(
 TRANSLATIONS = {torch.ops.aten.scaled_dot_product_attention.default: attention}
 
 
-def rewrite(model: "ir.Model") -> None:
-    """Rewrite the graph of a model in place; the results stay the same up to rounding."""
+def rewrite(model: "ir.Model", flat: bool = True) -> None:
+    """Rewrite the graph of a model in place; the results stay the same up to rounding.
+
+    Args:
+        model: the model.
+        flat: compute linear layers on matrices (B * N, D) instead of tokens (B, N, D).
+    """
     import onnx_ir.passes.common as passes
 
     graph = model.graph
     _gather_whole_tokens(graph)
     _skip_expansions(graph)
-    _flatten_tokens(graph)
+    if flat:
+        _flatten_tokens(graph)
     _skip_reshapes(graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)

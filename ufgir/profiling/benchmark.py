@@ -263,7 +263,7 @@ class Report:
                 f"The machine was busy: other processes used {self.other_cores:.1f} of its {cores} cores. Times are "
                 "wrong, and their ratios may be."
             )
-        if self.load is not None and self.load > IDLE:
+        if self.repetitions and self.load is not None and self.load > IDLE:
             found.append(
                 f"Measured with --force at a load of {self.load:.2f}, above {IDLE}. Do not quote these times."
             )
