@@ -181,7 +181,7 @@ class AttentionContext:
             results.append(reduce(weights))
             if with_output:
                 with full_precision(self.value):
-                    outputs.append((weights.to(self.value.dtype) @ self.value).transpose(1, 2))
+                    outputs.append((as_dtype(weights, self.value.dtype) @ self.value).transpose(1, 2))
         if with_output:
             self.output = torch.cat(outputs, dim=1)
         return results
@@ -211,7 +211,12 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
         logits = (
             logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
         )
-    return at_least_float32(logits).softmax(dim=-1).to(logits.dtype)
+    return as_dtype(at_least_float32(logits).softmax(dim=-1), logits.dtype)
+
+
+def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert a tensor, without a call of torch if it has the dtype already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,10 @@ def recovery_layers(config: "CLCAViTConfig") -> list[int]:
     reduction."""
     if not config.cross_layer_cache:
         return []
-    layers = {i for i in config.reduction_layers if i < config.num_hidden_layers}
-    if config.cache_recover_at_last and config.num_hidden_layers > 1:
-        layers.add(config.num_hidden_layers - 2)
+    num_layers = config.num_hidden_layers
+    layers = {i for i in config.reduction_layers if i < num_layers}
+    if config.cache_recover_at_last and num_layers > 1:
+        layers.add(num_layers - 2)
     return sorted(layers)
 
 
@@ -113,16 +114,15 @@ class CrossLayerCache:
             return hidden_states, state
         # From here on the GAP covers all current tokens, including CLR and earlier retrieved tokens, but not those appended
         # now. Published checkpoints were trained this way.
-        state = state._replace(pool_len=hidden_states.shape[1])
         if not self.entries:
-            return hidden_states, state
+            return hidden_states, state._replace(pool_len=hidden_states.shape[1])
         # Layers may lie on different devices.
         device, num_tokens = hidden_states.device, hidden_states.shape[1]
         hidden_states = torch.cat([hidden_states, *(entry.to(device) for entry in self.entries)], dim=1)
         self.entries = []
         count = hidden_states.shape[1] - num_tokens
         state = self.method.extend_tracks(state, count, self.training)
-        return hidden_states, state._replace(suffix=state.suffix + count)
+        return hidden_states, state._replace(pool_len=num_tokens, suffix=state.suffix + count)
 
     def write(self, index: int, hidden_states: torch.Tensor, state: TokenState) -> None:
         """Cache a summary of layer `index`, GAP then CLR, if a later layer will retrieve it."""

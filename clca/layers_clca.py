@@ -10,11 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit.modeling_vit import ViTMLP
 
-from .attention_clca import FIRST_TOKEN, AttentionContext, SelectedTokens, TokenMap, attention_softmax
+from .attention_clca import FIRST_TOKEN, AttentionContext, SelectedTokens, TokenMap, as_dtype, attention_softmax
 from .budget_clca import as_pair
 from .configuration_clca import CLCAViTConfig
 from .fast_paths_clca import fast_paths_enabled
@@ -254,7 +255,7 @@ class CLCAViTAttention(nn.Module):
         if token_map.weight_sums is None:
             return linear(o_proj, output), weights
         # The projection is linear, except for its bias, which must be scaled by the weight sums.
-        sums = token_map.weight_sums.to(output.dtype)
+        sums = as_dtype(token_map.weight_sums, output.dtype)
         return linear(o_proj, output / sums.clamp(min=torch.finfo(sums.dtype).tiny)) * sums, weights
 
     def attend(
@@ -283,6 +284,12 @@ class CLCAViTAttention(nn.Module):
         if outcome is None:
             dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
             function = self.attention_function(context.mask, output_attentions)
+            if function is sdpa_attention_forward and context.mask is None and not kwargs:
+                # What this function does in the end, after several checks that do not concern this model.
+                output = nn.functional.scaled_dot_product_attention(
+                    query, key, value, dropout_p=dropout, scale=self.scaling
+                )
+                return output.transpose(1, 2).flatten(2), None
             outcome = function(self, query, key, value, context.mask, scaling=self.scaling, dropout=dropout, **kwargs)
         output, weights = outcome
         return output.flatten(2), weights
@@ -415,11 +422,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
 
     def scale(self, output: torch.Tensor, layer_scale: nn.Module | None) -> torch.Tensor:
         """Return what a branch of the layer adds to the tokens: its output after dropout, LayerScale and drop path."""
-        parts = parts_of(self)
-        dropout, drop_path = parts["dropout"], parts["drop_path"]
-        output = output if is_idle(dropout) else dropout(output)
-        output = output if layer_scale is None else layer_scale(output)
-        return output if is_idle(drop_path) else drop_path(output)
+        output = self.dropout(output)
+        return self.drop_path(output if layer_scale is None else layer_scale(output))
 
     def transform(
         self,
@@ -459,7 +463,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         token_map, state = self.map_tokens(context, merge_early, only_first)
         context.keeps_output = False  # from here on the output is known
         attended, _ = attention(normed, context, token_map, output_attentions, **kwargs)
-        attended = self.scale(attended, self.layer_scale1)
+        is_plain = self.layer_scale1 is None and is_idle(parts["dropout"]) and is_idle(parts["drop_path"])
+        attended = attended if is_plain else self.scale(attended, self.layer_scale1)
         if token_map is not None:
             hidden_states = token_map(hidden_states)
         hidden_states, between = hidden_states + attended, state
@@ -473,7 +478,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         if self.probe_reads_tokens:  # otherwise the MLP is called as a whole, so that hooks on it work
             inner = self.mlp.hidden(tokens)
         transformed = parts["mlp"](tokens) if inner is None else self.mlp.project(inner)
-        transformed = self.scale(transformed, self.layer_scale2)
+        transformed = transformed if is_plain else self.scale(transformed, self.layer_scale2)
         if self.probe is not None:
             method = self.method
             key_masks = method.key_mask(context.state), method.key_mask(between), method.key_mask(state)

@@ -49,7 +49,15 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .attention_clca import AttentionContext, SelectedTokens, TokenMap, at_least_float32, full_precision, gather_rows
+from .attention_clca import (
+    AttentionContext,
+    SelectedTokens,
+    TokenMap,
+    as_dtype,
+    at_least_float32,
+    full_precision,
+    gather_rows,
+)
 from .budget_clca import Budget
 
 
@@ -87,6 +95,8 @@ class TokenState(NamedTuple):
 
     def select(self, indices: torch.Tensor) -> "TokenState":
         """Return the state after keeping only the tokens at `indices` (B, M)."""
+        if not self.tracks:
+            return self
         return self._replace(tracks={name: gather_rows(track, indices) for name, track in self.tracks.items()})
 
     def with_tracks(self, **tracks: torch.Tensor) -> "TokenState":
@@ -417,6 +427,8 @@ class TokenReduction(nn.Module):
     @classmethod
     def extend_tracks(cls, state: TokenState, count: int, training: bool) -> TokenState:
         """Return the state after `count` tokens were appended to the sequence."""
+        if not state.tracks:
+            return state
         tracks = {}
         for name, track in state.tracks.items():
             value = cls.retrieved_value(name, track, training)
@@ -508,8 +520,9 @@ class FusedTokens(TokenMap):
         self.weight_sums = nn.functional.pad(weights.sum(dim=2, keepdim=True), (0, 0, selected.shape[1], 0), value=1.0)
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        fused = (self.weights.to(values.dtype) @ values).to(values.dtype)  # autocast computes it in half precision
-        return torch.cat([self.select(values), fused], dim=1)
+        fused = as_dtype(self.weights, values.dtype) @ values
+        # Autocast computes it in half precision.
+        return torch.cat([self.select(values), as_dtype(fused, values.dtype)], dim=1)
 
 
 class ScoredPruning(TokenReduction):
