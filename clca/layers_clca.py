@@ -160,7 +160,8 @@ class CLCAViTAttention(nn.Module):
     """Self-attention in two steps, so that a stage can decide in between which tokens to keep.
 
     `make_context` computes keys and values; calling the module computes the rest. Only submodules have parameters, and
-    they are always called as modules, because offloading and sharding fetch parameters when a module is called."""
+    they are called as modules if anything replaced or observes them, because offloading and sharding fetch parameters
+    when a module is called."""
 
     q_proj: nn.Module
     k_proj: nn.Module
