@@ -28,7 +28,7 @@ def test_each_operator_has_a_time(runtime):
     model = small_model("evit")
     found = operator_times(model, images(2).float(), runtime, threads=torch.get_num_threads(), repetitions=2)
     linear, norm = {"onnx": ("Gemm", "LayerNormalization"), "openvino": ("FullyConnected", "MVN")}[runtime]
-    assert found[linear].count >= 6 * model.config.num_hidden_layers and found[norm].count >= 6
+    assert found[linear].count >= 5 * model.config.num_hidden_layers and found[norm].count >= 6, found
     assert found["TopK"].count == 1 and all(one.seconds > 0 for one in [found[linear], found[norm]])
 
 
