@@ -302,6 +302,16 @@ class TestBenchmark:
         assert exported == [(None, "float32"), ("evit", "float32"), (None, "int8"), ("evit", "int8")]
         assert exporters[0] is exporters[2] and exporters[1] is exporters[3]  # and one graph both precisions
 
+    def test_an_export_counts_once(self, base, monkeypatch):
+        """In the time of the call that makes the file, and as that of an earlier export afterwards."""
+        monkeypatch.setattr(Exporter, "write", lambda exporter, path, **options: None)
+        files = backends.Files(lambda size: [])
+        model = CLCAViTForImageClassification(case_config(base, Case(AT, None)))
+        settings = [AT._replace(backend="openvino", dtype=dtype) for dtype in ("float32", "bfloat16")]
+        (path, first), (again, second) = (files.get("model", model, setting) for setting in settings)
+        files.close()
+        assert first == 0.0 < second and path == again
+
     @pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "inference"), ("float16", "training")])
     def test_half_precision(self, base, dtype, mode):
         report = Benchmark(base, CPU, threads=1, repetitions=1).run([Case(Setting(32, 2, dtype, mode=mode), "evit")])

@@ -57,7 +57,7 @@ class Files:
         self._made: dict[Any, tuple[Path, float]] = {}
 
     def get(self, key: Any, model: nn.Module, setting: Setting) -> tuple[Path, float]:
-        """Return the file of a model for a setting, and the seconds that its export took.
+        """Return the file of a model for a setting, and the seconds that its export took if it was made by an earlier call.
 
         Args:
             key: stands for the model, with its weights and image size.
@@ -77,6 +77,7 @@ class Files:
             path = Path(self._folder.name, f"{len(self._made)}{suffix}")
             self._exporters[key].write(path, precision=precision, drawn=(1,), **more)
             self._made[place] = path, time.perf_counter() - start
+            return path, 0.0
         return self._made[place]
 
     def forget_models(self, needed: Iterable[tuple[Any, Setting]] = ()) -> None:

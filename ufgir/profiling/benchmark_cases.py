@@ -380,6 +380,7 @@ def _methods448() -> Preset:
         cases,
         repetitions=5,
         dense_backends=(),
+        time_limit=780.0,
     )
 
 
