@@ -347,7 +347,7 @@ def _overhead() -> Preset:
     at = Setting(32)
     cases = [
         Case(at, None, goals=(Goal("over_stock", 1.05),)),
-        Case(at, "evit", "CLCA", 0.25, (Goal("over_stock", 1.5),)),
+        Case(at, "evit", "CLCA", 0.1, (Goal("over_stock", 1.5),)),
     ]
     network = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8, "num_labels": 2}
     title = "12 layers of width 8, 32 px, batch 1, eager, one thread: a network too small to compute anything"
