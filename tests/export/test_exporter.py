@@ -58,7 +58,12 @@ def assert_lean(graph, config):
     nodes = graph.graph.node
     makers = {name: node for node in nodes for name in node.output}
     dims = {tensor.name: len(tensor.dims) for tensor in graph.graph.initializer}
-    attention = [n for n in nodes if n.op_type == "MatMul" and makers.get(n.input[0], n).op_type == "Softmax"]
+    shapes = onnx.shape_inference.infer_shapes(graph).graph.value_info
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in shapes}
+    products = [
+        node for node in nodes if node.op_type == "MatMul" and ranks[node.output[0]] == 4
+    ]  # PatchMerger has others
+    attention = [node for node in products if makers[node.input[0]].op_type == "Softmax"]
     assert len(attention) == config.num_hidden_layers
     for node in attention:  # from its input on: softmax, mask, logits
         softmax = makers[node.input[0]]
@@ -68,8 +73,6 @@ def assert_lean(graph, config):
     biases = [n for n in nodes if n.op_type == "Add" and {dims.get(name) for name in n.input} == {None, 1}]
     linear = [makers[n.input[0]] for n in biases if makers[n.input[0]].op_type == "MatMul"]
     assert len(linear) >= 6 * config.num_hidden_layers
-    shapes = onnx.shape_inference.infer_shapes(graph).graph.value_info
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in shapes}
     assert {ranks[node.output[0]] for node in linear} == {2}
     assert not any(makers.get(n.input[1], n).op_type == "Concat" for n in nodes if n.op_type == "Reshape")
 
