@@ -40,7 +40,7 @@ NOT_RUN = {
     r"ufgir prepare ": "needs a raw download; tests/data/test_prepare.py has miniatures",
     r"ufgir (convert|pretrained) ": "needs a download, or timm's list of a user; tests/checkpoints",
     r"ufgir benchmark ": "takes minutes, or needs a GPU; tests/profiling",
-    r"ufgir profile (outputs/mine --layers|--methods)": "writes a table of a guide; tests/profiling",
+    r"ufgir profile (outputs/mine --(layers|operators)|--methods)": "takes a minute, or writes a table of a guide; tests/profiling",
     r"ufgir (analyze|compare|correlate|embed|probe) ": "takes a minute with the demo model; tests/analysis",
     r"ufgir (sweep|results) ": "needs hours of training; tests/runs",
     r"ufgir visualize outputs/demo": "makes a figure of the gallery; tests/visualization",
