@@ -94,10 +94,9 @@ class CrossLayerCache:
         self.recovery_layers = recovery_layers(config)
         self.last_recovery = self.recovery_layers[-1] if self.recovery_layers else -1
         self.pools, self.num_clr = config.cache_gap, config.num_clr_tokens
-        self.first_pooled = (
-            0 if config.cache_pool_cls else 1
-        )  # token 0 is excluded, but registers are averaged, as in the original
-        self.entries: list[torch.Tensor] = []  # (B, tokens_per_entry, D) each
+        # Token 0 is excluded, but registers are averaged, as in the original.
+        self.first_pooled = 0 if config.cache_pool_cls else 1
+        self.entries: list[torch.Tensor] = []  # GAP (B, 1, D) and CLR (B, num_clr_tokens, D) of each layer
 
     def retrieve(self, index: int, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:
         """Append the cached tokens, oldest layer first, and empty the cache, if layer `index` is a recovery layer.
@@ -129,12 +128,10 @@ class CrossLayerCache:
         if index >= self.last_recovery:
             return
         key_mask = self.method.key_mask(state)
-        entry = []
         if self.pools:
-            entry.append(masked_mean(hidden_states, self.first_pooled, state.pool_len, key_mask))
+            self.entries.append(masked_mean(hidden_states, self.first_pooled, state.pool_len, key_mask))
         if self.num_clr:
             # The last tokens are CLR itself before the first retrieval, and its newest retrieved copy afterwards. So the
             # recovery layer caches that copy a second time. Published checkpoints were trained this way.
-            entry.append(last_tokens(hidden_states, self.num_clr, key_mask))
-        # Copied, because a view of the last tokens would keep all of them in memory.
-        self.entries.append(torch.cat(entry, dim=1))
+            newest = last_tokens(hidden_states, self.num_clr, key_mask)
+            self.entries.append(newest.clone())  # a view would keep all tokens in memory

@@ -392,6 +392,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         stages = self.method.layers(config) if config.reduction else []
         options = config.reduction_kwargs or {}
         self.reduction = self.method(config, stages.index(index), **options) if index in stages else None
+        self.stage_hooks = self.method.layer_hooks if self.reduction is not None else frozenset()
         self.before_stage = index + 1 in stages
         probe = HEADS[config.head].probe
         self.probe = probe(config) if probe is not None and index in config.probe_layers else None
@@ -450,7 +451,8 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         Returns:
             Tokens (B, M, D) and their state.
         """
-        if self.reduction is not None:
+        hooks = self.stage_hooks
+        if "before_layer" in hooks and self.reduction is not None:
             hidden_states, state = self.reduction("before_layer", hidden_states, state)
 
         parts = parts_of(self)
@@ -470,7 +472,7 @@ class CLCAViTLayer(GradientCheckpointingLayer):
             hidden_states = token_map(hidden_states)
         hidden_states, between = hidden_states + attended, state
 
-        if self.reduction is not None and not merge_early:
+        if "before_mlp" in hooks and not merge_early and self.reduction is not None:
             hidden_states, state = self.reduction("before_mlp", hidden_states, state, context)
 
         if self.probe is None:  # free memory: only probes read these tensors
@@ -499,10 +501,13 @@ class CLCAViTLayer(GradientCheckpointingLayer):
         state = self.method.observe(context, context.state, self.before_stage)
         if self.reduction is None:
             return first_token(state) if only_first else (None, state)
-        indices, state = self.reduction("choose_tokens", context, state)
-        if indices is not None:
-            return SelectedTokens(indices), state
-        return self.reduction("merge_tokens", context, state) if merge_early else (None, state)
+        if "choose_tokens" in self.stage_hooks:
+            indices, state = self.reduction("choose_tokens", context, state)
+            if indices is not None:
+                return SelectedTokens(indices), state
+        if merge_early and "merge_tokens" in self.stage_hooks:
+            return self.reduction("merge_tokens", context, state)
+        return None, state
 
     def read_probe(self, trace: LayerTrace) -> torch.Tensor:
         """Return the features that the probe of the head extracts from this layer."""

@@ -119,6 +119,7 @@ class TokenState(NamedTuple):
 
 _MAX_CACHED_CONSTANTS = 64  # pairs of a budget and a grid for which a stage caches constants, besides its own
 
+_LAYER_HOOKS = ("before_layer", "choose_tokens", "merge_tokens", "before_mlp")
 # Hooks that had another name in release 0.1.0. Subclasses may still use it.
 _RENAMED_HOOKS = {
     "visible": "key_mask",
@@ -228,6 +229,7 @@ class TokenReduction(nn.Module):
     option_defaults: ClassVar[dict[str, Any]] = {}
     merges_early: bool = True  # `merge_tokens` does the same as `before_mlp`: True unless `before_mlp` is overridden
     adds_to_loss: ClassVar[bool] = False  # `loss_terms` is overridden, and may read all tokens
+    layer_hooks: ClassVar[frozenset[str]] = frozenset()  # those that the layer has to call
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -241,6 +243,9 @@ class TokenReduction(nn.Module):
         cls.option_defaults = {name: parameters[name].default for name in cls.option_types}
         cls.merges_early = not _overrides(cls, TokenReduction, "before_mlp")
         cls.adds_to_loss = _overrides(cls, TokenReduction, "loss_terms")
+        cls.layer_hooks = frozenset(name for name in _LAYER_HOOKS if _overrides(cls, TokenReduction, name))
+        if "merge_tokens" in cls.layer_hooks:
+            cls.layer_hooks |= {"before_mlp"}  # which calls it
 
     def __init__(self, config: "CLCAViTConfig", stage: int) -> None:
         super().__init__()
@@ -454,7 +459,7 @@ class TokenReduction(nn.Module):
         """Call one of the hooks below by its name.
 
         Hooks are called through the module because offloading and sharding fetch the parameters of a stage when the
-        module is called."""
+        module is called. The layer calls only those in `layer_hooks`: the others do nothing."""
         return getattr(self, hook)(*args)
 
     def before_layer(self, hidden_states: torch.Tensor, state: TokenState) -> tuple[torch.Tensor, TokenState]:

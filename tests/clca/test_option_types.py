@@ -115,3 +115,16 @@ def test_flags_follow_from_what_is_overridden() -> None:
     flags = [(cls.merges_early, cls.adds_to_loss) for cls in (TokenReduction, Strings, Late, Both)]
     assert flags == [(True, False), (True, False), (False, False), (False, True)]
     assert [name for name, method in REDUCTIONS.items() if method.adds_to_loss] == ["dyvit"]
+
+
+def test_layers_call_the_hooks_that_are_overridden() -> None:
+    class Early(TokenReduction):
+        def before_layer(self, hidden_states, state):
+            return super().before_layer(hidden_states, state)
+
+    class Late(Early):
+        def before_mlp(self, hidden_states, state, context):
+            return super().before_mlp(hidden_states, state, context)
+
+    hooks = [cls.layer_hooks for cls in (TokenReduction, Early, Late, Strings)]
+    assert hooks == [set(), {"before_layer"}, {"before_layer", "before_mlp"}, {"merge_tokens", "before_mlp"}]
