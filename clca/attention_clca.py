@@ -211,7 +211,9 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
         logits = (
             logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
         )
-    return as_dtype(at_least_float32(logits).softmax(dim=-1), logits.dtype)
+    if logits.dtype in (torch.float32, torch.float64):
+        return logits.softmax(dim=-1)
+    return logits.softmax(dim=-1, dtype=torch.float32).to(logits.dtype)  # converts row by row, without a copy of the map
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -230,9 +232,12 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     """Return a context in which autocast does not run matrix products on the device of `tensor` in half precision."""
     kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast does not support meta tensors
+    if kind == "meta":  # autocast does not support it
         return _NO_CONTEXT
-    return torch.autocast(device_type=kind, enabled=False)
+    # A traced or exported program may be called under autocast later.
+    if torch.is_autocast_enabled(kind) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.autocast(device_type=kind, enabled=False)
+    return _NO_CONTEXT
 
 
 def gather_rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,9 @@
 | fast path | where | disable it alone |
 | --- | --- | --- |
 | unused tokens are not computed | `CLCAViTModel.shortcuts` | `model.vit.skip_unread_rows = False` |
-| plain modules without hooks are not called, but their functions | `linear_clca.is_bare` | |
+| functions are called instead of plain modules without hooks, and idle modules are skipped | `linear_clca.is_bare` | |
+| torch's attention kernel is called directly | `CLCAViTAttention.attend` | |
+| the convolution of the CLA head is computed as products | `heads_clca.LayerConvolution` | |
 | linear layers by oneDNN, in float32 inference on a CPU | `linear_clca.linear` | `torch.backends.mkldnn.flags(enabled=False)` |
 | GELU within oneDNN's product, or in place, in inference | `linear_clca.activated_linear` | |
 | attention output and statistics in one pass, in inference | `AttentionContext._of_chunks` | |

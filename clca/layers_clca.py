@@ -26,8 +26,8 @@ from .reductions_clca import get_reduction
 
 
 def is_idle(module: nn.Module) -> bool:
-    """Return whether a module would return its input unchanged, as dropout in evaluation, and nothing observes the call,
-    so that it need not be called."""
+    """Return whether the call of a module can be skipped: it returns its input unchanged, as dropout does in evaluation,
+    and nothing observes the call."""
     kind = type(module)
     if kind is not nn.Identity and (module.training or kind not in (nn.Dropout, CLCAViTDropPath)):
         return False
@@ -285,7 +285,7 @@ class CLCAViTAttention(nn.Module):
         if outcome is None:
             dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
             function = self.attention_function(context.mask, output_attentions)
-            if function is sdpa_attention_forward and context.mask is None and not kwargs:
+            if function is sdpa_attention_forward and context.mask is None and not kwargs and fast_paths_enabled():
                 # What this function does in the end, after several checks that do not concern this model.
                 output = nn.functional.scaled_dot_product_attention(
                     query, key, value, dropout_p=dropout, scale=self.scaling

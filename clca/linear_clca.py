@@ -36,15 +36,15 @@ try:
 except (ImportError, AttributeError):
     pass
 
-# The function behind `torch.ops.aten.gelu_`, which takes two microseconds less.
-_gelu_in_place = getattr(torch._C._nn, "gelu_", torch.ops.aten.gelu_)
+# The function behind `torch.ops.aten.gelu_`, which is faster to call.
+_gelu_in_place = getattr(getattr(torch._C, "_nn", None), "gelu_", torch.ops.aten.gelu_)
 
 # In smaller layers, looking up the plan (about 20 us) takes longer than the multiplication. Measured for 1 to 788 tokens.
 _MIN_WEIGHTS = 2**16
 
 
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the submodules of a module by name. Looking them up as attributes takes ten times as long."""
+    """Return the submodules of a module by name. Looking them up as attributes is slower."""
     return module._modules  # ty: ignore[invalid-explicit-return]  # None is possible, but not in the modules of this model
 
 
@@ -52,14 +52,20 @@ def is_bare(module: nn.Module) -> bool:
     """Return whether calling a module does nothing but run the `forward` of its class, so that its function can be
     called instead.
 
-    This is not the case with hooks (of the module or global), with a `forward` replaced on the module itself, as in
-    offloading, and while a graph is compiled or exported, which names its nodes after modules. `set_fast_paths(False)`
-    makes all modules be called."""
+    A module must be called
+
+    - if it has hooks, or there are global ones;
+    - if its own `forward` was replaced, as in offloading, or it was compiled with `module.compile()`;
+    - while a graph is compiled or exported, because its nodes are named after the modules;
+    - with `set_fast_paths(False)`.
+
+    A `forward` replaced in the class is not noticed."""
     return (
         not torch.compiler.is_compiling()
         and fast_paths_enabled()
         and not is_hooked(module)
         and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
     )
 
 
@@ -68,7 +74,7 @@ def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
     A plain `nn.Linear` is not called as a module, and oneDNN is used in inference on a CPU in float32.
     `torch.backends.mkldnn.flags(enabled=False)` turns oneDNN off, `set_fast_paths(False)` both."""
-    weight = _weight(layer) if type(layer) is nn.Linear else None
+    weight = _weight(layer, hidden_states) if type(layer) is nn.Linear else None
     if weight is None:
         return layer(hidden_states)
     bias = layer._parameters["bias"]
@@ -83,7 +89,8 @@ def activated_linear(layer: nn.Module, activation: nn.Module, hidden_states: tor
     GELU after a plain `nn.Linear` is computed together with the product by oneDNN where `linear` would use it, or else
     in place in inference: the hidden activations of the MLP are the largest tensor of a model. In all other cases, and
     with `set_fast_paths(False)`, the activation is called."""
-    weight = _weight(layer) if type(layer) is nn.Linear and type(activation) is GELUActivation else None
+    is_plain = type(layer) is nn.Linear and type(activation) is GELUActivation
+    weight = _weight(layer, hidden_states) if is_plain else None
     if weight is None or not is_bare(activation):
         return activation(linear(layer, hidden_states))
     bias = layer._parameters["bias"]
@@ -97,17 +104,20 @@ def activated_linear(layer: nn.Module, activation: nn.Module, hidden_states: tor
 
 def layer_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """Apply a norm to `hidden_states` (..., channels). A plain `nn.LayerNorm` is not called as a module."""
-    if type(norm) is nn.LayerNorm and (weight := _weight(norm)) is not None:
+    if type(norm) is nn.LayerNorm and (weight := _weight(norm, hidden_states)) is not None:
         return torch.layer_norm(hidden_states, norm.normalized_shape, weight, norm._parameters["bias"], norm.eps)
     return norm(hidden_states)
 
 
-def _weight(module: nn.Module) -> torch.Tensor | None:
+def _weight(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor | None:
     """Return the weight of a module if the module need not be called, else None.
 
-    Some libraries for distributed training replace parameters by plain attributes. Their modules are called."""
+    Some libraries for distributed training replace parameters by plain attributes, and torch.fx traces with objects that
+    are no tensors. In both cases the module is called."""
     parameters = module._parameters
-    return parameters.get("weight") if "bias" in parameters and is_bare(module) else None
+    if "bias" not in parameters or not isinstance(hidden_states, torch.Tensor) or not is_bare(module):
+        return None
+    return parameters.get("weight")
 
 
 def _suits_onednn(weight: torch.Tensor, hidden_states: torch.Tensor) -> bool:

@@ -82,14 +82,18 @@ def test_small_models_do_little_besides_arithmetic(options: dict[str, Any], oper
 
 
 @every_method
-def test_shortcuts_are_exact(method: str | None) -> None:
+def test_shortcuts_are_exact(method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits in float32 are the same with and without any shortcut."""
+    products = count_onednn(monkeypatch)
     model = make(method, **CACHE, head="cla").float()
     pixels = images().float()
     with torch.inference_mode():
         output = model(pixels)
+        assert products
+        products.clear()
         with set_fast_paths(False):
             plain = model(pixels)
+    assert not products
     assert (output.logits - plain.logits).abs().max() <= 1e-5
     assert output.token_counts == plain.token_counts
 
@@ -157,8 +161,38 @@ def test_gelu_and_product_in_one_operator(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.allclose(nn.functional.gelu(outputs[0]), outputs[1], atol=1e-6)
 
 
-def test_aggregation_of_layers_is_a_convolution() -> None:
-    convolution = LayerConvolution(6, 12, kernel_size=4, groups=6).double()
-    cls_tokens = torch.randn(3, 6, 4, dtype=torch.float64)
+@pytest.mark.parametrize(("bias", "length"), [(True, 4), (False, 4), (True, 5)])
+def test_aggregation_of_layers_is_a_convolution(bias: bool, length: int) -> None:
+    convolution = LayerConvolution(6, 12, kernel_size=4, groups=6, bias=bias).double()
+    cls_tokens = torch.randn(3, 6, length, dtype=torch.float64)
     expected = nn.functional.conv1d(cls_tokens, convolution.weight, convolution.bias, groups=6)
     assert torch.allclose(convolution(cls_tokens), expected, atol=1e-12)
+
+
+def test_aggregation_under_autocast() -> None:
+    """The result has the precision of a convolution."""
+    convolution, cls_tokens = LayerConvolution(6, 12, kernel_size=4, groups=6), torch.randn(3, 6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = convolution(cls_tokens)
+        with set_fast_paths(False):
+            theirs = convolution(cls_tokens)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert torch.allclose(ours, theirs, atol=0.05)
+
+
+def test_compiled_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so are modules that torch.fx traces: its graph is of modules, not of their functions."""
+    mlp = make(None).vit.layers[0].mlp
+    called: list[torch.Tensor] = []
+    monkeypatch.setattr(mlp.fc1, "_compiled_call_impl", lambda x: called.append(x) or nn.Linear.forward(mlp.fc1, x))
+    mlp(torch.randn(1, 2, 16, dtype=torch.float64))
+    assert len(called) == 1
+    graph = torch.fx.symbolic_trace(make(None).vit.layers[0].mlp).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["fc1", "activation_fn", "fc2"]
+
+
+def test_exported_scores_are_kept_out_of_autocast() -> None:
+    """A program that was exported without autocast may be called under autocast later."""
+    model = make("topk", head="cla").float().eval()
+    program = torch.export.export(model.vit, (images().float(),), strict=False)
+    assert any("autocast" in str(node.target) for node in program.graph.nodes)
