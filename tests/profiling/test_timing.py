@@ -40,6 +40,18 @@ class TestTiming:
         InterleavedTiming({name: lambda name=name: again.append(name) for name in "abcd"}, CPU).run(20)
         assert again == calls  # the order is that of the seed
 
+    def test_pause(self, monkeypatch):
+        """Between runtimes, quick functions are called once more without being timed."""
+        slept, called = [], []
+        monkeypatch.setattr(timing.time, "sleep", slept.append)
+        runs = {name: lambda name=name: called.append(name) for name in "ab"}
+        timed = InterleavedTiming(runs, CPU, pause=True)
+        timed.quick.add("a")
+        timed.run(3)
+        assert slept == [timing.PAUSE] * 6
+        assert (called.count("a"), called.count("b")) == (6, 3)
+        assert {name: len(seconds) for name, seconds in timed.seconds.items()} == {"a": 3, "b": 3}
+
     def test_what_fails_leaves_and_the_others_go_on(self):
         timed = InterleavedTiming({"bad": lambda: 1 / 0, "good": lambda: None}, CPU)
         timed.warm_up()

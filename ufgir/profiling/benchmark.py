@@ -488,7 +488,8 @@ class Benchmark:
 
     def _time(self, runs: dict[str, Run], results: Sequence[Result], report: Report) -> None:
         """Time functions in turn, each named by the index of its result."""
-        timing = InterleavedTiming(runs, self.device, self.seed)
+        pause = len({results[int(index)].setting.backend for index in runs}) > 1
+        timing = InterleavedTiming(runs, self.device, self.seed, pause)
         for index, seconds in timing.seconds.items():
             results[int(index)].seconds = seconds  # the same list, so that an interrupted run keeps its times
         try:

@@ -27,6 +27,8 @@ Run = Callable[[], Any]
 IDLE = 0.3  # largest load of the whole machine at which times are measured
 SHORTEST = 0.02  # seconds; shorter calls are timed several at a time
 SLOW = 2.0  # seconds; longer calls are warm after the first
+QUICK = 0.2  # seconds; calls that other threads disturb noticeably
+PAUSE = 0.05  # seconds after which the threads of a runtime sleep
 
 
 class Quartiles(NamedTuple):
@@ -89,14 +91,18 @@ class InterleavedTiming:
         runs: name -> function to time.
         device: device on which the functions compute.
         seed: seed of the order within each round.
+        pause: wait before each timing until the threads of the function before sleep. Needed if the functions use several runtimes:
+            each has its own threads, which wait actively for more work and would compete with those of the next function.
 
     Attributes:
         seconds: name -> seconds of one call, one value per round; also valid after an interruption.
         failures: name -> error of a function that failed; it is not called again.
     """
 
-    def __init__(self, runs: Mapping[Any, Run], device: torch.device, seed: int = 0) -> None:
+    def __init__(self, runs: Mapping[Any, Run], device: torch.device, seed: int = 0, pause: bool = False) -> None:
         self.runs = dict(runs)
+        self.pause = pause
+        self.quick: set[Any] = set()  # names of functions that take less than `QUICK`
         self.device = device
         self.order = random.Random(seed)
         self.calls = dict.fromkeys(runs, 1)
@@ -126,6 +132,8 @@ class InterleavedTiming:
                     seconds = self._try(name)
             if seconds is not None:
                 self.calls[name] = max(1, math.ceil(SHORTEST / max(seconds, 1e-9)))
+                if seconds < QUICK:
+                    self.quick.add(name)
             if after:
                 after()
 
@@ -139,7 +147,11 @@ class InterleavedTiming:
         for _ in range(rounds):
             names = list(self.runs)
             for name in self.order.sample(names, len(names)):
-                seconds = self._try(name)
+                if self.pause:
+                    time.sleep(PAUSE)
+                    if name in self.quick:
+                        self._try(name)  # not timed: wakes its threads
+                seconds = self._try(name) if name in self.runs else None
                 if seconds is not None:
                     self.seconds[name].append(seconds)
                 if after:
