@@ -213,7 +213,8 @@ def attention_softmax(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.
         )
     if logits.dtype in (torch.float32, torch.float64):
         return logits.softmax(dim=-1)
-    return logits.softmax(dim=-1, dtype=torch.float32).to(logits.dtype)  # converts row by row, without a copy of the map
+    # Converts row by row, without a copy of the map.
+    return logits.softmax(dim=-1, dtype=torch.float32).to(logits.dtype)
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
