@@ -16,6 +16,7 @@ WEIGHTS = {
     "w": GENERATOR.normal(size=(8, 6)),
     "b": GENERATOR.normal(size=6),
     "v": GENERATOR.normal(size=(6, 8)),
+    "square": GENERATOR.normal(size=(8, 8)),
     "scale": GENERATOR.normal(size=8),
     "shift": GENERATOR.normal(size=8),
     "positions": GENERATOR.normal(size=(1, 5, 8)),
@@ -53,6 +54,7 @@ def rewritten(model):
     rewrite(inner)
     made = ir.serde.serialize_model(inner)
     onnx.checker.check_model(made)
+    assert [value.name for value in made.graph.output] == [value.name for value in model.graph.output]
     for batch in (1, 3):
         fed = {}
         for given in model.graph.input:
@@ -67,6 +69,13 @@ def rewritten(model):
     return made, Counter(node.op_type for node in made.graph.node)
 
 
+def ranks(model, *operators):
+    """Return the numbers of dimensions that the outputs of these operators have."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    found = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.value_info, *graph.output)}
+    return {found[node.output[0]] for node in graph.node if node.op_type in operators}
+
+
 def test_linear_layers_compute_matrices():
     """Between norm, linear layers, activation and residual sum, nothing is reshaped; heads are split from the matrix."""
     lines = """
@@ -77,9 +86,7 @@ def test_linear_layers_compute_matrices():
     made, operators = rewritten(graph(lines, outputs="float[batch, 3, 5, 2] y"))
     assert operators["Reshape"] == 2  # of the input and of the heads
     assert operators["MatMul"] == 3 and operators["Add"] == 3
-    shapes = onnx.shape_inference.infer_shapes(made).graph.value_info
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in shapes}
-    assert all(ranks[node.output[0]] == 2 for node in made.graph.node if node.op_type in ("MatMul", "Add", "Gelu"))
+    assert ranks(made, "MatMul", "Add", "Gelu") == {2}
 
 
 def test_whole_tokens_are_gathered():
@@ -96,9 +103,7 @@ def test_expansions_to_the_same_size_are_skipped():
 @pytest.mark.parametrize(
     "lines",
     [
-        "y = Add(x, positions)",  # of another number of images
         "c = Slice(x, one, five, one)  y = Concat<axis = 1>(c, x)",
-        "m = ReduceMean(x, step)  y = Add(x, m)",  # of another width
         "e = Expand(x, images)  y = Identity(e)",  # more images
         "u = Reshape(x, two)  y = Transpose<perm = [0, 2, 1]>(u)",
     ],
@@ -107,3 +112,46 @@ def test_other_operators_stay(lines):
     model = graph(lines)
     _, operators = rewritten(model)
     assert operators == Counter(node.op_type for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("lines", "inputs"),
+    [
+        ("a = Add(n, positions)", ""),
+        ("m = ReduceMean(x, step)  a = Add(n, m)", ""),  # of another width
+        ("a = Add(n, z)", ", float[1, 5, 8] z"),
+        ("a = Add(n, z)", ", float[images, 5, 8] z"),
+        ("a = Add(n, z)", ", float[?, 5, 8] z"),
+    ],
+)
+def test_sums_of_other_sizes_stay(lines, inputs):
+    """Their tokens do not correspond to each other, although the norm before computes a matrix."""
+    norm = "n = LayerNormalization(x, scale, shift)"
+    made, _ = rewritten(graph(f"{norm}  {lines}  y = Identity(a)", f"float[batch, 5, 8] x{inputs}"))
+    assert ranks(made, "LayerNormalization") == {2} and ranks(made, "Add") == {3}
+
+
+def test_unknown_sizes_are_not_equal():
+    """The first dimension of both is unknown: the images are three times as many, and the sum is of one image and some."""
+    model = graph("e = Expand(x, images)  y = Identity(e)", "float[?, 5, 8] x")
+    for value in model.graph.value_info:
+        value.type.tensor_type.shape.dim[0].Clear()
+    _, operators = rewritten(model)
+    assert operators["Expand"] == 1
+    lines = "n = LayerNormalization(x, scale, shift)  a = Add(n, z)  y = Identity(a)"
+    made, _ = rewritten(graph(lines, "float[?, 5, 8] x, float[?, 5, 8] z"))
+    assert ranks(made, "Add") == {3}
+
+
+@pytest.mark.parametrize("line", ["y = LayerNormalization(x, scale, shift)", "y = Expand(x, twice)", "y = MatMul(x, square)"])
+def test_tokens_may_be_the_output(line):
+    model = graph(line, outputs="float[batch, 5, 8] y")
+    _, operators = rewritten(model)
+    assert operators == Counter(node.op_type for node in model.graph.node)
+
+
+def test_names_that_are_taken():
+    lines = "flat_8 = Relu(x)  n = LayerNormalization(flat_8, scale, shift)  n_tokens = Relu(n)"
+    lines += "  n_shape = Mul(n_tokens, scale)  flat_8_flat = Identity(n_shape)  y = Identity(flat_8_flat)"
+    made, _ = rewritten(graph(lines))
+    assert ranks(made, "LayerNormalization", "Mul") == {2}

@@ -88,6 +88,11 @@ def _dims(value: "ir.Value | None") -> list[Any]:
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]
 
 
+def _same_sizes(dims: list[Any], others: list[Any]) -> bool:
+    """Return whether dimensions are equal numbers or names; unknown ones (None) may differ."""
+    return dims == others and None not in dims
+
+
 def _is_tokens(value: "ir.Value | None") -> bool:
     """Return whether a value has the shape (B, N, D) with known N and D, and is computed."""
     dims = _dims(value)
@@ -101,11 +106,9 @@ def _integer(node: "ir.Node", name: str, default: int) -> int:
 
 
 def _add_constant(graph: "ir.Graph", name: str, array: np.ndarray) -> "ir.Value":
-    """Add a constant to a graph."""
+    """Add a constant to a graph. No other value must have its name."""
     import onnx_ir as ir
 
-    while name in graph.initializers:
-        name += "_"
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
@@ -148,11 +151,13 @@ def _gather_whole_tokens(graph: "ir.Graph") -> None:
             continue
         expand = _producer(node.inputs[1], "Expand")
         dims = _dims(expand.inputs[0]) if expand is not None else []
-        if len(dims) != 3 or dims[2] != 1 or dims[:2] != _dims(node.outputs[0])[:2]:
+        given, made = _dims(node.inputs[0]), _dims(node.outputs[0])
+        if len(dims) != 3 or dims[2] != 1 or dims[0] != given[0]:
             continue
-        new = _new_node(
-            node, "GatherND", [node.inputs[0], expand.inputs[0]], _dims(node.outputs[0]), "whole", batch_dims=1
-        )
+        if not _same_sizes([*dims[:2], given[2]], made):
+            continue
+        inputs = [node.inputs[0], expand.inputs[0]]
+        new = _new_node(node, "GatherND", inputs, made, "whole", batch_dims=1)
         _replace(graph, node, new)
 
 
@@ -161,7 +166,9 @@ def _skip_expansions(graph: "ir.Graph") -> None:
     import onnx_ir as ir
 
     for node in list(graph):
-        if node.op_type == "Expand" and _is_tokens(node.inputs[0]) and _dims(node.inputs[0]) == _dims(node.outputs[0]):
+        if node.op_type != "Expand" or not _is_tokens(node.inputs[0]) or node.outputs[0].is_graph_output():
+            continue
+        if _same_sizes(_dims(node.inputs[0]), _dims(node.outputs[0])):
             ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
 
 
@@ -172,23 +179,33 @@ class _Flat:
         self.graph = graph
         self.matrices: dict[Any, Any] = {}
         self.shapes: dict[int, Any] = {}
+        values = [*graph.inputs, *graph.initializers.values()]
+        values += [output for node in graph.all_nodes() for output in node.outputs]
+        self.names = {value.name for value in values}
+
+    def unused(self, name: str) -> str:
+        """Return a name that no value of the graph has, and reserve it."""
+        while name in self.names:
+            name += "_"
+        self.names.add(name)
+        return name
 
     def of(self, value: "ir.Value", node: "ir.Node") -> "ir.Value":
         """Return the matrix of tokens; if there is none, it is made before a node."""
         if value not in self.matrices:
             width = _dims(value)[2]
             if width not in self.shapes:
-                self.shapes[width] = _add_constant(self.graph, f"flat_{width}", np.array([-1, width]))
+                self.shapes[width] = _add_constant(self.graph, self.unused(f"flat_{width}"), np.array([-1, width]))
             origin = value.producer() or node
             reshape = _new_node(origin, "Reshape", [value, self.shapes[width]], [None, width], "flat")
-            reshape.outputs[0].name, reshape.outputs[0].type = f"{value.name}_flat", value.type
+            reshape.outputs[0].name, reshape.outputs[0].type = self.unused(f"{value.name}_flat"), value.type
             reshape.name = f"{node.name}_input_{list(node.inputs).index(value)}"
             self.graph.insert_before(node, reshape)
             self.matrices[value] = reshape.outputs[0]
         return self.matrices[value]
 
     def computes(self, node: "ir.Node", tokens: "list[ir.Value]") -> None:
-        """Let a node compute matrices."""
+        """Let a node compute matrices. Its output is no output of the graph, which would lose its name."""
         import onnx_ir as ir
 
         for index, value in enumerate(node.inputs):
@@ -196,9 +213,10 @@ class _Flat:
                 node.replace_input_with(index, self.of(value, node))
         (output,) = node.outputs
         dims = _dims(output)
-        shape = _add_constant(self.graph, f"{output.name}_shape", np.array([-1, *dims[1:]]))
+        shape = _add_constant(self.graph, self.unused(f"{output.name}_shape"), np.array([-1, *dims[1:]]))
         back = _new_node(node, "Reshape", [output, shape], dims, "tokens")
-        ir.convenience.replace_all_uses_with(output, back.outputs[0], replace_graph_outputs=True)
+        back.outputs[0].name = self.unused(back.outputs[0].name)
+        ir.convenience.replace_all_uses_with(output, back.outputs[0])
         back.replace_input_with(0, output)
         output.shape = ir.Shape([None, dims[2]])
         self.graph.insert_after(node, back)
@@ -214,17 +232,19 @@ def _flatten_tokens(graph: "ir.Graph") -> None:
     for node in list(graph):
         tokens = [value for value in node.inputs if _is_tokens(value)]
         others = [value for value in node.inputs if value is not None and value not in tokens]
-        if not tokens or len(node.outputs) != 1 or not _is_tokens(node.outputs[0]):
+        output = node.outputs[0]
+        if not tokens or len(node.outputs) != 1 or not _is_tokens(output) or output.is_graph_output():
             continue
         kind = node.op_type
         if kind == "MatMul":
             suits = len(tokens) == 1 and node.inputs[0] is tokens[0] and len(_dims(node.inputs[1])) == 2
         elif kind == "LayerNormalization":
-            suits = len(tokens) == 1 and _integer(node, "axis", -1) in (-1, 2)
+            flat_scale = all(len(_dims(value)) <= 1 for value in others)
+            suits = len(tokens) == 1 and flat_scale and _integer(node, "axis", -1) in (-1, 2)
         elif kind in _UNARY:
             suits = tokens[0] in flat.matrices
         elif kind in _BINARY:
-            same = all(_dims(value) == _dims(node.outputs[0]) for value in tokens)
+            same = all(_same_sizes(_dims(value), _dims(output)) for value in tokens)
             small = all(_constant(value) is not None and len(_dims(value)) <= 1 for value in others)
             suits = same and small and any(value in flat.matrices for value in tokens)
         else:
