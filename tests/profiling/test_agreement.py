@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from clca import REDUCTIONS, CLCAViTForImageClassification
 from ufgir.cli import benchmark as command
 from ufgir.cli import entry as cli
+from ufgir.cli.common import classes_of
 from ufgir.profiling.agreement import Agreement, Answers, agreement, answers, cases_at_cost, nearest, places
 from ufgir.profiling.benchmark import NO_CLASSIFIER, Benchmark, Report, Result
 from ufgir.profiling.benchmark_cases import Case, Setting, case_config
@@ -131,10 +132,13 @@ def test_accuracy_is_that_of_the_labels(folders, stock):
     assert reduced.macs < dense.macs and reduced.peak_memory is None and reduced.seconds == []
 
 
-def test_classes_of_folders():
+def test_classes_of_folders(tmp_path, monkeypatch):
     label2id = {"ash": 0, "oak": 1}
-    assert command.classes_of(["a/oak/1.png", "b/ash/2.png", "b/oak/3.png"], label2id) == [1, 0, 1]
-    assert command.classes_of(["a/oak/1.png", "2.png"], label2id) is None
+    assert classes_of(["a/oak/1.png", "b/ash/2.png", "b/oak/3.png"], label2id) == [1, 0, 1]
+    assert classes_of(["a/oak/1.png", "2.png"], label2id) is None
+    (tmp_path / "oak").mkdir()
+    monkeypatch.chdir(tmp_path / "oak")
+    assert classes_of(["2.png"], label2id) == [1]
 
 
 def test_cases_cost_the_same(folders):

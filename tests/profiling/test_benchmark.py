@@ -1,6 +1,7 @@
 """`ufgir benchmark`: compared models, counted operations, and partial results if something fails."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from transformers import ViTForImageClassification
 
 from clca import REDUCTIONS, CLCAViTConfig, CLCAViTForImageClassification
 from tests.helpers import tiny_config
+from ufgir.cli import benchmark as command
 from ufgir.cli import entry as cli
 from ufgir.export import Exporter
 from ufgir.profiling import backends, benchmark, scaling, timing
@@ -30,6 +32,8 @@ from ufgir.profiling.benchmark_cases import (
     quarters,
 )
 from ufgir.profiling.benchmark_report import (
+    NEEDED,
+    NEEDED_ROW,
     check_place,
     csv_rows,
     fill_in,
@@ -39,8 +43,10 @@ from ufgir.profiling.benchmark_report import (
     throughput_panels,
     unfinished,
 )
+from ufgir.profiling.benchmark_report import record as record_of
 from ufgir.profiling.macs import count_macs
 from ufgir.profiling.timing import InterleavedTiming, check_idle
+from ufgir.utils.provenance import as_read
 
 
 CPU = torch.device("cpu")
@@ -263,6 +269,15 @@ class TestBenchmark:
             assert r.error is None and r.seconds
             assert r.case is None or (r.setup_seconds > 0 and r.peak_memory is None)
 
+    @pytest.mark.parametrize("freezing", [False, True])
+    def test_weights_are_packed_on_a_cpu_alone(self, freezing):
+        with torch._inductor.config.patch(freezing=freezing):
+            with backends.packed_weights(torch.device("cuda")):
+                assert torch._inductor.config.freezing == freezing
+            with backends.packed_weights(CPU):
+                assert torch._inductor.config.freezing
+            assert torch._inductor.config.freezing == freezing
+
     def test_compiled_on_a_gpu_is_a_cuda_graph_or_an_error(self, monkeypatch):
         """torch would only log that it cannot use one, and measure something else. (The options are those of this torch version.)"""
         asked = {}
@@ -323,10 +338,22 @@ class TestBenchmark:
         dense = [r for r in report.results if r.case is None]
         assert [r.dense for r in report.results] == [None, dense[0], None, dense[1]]
 
+    def test_every_group_is_restored_with_its_dense_model(self, base, monkeypatch):
+        monkeypatch.setitem(benchmark.AT_ONCE, "inference", 1)
+        cases = cross(["topk"], ["base"], [0.2, 0.4], [AT])
+        runner = Benchmark(base, CPU, threads=1, repetitions=1)
+        report = runner.run(cases)
+        for index, one in enumerate(report.results):
+            one.seconds = [1.0 + index]
+        earlier = as_read(record_of(report, {}, {}))
+        again = runner.run(cases, earlier=earlier)
+        assert [r.seconds for r in again.results] == [[1.0], [2.0], [3.0], [4.0]] and again.missing == []
+        assert [r.speedup for r in again.results if r.case] == [0.5, 0.75]
+
     def test_time_limit(self, base):
         report = Benchmark(base, CPU, time_limit=-1.0).run([Case(AT, None)])
         assert report.results == []
-        assert report.over_time and not report.interrupted and "Partial" in report.warnings[-1]
+        assert report.over_time and not report.interrupted and report.missing == [str(AT.table)]
         assert str(AT.table) in report.warnings[-1]
 
     def test_a_signal_waits_for_the_call(self, base, monkeypatch):
@@ -570,7 +597,7 @@ class TestCommand:
         assert [len(r["seconds"]) for r in record["results"]] == [2] * 8 and record["network"]["hidden_size"] == 16
         assert "| topk + CLCA, 0.1 |" in (tmp_path / "new" / "benchmark.md").read_text()
 
-    def test_interrupted(self, capsys, tmp_path, monkeypatch):
+    def test_interrupted(self, tmp_path, monkeypatch):
         """Partial results are written, and the document is not changed."""
         rounds = InterleavedTiming.run
 
@@ -583,8 +610,8 @@ class TestCommand:
         document.write_text("<!-- table: scaling -->\n<!-- end: scaling -->\n")
         argv = ["benchmark", *TINY, *PLAIN, "--batch-sizes", "2", "4", "--output", str(tmp_path / "out")]
         assert cli.main(argv) == 130
-        assert "Partial" in capsys.readouterr().out
         record = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+        assert record["missing"] == [str(AT.table), str(AT._replace(batch_size=4).table)] and not record["complete"]
         assert record["interrupted"] and [len(r["seconds"]) for r in record["results"]] == [1, 1, 1, 1]
         argv = ["benchmark", *TINY, "--scaling", "--depths", "4", "--into", str(document)]
         assert cli.main(argv) == 130
@@ -611,14 +638,15 @@ class TestCommand:
         record, first = read()
         assert {batch for batch, _ in first} == {2} and all(first.values())
         assert record["missing"] == [str(AT._replace(batch_size=4).table)]
-        assert "Left out" in (tmp_path / "benchmark.md").read_text()
+        assert record["missing"][0] in (tmp_path / "benchmark.md").read_text() and not record["complete"]
         assert {f.name for f in tmp_path.iterdir()} == {f"benchmark.{s}" for s in ("csv", "md", "json")}
 
         before = json.loads((tmp_path / "benchmark.json").read_text())
         assert cli.main(argv) == 0
         record, second = read()
         assert {name: second[name] for name in first} == first and len(second) == 2 * len(first)
-        assert record["missing"] == [] and any("Continued" in note for note in record["notes"])
+        assert record["missing"] == [] and record["complete"]
+        assert len(record["notes"]) == 1 and before["date"] in record["notes"][0]
         assert record["seconds"] > before["seconds"]
         rows = [[r for r in found["results"] if r["batch_size"] == 2] for found in (before, record)]
         assert rows[0] == rows[1]
@@ -627,22 +655,74 @@ class TestCommand:
         facts = {name: name for name in ("command", "host", "versions", "code")}
         about = {"repetitions": 3, "network": {"layers": [1, 2]}}
         assert unfinished(tmp_path, facts, about) is None
-        record = {**facts, **about, "missing": ["x"], "results": []}
+        needed = {"complete": False, "date": "d", "load": 0.0, "other_cores": 0.0, "seconds": 1.0}
+        record = {**facts, **about, **needed, "missing": ["x"], "results": []}
         (tmp_path / "benchmark.json").write_text(json.dumps(record))
         assert unfinished(tmp_path, facts, about | {"network": {"layers": (1, 2)}}) == record
         assert not caplog.records
         for name in (*facts, *about):
             assert unfinished(tmp_path, {**facts, **about, name: "other"}, {**facts, **about, name: "other"}) is None
             assert name in caplog.records[-1].getMessage()
-        (tmp_path / "benchmark.json").write_text(json.dumps(record | {"missing": []}))
-        assert unfinished(tmp_path, facts, about) is None  # nothing is left to measure
+        for complete in (False, True):  # whether the files that follow the last setting were written
+            one = record | {"missing": [], "complete": complete}
+            (tmp_path / "benchmark.json").write_text(json.dumps(one))
+            assert unfinished(tmp_path, facts, about) == (None if complete else one)
 
-    def test_a_preset_into_a_document(self, capsys, tmp_path):
+    def test_what_is_no_record_is_not_continued(self, tmp_path, caplog):
+        facts = {name: name for name in ("command", "host", "versions", "code", "date")}
+        whole = as_read(record_of(Report([result()], load=0.0), facts, {}))
+        (row,) = whole["results"]
+        file = tmp_path / "benchmark.json"
+        file.write_text(json.dumps(whole))
+        assert unfinished(tmp_path, facts, {}) == whole and not caplog.records
+
+        def without(values, name):
+            return {key: value for key, value in values.items() if key != name}
+
+        damaged = [[], {}, None, whole | {"results": None}, whole | {"results": [1]}]
+        damaged += [without(whole, name) for name in NEEDED]
+        damaged += [whole | {"results": [row, without(row, name)]} for name in NEEDED_ROW]
+        for text in ("", "[", *map(json.dumps, damaged)):
+            caplog.clear()
+            file.write_text(text)
+            assert unfinished(tmp_path, facts, {}) is None and str(file) in caplog.text, text
+        caplog.clear()
+        file.unlink()
+        file.mkdir()
+        assert unfinished(tmp_path, facts, {}) is None and str(file) in caplog.text
+
+    def test_a_preset_into_a_document(self, capsys, tmp_path, monkeypatch):
+        """Whole, or not at all: after the time limit, or a kill while files are written, the same command continues."""
         document = tmp_path / "page.md"
-        document.write_text("<!-- table: training -->\n<!-- end: training -->\n")
-        argv = [*OPTIONS, "--patch-size", "64", "--repetitions", "1", "--into", str(document)]
-        assert cli.main(["benchmark", "--preset", "training", *argv]) == 0
-        assert "filled in training" in capsys.readouterr().out
+        empty = "<!-- table: training -->\n<!-- end: training -->\n"
+        document.write_text(empty)
+        argv = ["benchmark", "--preset", "training", *OPTIONS, "--patch-size", "64", "--repetitions", "1"]
+        argv += ["--into", str(document), "--output", str(tmp_path / "out")]
+        whole = Benchmark._time_group
+
+        def read():
+            return json.loads((tmp_path / "out" / "benchmark.json").read_text())
+
+        def then_late(self, *args):
+            whole(self, *args)
+            self.deadline = -math.inf
+
+        def killed(*args):
+            raise GeneratorExit  # nothing handles it, as with SIGKILL
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Benchmark, "_time_group", then_late)
+            assert cli.main(argv) == 1
+        assert read()["over_time"] and read()["missing"] and read()["results"] and not read()["complete"]
+        assert str(document) in capsys.readouterr().out and document.read_text() == empty
+        with monkeypatch.context() as patched, pytest.raises(GeneratorExit):
+            patched.setattr(command, "fill_in", killed)
+            cli.main(argv)
+        assert read()["missing"] == [] and not read()["complete"] and document.read_text() == empty
+        with monkeypatch.context() as patched:
+            patched.setattr(Benchmark, "_time_group", killed)  # everything is measured
+            assert cli.main(argv) == 0
+        assert read()["complete"] and "filled in training" in capsys.readouterr().out
         text = document.read_text()
         assert "training, 448 px, batch 4" in text and "| evit + CLCA, 0.1 |" in text
         assert "goal" not in text  # those are for ViT-B/16

@@ -47,7 +47,7 @@ from ..profiling.timing import IDLE, check_idle
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
 from ..utils.text import align
-from .common import FREE, check_rates, config_values, image_batches, is_installed, require, some_images
+from .common import FREE, check_rates, classes_of, config_values, image_batches, is_installed, require, some_images
 from .outputs import check_document, check_folder, print_before_error
 
 
@@ -184,6 +184,8 @@ class Outcome(NamedTuple):
         draw: (folder, beginning of file names) -> figures.
         write: folder -> files.
         status: 0; 1 if nothing could be measured; 130 if it was interrupted.
+        missing: settings that the time limit left out or cut short.
+        finish: called after all files are written.
     """
 
     text: str
@@ -191,6 +193,8 @@ class Outcome(NamedTuple):
     draw: Callable[[Path, str], list[Path]]
     write: Callable[[Path], list[Path]]
     status: int
+    missing: Sequence[str] = ()
+    finish: Callable[[], Any] | None = None
 
 
 def run(args: argparse.Namespace) -> tuple[str, int]:
@@ -200,18 +204,25 @@ def run(args: argparse.Namespace) -> tuple[str, int]:
     _check(args, name)
     measure = {"scaling": _scaling, "input-pipeline": _pipeline}.get(name, _cases)
     outcome = measure(args)
+    status = outcome.status
     said = [outcome.text]
     with print_before_error(said):
         if args.output is not None:
             said.append("\n".join(f"wrote {file}" for file in outcome.write(Path(args.output))))
-        if args.into is not None and outcome.status:
+        if args.into is not None and status:
             said.append(f"{args.into} was not changed, because the results are incomplete.")
+        elif args.into is not None and outcome.missing:
+            status = 1
+            more = "" if args.output else " With `--output`, the same command continues."
+            said.append(f"{args.into} was not changed: the time limit came before its table was whole.{more}")
         elif args.into is not None:
             document = Path(args.into)
             figures = outcome.draw(document.parent / "figures", f"benchmark_{name}")
             fill_in(document, name, outcome.markdown, figures)
             said.append(f"filled in {name} of {document}")
-    return "\n\n".join(said), outcome.status
+        if outcome.finish is not None:
+            outcome.finish()
+    return "\n\n".join(said), status
 
 
 def _status(interrupted: bool, measured: bool = True) -> int:
@@ -446,12 +457,6 @@ def _images(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[Images | N
     return image_batches(images, args.model, config), classes_of(images["path"], config.label2id)
 
 
-def classes_of(files: Sequence[str], label2id: dict[str, int]) -> list[int] | None:
-    """Return the class of each image file, whose folder is named after it; None if a folder is not named after a class."""
-    names = [Path(file).absolute().parent.name for file in files]
-    return [label2id[name] for name in names] if set(names) <= set(label2id) else None
-
-
 def _dense_backends(args: argparse.Namespace, preset: Preset | None) -> Sequence[str]:
     """Return the backends of the dense model besides those of the cases."""
     if args.dense_backends is not None:
@@ -508,6 +513,11 @@ def _cases(args: argparse.Namespace) -> Outcome:
         report.notes[:0] = [note for note in notes if note not in report.notes]
         return [] if folder is None else write_report(folder, report, facts, network, figures)
 
+    def finish() -> None:
+        report.complete = not report.missing and not report.interrupted
+        if report.complete:
+            save(report)
+
     with _progress() as progress:
         benchmark = Benchmark(
             config,
@@ -532,6 +542,8 @@ def _cases(args: argparse.Namespace) -> Outcome:
         lambda folder, prefix: draw(report, folder, prefix),
         lambda folder: save(report, figures=True),
         _status(report.interrupted, any(result.error is None for result in report.results if result.case)),
+        report.missing,
+        finish,
     )
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -194,6 +194,12 @@ def image_batches(
             yield torch.stack([transform(images[row]["image"]) for row in rows])
 
     return batches
+
+
+def classes_of(files: Sequence[str], label2id: Mapping[str, int]) -> list[int] | None:
+    """Return the class of each image file, whose folder is named after it; None if a folder is not named after a class."""
+    names = [Path(file).absolute().parent.name for file in files]
+    return [int(label2id[name]) for name in names] if set(names) <= set(label2id) else None
 
 
 def open_image(file: str) -> Image.Image:

@@ -19,7 +19,7 @@ from ..web.graphs import PRECISIONS as WEB_PRECISIONS
 from ..web.runtime import PACKAGE, VERSION
 from ..web.server import serve_folder
 from ..web.site import Site, build_site
-from .common import add_reduction_options, check_rates, config_values, image_batches, some_images
+from .common import add_reduction_options, check_rates, classes_of, config_values, image_batches, some_images
 from .outputs import check_file, check_folder
 
 
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> str:
         if paths:
             images[name], files = _images(args.model, paths, count, config)
             if name == "images":
-                images["labels"] = _labels(files, config)
+                images["labels"] = classes_of(files, config.label2id)
     options = {"metadata": facts, "tolerance": args.tolerance, "precision": args.precision, **images}
     if args.keep_rates:
         exported = export_budgets(model, args.output, args.keep_rates, **options)
@@ -165,12 +165,6 @@ def _images(model: str, paths: list[str], count: int, config: CLCAViTConfig) -> 
         raise ValueError(f"`--calibration` and `--check` need a model with square images, got {height} x {width}.")
     images = some_images(paths, count, option="--calibration-images or --check-images")
     return list(image_batches(images, model, config)(height)), list(images["path"])
-
-
-def _labels(files: list[str], config: CLCAViTConfig) -> list[int] | None:
-    """Return the classes that the folders of the images are named after, or None if a folder has another name."""
-    folders = [Path(file).parent.name for file in files]
-    return [int(config.label2id[name]) for name in folders] if config.label2id.keys() >= set(folders) else None
 
 
 def check_keep_rates(args: argparse.Namespace) -> None:

@@ -81,6 +81,7 @@ class Result:
         accuracy: share of these images that are classified correctly; None if their classes are not known.
         error: why there are no numbers.
         finished: whether all rounds ran, or it failed.
+        place: number of its group in the table, and its index in that group; every group times the dense models again.
     """
 
     setting: Setting
@@ -101,12 +102,13 @@ class Result:
     accuracy: float | None = None
     error: str | None = None
     finished: bool = False
+    place: tuple[int, int] = (0, 0)
 
     @property
     def identity(self) -> Any:
-        """Return what is measured, as a value that a JSON file can hold."""
+        """Return what is measured and with which group, as a value that a JSON file can hold; no two results of a run share it."""
         case = self.case and {name: value for name, value in self.case._asdict().items() if name != "goals"}
-        return as_read([self.setting, case])
+        return as_read([self.place, self.setting, case])
 
     @property
     def time(self) -> Quartiles | None:
@@ -238,6 +240,7 @@ class Report:
         other_cores: cores that other processes used on average; None if unknown.
         interrupted, over_time: whether results are missing because of Ctrl-C or the time limit.
         missing: settings that are not finished yet.
+        complete: whether nothing is missing, and all files were written; set by the caller of `Benchmark.run`.
         notes: further remarks, one sentence each.
     """
 
@@ -250,6 +253,7 @@ class Report:
     interrupted: bool = False
     over_time: bool = False
     missing: list[str] = field(default_factory=list)
+    complete: bool = False
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
@@ -379,9 +383,9 @@ class Benchmark:
         self.files = Files(self._calibration)
         self.deadline = start + self.time_limit
         groups = [
-            (setting, self._with_dense(chunk))
+            (setting, self._with_dense(chunk, number))
             for setting, group in by_table(cases).items()
-            for chunk in chunks(group, AT_ONCE[setting.mode])
+            for number, chunk in enumerate(chunks(group, AT_ONCE[setting.mode]))
         ]
         _join_precisions([result for _, group in groups for result in group])
         todo = []
@@ -427,8 +431,8 @@ class Benchmark:
             if text:
                 self.progress.set_description_str(text)
 
-    def _with_dense(self, cases: Sequence[Case]) -> list[Result]:
-        """Return results to be filled, of cases and the dense models of their tables."""
+    def _with_dense(self, cases: Sequence[Case], number: int = 0) -> list[Result]:
+        """Return results to be filled, of cases and the dense models of their tables, as the group of this number."""
         results: list[Result] = []
         for table in dict.fromkeys(case.setting.table for case in cases):
             here = [case for case in cases if case.setting.table == table]
@@ -447,6 +451,8 @@ class Benchmark:
                 row.dense_rows, row.deployments = dense, models.setdefault(row.case.model, [])
                 row.deployments.append(row)
             results += [stock, *rows]
+        for index, result in enumerate(results):
+            result.place = (number, index)
         return results
 
     def _differs(self, case: Case) -> bool:

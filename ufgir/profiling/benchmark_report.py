@@ -17,7 +17,8 @@ import torch
 from ..utils.files import write_csv, write_text_atomically
 from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
 from ..utils.provenance import as_read, describe_host, now, peak_memory, source_checksum, source_commit
-from .benchmark import Report, Result
+from ..utils.text import counted
+from .benchmark import RESTORED, Report, Result
 from .benchmark_cases import Setting, by_table
 from .timing import Quartiles
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RECORD = "benchmark.json"
+# Values of a record, and of each of its results, with which a run continues.
+NEEDED = {"complete", "date", "load", "other_cores", "results", "seconds"}
+NEEDED_ROW = {"identity", "finished", "model", "cosine", "same_neighbor", "same_top1", *RESTORED}
 PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "datasets", "pillow")
 MEGA = 1e6
 COLUMNS = 3  # panels per row
@@ -58,7 +62,7 @@ def provenance() -> dict[str, Any]:
 def origin(facts: Mapping[str, Any], threads: int | None = None) -> str:
     """Describe the provenance of numbers in one line."""
     versions = [f"{name} {facts['versions'].get(name, '?')}" for name in ("torch", "transformers")]
-    parts = [f"`{facts['command']}`", facts["host"], f"{threads} thread{'s'[: threads > 1]}" if threads else ""]
+    parts = [f"`{facts['command']}`", facts["host"], counted(threads, "thread") if threads else ""]
     parts += [", ".join(versions), facts["date"][:10]]
     return "; ".join(part for part in parts if part)
 
@@ -343,29 +347,39 @@ def write_report(
 
 
 def unfinished(folder: Path, facts: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the record of a run that was ended before everything was measured, or None.
+    """Return the record of a run that was ended before everything was measured and written, or None.
 
     Args:
         folder: folder with the files of the run.
         facts: provenance of this run.
         about: further values of the record that must be the same: network, repetitions, threads.
 
-    A record of another command, machine, code or versions is ignored, with a warning: its times do not compare with new ones.
+    A record of another command, machine, code or versions is ignored, with a warning: its times do not compare with new ones. One that
+    cannot be read, or lacks values, is ignored with a warning, too.
     """
     try:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (OSError, ValueError):
+        found = None
+    if not _is_record(found):
         logger.warning("%s cannot be read and is replaced", folder / RECORD)
         return None
-    if not found.get("missing"):
+    if found["complete"]:
         return None
     same = as_read({**{name: facts[name] for name in ("command", "host", "versions", "code")}, **about})
     if differ := [name for name, value in same.items() if found.get(name) != value]:
         logger.warning("%s is an unfinished run with another %s; it is replaced", folder / RECORD, ", ".join(differ))
         return None
     return found
+
+
+def _is_record(found: Any) -> bool:
+    """Return whether a value from a JSON file has what a run needs to continue."""
+    if not isinstance(found, dict) or not found.keys() >= NEEDED or not isinstance(found["results"], list):
+        return False
+    return all(isinstance(row, dict) and row.keys() >= NEEDED_ROW for row in found["results"])
 
 
 def draw(report: Report, folder: Path, prefix: str) -> list[Path]:
