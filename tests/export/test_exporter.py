@@ -209,6 +209,10 @@ class TestCheck:
         with pytest.raises(ValueError, match=r"`labels`.* 4 for 5"):
             compare(program, program, batches, labels=labels[:-1])
 
+    def test_nothing_to_compare(self):
+        with pytest.raises(ValueError, match=r"`drawn`.*`images`"):
+            self.check(lambda logits: logits, drawn=())
+
     def test_random_images_beside_given_ones(self):
         """Logits of another batch size are compared, but only given images count."""
         found = self.check(lambda logits: logits + (len(logits) == 3), images=[images(2).float()])

@@ -38,4 +38,4 @@ def test_command(tmp_path, capsys):
     argv = ["profile", str(tmp_path), "--operators", "onnx", "--repetitions", "2", "--threads", "1"]
     assert cli.main(argv) == 0
     said = capsys.readouterr().out
-    assert "Softmax" in said and "ONNX Runtime, batch 1, float32, cpu, 1 threads" in said
+    assert {"Softmax", "LayerNormalization"} <= set(said.split())

@@ -85,6 +85,12 @@ class TestTiming:
         timed.warm_up()
         assert timed.calls == {"short": 7, "long": 1}  # 20 ms are enough
 
+    def test_without_warm_up(self):
+        """Nothing is known about the speed, so that each timing is one call."""
+        timed = InterleavedTiming({"a": lambda: None}, CPU)
+        timed.warm_up(rounds=0)
+        assert timed.calls == {"a": 1}
+
     def test_interrupted_rounds_are_kept(self):
         calls = []
 

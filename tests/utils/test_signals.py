@@ -67,9 +67,14 @@ def test_one_that_waits() -> None:
             send(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("lacks", [[], ["pthread_kill"]], ids=["posix", "windows"])
 @pytest.mark.parametrize("place", ["destructor", "weak reference"])
-def test_raised_where_python_drops_exceptions(place: str, capfd: pytest.CaptureFixture) -> None:
+def test_raised_where_python_drops_exceptions(
+    place: str, lacks: list[str], capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The exception is raised again, without a traceback, and the signal counts once."""
+    for name in lacks:
+        monkeypatch.delattr(signal, name)
 
     class Thing:
         def __del__(self) -> None:

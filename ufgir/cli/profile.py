@@ -31,7 +31,7 @@ from ..profiling.macs import count_macs, dense_config, describe, macs_in_advance
 from ..profiling.methods import collect_facts, facts_table
 from ..profiling.operators import RUNTIMES, operator_table, operator_times
 from ..profiling.targets import check_target, spend
-from ..utils.text import align, one_sentence, shortened
+from ..utils.text import align, counted, one_sentence, shortened
 from .common import CLCA, FREE, add_network_options, add_reduction_options, config_values, require
 from .outputs import check_document, check_file, check_folder, print_before_error
 
@@ -265,7 +265,7 @@ def operators(args: argparse.Namespace, config: CLCAViTConfig) -> list[str]:
     return [
         align(operator_table(*tables)),
         f"Times: the shortest of {runs} runs of each operator, added up; this model and ours without reduction, both in "
-        f"{BACKENDS[args.operators].title}, batch {batch}, float32, cpu, {threads} threads.",
+        f"{BACKENDS[args.operators].title}, batch {batch}, float32, cpu, {counted(threads, 'thread')}.",
     ]
 
 
@@ -283,10 +283,11 @@ def _load(model: str | None, config: CLCAViTConfig) -> CLCAViTForImageClassifica
 def _timing(dense_model: nn.Module, pixels: torch.Tensor, args: argparse.Namespace) -> str:
     """Describe how the times were measured."""
     whose = "ours" if isinstance(dense_model, CLCAViTForImageClassification) else "transformers'"
-    threads = f", {args.threads or torch.get_num_threads()} threads" if pixels.device.type == "cpu" else ""
+    threads = args.threads or torch.get_num_threads()
+    used = f", {counted(threads, 'thread')}" if pixels.device.type == "cpu" else ""
     return (
         f"Times: medians of {args.repetitions or 9} rounds, this model and the dense one ({whose}) in turn, batch "
-        f'{pixels.shape[0]}, float32, {pixels.device.type}{threads}. The row "rest" covers operations between the parts.'
+        f'{pixels.shape[0]}, float32, {pixels.device.type}{used}. The row "rest" covers operations between the parts.'
     )
 
 

@@ -78,9 +78,11 @@ def compare(
         The check; its `difference` is NaN if a logit is.
 
     Raises:
-        ValueError: if there are not as many labels as images.
+        ValueError: if there are not as many labels as images, or nothing to compare.
     """
     given = list(images or ())
+    if not given and not drawn:
+        raise ValueError(f"`drawn` must contain a batch size if there are no `images`, got {drawn}.")
     if labels is not None and len(labels) != (found := sum(map(len, given))):
         raise ValueError(f"`labels` must have one class per image: got {len(labels)} for {found} images.")
     random = [example(program, count) for count in drawn]

@@ -158,7 +158,7 @@ def packed_weights(device: torch.device) -> contextlib.AbstractContextManager[No
     Otherwise every call hands the weights over as inputs, and MKL packs each of them again before it multiplies. The setting counts
     when a function is first called, without gradients; as an option of `torch.compile` it comes too late for the weights of a model.
     """
-    return torch._inductor.config.patch(freezing=device.type == "cpu")
+    return torch._inductor.config.patch(freezing=True) if device.type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

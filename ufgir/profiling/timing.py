@@ -126,10 +126,11 @@ class InterleavedTiming:
         """Call each function `rounds` times, or once if a call takes longer than `SLOW`, and choose how often quick functions are called for
         one timing."""
         for name in list(self.runs):
-            seconds: float | None = 0.0
-            for _ in range(rounds):
-                if seconds is not None and seconds < SLOW:
-                    seconds = self._try(name)
+            seconds: float | None = None
+            for call in range(rounds):
+                if call and (seconds is None or seconds >= SLOW):
+                    break
+                seconds = self._try(name)
             if seconds is not None:
                 self.calls[name] = max(1, math.ceil(SHORTEST / max(seconds, 1e-9)))
                 if seconds < QUICK:

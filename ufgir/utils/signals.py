@@ -126,7 +126,12 @@ class _Handler:
         return hook
 
     def _send_again(self, number: int) -> None:
-        if signal.getsignal(number) is self:
+        main = threading.main_thread().ident
+        if signal.getsignal(number) is not self:
+            return
+        if hasattr(signal, "pthread_kill") and main is not None:  # interrupts what the main thread waits for
+            signal.pthread_kill(main, number)
+        else:  # on Windows
             os.kill(self.process, number)
 
     def _in_child(self, number: int, frame: FrameType | None) -> None:
