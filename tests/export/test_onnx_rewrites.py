@@ -143,7 +143,9 @@ def test_unknown_sizes_are_not_equal():
     assert ranks(made, "Add") == {3}
 
 
-@pytest.mark.parametrize("line", ["y = LayerNormalization(x, scale, shift)", "y = Expand(x, twice)", "y = MatMul(x, square)"])
+@pytest.mark.parametrize(
+    "line", ["y = LayerNormalization(x, scale, shift)", "y = Expand(x, twice)", "y = MatMul(x, square)"]
+)
 def test_tokens_may_be_the_output(line):
     model = graph(line, outputs="float[batch, 5, 8] y")
     _, operators = rewritten(model)

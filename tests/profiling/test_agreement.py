@@ -209,7 +209,6 @@ class TestCommand:
             ("WHOLE --images IMAGES --methods sit", "sit would bring parameters"),
             ("WHOLE --target-gmacs 1 --keep-rates 0.5", "`--keep-rates` contradicts it"),
             ("WHOLE --target-gmacs 1 0", "`--target-gmacs` must be above 0"),
-            ("WHOLE --target-gmacs 0.0006 --repetitions 0", "`--repetitions` must be at least 1"),
             ("WHOLE --images IMAGES --repetitions -1", "`--repetitions` must be at least 0"),
             ("WHOLE --methods evit --target-gmacs 5", "no method is left to compare"),
             ("WHOLE --images IMAGES --variants CLCA", "`--variants` but base are trained"),

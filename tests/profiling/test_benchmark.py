@@ -655,7 +655,7 @@ class TestCommand:
         facts = {name: name for name in ("command", "host", "versions", "code")}
         about = {"repetitions": 3, "network": {"layers": [1, 2]}}
         assert unfinished(tmp_path, facts, about) is None
-        needed = {"complete": False, "date": "d", "load": 0.0, "other_cores": 0.0, "seconds": 1.0}
+        needed = {"complete": False, "date": "d", "load": 0.0, "notes": [], "other_cores": 0.0, "seconds": 1.0}
         record = {**facts, **about, **needed, "missing": ["x"], "results": []}
         (tmp_path / "benchmark.json").write_text(json.dumps(record))
         assert unfinished(tmp_path, facts, about | {"network": {"layers": (1, 2)}}) == record

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -46,10 +47,12 @@ from ..profiling.targets import changed, training_free_options
 from ..profiling.timing import IDLE, check_idle
 from ..runs.tables import variant_of
 from ..utils.options import Requirement, check_options
-from ..utils.text import align
+from ..utils.text import align, one_sentence
 from .common import FREE, check_rates, classes_of, config_values, image_batches, is_installed, require, some_images
 from .outputs import check_document, check_folder, print_before_error
 
+
+logger = logging.getLogger(__name__)
 
 # Options whose combinations are measured: name -> (type, default, help).
 PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
@@ -513,6 +516,12 @@ def _cases(args: argparse.Namespace) -> Outcome:
         report.notes[:0] = [note for note in notes if note not in report.notes]
         return [] if folder is None else write_report(folder, report, facts, network, figures)
 
+    def save_part(report: Report) -> None:
+        try:
+            save(report)
+        except OSError as error:  # the results are in memory, and are written again at the end
+            logger.warning("could not write into %s: %s; measuring continues", folder, one_sentence(error))
+
     def finish() -> None:
         report.complete = not report.missing and not report.interrupted
         if report.complete:
@@ -532,7 +541,7 @@ def _cases(args: argparse.Namespace) -> Outcome:
             labels=labels,
             dense_backends=_dense_backends(args, preset),
         )
-        report = benchmark.run(cases, save, earlier)
+        report = benchmark.run(cases, save_part, earlier)
     parts = [title, *(f"{name}\n{align(rows)}" for name, rows in tables(report)), *report.warnings]
     if report.missing and folder is not None:
         parts.append("The same command continues with what is missing.")

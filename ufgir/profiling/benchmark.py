@@ -370,6 +370,7 @@ class Benchmark:
         report = Report(device=str(self.device), repetitions=self.repetitions)
         if earlier is not None:
             report.add_run(earlier["seconds"], earlier["other_cores"])
+            report.notes += [note for note in earlier["notes"] if note == NO_CLASSIFIER]
         load, start = OtherLoad(), time.monotonic()
         before = report.seconds, report.other_cores
 
@@ -377,6 +378,9 @@ class Benchmark:
             report.seconds, report.other_cores = before
             seconds = time.monotonic() - start
             report.add_run(seconds, load.cores(seconds))
+            lacks = self.images is not None and self.base.num_labels == 0  # known once the weights are loaded
+            if lacks and NO_CLASSIFIER not in report.notes:
+                report.notes.append(NO_CLASSIFIER)
             if save is not None:
                 save(report)
 
@@ -395,8 +399,6 @@ class Benchmark:
             else:
                 todo.append((setting, group))
         report.missing = [str(setting) for setting, _ in todo]
-        if self.images is not None and self.base.num_labels == 0:
-            report.notes.append(NO_CLASSIFIER)
         if self.progress is not None:
             self.progress.total = sum(len(group) for _, group in todo) * (self.repetitions + 1)
         with steady(self.threads) as report.threads:

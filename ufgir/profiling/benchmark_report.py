@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "benchmark.json"
 # Values of a record, and of each of its results, with which a run continues.
-NEEDED = {"complete", "date", "load", "other_cores", "results", "seconds"}
+NEEDED = {"complete", "date", "load", "notes", "other_cores", "results", "seconds"}
 NEEDED_ROW = {"identity", "finished", "model", "cosine", "same_neighbor", "same_top1", *RESTORED}
 PACKAGES = ("clca-vit", "torch", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "datasets", "pillow")
 MEGA = 1e6
