@@ -5,7 +5,7 @@
 | unused tokens are not computed | `CLCAViTModel.shortcuts` | `model.vit.skip_unread_rows = False` |
 | functions are called instead of plain modules without hooks, and idle modules are skipped | `linear_clca.is_bare` | |
 | torch's attention kernel is called directly | `CLCAViTAttention.attend` | |
-| the convolution of the CLA head is computed as products | `heads_clca.LayerConvolution` | |
+| the convolution of the CLA head as products, in inference | `heads_clca.LayerConvolution` | |
 | linear layers by oneDNN, in float32 inference on a CPU | `linear_clca.linear` | `torch.backends.mkldnn.flags(enabled=False)` |
 | GELU within oneDNN's product, or in place, in inference | `linear_clca.activated_linear` | |
 | attention output and statistics in one pass, in inference | `AttentionContext._of_chunks` | |

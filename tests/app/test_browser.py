@@ -212,6 +212,7 @@ def test_everything_can_be_reached_by_tab(page):
     expect(page.locator("#prediction-A tbody")).not_to_have_text(before, use_inner_text=True)
 
 
+@pytest.mark.slow
 def test_another_model(page, tmp_path, model):
     field = page.get_by_label("Folder or Hub repository")
     field.fill("you/nothing-here")

@@ -36,6 +36,7 @@ def pixels(image):
     return np.asarray(image, dtype=np.float64)
 
 
+@pytest.mark.slow
 def test_images_are_equal_in_separate_processes():
     outputs = []
     for hash_seed in ("1", "2"):

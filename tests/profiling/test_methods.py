@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "choosing.md"
 
 @pytest.fixture(scope="module")
 def facts():
-    config = tiny_config(num_hidden_layers=12, reduction_layers=[3, 6, 9], image_size=64, patch_size=8)
+    config = tiny_config(num_hidden_layers=4, reduction_layers=[1, 2], image_size=64, patch_size=8)
     return {name: collect_facts(config, name, 0.25) for name in sorted(REDUCTIONS)}
 
 

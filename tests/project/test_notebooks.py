@@ -69,9 +69,9 @@ def test_stored(path):
     assert str(ROOT) not in path.read_text(encoding="utf-8")
 
 
-# All commands of `your_own_leaves` are also tests of their own, so it is the one that runs only with the slow tests.
+# What the others show is also tested elsewhere, so they run only with the slow tests.
 @pytest.mark.parametrize(
-    "path", slow_unless(lambda path: path.stem != "your_own_leaves", NOTEBOOKS), ids=lambda path: path.stem
+    "path", slow_unless(lambda path: path.stem == "quick_start", NOTEBOOKS), ids=lambda path: path.stem
 )
 def test_runs(path, folder, execute, monkeypatch):
     """Every cell runs and gives the same kinds of output as stored; cells tagged `exact` give the same text."""
