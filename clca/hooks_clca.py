@@ -15,9 +15,7 @@ _HOOKING_LIBRARIES = ("accelerate.", "deepspeed.", "peft.", "torch.distributed."
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Return whether a module itself has a forward or backward hook."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(getattr(module, kind) for kind in _KINDS)
 
 
 def is_hooked(module: nn.Module) -> bool:

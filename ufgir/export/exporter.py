@@ -91,11 +91,15 @@ class Exporter:
         self.program.model.set_attn_implementation("sdpa")
         self.size = sum(p.numel() * p.element_size() for p in self.program.parameters())
 
+    def _export(self, flat: bool = True) -> torch.onnx.ONNXProgram:
+        """Export the graph; `flat` as in `onnx_rewrites.rewrite`."""
+        onnx_files.import_onnx()
+        return onnx_files.onnx_program(self.program, example(self.program, 2), flat=flat)
+
     @cached_property
     def onnx_program(self) -> torch.onnx.ONNXProgram:
         """The exported graph, whatever its size."""
-        onnx_files.import_onnx()
-        return onnx_files.onnx_program(self.program, example(self.program, 2))
+        return self._export()
 
     def _check_size(self) -> None:
         """Check that the graph fits in one message of protobuf, which has at most 2 GB."""
@@ -114,9 +118,7 @@ class Exporter:
     def token_graph(self) -> onnx_files.OnnxGraph:
         """The graph with linear layers on tokens (B, N, D). OpenVINO 2026.4 cannot load it in int8 with matrices (B * N, D)."""
         self._check_size()
-        onnx_files.import_onnx()
-        made = onnx_files.onnx_program(self.program, example(self.program, 2), flat=False)
-        return onnx_files.clean_graph(made.model_proto)
+        return onnx_files.clean_graph(self._export(flat=False).model_proto)
 
     def write_onnx(self, path: Path, precision: str, calibration: Sequence[torch.Tensor] | None) -> None:
         """Write an ONNX file."""
@@ -327,7 +329,8 @@ def export_model(
 
     Raises:
         ValueError: if `path` has another suffix or is a folder, the format lacks the precision, token counts depend on the image, the
-            graph would be too large, a package is missing, `labels` are not as many as `images`, or the logits differ by more than `tolerance` or are not finite.
+            graph would be too large, a package is missing, `labels` are not as many as `images`, or the logits differ by more than
+            `tolerance` or are not finite.
     """
     check_format(path, precision)
     return Exporter(model).write(path, metadata, tolerance, precision, calibration, images, labels)

@@ -1,5 +1,6 @@
 """ONNX graphs and files (requires the extra `export`): export, lower precision, int8 by ONNX Runtime's quantization."""
 
+import contextlib
 import logging
 import tempfile
 from collections import Counter
@@ -17,6 +18,7 @@ from .onnx_rewrites import TRANSLATIONS, rewrite
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 LARGEST_ONNX = 2**31 - 2**20  # size limit of protobuf, bytes; larger weights are stored in a second file
 SMALLEST_HALVED = 1024  # bytes of a tensor from which on float16 stores it so
@@ -179,20 +181,27 @@ def quantized(graph: OnnxGraph, calibration: Iterable[torch.Tensor] | None = Non
     attention = [node.name for node in model.graph.node if node.op_type == "MatMul" and not weights & {*node.input}]
     how: dict[str, Any] = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "weight_type": QuantType.QInt8}
     how["nodes_to_exclude"] = [*graph.exact, *attention]
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # it advises to simplify the graph first, which fails
+    # It advises to simplify the graph first, which fails.
+    with errors_only(), tempfile.TemporaryDirectory(prefix="ufgir-") as folder:
+        path = Path(folder, "int8.onnx")
+        if calibration is None:
+            quantize_dynamic(model, path, **how)
+        else:
+            how |= {"quant_format": QuantFormat.QDQ, "calibrate_method": CalibrationMethod.MinMax}
+            quantize_static(model, path, _reader(calibration), activation_type=QuantType.QUInt8, **how)
+        return onnx.load(path)
+
+
+@contextlib.contextmanager
+def errors_only(name: str | None = None) -> Iterator[None]:
+    """Context manager in which a logger, by default the root logger, drops warnings and notes."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with tempfile.TemporaryDirectory(prefix="ufgir-") as folder:
-            path = Path(folder, "int8.onnx")
-            if calibration is None:
-                quantize_dynamic(model, path, **how)
-            else:
-                how |= {"quant_format": QuantFormat.QDQ, "calibrate_method": CalibrationMethod.MinMax}
-                quantize_static(model, path, _reader(calibration), activation_type=QuantType.QUInt8, **how)
-            return onnx.load(path)
+        yield
     finally:
-        root.setLevel(level)
+        logger.setLevel(level)
 
 
 def single_images(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -225,6 +234,28 @@ def run_onnx(path: Path) -> Run:
         return torch.from_numpy(session.run(["logits"], {"pixel_values": pixels.numpy()})[0])
 
     return run
+
+
+def open_session(
+    path: Path, threads: int, batch_size: int, provider: str = "CPUExecutionProvider", profile: Path | None = None
+) -> "onnxruntime.InferenceSession":
+    """Open a file in ONNX Runtime for batches of one size.
+
+    Args:
+        path: the file.
+        threads: number of threads.
+        batch_size: images per batch; the graph is optimized for it.
+        provider: where it computes.
+        profile: beginning of the name of a file for the times of all operators; None for no profile.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_free_dimension_override_by_name("batch", batch_size)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(path, options, providers=[provider])
 
 
 def onnx_operators(path: Path) -> dict[str, int]:

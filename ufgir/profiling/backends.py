@@ -14,6 +14,7 @@ from torch import nn
 
 from ..export import Exporter
 from ..export.checks import Logits
+from ..export.onnx_files import open_session
 from ..export.openvino_files import compile_ir, import_openvino
 from ..utils.extras import install_command
 from .benchmark_cases import BACKENDS, Setting
@@ -220,10 +221,7 @@ def _onnx(
     if provider not in onnxruntime.get_available_providers():
         raise ValueError(f"this ONNX Runtime has no {provider}")
     path, seconds = files.get(key, model, setting)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_free_dimension_override_by_name("batch", setting.batch_size)
-    session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    session = open_session(path, torch.get_num_threads(), setting.batch_size, provider)
     if provider not in session.get_providers():  # its libraries did not load
         raise ValueError(f"this ONNX Runtime cannot start its {provider}")
     binding = session.io_binding()  # images and logits stay where they are

@@ -211,9 +211,8 @@ def _join_precisions(results: Iterable[Result]) -> None:
                 one.in_float32 = whole.deployments
 
 
-def _restore(results: Sequence[Result], earlier: Mapping[str, Any]) -> bool:
-    """Fill in results from the record of an earlier run. Return False, without changes, unless all of them are finished there."""
-    known = {json.dumps(row["identity"]): row for row in earlier["results"] if row["finished"]}
+def _restore(results: Sequence[Result], known: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Fill in results from the rows of an earlier run, by identity. Return False, without changes, unless all of them are there."""
     rows = [known.get(json.dumps(result.identity)) for result in results]
     if not all(rows):
         return False
@@ -392,9 +391,11 @@ class Benchmark:
             for number, chunk in enumerate(chunks(group, AT_ONCE[setting.mode]))
         ]
         _join_precisions([result for _, group in groups for result in group])
+        rows = earlier["results"] if earlier is not None else []
+        known = {json.dumps(row["identity"]): row for row in rows if row["finished"]}
         todo = []
         for setting, group in groups:
-            if earlier is not None and _restore(group, earlier):
+            if _restore(group, known):
                 report.results += group
             else:
                 todo.append((setting, group))

@@ -12,6 +12,7 @@ import torch
 from clca import CLCAViTForImageClassification
 
 from ..export import Exporter
+from ..export.onnx_files import open_session
 from ..export.openvino_files import compile_ir, import_openvino
 
 
@@ -60,14 +61,7 @@ def operator_times(
 
 def _onnx(path: Path, pixels: torch.Tensor, threads: int, runs: int) -> Times:
     """Return the seconds of each node of a file in ONNX Runtime in every run, by operator and name."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_profiling = True
-    options.profile_file_prefix = str(path.with_name("profile"))
-    options.add_free_dimension_override_by_name("batch", len(pixels))
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path, threads, len(pixels), profile=path.with_name("profile"))
     for _ in range(runs):
         session.run(None, {"pixel_values": pixels.numpy()})
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
