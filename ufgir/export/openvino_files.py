@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ import torch
 
 from ..utils.extras import install_command
 from .checks import Run
-from .onnx_files import single_images
+from .onnx_files import errors_only, single_images
 
 
 SECTION = "clca"  # of the file's runtime information
@@ -82,8 +81,8 @@ def quantized_ir(model: Any, calibration: Iterable[torch.Tensor], exact: Sequenc
     names = [
         name for name in names if name.partition("/")[0] in {*exact, "logits"}
     ]  # the last node has the output's name
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # of its progress bars
+    # `nncf.set_log_level` would also change the handlers of others; what it prints are progress bars.
+    with errors_only("nncf"), contextlib.redirect_stdout(io.StringIO()):
         return nncf.quantize(
             model,
             nncf.Dataset(images),
