@@ -222,6 +222,11 @@ def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor, without a call of torch if it is on the device already."""
+    return tensor if tensor.device == device else tensor.to(device)
+
+
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Convert half precision to float32; leave float32 and float64 unchanged. Scores in half precision are too coarse
     to compare."""

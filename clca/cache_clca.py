@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .attention_clca import gather_rows
+from .attention_clca import gather_rows, on_device
 from .reduction_base import TokenReduction, TokenState
 
 
@@ -117,7 +117,7 @@ class CrossLayerCache:
             return hidden_states, state._replace(pool_len=hidden_states.shape[1])
         # Layers may lie on different devices.
         device, num_tokens = hidden_states.device, hidden_states.shape[1]
-        hidden_states = torch.cat([hidden_states, *(entry.to(device) for entry in self.entries)], dim=1)
+        hidden_states = torch.cat([hidden_states, *(on_device(entry, device) for entry in self.entries)], dim=1)
         self.entries = []
         count = hidden_states.shape[1] - num_tokens
         state = self.method.extend_tracks(state, count, self.training)

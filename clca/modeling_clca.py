@@ -28,6 +28,7 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_clca import on_device
 from .budget_clca import Budget
 from .cache_clca import CrossLayerCache, masked_mean, recovery_layers
 from .configuration_clca import CLCAViTConfig, check_config, without_targets
@@ -512,21 +513,23 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             hidden_states, state = cache.retrieve(index, hidden_states, state)
             cache.write(index, hidden_states, state)
             if index in self.aggregation_layers:
-                cls_tokens.append(hidden_states[:, 0])
+                cls_tokens.append(hidden_states.select(1, 0))
 
         token_counts.append(token_counts[-1] if shortcuts.only_first else hidden_states.shape[1])
         last_hidden_state = layer_norm(self.layernorm, hidden_states)
         if embeddings is not None:
             ends = NetworkEnds(embeddings, hidden_states, last_hidden_state, self.method.key_mask(state))
             features = self.head.collect(reports.pop("probe", ()), ends)
-            pooled = torch.cat([feature.to(hidden_states.device) for feature in features], dim=-1)
+            pooled = torch.cat([on_device(feature, hidden_states.device) for feature in features], dim=-1)
         else:
             pooled = self.pool(hidden_states, last_hidden_state, state)
         output = CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
             # layers may be on different devices
-            cls_tokens=torch.stack([t.to(hidden_states.device) for t in cls_tokens], dim=1) if cls_tokens else None,
+            cls_tokens=torch.stack([on_device(token, hidden_states.device) for token in cls_tokens], dim=1)
+            if cls_tokens
+            else None,
             assignments=reports.pop("assignment", ()) if output_assignments else None,
             reports=(dict(reports) or None) if self.training or output_assignments else None,
         )
