@@ -1,10 +1,11 @@
 """Collect the measurements of methods off the shelf: a compact table, a figure, and the tables of docs/choosing.md.
 
-    python docs/off_the_shelf.py outputs/photographs_all outputs/photographs_three outputs/leaves_all
+    python docs/off_the_shelf.py outputs/photographs_all outputs/photographs_three outputs/leaves_all outputs/time_all
 
-Each folder was written by `ufgir benchmark MODEL --target-gmacs ... --images ... --output FOLDER`. Its name up to the first `_` names the
-images; several folders may share it, for example one per cost. Writes docs/data/off_the_shelf.csv and docs/figures/off_the_shelf.png,
-and prints a table for each kind of images. Without folders, the figure and tables are made from the committed table.
+Each folder was written by `ufgir benchmark MODEL --target-gmacs ... --output FOLDER`, with `--images` or, if its name begins with `time_`, with
+times only. Its name up to the first `_` names the images; several folders may share it, for example one per cost. Writes
+docs/data/off_the_shelf.csv, in which rows stay that were not measured again, and docs/figures/off_the_shelf.png, and prints a table for
+each kind of images. Without folders, the figure and tables are made from the committed table.
 """
 
 import csv
@@ -21,7 +22,11 @@ MEASURES = {
     "same_neighbor": "same nearest image, %",
     "accuracy": "top-1, %",
 }
-TABLES = {"photographs": ("cosine", "same_neighbor"), "leaves": ("cosine", "same_top1", "accuracy")}
+TABLES = {
+    "photographs": ("cosine", "same_neighbor"),
+    "leaves": ("cosine", "same_top1", "accuracy"),
+    "time": ("ms",),  # of one image
+}
 TITLES = {"photographs": "photographs", "leaves": "drawn leaves, linear probe"}
 Row = dict[str, Any]
 
@@ -32,7 +37,8 @@ def read(folder: Path) -> Iterator[Row]:
         rows = list(csv.DictReader(file))
     dense = next(row for row in rows if row["method"] == "dense")
     for row in rows:
-        if row is dense or row["cosine"]:  # the others failed or were interrupted
+        milliseconds = f"{1000 * float(row['seconds_median']):.2f}" if row["seconds_median"] else ""
+        if row is dense or row["cosine"] or milliseconds:  # the others failed or were interrupted
             yield {
                 "images": folder.name.partition("_")[0],
                 "method": row["method"],
@@ -42,12 +48,13 @@ def read(folder: Path) -> Iterator[Row]:
                 "gmacs": f"{float(row['macs']) / 1e9:.3f}",
                 "of_dense": f"{float(row['macs']) / float(dense['macs']):.4f}",
                 **{name: row[name] for name in ("cosine", "same_neighbor", "same_top1", "accuracy")},
+                "ms": milliseconds,
             }
 
 
-def collect(folders: Sequence[Path]) -> list[Row]:
-    """Return the rows of all folders, the dense model once for each kind of images."""
-    found = [row for folder in folders for row in read(folder)]
+def collect(folders: Sequence[Path], earlier: Sequence[Row] = ()) -> list[Row]:
+    """Return the rows of all folders and those of `earlier` that they lack, the dense model once for each kind of images."""
+    found = [*earlier, *(row for folder in folders for row in read(folder))]
     rows = list({tuple(row[n] for n in ("images", "method", "layers", "target_gmacs")): row for row in found}.values())
     dense = {row["images"]: row for row in rows if row["method"] == "dense"}
     reduced = sorted(
@@ -58,10 +65,12 @@ def collect(folders: Sequence[Path]) -> list[Row]:
 
 
 def cell(row: Row | None, measures: Sequence[str]) -> str:
-    """Format measures of a row, separated by slashes: cosines with three decimals, shares in percent."""
+    """Format measures of a row, separated by slashes: cosines with three decimals, shares in percent, times with one decimal."""
     if row is None:
         return "-"
-    return " / ".join(f"{float(row[m]):.3f}" if m == "cosine" else f"{100 * float(row[m]):.0f}" for m in measures)
+    formats = {"cosine": (1, ".3f"), "ms": (1, ".1f")}
+    chosen = [(m, *formats.get(m, (100, ".0f"))) for m in measures]
+    return " / ".join(format(scale * float(row[m]), form) for m, scale, form in chosen)
 
 
 def table(rows: Sequence[Row], images: str) -> str:
@@ -85,15 +94,19 @@ def table(rows: Sequence[Row], images: str) -> str:
 
 
 def draw(rows: Sequence[Row]) -> None:
-    """Draw the results of reduction in every layer: measures (rows) for each kind of images (columns), over the cost."""
+    """Draw the results of reduction in every layer: measures (rows) over the cost for each kind of images (columns), and for photographs
+    over the time as well."""
     from ufgir.utils.plotting import label, method_style, new_figure, save_figure, style
 
     most = max(len(row["layers"]) for row in rows)
     every = [row for row in rows if len(row["layers"]) == most]
+    milliseconds = {(r["method"], r["target_gmacs"]): float(r["ms"]) for r in every if r["images"] == "time"}
+    columns = [(images, title, False) for images, title in TITLES.items()]
+    columns += [("photographs", TITLES["photographs"], True)] if milliseconds else []
     with style():
-        figure, axes = new_figure(len(MEASURES), len(TITLES), squeeze=False, sharex=True)
+        figure, axes = new_figure(len(MEASURES), len(columns), squeeze=False, sharex="col")
         for line, (measure, name) in zip(axes, MEASURES.items(), strict=True):
-            for place, (images, title) in zip(line, TITLES.items(), strict=True):
+            for place, (images, title, timed) in zip(line, columns, strict=True):
                 these = [row for row in every if row["images"] == images and row[measure]]
                 if not these:
                     place.axis("off")
@@ -101,13 +114,19 @@ def draw(rows: Sequence[Row]) -> None:
                 scale = 1 if measure == "cosine" else 100
                 for method in sorted({row["method"] for row in these}):
                     points = sorted(
-                        (100 * float(r["of_dense"]), scale * float(r[measure])) for r in these if r["method"] == method
+                        (
+                            milliseconds[method, r["target_gmacs"]] if timed else 100 * float(r["of_dense"]),
+                            scale * float(r[measure]),
+                        )
+                        for r in these
+                        if r["method"] == method
                     )
                     place.plot(*zip(*points, strict=True), **method_style(method))
                 dense = next(row for row in rows if row["images"] == images and row["method"] == "dense")
                 if dense[measure]:
                     place.axhline(scale * float(dense[measure]), color="#808080", linewidth=1)
-                label(place, "GMACs, % of dense", name, title if measure == "cosine" else None, legend=False)
+                x = "milliseconds per image" if timed else "GMACs, % of dense"
+                label(place, x, name, title if measure == "cosine" else None, legend=False)
                 place.tick_params(labelbottom=True)
         lines = {
             text: item for place in axes.flat for item, text in zip(*place.get_legend_handles_labels(), strict=True)
@@ -118,15 +137,15 @@ def draw(rows: Sequence[Row]) -> None:
 
 
 def main(folders: Sequence[Path]) -> None:
-    """Write the table if there are folders, then the figure, and print the tables of the page."""
+    """Update the table if there are folders, then the figure, and print the tables of the page."""
+    with TABLE.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     if folders:
-        rows = collect(folders)
+        rows = collect(folders, rows)
         with TABLE.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    with TABLE.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     draw(rows)
     sys.stdout.write(
         "\n\n".join(table(rows, images) for images in TABLES if images in {row["images"] for row in rows}) + "\n"

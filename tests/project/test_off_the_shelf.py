@@ -48,15 +48,22 @@ def test_costs_are_at_most_the_targets(rows):
 def test_rows_come_from_the_files_of_the_benchmark(script, tmp_path):
     folder = tmp_path / "leaves_all"
     folder.mkdir()
-    head = "method,reduction_layers,keep_rate,target_gmacs,macs,cosine,same_neighbor,same_top1,accuracy"
-    lines = [head, "dense,,1,,2000000000,,,,0.5", "evit,0 1,0.5,1.1,1000000000,0.9,0.8,0.7,0.4"]
+    head = "method,reduction_layers,keep_rate,target_gmacs,macs,cosine,same_neighbor,same_top1,accuracy,seconds_median"
+    lines = [head, "dense,,1,,2000000000,,,,0.5,", "evit,0 1,0.5,1.1,1000000000,0.9,0.8,0.7,0.4,"]
     (folder / "benchmark.csv").write_text("\n".join(lines))
-    dense, evit = script.collect([folder, folder])[:2]
+    dense, evit = script.collect([folder, folder])
+    assert script.collect([folder], [dense, evit | {"cosine": "0.1"}]) == [dense, evit]
+    other = evit | {"target_gmacs": "0.5"}
+    assert script.collect([folder], [other]) == [dense, evit, other]
     assert (dense["images"], dense["method"], dense["accuracy"]) == ("leaves", "dense", "0.5")
     assert (evit["gmacs"], evit["of_dense"], evit["layers"]) == ("1.000", "0.5000", "0 1")
     assert script.table([dense, evit], "leaves").splitlines() == [
         "| method | 55 % |", "| --- | ---: |", "| evit | 0.900 / 70 / 40 |",
     ]  # fmt: skip
+    times = tmp_path / "time_all"
+    times.mkdir()
+    (times / "benchmark.csv").write_text("\n".join([head, "dense,,1,,2e9,,,,,0.08", "evit,0 1,0.5,1.1,1e9,,,,,0.045"]))
+    assert script.table(script.collect([times]), "time").splitlines()[2:] == ["| evit | 45.0 |"]
 
 
 @pytest.mark.parametrize(("size", "count"), [((640, 427), 1), ((4000, 2000), 2), ((1080, 1920), 2)])
