@@ -234,3 +234,13 @@ def test_help(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 0 and "usage: ufgir" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"), [("export", False), ("predict", False), ("convert", True), ("profile", True)]
+)
+def test_help_omits_defaults_that_a_checkpoint_replaces(capsys, command, shown):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--keep-rate N" in text and ("one per stage [1]" in text) is shown

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,9 +41,16 @@ NETWORK = (
 NETWORK += ("num_attention_heads", "intermediate_size", "num_register_tokens")
 
 
-def add_reduction_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the token reduction; their default is None."""
-    add_config_options(parser.add_argument_group("reduction (default: the checkpoint's)"), REDUCTION)
+def add_reduction_options(parser: argparse.ArgumentParser, always_loaded: bool = True) -> None:
+    """Add the options of the token reduction; their default is None.
+
+    Args:
+        parser: parser of a command.
+        always_loaded: whether the command always loads a checkpoint, whose values are then the defaults. Otherwise the
+            help shows those of `CLCAViTConfig`, too.
+    """
+    group = parser.add_argument_group("reduction (default: the checkpoint's)")
+    add_config_options(group, REDUCTION, with_defaults=not always_loaded)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +63,10 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-labels", type=int, metavar="N", help="number of classes [1000]")
 
 
-def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> None:
-    """Add options for configuration fields, as `ufgir.checkpoints.config_options` describes them; their default is None."""
+def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str], with_defaults: bool = True) -> None:
+    """Add options for configuration fields, as `ufgir.checkpoints.config_options` describes them; their default is None.
+
+    Without `with_defaults`, their help does not end with the default of `CLCAViTConfig` in brackets."""
     for name in names:
         option, kind = config_options()[name], config_options()[name].type
         how: dict[str, Any] = {"type": kind}
@@ -68,7 +78,8 @@ def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str]) -> 
             how = {"type": get_args(kind)[0], "nargs": "+", "metavar": "N"}
         elif kind is not str:
             how["metavar"] = "N"
-        group.add_argument(f"--{name.replace('_', '-')}", help=option.help, **how)
+        text = option.help if with_defaults else re.sub(r" \[[^]]*\]$", "", option.help)
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "cpu", "cuda"),
         help="device of --time and --trace; auto: a GPU if available [auto]",
     )
-    add_reduction_options(parser)
+    add_reduction_options(parser, always_loaded=False)
     add_network_options(parser)
 
 
