@@ -94,6 +94,20 @@ class TestChecks:
         with pytest.raises(ValueError, match="`--output` must be a file, got the folder"):
             check_file(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("argv", "name"),
+        [
+            (["benchmark", "--methods", "evit", "--output"], "benchmark.json"),
+            (["benchmark", "--scaling", "--output"], "scaling.png"),
+            (["profile", "--layers", "--output"], "layers.csv"),
+            (["data-report", "synthetic_leaves", "--output"], "report.json"),
+        ],
+    )
+    def test_where_a_folder_has_the_name_of_a_file(self, tmp_path, capsys, argv, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / "benchmarks").mkdir()  # of the user
+        assert f"folder {name}" in refused(capsys, *argv, tmp_path)
+
     def test_where_nothing_can_be_made(self, tmp_path, monkeypatch):
         def refuse(*args, **kwargs):
             raise OSError(errno.EROFS, "Read-only file system")

@@ -276,7 +276,8 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     if args.seed > LARGEST_SEED:
         raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
     if args.output is not None:
-        check_folder(args.output)
+        stem = {"scaling": "scaling", "input-pipeline": "pipeline"}.get(name or "", "benchmark")
+        check_folder(args.output, files=[f"{stem}.*", f"{stem}_*.png"])
     if args.into is not None:
         if name is None:
             raise ValueError(

@@ -20,16 +20,19 @@ class NotWritten(OSError):
         self.done = done
 
 
-def check_folder(path: str | os.PathLike, option: str = "--output", whole: bool = False) -> None:
+def check_folder(
+    path: str | os.PathLike, option: str = "--output", whole: bool = False, files: Sequence[str] = ()
+) -> None:
     """Check, before a long computation, that files can be written into a folder. The folder is not created.
 
     Args:
         path: the folder; it need not exist.
         option: name of the option, for the message.
         whole: the folder will be created next to `path` and replace it, see `ufgir.utils.files.new_folder`.
+        files: patterns of the names of files that will be written into it, for example `report.*`.
 
     Raises:
-        ValueError: if it is a file, is below a file, or cannot be written.
+        ValueError: if it is a file, is below a file, or cannot be written, or if one of the files is a folder there.
     """
     if os.path.isfile(path):
         raise ValueError(f"`{option}` must be a folder, got the file {path}.")
@@ -39,6 +42,11 @@ def check_folder(path: str | os.PathLike, option: str = "--output", whole: bool 
         )
     if whole and os.path.ismount(path):
         raise ValueError(f"`{option}` {path} is a mount point and cannot be replaced: choose a folder in it.")
+    folder = next((one for name in files for one in sorted(Path(path).glob(name)) if one.is_dir()), None)
+    if folder is not None:
+        raise ValueError(
+            f"`{option}` {path} must not hold a folder {folder.name}, which is the name of a file: move it."
+        )
     place = Path(path).absolute()
     _try(place.parent if whole else place, place.name, option, path)
 

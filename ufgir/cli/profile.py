@@ -215,7 +215,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.output is not None or args.into is not None:
         require("matplotlib", extra="visualization")
     if args.output is not None:
-        check_folder(args.output)
+        check_folder(args.output, files=["layers.*"])
 
 
 def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], Iterator[str]]:
