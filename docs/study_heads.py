@@ -69,7 +69,6 @@ class ConvolutionHead(CLAHead):
 
 
 ABLATIONS = {"linear_bn": NormedLinearHead, "cla_last": LastLayerHead, "cla_conv": ConvolutionHead}
-VARIANTS = [f"{name}:cross_layer_cache=false,num_clr_tokens=0,head={name}" for name in ABLATIONS]
 RUN = "run"  # first argument of the processes that the sweep starts
 
 
@@ -78,13 +77,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE,VALUE", help="as in `ufgir sweep`")
+    parser.add_argument("--heads", nargs="+", choices=ABLATIONS, default=[*ABLATIONS], help="heads to train [all]")
     parser.add_argument("--output", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=1, help="concurrent processes [%(default)s]")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, level=logging.INFO)
     try:
         script = [sys.executable, str(Path(__file__).resolve()), RUN]
-        queue = RunQueue(Grid(args.recipe, args.set, VARIANTS), args.output, script)
+        variants = [f"{name}:cross_layer_cache=false,num_clr_tokens=0,head={name}" for name in args.heads]
+        queue = RunQueue(Grid(args.recipe, args.set, variants), args.output, script)
         queue.work(make_slots([], args.jobs))
     except ValueError as error:
         parser.error(str(error))
