@@ -26,7 +26,7 @@ def rows(script):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("images", ["photographs", "leaves"])
+@pytest.mark.parametrize("images", ["photographs", "leaves", "time"])
 def test_the_page_shows_the_committed_table(script, rows, images):
     assert script.table(rows, images) in (DOCS / "choosing.md").read_text(encoding="utf-8"), (
         "run docs/off_the_shelf.py"
