@@ -523,13 +523,13 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             pooled = torch.cat([on_device(feature, hidden_states.device) for feature in features], dim=-1)
         else:
             pooled = self.pool(hidden_states, last_hidden_state, state)
+        cls_tokens = [
+            on_device(token, hidden_states.device) for token in cls_tokens
+        ]  # layers may be on different ones
         output = CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
-            # layers may be on different devices
-            cls_tokens=torch.stack([on_device(token, hidden_states.device) for token in cls_tokens], dim=1)
-            if cls_tokens
-            else None,
+            cls_tokens=torch.stack(cls_tokens, dim=1) if cls_tokens else None,
             assignments=reports.pop("assignment", ()) if output_assignments else None,
             reports=(dict(reports) or None) if self.training or output_assignments else None,
         )

@@ -38,9 +38,8 @@ def read(folder: Path) -> Iterator[Row]:
     dense = next(row for row in rows if row["method"] == "dense")
     for row in rows:
         milliseconds = f"{1000 * float(row['seconds_median']):.2f}" if row["seconds_median"] else ""
-        if row is not dense and row["method"] == "dense":  # on another backend, or of another group of the timing
-            continue
-        if row is dense or row["cosine"] or milliseconds:  # the others failed or were interrupted
+        # Others failed, were interrupted, or are dense models on another backend or of another group of the timing.
+        if row is dense or (row["method"] != "dense" and (row["cosine"] or milliseconds)):
             yield {
                 "images": folder.name.partition("_")[0],
                 "method": row["method"],
@@ -110,6 +109,8 @@ def draw(rows: Sequence[Row]) -> None:
         for line, (measure, name) in zip(axes, MEASURES.items(), strict=True):
             for place, (images, title, timed) in zip(line, columns, strict=True):
                 these = [row for row in every if row["images"] == images and row[measure]]
+                if timed:
+                    these = [row for row in these if (row["method"], row["target_gmacs"]) in milliseconds]
                 if not these:
                     place.axis("off")
                     continue

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +77,7 @@ def add_config_options(group: argparse._ArgumentGroup, names: Sequence[str], wit
             how = {"type": get_args(kind)[0], "nargs": "+", "metavar": "N"}
         elif kind is not str:
             how["metavar"] = "N"
-        text = option.help if with_defaults else re.sub(r" \[[^]]*\]$", "", option.help)
+        text = option.help if with_defaults else option.help.removesuffix(f" [{option.default}]")
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
 
 
