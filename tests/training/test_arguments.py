@@ -47,14 +47,20 @@ def test_the_script_has_them_all():
     assert run_ufgir.ModelArguments is ModelArguments and run_ufgir.Options is Options
 
 
-def test_commands_take_theirs_from_the_same_table():
+@pytest.mark.parametrize("always_loaded", [False, True])
+def test_commands_take_theirs_from_the_same_table(always_loaded):
+    """A command that always loads a checkpoint names no default that the checkpoint replaces."""
     parser = argparse.ArgumentParser()
-    add_reduction_options(parser)
+    add_reduction_options(parser, always_loaded)
+    reduction = {action.dest for action in parser._actions}
     add_network_options(parser)
     helps = {action.dest: action.help for action in parser._actions}
     shared = helps.keys() & config_options().keys()
     assert {"reduction", "keep_rate", "head", "image_size"} <= shared
-    assert all(helps[name].startswith(config_options()[name].help) for name in shared)
+    for name in shared:
+        option = config_options()[name]
+        end = "" if always_loaded and name in reduction else f" [{option.default}]"
+        assert helps[name] == option.help.removesuffix(f" [{option.default}]") + end
     args = parser.parse_args(
         ["--keep-rate", "0.5", "0.25", "--no-cross-layer-cache", "--image-size", "32", "--head", "cla"]
     )
