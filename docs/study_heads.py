@@ -3,13 +3,14 @@
     python docs/study_heads.py recipes/study_pretrained.yaml --set keep_rate=0.1 --set seed=1 --output outputs/study_heads
     ufgir results outputs/study_heads
 
-It is `ufgir sweep` with three more heads, which are variants of the grid:
+It is `ufgir sweep` with three more heads and these variants:
 
-| variant | head |
-| --- | --- |
-| `linear_bn` | BatchNorm, then the linear layer of the linear head |
-| `cla_last` | the CLA head on CLS of the last layer only |
-| `cla_conv` | the CLA head without its two BatchNorms |
+| variant | head | cache |
+| --- | --- | --- |
+| `linear_bn` | BatchNorm, then the linear layer of the linear head | none |
+| `cla_last` | the CLA head on CLS of the last layer only | none |
+| `cla_conv` | the CLA head without its two BatchNorms | none |
+| `clc_linear_bn` | as `linear_bn` | GAP and one CLR |
 """
 
 import argparse
@@ -69,6 +70,8 @@ class ConvolutionHead(CLAHead):
 
 
 ABLATIONS = {"linear_bn": NormedLinearHead, "cla_last": LastLayerHead, "cla_conv": ConvolutionHead}
+NO_CACHE, CACHE = "cross_layer_cache=false,num_clr_tokens=0", "cross_layer_cache=true,num_clr_tokens=1"
+VARIANTS = {name: f"{NO_CACHE},head={name}" for name in ABLATIONS} | {"clc_linear_bn": f"{CACHE},head=linear_bn"}
 RUN = "run"  # first argument of the processes that the sweep starts
 
 
@@ -77,14 +80,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE,VALUE", help="as in `ufgir sweep`")
-    parser.add_argument("--heads", nargs="+", choices=ABLATIONS, default=[*ABLATIONS], help="heads to train [all]")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="variants to train [all]")
     parser.add_argument("--output", type=Path, required=True, help="folder of the sweep")
     parser.add_argument("--jobs", type=int, default=1, help="concurrent processes [%(default)s]")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, level=logging.INFO)
     try:
         script = [sys.executable, str(Path(__file__).resolve()), RUN]
-        variants = [f"{name}:cross_layer_cache=false,num_clr_tokens=0,head={name}" for name in args.heads]
+        variants = [f"{name}:{VARIANTS[name]}" for name in args.variant]
         queue = RunQueue(Grid(args.recipe, args.set, variants), args.output, script)
         queue.work(make_slots([], args.jobs))
     except ValueError as error:
