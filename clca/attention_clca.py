@@ -248,5 +248,7 @@ def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
 
 def gather_rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Gather rows of `values` (B, N, ...) at `indices` (B, M) of dimension 1: (B, M, ...)."""
-    index = indices.reshape(*indices.shape, *(1,) * (values.dim() - 2)).expand(*indices.shape, *values.shape[2:])
-    return values.gather(1, index)
+    index = indices
+    for _ in values.shape[2:]:
+        index = index.unsqueeze(-1)
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))

@@ -185,7 +185,9 @@ class CLCAViTAttention(nn.Module):
 
     def split_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Reshape (B, N, D) to (B, H, N, d)."""
-        return hidden_states.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+        batch, tokens, _ = hidden_states.shape
+        # `unflatten` gives the same view, but takes 0.5 us longer, three times a layer.
+        return hidden_states.view(batch, tokens, self.num_attention_heads, self.head_dim).transpose(1, 2)
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the queries (B, H, n, d) of normalized tokens (B, n, D)."""

@@ -523,9 +523,8 @@ class CLCAViTModel(CLCAViTPreTrainedModel, ViTModel):
             pooled = torch.cat([on_device(feature, hidden_states.device) for feature in features], dim=-1)
         else:
             pooled = self.pool(hidden_states, last_hidden_state, state)
-        cls_tokens = [
-            on_device(token, hidden_states.device) for token in cls_tokens
-        ]  # layers may be on different ones
+        # Layers may be on different devices.
+        cls_tokens = [on_device(token, hidden_states.device) for token in cls_tokens]
         output = CLCAViTModelOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=pooled,
