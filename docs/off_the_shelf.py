@@ -4,8 +4,9 @@
 
 Each folder was written by `ufgir benchmark MODEL --target-gmacs ... --output FOLDER`, with `--images` or, if its name begins with `time_`, with
 times only. Its name up to the first `_` names the images; several folders may share it, for example one per cost. Writes
-docs/data/off_the_shelf.csv, in which rows stay that were not measured again, and docs/figures/off_the_shelf.png, and prints a table for
-each kind of images. Without folders, the figure and tables are made from the committed table.
+docs/data/off_the_shelf.csv, in which rows stay that were not measured again (delete the file to begin anew), and
+docs/figures/off_the_shelf.png, and prints a table for each kind of images. Without folders, the figure and tables are made from the
+committed table.
 """
 
 import csv
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from ufgir.utils.files import write_csv
 
 
 DOCS = Path(__file__).parent
@@ -32,25 +35,36 @@ Row = dict[str, Any]
 
 
 def read(folder: Path) -> Iterator[Row]:
-    """Yield the compact rows of the measurements in a folder."""
+    """Yield the compact rows of the measurements in a folder.
+
+    Raises:
+        ValueError: if the name of the folder does not say what was measured.
+    """
+    images = folder.name.partition("_")[0]
+    if images not in TABLES:
+        raise ValueError(
+            f"`folders`: a name must begin with one of {', '.join(f'{n}_' for n in TABLES)}, got {folder}."
+        )
     with (folder / "benchmark.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     dense = next(row for row in rows if row["method"] == "dense")
     for row in rows:
-        milliseconds = f"{1000 * float(row['seconds_median']):.2f}" if row["seconds_median"] else ""
-        # Others failed, were interrupted, or are dense models on another backend or of another group of the timing.
-        if row is dense or (row["method"] != "dense" and (row["cosine"] or milliseconds)):
-            yield {
-                "images": folder.name.partition("_")[0],
-                "method": row["method"],
-                "layers": row["reduction_layers"],
-                "keep_rate": row["keep_rate"],
-                "target_gmacs": row["target_gmacs"],
-                "gmacs": f"{float(row['macs']) / 1e9:.3f}",
-                "of_dense": f"{float(row['macs']) / float(dense['macs']):.4f}",
-                **{name: row[name] for name in ("cosine", "same_neighbor", "same_top1", "accuracy")},
-                "ms": milliseconds,
-            }
+        seconds = row["seconds_median"] and float(row["seconds_median"]) / int(row["batch_size"])
+        compact = {
+            "images": images,
+            "method": row["method"],
+            "layers": row["reduction_layers"],
+            "keep_rate": row["keep_rate"],
+            "target_gmacs": row["target_gmacs"],
+            "gmacs": f"{float(row['macs']) / 1e9:.3f}",
+            "of_dense": f"{float(row['macs']) / float(dense['macs']):.4f}",
+            **{name: row[name] for name in ("cosine", "same_neighbor", "same_top1", "accuracy")},
+            "ms": f"{1000 * seconds:.2f}" if seconds else "",
+        }
+        # Others failed, were interrupted, ran on another backend, or are dense models of another group of the timing.
+        measured = row["backend"] == "eager" and compact[TABLES[images][0]]
+        if row is dense or (row["method"] != "dense" and measured):
+            yield compact
 
 
 def collect(folders: Sequence[Path], earlier: Sequence[Row] = ()) -> list[Row]:
@@ -141,14 +155,11 @@ def draw(rows: Sequence[Row]) -> None:
 
 def main(folders: Sequence[Path]) -> None:
     """Update the table if there are folders, then the figure, and print the tables of the page."""
-    with TABLE.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines())) if TABLE.exists() else []
     if folders:
         rows = collect(folders, rows)
-        with TABLE.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        columns = dict.fromkeys(name for row in rows for name in row)
+        write_csv(TABLE, [{name: row.get(name, "") for name in columns} for row in rows])
     draw(rows)
     sys.stdout.write(
         "\n\n".join(table(rows, images) for images in TABLES if images in {row["images"] for row in rows}) + "\n"

@@ -48,8 +48,10 @@ def test_costs_are_at_most_the_targets(rows):
 def test_rows_come_from_the_files_of_the_benchmark(script, tmp_path):
     folder = tmp_path / "leaves_all"
     folder.mkdir()
-    head = "method,reduction_layers,keep_rate,target_gmacs,macs,cosine,same_neighbor,same_top1,accuracy,seconds_median"
-    lines = [head, "dense,,1,,2000000000,,,,0.5,", "evit,0 1,0.5,1.1,1000000000,0.9,0.8,0.7,0.4,"]
+    head = "backend,batch_size,method,reduction_layers,keep_rate,target_gmacs,macs,cosine,same_neighbor,same_top1,accuracy"
+    head += ",seconds_median"
+    lines = [head, "eager,1,dense,,1,,2000000000,,,,0.5,", "eager,1,evit,0 1,0.5,1.1,1000000000,0.9,0.8,0.7,0.4,"]
+    lines.append("onnx,1,evit,0 1,0.5,1.1,1000000000,,,,,0.02")  # its agreement is that of eager
     (folder / "benchmark.csv").write_text("\n".join(lines))
     dense, evit = script.collect([folder, folder])
     assert script.collect([folder], [dense, evit | {"cosine": "0.1"}]) == [dense, evit]
@@ -62,8 +64,31 @@ def test_rows_come_from_the_files_of_the_benchmark(script, tmp_path):
     ]  # fmt: skip
     times = tmp_path / "time_all"
     times.mkdir()
-    (times / "benchmark.csv").write_text("\n".join([head, "dense,,1,,2e9,,,,,0.08", "evit,0 1,0.5,1.1,1e9,,,,,0.045"]))
+    lines = [head, "eager,4,dense,,1,,2e9,,,,,0.32", "eager,4,evit,0 1,0.5,1.1,1e9,,,,,0.18"]
+    lines.append("eager,4,tome,0 1,0.5,1.1,1e9,0.9,,,,")  # without a time
+    (times / "benchmark.csv").write_text("\n".join(lines))
     assert script.table(script.collect([times]), "time").splitlines()[2:] == ["| evit | 45.0 |"]
+    with pytest.raises(ValueError, match="`folders`"):
+        script.collect([tmp_path / "shelf"])
+
+
+def test_a_new_column_and_a_new_table(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "TABLE", tmp_path / "table.csv")
+    monkeypatch.setattr(script, "draw", lambda rows: None)
+    monkeypatch.setattr(script, "read", lambda folder: iter([row | {"new": "1"}]))
+    row = {"images": "time", "method": "dense", "layers": "", "target_gmacs": "", "gmacs": "2", "ms": "9"}
+    other = row | {"method": "evit", "layers": "0 1", "target_gmacs": "1"}
+    script.TABLE.write_text("\n".join([",".join(row), ",".join(row.values()), ",".join(other.values())]))
+    script.main([tmp_path])
+    assert script.TABLE.read_text().splitlines() == [
+        "images,method,layers,target_gmacs,gmacs,ms,new",
+        "time,dense,,,2,9,1",
+        "time,evit,0 1,1,2,9,",
+    ]
+    script.TABLE.unlink()
+    monkeypatch.setattr(script, "read", lambda folder: iter([row, other]))
+    script.main([tmp_path])
+    assert len(script.TABLE.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(("size", "count"), [((640, 427), 1), ((4000, 2000), 2), ((1080, 1920), 2)])
