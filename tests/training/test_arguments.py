@@ -47,11 +47,11 @@ def test_the_script_has_them_all():
     assert run_ufgir.ModelArguments is ModelArguments and run_ufgir.Options is Options
 
 
-@pytest.mark.parametrize("always_loaded", [False, True])
-def test_commands_take_theirs_from_the_same_table(always_loaded):
+@pytest.mark.parametrize("with_defaults", [False, True])
+def test_commands_take_theirs_from_the_same_table(with_defaults):
     """A command that always loads a checkpoint names no default that the checkpoint replaces."""
     parser = argparse.ArgumentParser()
-    add_reduction_options(parser, always_loaded)
+    add_reduction_options(parser, with_defaults)
     reduction = {action.dest for action in parser._actions}
     add_network_options(parser)
     helps = {action.dest: action.help for action in parser._actions}
@@ -59,7 +59,7 @@ def test_commands_take_theirs_from_the_same_table(always_loaded):
     assert {"reduction", "keep_rate", "head", "image_size"} <= shared
     for name in shared:
         option = config_options()[name]
-        end = "" if always_loaded and name in reduction else f" [{option.default}]"
+        end = f" [{option.default}]" if with_defaults or name not in reduction else ""
         assert helps[name] == option.help.removesuffix(f" [{option.default}]") + end
     args = parser.parse_args(
         ["--keep-rate", "0.5", "0.25", "--no-cross-layer-cache", "--image-size", "32", "--head", "cla"]

@@ -40,16 +40,16 @@ NETWORK = (
 NETWORK += ("num_attention_heads", "intermediate_size", "num_register_tokens")
 
 
-def add_reduction_options(parser: argparse.ArgumentParser, always_loaded: bool = True) -> None:
+def add_reduction_options(parser: argparse.ArgumentParser, with_defaults: bool = False) -> None:
     """Add the options of the token reduction; their default is None.
 
     Args:
         parser: parser of a command.
-        always_loaded: whether the command always loads a checkpoint, whose values are then the defaults. Otherwise the
-            help shows those of `CLCAViTConfig`, too.
+        with_defaults: whether the help shows the defaults of `CLCAViTConfig`, for commands that need no checkpoint.
     """
-    group = parser.add_argument_group("reduction (default: the checkpoint's)")
-    add_config_options(group, REDUCTION, with_defaults=not always_loaded)
+    shown = ", or as shown" if with_defaults else ""
+    group = parser.add_argument_group(f"reduction (default: the checkpoint's{shown})")
+    add_config_options(group, REDUCTION, with_defaults)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:

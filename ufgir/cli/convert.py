@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="CSV with class_id,class_name, a text file with one name per line, or a folder of such files",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace folders written by an earlier conversion")
-    add_reduction_options(parser, always_loaded=False)
+    add_reduction_options(parser, with_defaults=True)
     add_network_options(parser)
 
 

@@ -108,7 +108,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "cpu", "cuda"),
         help="device of --time and --trace; auto: a GPU if available [auto]",
     )
-    add_reduction_options(parser, always_loaded=False)
+    add_reduction_options(parser, with_defaults=True)
     add_network_options(parser)
 
 
@@ -215,7 +215,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.output is not None or args.into is not None:
         require("matplotlib", extra="visualization")
     if args.output is not None:
-        check_folder(args.output, files=["layers.*"])
+        check_folder(args.output, files=["layers.csv", "layers.md", "layers.json", "layers.png"])
 
 
 def layers(args: argparse.Namespace, config: CLCAViTConfig) -> tuple[list[str], Iterator[str]]:
