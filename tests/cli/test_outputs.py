@@ -3,6 +3,7 @@
 import errno
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,12 @@ class TestChecks:
     )
     def test_where_a_folder_has_the_name_of_a_file(self, tmp_path, capsys, argv, name):
         (tmp_path / name).mkdir()
-        (tmp_path / "benchmarks").mkdir()  # of the user
         assert f"folder {name}" in refused(capsys, *argv, tmp_path)
+
+    def test_other_folders_may_be_there(self, tmp_path):
+        for name in ("layers", "layers.old", "report.html"):
+            (tmp_path / name).mkdir()
+        check_folder(tmp_path, files=["layers.csv", "report.json"])
 
     def test_where_nothing_can_be_made(self, tmp_path, monkeypatch):
         def refuse(*args, **kwargs):
@@ -126,7 +131,7 @@ class TestChecks:
                 check("/proc/x")
 
     def test_names_that_are_too_long(self, tmp_path):
-        for check in (check_folder, check_file):
+        for check in (check_folder, check_file, partial(check_folder, files=["report.json"])):
             with pytest.raises(ValueError, match="cannot be written: File name too long"):
                 check(tmp_path / ("x" * 300))
 

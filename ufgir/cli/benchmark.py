@@ -54,6 +54,16 @@ from .outputs import check_document, check_folder, print_before_error
 
 logger = logging.getLogger(__name__)
 
+# Files in the output folder, by what is measured.
+FILES = {
+    "cases": [
+        *("benchmark.csv", "benchmark.json", "benchmark.md"),
+        *(f"benchmark_{kind}.png" for kind in ("agreement", "latency", "throughput")),
+    ],
+    "scaling": ["scaling.csv", "scaling.json", "scaling.md", "scaling.png"],
+    "input-pipeline": ["pipeline.csv", "pipeline.json", "pipeline.md"],
+}
+
 # Options whose combinations are measured: name -> (type, default, help).
 PLAN: dict[str, tuple[Callable[[str], Any], list[Any], str]] = {
     "methods": (str, ["none", "evit"], "of token reduction: none, all, training-free, or names"),
@@ -276,8 +286,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     if args.seed > LARGEST_SEED:
         raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
     if args.output is not None:
-        stem = {"scaling": "scaling", "input-pipeline": "pipeline"}.get(name or "", "benchmark")
-        check_folder(args.output, files=[f"{stem}.*", f"{stem}_*.png"])
+        check_folder(args.output, files=FILES.get(name or "", FILES["cases"]))
     if args.into is not None:
         if name is None:
             raise ValueError(

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> str:
     if args.html and args.output is None:
         raise ValueError("`--html` requires `--output`, the folder for report.html.")
     if args.output is not None:
-        check_folder(args.output, files=["report.*", "contact_sheet.png"])
+        check_folder(args.output, files=["report.json", "contact_sheet.png", *(["report.html"] if args.html else [])])
     for name in ("sheet_classes", "sheet_images", "num_workers"):
         value = getattr(args, name)
         if value is not None and value < 1:

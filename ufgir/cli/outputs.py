@@ -29,7 +29,7 @@ def check_folder(
         path: the folder; it need not exist.
         option: name of the option, for the message.
         whole: the folder will be created next to `path` and replace it, see `ufgir.utils.files.new_folder`.
-        files: patterns of the names of files that will be written into it, for example `report.*`.
+        files: names of the files that will be written into it.
 
     Raises:
         ValueError: if it is a file, is below a file, or cannot be written, or if one of the files is a folder there.
@@ -42,10 +42,10 @@ def check_folder(
         )
     if whole and os.path.ismount(path):
         raise ValueError(f"`{option}` {path} is a mount point and cannot be replaced: choose a folder in it.")
-    folder = next((one for name in files for one in sorted(Path(path).glob(name)) if one.is_dir()), None)
+    folder = next((name for name in files if os.path.isdir(Path(path, name))), None)
     if folder is not None:
         raise ValueError(
-            f"`{option}` {path} must not hold a folder {folder.name}, which is the name of a file: move it."
+            f"`{option}` {path} must not hold a folder {folder}: a file of this name is written. Move it."
         )
     place = Path(path).absolute()
     _try(place.parent if whole else place, place.name, option, path)
