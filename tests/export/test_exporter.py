@@ -1,6 +1,7 @@
 """Exported files give the same results as the model, for every method, with cache and CLA head."""
 
 import json
+import logging
 import math
 
 import onnx
@@ -33,10 +34,12 @@ SCATTERS = {
 
 # Pads, and a method with scatters and gathers. The others use the same operators.
 @pytest.mark.parametrize("method", slow_unless(["ats", "dpcknn"].__contains__, METHODS), ids=str)
-def test_onnx_says_what_the_model_says(method, tmp_path):
+def test_onnx_says_what_the_model_says(method, tmp_path, caplog):
     """For other images and batch sizes than those compared by the export."""
     model, path = small_model(method), tmp_path / "model.onnx"
+    caplog.set_level(logging.INFO, logger="torch.onnx")  # as a program may do
     exported = export_model(model, path, {"source": "here"})
+    assert logging.getLogger("torch.onnx").level == logging.INFO
     session = onnxruntime.InferenceSession(path)
     for count in (1, 2, 5):
         pixels = images(count, seed=count + 10).float()

@@ -70,7 +70,7 @@ class OnnxGraph(NamedTuple):
 
 
 def import_onnx() -> None:
-    """Import the packages for ONNX files, and silence the log of the exporter.
+    """Import the packages for ONNX files.
 
     Raises:
         ValueError: if a package is missing.
@@ -81,7 +81,6 @@ def import_onnx() -> None:
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise ValueError(f"ONNX export requires the package {error.name}: {install_command('export')}") from error
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def onnx_program(
@@ -103,7 +102,7 @@ def onnx_program(
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=2**16)}} if any_batch else None
     how: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": list(outputs)}
     how |= {"dynamo": True, "dynamic_shapes": shapes, "custom_translation_table": TRANSLATIONS, "verbose": False}
-    with torch.no_grad():
+    with torch.no_grad(), errors_only("torch.onnx"):
         made = torch.onnx.export(program, (pixels,), **how)
     assert made is not None  # it is, if no file is written
     rewrite(made.model, flat)
@@ -197,7 +196,7 @@ def errors_only(name: str | None = None) -> Iterator[None]:
     """Context manager in which a logger, by default the root logger, drops warnings and notes."""
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:
