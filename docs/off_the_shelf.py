@@ -4,7 +4,7 @@
 
 Each folder was written by `ufgir benchmark MODEL --target-gmacs ... --output FOLDER`, with `--images` or, if its name begins with `time_`, with
 times only. Its name up to the first `_` names the images; several folders may share it, for example one per cost. Writes
-docs/data/off_the_shelf.csv, in which rows stay that were not measured again (delete the file to begin anew), and
+docs/data/off_the_shelf.csv, in which rows stay that were not measured again (delete the file to start again), and
 docs/figures/off_the_shelf.png, and prints a table for each kind of images. Without folders, the figure and tables are made from the
 committed table.
 """
