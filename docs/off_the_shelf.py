@@ -49,7 +49,7 @@ def read(folder: Path) -> Iterator[Row]:
         rows = list(csv.DictReader(file))
     dense = next(row for row in rows if row["method"] == "dense")
     for row in rows:
-        seconds = row["seconds_median"] and float(row["seconds_median"]) / int(row["batch_size"])
+        seconds = row["seconds_median"]  # of a batch
         compact = {
             "images": images,
             "method": row["method"],
@@ -59,7 +59,7 @@ def read(folder: Path) -> Iterator[Row]:
             "gmacs": f"{float(row['macs']) / 1e9:.3f}",
             "of_dense": f"{float(row['macs']) / float(dense['macs']):.4f}",
             **{name: row[name] for name in ("cosine", "same_neighbor", "same_top1", "accuracy")},
-            "ms": f"{1000 * seconds:.2f}" if seconds else "",
+            "ms": f"{1000 * float(seconds) / int(row['batch_size']):.2f}" if seconds else "",
         }
         # Others failed, were interrupted, ran on another backend, or are dense models of another group of the timing.
         measured = row["backend"] == "eager" and compact[TABLES[images][0]]

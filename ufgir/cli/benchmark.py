@@ -57,8 +57,12 @@ logger = logging.getLogger(__name__)
 # Files in the output folder, by what is measured.
 FILES = {
     "cases": [
-        *("benchmark.csv", "benchmark.json", "benchmark.md"),
-        *(f"benchmark_{kind}.png" for kind in ("agreement", "latency", "throughput")),
+        "benchmark.csv",
+        "benchmark.json",
+        "benchmark.md",
+        "benchmark_agreement.png",
+        "benchmark_latency.png",
+        "benchmark_throughput.png",
     ],
     "scaling": ["scaling.csv", "scaling.json", "scaling.md", "scaling.png"],
     "input-pipeline": ["pipeline.csv", "pipeline.json", "pipeline.md"],
@@ -286,7 +290,7 @@ def _check(args: argparse.Namespace, name: str | None) -> None:
     if args.seed > LARGEST_SEED:
         raise ValueError(f"`--seed` must be at most {LARGEST_SEED}, got {args.seed}.")
     if args.output is not None:
-        check_folder(args.output, files=FILES.get(name or "", FILES["cases"]))
+        check_folder(args.output, files=FILES[name if name in FILES else "cases"])
     if args.into is not None:
         if name is None:
             raise ValueError(
