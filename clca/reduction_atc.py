@@ -7,6 +7,7 @@ retrieved tokens may be merged.
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -44,71 +45,101 @@ class ATCReduction(Merging):
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # the graph must work for other images, too
-        scipy = None if traced or metric.device.type != "cpu" else scipy_functions()
-        if scipy is None:
-            first = self.cluster(cosine_distance(metric), merged)
-        else:  # in float64, where distances are equal only if tokens are
-            first = torch.stack([self.cluster_by_scipy(scipy, image, merged) for image in metric.double()])
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a file must run without this package
+            first = cluster(cosine_distance(metric), merged, self.linkage)
+        elif torch.compiler.is_compiling():
+            first = opaque_first_members(metric.detach(), merged, self.linkage)
+        else:
+            first = first_members(metric, merged, self.linkage)
         number = (first == torch.arange(first.shape[1], device=first.device)).cumsum(dim=1)  # clusters counted from 1
         return nn.functional.pad(number.gather(1, first), (1, 0))
 
-    def cluster(self, distance: torch.Tensor, merged: int) -> torch.Tensor:
-        """Merge the two nearest clusters `merged` times.
 
-        Args:
-            distance: (B, n, n), overwritten. Of equal distances, the pair with the lowest first members is merged.
-            merged: number of merges.
+def first_members(metric: torch.Tensor, merged: int, linkage: str) -> torch.Tensor:
+    """Merge the two nearest clusters of tokens `merged` times.
 
-        Returns:
-            Index (B, n) of the first member of the cluster of each token.
-        """
-        width = distance.shape[1]
-        first = torch.arange(width, device=distance.device).expand(distance.shape[0], -1)
-        members = torch.ones_like(distance[:, 0])
-        for _ in range(0 if distance.is_meta else merged):  # shapes do not depend on the merges, so skip them
-            one = distance.amin(dim=2).argmin(dim=1, keepdim=True)  # (B, 1)
-            other = gather_rows(distance, one).argmin(dim=2)  # greater than `one`, because distances are symmetric
-            pair = torch.cat([one, other], dim=1)
-            index = pair.unsqueeze(2).expand(-1, -1, width)
-            rows, counts = distance.gather(1, index), members.gather(1, pair)  # (B, 2, n), (B, 2)
-            if self.linkage == "average":
-                joint = (rows * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
-            else:
-                joint = rows.amin(dim=1) if self.linkage == "single" else rows.amax(dim=1)
-            joint = joint.scatter(1, pair, torch.inf)  # no distance to itself or to the cluster it absorbed
-            rows = torch.stack([joint, torch.full_like(joint, torch.inf)], dim=1)
-            distance.scatter_(1, index, rows).scatter_(2, index.transpose(1, 2), rows.transpose(1, 2))
-            members = members.scatter(1, one, counts.sum(dim=1, keepdim=True))
-            first = torch.where(first == other, one, first)
-        return first
+    Args:
+        metric: (B, n, d) of unit length.
+        merged: number of merges.
+        linkage: `average`, `single` or `complete`.
 
-    def cluster_by_scipy(self, scipy: Any, metric: torch.Tensor, merged: int) -> torch.Tensor:
-        """Return the result of `cluster` (n,) for one image, many times faster.
+    Returns:
+        Index (B, n) of the first member of the cluster of each token.
+    """
+    scipy = scipy_functions() if metric.device.type == "cpu" else None
+    if scipy is None:
+        return cluster(cosine_distance(metric), merged, linkage)
+    # In float64 distances are equal only if tokens are.
+    return torch.stack([cluster_by_scipy(scipy, image, merged, linkage) for image in metric.double()])
 
-        scipy breaks ties in a different order. So images in which two relevant distances are equal, or are NaN, use
-        `cluster`.
 
-        Args:
-            scipy: `linkage` and `squareform`, see `scipy_functions`.
-            metric: (n, d), float64, of unit length.
-            merged: number of merges.
-        """
-        linkage, squareform = scipy
-        width = metric.shape[0]
-        upper = 1 - torch.from_numpy(squareform((metric @ metric.T).numpy(), checks=False))  # (n (n - 1) / 2,)
-        if metric.isfinite().all():
-            merges = torch.from_numpy(
-                linkage(upper.numpy(), self.linkage)[:merged]
-            )  # (merged, 4), by ascending distance
-            if upper[upper <= merges[-1, 2]].sort().values.diff().all():
-                parent = torch.arange(width + merged)  # merge i makes cluster n + i from two others
-                parent[merges[:, :2].long()] = parent[width:, None].clone()
-                for _ in range(merged.bit_length()):
-                    parent = parent[parent]
-                root, row = parent[:width], torch.arange(width)
-                return torch.full_like(parent, width).scatter_reduce(0, root, row, "amin")[root]
-        return self.cluster(cosine_distance(metric.unsqueeze(0)), merged)[0]
+# `first_members` as one operator of a compiled graph, which would otherwise have about 40 operators for each merge. The name is that of this
+# module, because a model of the Hub brings a module of its own.
+opaque_first_members = torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::first_members", first_members, mutates_args=()
+)
+
+
+@opaque_first_members.register_fake
+def _(metric: torch.Tensor, merged: int, linkage: str) -> torch.Tensor:
+    return metric.new_empty(metric.shape[:2], dtype=torch.long)
+
+
+def cluster(distance: torch.Tensor, merged: int, linkage: str) -> torch.Tensor:
+    """Return the result of `first_members` by operators of torch.
+
+    Args:
+        distance: (B, n, n), overwritten. Of equal distances, the pair with the lowest first members is merged.
+        merged: number of merges.
+        linkage: `average`, `single` or `complete`.
+    """
+    width = distance.shape[1]
+    first = torch.arange(width, device=distance.device).expand(distance.shape[0], -1)
+    members = torch.ones_like(distance[:, 0])
+    for _ in range(0 if distance.is_meta else merged):  # shapes do not depend on the merges, so skip them
+        one = distance.amin(dim=2).argmin(dim=1, keepdim=True)  # (B, 1)
+        other = gather_rows(distance, one).argmin(dim=2)  # greater than `one`, because distances are symmetric
+        pair = torch.cat([one, other], dim=1)
+        index = pair.unsqueeze(2).expand(-1, -1, width)
+        rows, counts = distance.gather(1, index), members.gather(1, pair)  # (B, 2, n), (B, 2)
+        if linkage == "average":
+            joint = (rows * counts.unsqueeze(2)).sum(dim=1) / counts.sum(dim=1, keepdim=True)
+        else:
+            joint = rows.amin(dim=1) if linkage == "single" else rows.amax(dim=1)
+        joint = joint.scatter(1, pair, torch.inf)  # no distance to itself or to the cluster it absorbed
+        rows = torch.stack([joint, torch.full_like(joint, torch.inf)], dim=1)
+        distance.scatter_(1, index, rows).scatter_(2, index.transpose(1, 2), rows.transpose(1, 2))
+        members = members.scatter(1, one, counts.sum(dim=1, keepdim=True))
+        first = torch.where(first == other, one, first)
+    return first
+
+
+def cluster_by_scipy(scipy: Any, metric: torch.Tensor, merged: int, linkage: str) -> torch.Tensor:
+    """Return the result of `first_members` (n,) for one image, many times faster.
+
+    scipy breaks ties in a different order. So images in which two relevant distances are equal, or are NaN, use
+    `cluster`.
+
+    Args:
+        scipy: `linkage` and `squareform`, see `scipy_functions`.
+        metric: (n, d), float64, of unit length.
+        merged: number of merges.
+        linkage: `average`, `single` or `complete`.
+    """
+    merges_of, squareform = scipy
+    width = metric.shape[0]
+    upper = 1 - squareform((metric @ metric.T).numpy(), checks=False)  # (n (n - 1) / 2,)
+    if metric.isfinite().all():
+        merges = torch.from_numpy(merges_of(upper, linkage)[:merged])  # (merged, 4), by ascending distance
+        relevant = np.sort(upper[upper <= merges[-1, 2].item()])  # many times faster than torch's sort on a CPU
+        if np.diff(relevant).all():
+            parent = torch.arange(width + merged)  # merge i makes cluster n + i from two others
+            parent[merges[:, :2].long()] = parent[width:, None].clone()
+            for _ in range(merged.bit_length()):
+                parent = parent[parent]
+            root, row = parent[:width], torch.arange(width)
+            return torch.full_like(parent, width).scatter_reduce(0, root, row, "amin")[root]
+    return cluster(cosine_distance(metric.unsqueeze(0)), merged, linkage)[0]
 
 
 def cosine_distance(metric: torch.Tensor) -> torch.Tensor:

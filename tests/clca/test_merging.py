@@ -20,7 +20,7 @@ from torch import nn
 
 from clca import REDUCTIONS, CLCAViTConfig, token_schedule
 from clca.attention_clca import AttentionContext
-from clca.reduction_atc import cosine_distance
+from clca.reduction_atc import cluster, cosine_distance
 from clca.reduction_base import Merging, TokenState, descending_order, match_halves
 from clca.reductions_clca import initial_state
 from tests.helpers import images, tiny_config, tiny_model
@@ -295,7 +295,7 @@ def test_of_equal_distances_the_first_pair_counts(method: str, seed: int) -> Non
         if method == "average" and merged > 3:
             break  # means of three are not exact
         expected = [merge_by_hand(one, merged, method) for one in distance]
-        got = make_stage("atc", linkage=method).cluster(distance.masked_fill(diagonal, torch.inf), merged)
+        got = cluster(distance.masked_fill(diagonal, torch.inf), merged, method)
         assert got.tolist() == expected
 
 
@@ -305,9 +305,8 @@ def test_images_with_equal_tokens_do_not_go_to_scipy(method: str, monkeypatch: p
     stage = make_stage("atc", linkage=method)
     metric = torch.cat([random_tokens(2, 30), random_tokens(2, 30, seed=1).round()])  # the last two: points of a grid
     exact: list[int] = []
-    cluster = stage.cluster
     monkeypatch.setattr(
-        stage, "cluster", lambda distance, merged: exact.append(len(distance)) or cluster(distance, merged)
+        "clca.reduction_atc.cluster", lambda distance, *args: exact.append(len(distance)) or cluster(distance, *args)
     )
     for merged in (10, 20, 28):
         exact.clear()
@@ -317,7 +316,7 @@ def test_images_with_equal_tokens_do_not_go_to_scipy(method: str, monkeypatch: p
             without.setattr("clca.reduction_atc.scipy_functions", lambda: None)
             assert torch.equal(stage.match(metric, merged)[:2], with_scipy[:2])
             assert torch.equal(
-                stage.cluster(cosine_distance(normed(metric[2:, 1:])), merged), first_members(with_scipy[2:])
+                cluster(cosine_distance(normed(metric[2:, 1:])), merged, method), first_members(with_scipy[2:])
             )
 
 
