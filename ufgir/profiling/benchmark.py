@@ -132,15 +132,10 @@ class Result:
         return self.dense.macs / self.macs if self.dense and self.dense.macs and self.macs else None
 
     @property
-    def possible(self) -> float | None:
-        """Return the ratio of executed multiply-adds: the speed-up if only they took time."""
-        executed = self.dense and self.dense.macs_executed
-        return executed / self.macs_executed if executed and self.macs_executed else None
-
-    @property
     def realised(self) -> float | None:
-        """Return the measured share of the possible speed-up."""
-        return self.speedup / self.possible if self.speedup and self.possible else None
+        """Return the speed-up as a share of the ratio of executed multiply-adds, both over transformers' dense model."""
+        ratio = _executed_ratio(self.dense, self)
+        return self.speedup / ratio if self.speedup and ratio else None
 
     @property
     def is_dense(self) -> bool:
@@ -164,6 +159,11 @@ class Result:
         return dense.time.median / self.time.median if dense and dense.time and self.time else None
 
     @property
+    def possible(self) -> float | None:
+        """Return what `over_fastest` would be if only executed multiply-adds took time."""
+        return _executed_ratio(self.fastest_dense, self)
+
+    @property
     def share(self) -> float | None:
         """Return `over_fastest` as a share of `possible`."""
         return self.over_fastest / self.possible if self.over_fastest and self.possible else None
@@ -178,11 +178,10 @@ class Result:
     def same_kernels(self) -> float | None:
         """Return the speed-up over our dense model on the same backend as a share of the ratio of their executed multiply-adds."""
         ours = next((r for r in self.dense_rows if r.case and r.setting == self.setting), None)
-        if ours is None or ours is self or not ours.time or not self.time:
+        ratio = _executed_ratio(ours, self)
+        if ours is None or ours is self or not ours.time or not self.time or not ratio:
             return None
-        if not ours.macs_executed or not self.macs_executed:
-            return None
-        return ours.time.median / self.time.median * self.macs_executed / ours.macs_executed
+        return ours.time.median / self.time.median / ratio
 
     @property
     def over_stock(self) -> float | None:
@@ -199,6 +198,13 @@ class Result:
         if measure in ("activations", "peak"):
             return self.memory_ratio({"activations": "activation_memory", "peak": "peak_memory"}[measure])
         return getattr(self, measure)
+
+
+def _executed_ratio(dense: Result | None, reduced: Result) -> float | None:
+    """Return the executed multiply-adds of one result divided by those of another."""
+    if dense is None or not dense.macs_executed or not reduced.macs_executed:
+        return None
+    return dense.macs_executed / reduced.macs_executed
 
 
 def _join_precisions(results: Iterable[Result]) -> None:
