@@ -7,7 +7,6 @@ retrieved tokens may be merged.
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -131,8 +130,9 @@ def cluster_by_scipy(scipy: Any, metric: torch.Tensor, merged: int, linkage: str
     upper = 1 - squareform((metric @ metric.T).numpy(), checks=False)  # (n (n - 1) / 2,)
     if metric.isfinite().all():
         merges = torch.from_numpy(merges_of(upper, linkage)[:merged])  # (merged, 4), by ascending distance
-        relevant = np.sort(upper[upper <= merges[-1, 2].item()])  # many times faster than torch's sort on a CPU
-        if np.diff(relevant).all():
+        relevant = upper[upper <= merges[-1, 2].item()]
+        relevant.sort()  # by NumPy, many times faster than by torch on a CPU
+        if (relevant[1:] != relevant[:-1]).all():
             parent = torch.arange(width + merged)  # merge i makes cluster n + i from two others
             parent[merges[:, :2].long()] = parent[width:, None].clone()
             for _ in range(merged.bit_length()):
