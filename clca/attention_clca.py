@@ -235,6 +235,12 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def is_exporting() -> bool:
+    """Return whether operators are recorded by non-strict `torch.export`, as for ONNX. Strict export counts as compiling: torch before 2.12
+    does not tell them apart."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     """Return a context in which autocast does not run matrix products on the device of `tensor` in half precision."""
     kind = tensor.device.type

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from .attention_clca import at_least_float32, full_precision, gather_rows
+from .attention_clca import at_least_float32, full_precision, gather_rows, is_exporting
 from .reduction_base import Merging
 
 
@@ -44,7 +44,7 @@ class ATCReduction(Merging):
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # a file must run without this package
+        if torch.jit.is_tracing() or is_exporting():  # a file must run without this package
             first = cluster(cosine_distance(metric), merged, self.linkage)
         elif torch.compiler.is_compiling():
             first = opaque_first_members(metric.detach(), merged, self.linkage)

@@ -57,6 +57,7 @@ from .attention_clca import (
     at_least_float32,
     full_precision,
     gather_rows,
+    is_exporting,
 )
 from .budget_clca import Budget
 
@@ -998,5 +999,5 @@ def descending_order(values: torch.Tensor) -> torch.Tensor:
     """Return the indices that sort `values` (B, n) in descending order; of equal values the lower index
     comes first."""
     # A stable sort does not export to ONNX. A plain sort becomes TopK, which breaks ties in the same way.
-    stable = {} if torch.compiler.is_exporting() else {"stable": True}
+    stable = {} if is_exporting() else {"stable": True}
     return values.argsort(dim=1, descending=True, **stable)
