@@ -235,10 +235,13 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+# Before, `torch.compiler.is_exporting` was true under torch.compile, too.
+_TELLS_EXPORT = torch.__version__ >= "2.13"  # compared as versions
+
+
 def is_exporting() -> bool:
-    """Return whether operators are recorded by non-strict `torch.export`, as for ONNX. Strict export counts as compiling: torch before 2.12
-    does not tell them apart."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    """Return whether operators are recorded by `torch.export`, as for ONNX. With torch before 2.13 strict export counts as compiling."""
+    return torch.compiler.is_exporting() and (_TELLS_EXPORT or not torch.compiler.is_dynamo_compiling())
 
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager:

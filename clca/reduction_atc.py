@@ -5,6 +5,7 @@ here. Differences: that part removes one token less than requested in models wit
 retrieved tokens may be merged.
 """
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class ATCReduction(Merging):
 
     def match(self, metric: torch.Tensor, merged: int) -> torch.Tensor:
         metric = nn.functional.normalize(at_least_float32(metric[:, 1:]), dim=-1)
-        if torch.jit.is_tracing() or is_exporting():  # a file must run without this package
+        if torch.jit.is_tracing() or is_exporting():  # files must run without this package
             first = cluster(cosine_distance(metric), merged, self.linkage)
         elif torch.compiler.is_compiling():
             first = opaque_first_members(metric.detach(), merged, self.linkage)
@@ -75,7 +76,7 @@ def first_members(metric: torch.Tensor, merged: int, linkage: str) -> torch.Tens
 # `first_members` as one operator of a compiled graph, which would otherwise have about 40 operators for each merge. The name is that of this
 # module, because a model of the Hub brings a module of its own.
 opaque_first_members = torch.library.custom_op(
-    f"{__name__.replace('.', '_')}::first_members", first_members, mutates_args=()
+    re.sub(r"\W", "_", __name__) + "::first_members", first_members, mutates_args=()
 )
 
 

@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 # Before anything imports torch: MKL's exponential differs in the last float32 bit between processors unless it is told to
 # be the same everywhere, and DynamicViT's training softmax is float32 in a float64 model.
 os.environ["MKL_CBWR"] = "COMPATIBLE"
+# On a GPU some versions of torch refuse deterministic algorithms without it.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 from pathlib import Path
 

@@ -129,3 +129,9 @@ def test_clusters_are_one_operator() -> None:
         logits = torch.compile(model, fullgraph=True, backend=backend)(images(2)).logits
         assert (logits - model(images(2)).logits).abs().max() <= 1e-10
     assert sum("first_members" in name for name in operators) == 1
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch does not tell strict export and compiling apart")
+def test_strict_export_has_no_operator_of_this_package() -> None:
+    program = torch.export.export(make("atc"), (), {"pixel_values": images(2)}, strict=True)
+    assert not [node for node in program.graph.nodes if "first_members" in str(node.target)]

@@ -134,7 +134,7 @@ class Result:
     @property
     def realised(self) -> float | None:
         """Return the speed-up as a share of the ratio of executed multiply-adds, both over transformers' dense model."""
-        ratio = _executed_ratio(self.dense, self)
+        ratio = executed_ratio(self.dense, self)
         return self.speedup / ratio if self.speedup and ratio else None
 
     @property
@@ -161,7 +161,7 @@ class Result:
     @property
     def possible(self) -> float | None:
         """Return what `over_fastest` would be if only executed multiply-adds took time."""
-        return _executed_ratio(self.fastest_dense, self)
+        return executed_ratio(self.fastest_dense, self)
 
     @property
     def share(self) -> float | None:
@@ -178,7 +178,7 @@ class Result:
     def same_kernels(self) -> float | None:
         """Return the speed-up over our dense model on the same backend as a share of the ratio of their executed multiply-adds."""
         ours = next((r for r in self.dense_rows if r.case and r.setting == self.setting), None)
-        ratio = _executed_ratio(ours, self)
+        ratio = executed_ratio(ours, self)
         if ours is None or ours is self or not ours.time or not self.time or not ratio:
             return None
         return ours.time.median / self.time.median / ratio
@@ -200,7 +200,7 @@ class Result:
         return getattr(self, measure)
 
 
-def _executed_ratio(dense: Result | None, reduced: Result) -> float | None:
+def executed_ratio(dense: Result | None, reduced: Result) -> float | None:
     """Return the executed multiply-adds of one result divided by those of another."""
     if dense is None or not dense.macs_executed or not reduced.macs_executed:
         return None

@@ -18,7 +18,7 @@ from ..utils.files import write_csv, write_text_atomically
 from ..utils.plotting import label, method_style, new_figure, plain_style, save_figure, style
 from ..utils.provenance import as_read, describe_host, now, peak_memory, source_checksum, source_commit
 from ..utils.text import counted
-from .benchmark import RESTORED, Report, Result
+from .benchmark import RESTORED, Report, Result, executed_ratio
 from .benchmark_cases import Setting, by_table
 from .timing import Quartiles
 
@@ -292,6 +292,7 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
                 "macs": r.macs,
                 "macs_executed": r.macs_executed,
                 "macs_ratio": r.macs_ratio,
+                "macs_executed_ratio": executed_ratio(r.dense, r),
                 "possible": r.possible,
                 "realised": r.realised,
                 "over_fastest_dense": r.over_fastest,
