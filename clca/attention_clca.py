@@ -235,8 +235,8 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-# Before, `torch.compiler.is_exporting` was true under torch.compile, too.
-_TELLS_EXPORT = torch.__version__ >= "2.13"  # compared as versions
+# In earlier versions `torch.compiler.is_exporting` is true under torch.compile, too. `torch.__version__` compares as a version.
+_TELLS_EXPORT = torch.__version__ >= "2.13"
 
 
 def is_exporting() -> bool:

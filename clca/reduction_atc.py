@@ -48,7 +48,7 @@ class ATCReduction(Merging):
         if torch.jit.is_tracing() or is_exporting():  # files must run without this package
             first = cluster(cosine_distance(metric), merged, self.linkage)
         elif torch.compiler.is_compiling():
-            first = opaque_first_members(metric.detach(), merged, self.linkage)
+            first = opaque_first_members(metric, merged, self.linkage)
         else:
             first = first_members(metric, merged, self.linkage)
         number = (first == torch.arange(first.shape[1], device=first.device)).cumsum(dim=1)  # clusters counted from 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .attention_clca import FIRST_TOKEN, AttentionContext, at_least_float32
+from .attention_clca import FIRST_TOKEN, AttentionContext, at_least_float32, is_exporting
 from .budget_clca import Budget
 from .reduction_base import TokenReduction, TokenState, one_hot_assignment
 
@@ -93,7 +93,7 @@ class ATSReduction(TokenReduction):
         valid = self.key_mask(state)
         if valid is not None:
             cumulative = cumulative.masked_fill(~valid[:, 1:], 2.0)  # farther from any quantile than every real token
-        if torch.compiler.is_exporting():  # ONNX cannot view integers as floats
+        if is_exporting():  # ONNX cannot view integers as floats
             steps = quantiles(self.samples(state.budget, self.stage, state.num_patches)).to(cumulative)
         else:
             steps = self.constant("quantile_bits", state).view(torch.float32).to(cumulative.dtype)

@@ -15,21 +15,21 @@ from tests.helpers import CACHES, images, labels, slow_unless, tiny_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CLCA = CACHES["clca"]
-HALF = {"cuda": torch.bfloat16, "cpu": torch.float32}[DEVICE.type]  # on a GPU flash attention has no float32
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}[DEVICE.type]  # on a GPU flash attention has no float32
 
 
 @pytest.mark.parametrize("method", ["evit", "topk"])  # without a mask, which flash attention on a GPU refuses
 def test_flash_attention_alone(method: str) -> None:
     """The forward pass needs no other kernel of torch than flash attention, and agrees with plain attention."""
-    model = tiny_model(reduction=method, keep_rate=0.5, **CLCA).to(DEVICE, HALF)
-    pixels = images(4).to(DEVICE, HALF)
+    model = tiny_model(reduction=method, keep_rate=0.5, **CLCA).to(DEVICE, DTYPE)
+    pixels = images(4).to(DEVICE, DTYPE)
     with torch.no_grad():
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             output = model(pixels)
         model.set_attn_implementation("eager")
         expected = model(pixels)
     assert output.token_counts == expected.token_counts
-    assert (output.logits - expected.logits).abs().max() <= (0.1 if HALF is torch.bfloat16 else 1e-5)
+    assert (output.logits - expected.logits).abs().max() <= (0.1 if DTYPE is torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("method", slow_unless({"evit", "ats", "tome"}.__contains__, sorted(REDUCTIONS)))

@@ -371,9 +371,9 @@ def _methods448() -> Preset:
     share = {"kmedoids": 0.85}
     cases = []
     for method in sorted(set(REDUCTIONS) - {"heuristic"}):  # which removes no tokens
-        exported = REDUCTIONS[method].max_exported_patches is None
-        for backend in ("eager", "onnx", "openvino") if exported else ("eager", "compiled"):
-            goals = (Goal("share", share.get(method, 0.9)),)
+        goals = (Goal("share", share.get(method, 0.9)),)
+        is_exported = REDUCTIONS[method].max_exported_patches is None
+        for backend in DEPLOYED["float32"] if is_exported else ("eager", "compiled"):
             cases.append(Case(Setting(448, 4, backend=backend), method, "CLCA", 0.1, goals))
     return Preset(
         "ViT-B/16, 448 px, batch 4, float32 on two cores of a CPU: every method on its fastest backend",
